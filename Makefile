@@ -1,0 +1,34 @@
+# Every target but clean sets up what it needs on its first run: an environment in .venv (some GB, minutes) and,
+# unless COMFYUI_PATH or the place of this checkout names a ComfyUI, a copy of one in .comfyui.
+PYTHON ?= python3
+ARGS ?=
+BOOTSTRAP = $(PYTHON) raylight/setup/bootstrap.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make demo                   sample a small model in a real ComfyUI, by stock nodes and by Ray workers"
+	@echo "make test                   run the tests; fewer of them with ARGS=\"-k parity\""
+	@echo "make lint                   run ruff"
+	@echo "make setup                  only set up what the others need"
+	@echo "make clean                  remove .venv, .comfyui, demo_output and caches"
+	@echo
+	@echo "COMFYUI_PATH=/my/ComfyUI make demo    with a ComfyUI of yours"
+	@echo "make demo ARGS=\"--help\"               what the demo can do"
+
+setup:
+	@$(BOOTSTRAP) setup
+
+demo:
+	@$(BOOTSTRAP) demo $(ARGS)
+
+test:
+	@$(BOOTSTRAP) test $(ARGS)
+
+lint:
+	@$(BOOTSTRAP) lint $(ARGS)
+
+clean:
+	rm -rf .venv .comfyui demo_output .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,108 @@
+"""Set Raylight up from a fresh clone, and run its demo or its tests. Needs nothing but Python 3.10 or later.
+
+    python3 raylight/setup/bootstrap.py COMMAND [arguments]
+
+    setup           set up: a ComfyUI, an environment in .venv, a link in that ComfyUI's custom_nodes
+    demo [...]      set up, then run the demo with these arguments
+    test [...]      set up, then run pytest with these arguments
+    lint [...]      set up, then run ruff check with these arguments
+    comfyui-path    print which ComfyUI is used
+
+ComfyUI is $COMFYUI_PATH, or the one whose custom_nodes/ holds this checkout, or a copy that is downloaded.
+A second run finds everything in place and does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # Run as a file: Python has put this directory on the path, where the checkout's root is needed.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from raylight.setup import comfyui, environment
+from raylight.setup.child import run_child
+from raylight.setup.link import link_into
+from raylight.setup.report import SetupError, say
+
+MINIMUM_PYTHON = (3, 10)
+COMMANDS = {
+    "setup": None,
+    "demo": ["-m", "raylight.demo"],
+    "test": ["-m", "pytest", "-q"],
+    "lint": ["-m", "ruff", "check"],
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command, as the module's text tells. Returns the exit code."""
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    if command not in (*COMMANDS, "comfyui-path") or (rest and command in ("setup", "comfyui-path")):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        check_python(sys.version_info[:2])
+        checkouts = comfyui.checkout_paths(__file__, os.environ)
+        if command == "comfyui-path":
+            print(found_comfyui(checkouts).root)
+            return 0
+        host, env = set_up(checkouts)
+    except SetupError as error:
+        print(f"\nraylight: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nraylight: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    program = COMMANDS[command]
+    if program is None:
+        return 0
+    if command == "test" and not any(names_tests(argument, checkouts[0]) for argument in rest):
+        # Always a path inside tests/: it is by this that pytest finds its configuration there.
+        program = [*program, "tests"]
+    variables = {**os.environ, comfyui.VARIABLE: str(host.root)}
+    return run_child([str(env.python), *program, *rest], cwd=checkouts[0], environ=variables)
+
+
+def check_python(version: tuple[int, ...]) -> None:
+    if version < MINIMUM_PYTHON:
+        have, need = (".".join(map(str, numbers)) for numbers in (version, MINIMUM_PYTHON))
+        raise SetupError(f"this is Python {have}, but {need} or later is needed. Run it with such a Python.")
+
+
+def names_tests(argument: str, checkout: Path) -> bool:
+    """Whether an argument of pytest is a part of tests/, such as tests/setup or tests/setup/test_link.py::test_it."""
+    path = os.path.realpath(checkout / argument.split("::")[0])
+    return os.path.exists(path) and checkout / "tests" in Path(path).parents
+
+
+def found_comfyui(checkouts: list[Path]) -> comfyui.ComfyUI:
+    found = comfyui.find(checkouts, os.environ)
+    if found is None:
+        raise SetupError(f"there is no ComfyUI yet. Run the command setup, or set {comfyui.VARIABLE} to one of yours.")
+    return found
+
+
+def set_up(checkouts: list[Path]) -> tuple[comfyui.ComfyUI, environment.Environment]:
+    """Bring all that the demo and the tests need into place. Cheap when it already is."""
+    checkout = checkouts[0]
+    say(f"Python {'.'.join(map(str, sys.version_info[:3]))}")
+    host = comfyui.find(checkouts, os.environ)  # before the minutes that pip takes: COMFYUI_PATH may be wrong
+    env = environment.Environment(checkout / ".venv")
+    environment.create(env)
+    host = host or comfyui.fetch(checkout, env.python)
+    note = "" if host.is_supported else f", older than {comfyui.MINIMUM}, which Raylight is made for"
+    say(f"ComfyUI {host.version} {host.origin}: {host.root}{note}")
+    changed = environment.install(env, environment.requirements(env, checkout, host.root))
+    say(f"the environment {env.root} is {'complete now' if changed else 'up to date'}")
+    entry, made = link_into(host.root, checkout)
+    say(f"this checkout is {'now ' if made else ''}among ComfyUI's custom nodes: {entry}")
+    return host, env
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

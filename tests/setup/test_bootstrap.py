@@ -1,0 +1,98 @@
+"""The command line: what it runs, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raylight.setup import bootstrap
+from raylight.setup.comfyui import ComfyUI
+from raylight.setup.environment import Environment
+from raylight.setup.report import SetupError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def as_file(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run it as a person does, by its path, with nothing of this process's own path."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COMFYUI_PATH")}
+    script = ROOT / "raylight" / "setup" / "bootstrap.py"
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=cwd, env={**clean, **environ}, capture_output=True, text=True
+    )
+
+
+def test_comfyui_path_prints_the_path_only(tmp_path: Path) -> None:
+    for name in ("main.py", "nodes.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "comfy").mkdir()
+    result = as_file("comfyui-path", cwd=Path(tmp_path.anchor), COMFYUI_PATH=str(tmp_path))
+    assert (result.returncode, result.stdout) == (0, f"{tmp_path}\n")
+
+
+def test_rejects_a_wrong_comfyui_path_before_it_makes_anything(tmp_path: Path) -> None:
+    result = as_file("setup", cwd=tmp_path, COMFYUI_PATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "is not a ComfyUI" in result.stderr and "Traceback" not in result.stderr
+    assert "environment" not in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["setup", "more"], ["comfyui-path", "more"]])
+def test_rejects_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert bootstrap.main(arguments) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_rejects_an_old_python() -> None:
+    bootstrap.check_python((3, 10))
+    with pytest.raises(SetupError, match="this is Python 3.9, but 3.10 or later is needed"):
+        bootstrap.check_python((3, 9))
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path, dict[str, str]]]:
+    """Pretend that all is set up, and collect what would be run."""
+    runs: list[tuple[list[str], Path, dict[str, str]]] = []
+    monkeypatch.setattr(bootstrap, "set_up", lambda _: (ComfyUI(tmp_path, "here"), Environment(tmp_path / "venv")))
+    monkeypatch.setattr(bootstrap, "run_child", lambda command, cwd, environ: runs.append((command, cwd, environ)) or 5)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "program"),
+    [
+        (["demo"], ["-m", "raylight.demo"]),
+        (["demo", "--steps", "2"], ["-m", "raylight.demo", "--steps", "2"]),
+        (["test"], ["-m", "pytest", "-q", "tests"]),
+        (["test", "-k", "tests"], ["-m", "pytest", "-q", "tests", "-k", "tests"]),
+        (["test", "-x", "tests/setup"], ["-m", "pytest", "-q", "-x", "tests/setup"]),
+        (["test", "tests/setup/test_link.py::t"], ["-m", "pytest", "-q", "tests/setup/test_link.py::t"]),
+        (["lint"], ["-m", "ruff", "check"]),
+    ],
+)
+def test_runs_the_program_with_the_environment(
+    ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path, arguments: list[str], program: list[str]
+) -> None:
+    assert bootstrap.main(arguments) == 5
+    ((command, cwd, environ),) = ready
+    assert command == [str(Environment(tmp_path / "venv").python), *program]
+    assert cwd == ROOT and environ["COMFYUI_PATH"] == str(tmp_path)
+
+
+def test_setup_runs_nothing_more(ready: list[tuple[list[str], Path, dict[str, str]]]) -> None:
+    assert bootstrap.main(["setup"]) == 0 and ready == []
+
+
+def test_interrupted_setup_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: list[Path]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bootstrap, "set_up", interrupt)
+    assert bootstrap.main(["setup"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
