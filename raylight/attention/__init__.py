@@ -1,0 +1,1 @@
+"""Attention on one rank: kernels by name. torch only, never ComfyUI or Ray."""

@@ -1,0 +1,88 @@
+"""Attention of a split sequence: which calls exchange tokens, and which are already whole.
+
+The *kernel* computes softmax(QK')V on this rank; the *strategy* is what ranks exchange around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .plan import CrossAttention
+from .tokens import TokenState
+
+
+class Kernel(Protocol):
+    """Attention on one rank: q (B, H, Sq, D), k and v (B, Hkv, Sk, D), mask broadcastable to (B, H, Sq, Sk).
+
+    `Hkv` divides `H` (grouped queries). `scale` None stands for D ** -0.5. Returns (B, H, Sq, D).
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor: ...
+
+
+class Strategy(Protocol):
+    """Attention over the tokens of all ranks; `lengths[r]` tokens are on rank r, in rank order.
+
+    The mask is over the gathered tokens in rank order, its heads whole.
+    """
+
+    def __call__(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int],
+                 mask: Tensor | None, scale: float | None) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class AttentionCounts:
+    """What attention calls have seen: evidence that a plan splits and does not gather."""
+
+    exchanged: int = 0
+    local: int = 0
+    largest_query: int = 0
+
+
+class SequenceAttention:
+    """Routes each attention call of a forward by what its module's plan says."""
+
+    def __init__(self, tokens: TokenState, strategy: Strategy) -> None:
+        self._tokens = tokens
+        self._strategy = strategy
+        self.counts = AttentionCounts()
+
+    def __call__(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                 scale: float | None) -> Tensor:
+        """Attention of local q (B, H, Sq, D), k and v (B, Hkv, Sk, D); shapes and meaning as in `Kernel`.
+
+        Raises RuntimeError where the call does not fit the plan: attending over a shard would be wrong silently.
+        """
+        tokens, scope = self._tokens, self._tokens.scope
+        if not tokens.is_cut:
+            return kernel(q, k, v, mask, scale)
+        if scope is None:
+            raise RuntimeError("the plan does not say over which tokens this attention call goes")
+        streams = scope.query if isinstance(scope, CrossAttention) else scope.streams
+        lengths = tokens.lengths(streams)
+        if q.shape[2] != lengths[tokens.rank]:
+            raise RuntimeError(
+                f"attention has {q.shape[2]} queries on rank {tokens.rank} where the plan expects "
+                f"{lengths[tokens.rank]} tokens of {streams}"
+            )
+        self.counts.largest_query = max(self.counts.largest_query, q.shape[2])
+        if isinstance(scope, CrossAttention):
+            self.counts.local += 1
+            local_mask = None if mask is None else tokens.local_mask_rows(_four_dims(mask), streams)
+            return kernel(q, k, v, local_mask, scale)
+        if k.shape[2] != q.shape[2]:
+            raise RuntimeError(f"self-attention has {q.shape[2]} queries but {k.shape[2]} keys")
+        self.counts.exchanged += 1
+        whole_mask = None if mask is None else tokens.gathered_mask(_four_dims(mask), streams)
+        return self._strategy(kernel, q, k, v, lengths, whole_mask, scale)
+
+
+def _four_dims(mask: Tensor) -> Tensor:
+    """(Sq, Sk) or (B, Sq, Sk) as (B|1, 1, Sq, Sk)."""
+    if mask.ndim == 2:
+        return mask[None, None]
+    return mask[:, None] if mask.ndim == 3 else mask

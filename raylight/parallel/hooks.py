@@ -1,0 +1,106 @@
+"""Splitting a model by its plan: hooks on its modules, its code untouched.
+
+In the manner of context parallelism in diffusers (`ContextParallelSplitHook`), for uneven sizes and
+several streams.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .collectives import all_gather
+from .plan import Attention, Gather, Input, SequencePlan, Stream
+from .tokens import TokenState
+
+
+class SequenceHooks:
+    """The hooks of one plan on one model. `remove` leaves the model as it was."""
+
+    def __init__(self, model: nn.Module, plan: SequencePlan, tokens: TokenState, group: dist.ProcessGroup) -> None:
+        """Raises ValueError where the model does not have what the plan names, or has too few heads."""
+        self._plan, self._tokens, self._group = plan, tokens, group
+        self._handles: list[RemovableHandle] = []
+        heads = getattr(model, plan.heads)
+        if heads < tokens.degree:
+            raise ValueError(
+                f"{type(model).__name__} has {heads} attention heads, too few for a sequence degree of "
+                f"{tokens.degree}: choose a degree of at most {heads}"
+            )
+        self._handles.append(model.register_forward_pre_hook(lambda *_: tokens.begin()))
+        for path, rules in plan.inputs.items():
+            for module in matching(model, path, plan):
+                self._split_inputs(module, path, rules)
+        for path, attention in plan.attention.items():
+            for module in matching(model, path, plan):
+                self._mark_attention(module, attention)
+        for path, gather in plan.outputs.items():
+            for module in matching(model, path, plan):
+                self._gather_output(module, gather)
+        self._handles.append(model.register_forward_hook(self._check_all_gathered))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _split_inputs(self, module: nn.Module, path: str, rules: dict[str, Input]) -> None:
+        positions = _parameter_positions(module, path, rules, self._plan)
+        # Streams first: what is aligned with them needs their sizes.
+        ordered = sorted(rules.items(), key=lambda item: not isinstance(item[1], Stream))
+
+        def localize(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+            values = list(args)
+            for name, rule in ordered:
+                if name in kwargs:
+                    kwargs[name] = self._tokens.localize(kwargs[name], rule)
+                elif positions[name] < len(values):
+                    values[positions[name]] = self._tokens.localize(values[positions[name]], rule)
+            return tuple(values), kwargs
+
+        self._handles.append(module.register_forward_pre_hook(localize, with_kwargs=True))
+
+    def _mark_attention(self, module: nn.Module, attention: Attention) -> None:
+        self._handles.append(module.register_forward_pre_hook(lambda *_: self._tokens.push(attention)))
+        self._handles.append(module.register_forward_hook(lambda *_: self._tokens.pop()))
+
+    def _gather_output(self, module: nn.Module, gather: Gather) -> None:
+        def join(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            whole = all_gather(output, self._tokens.sizes(gather.stream), gather.dim, self._group)
+            self._tokens.leave(gather.stream)
+            return whole
+
+        self._handles.append(module.register_forward_hook(join))
+
+    def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:
+        open_streams = [gather.stream for gather in self._plan.outputs.values()
+                        if not self._tokens.has_left(gather.stream)]
+        if open_streams:
+            raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {open_streams}")
+        self._tokens.begin()  # frees what was kept for this forward
+
+
+def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Module]:
+    """The modules that a plan's path names. Raises ValueError when there is none."""
+    expression = re.compile(re.escape(path).replace(r"\*", r"\d+"))
+    found = [module for name, module in model.named_modules() if expression.fullmatch(name)]
+    if not found:
+        raise ValueError(f"the plan of {plan.model} names '{path}', which this {type(model).__name__} does not have")
+    return iter(found)
+
+
+def _parameter_positions(module: nn.Module, path: str, rules: dict[str, Input], plan: SequencePlan) -> dict[str, int]:
+    parameters = list(inspect.signature(module.forward).parameters)
+    missing = [name for name in rules if name not in parameters]
+    if missing:
+        raise ValueError(
+            f"the plan of {plan.model} names arguments {missing} of '{path}', "
+            f"but {type(module).__name__}.forward has {parameters}"
+        )
+    return {name: parameters.index(name) for name in rules}

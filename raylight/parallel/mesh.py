@@ -1,0 +1,18 @@
+"""One device mesh with named axes: every kind of parallelism is an axis of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.distributed.device_mesh import init_device_mesh
+
+from .shape import AXES, MeshShape
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def build_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
+    """The mesh of this world. Collective: every rank of the default process group calls it."""
+    return init_device_mesh(device.type, (shape.batch, shape.ring, shape.ulysses), mesh_dim_names=AXES)

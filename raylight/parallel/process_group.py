@@ -1,0 +1,69 @@
+"""Bringing a world of ranks up and down.
+
+Rank 0 hosts the store on a port that the system picks, so no port is ever fixed or guessed.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the ranks of one world meet. `timeout_s` bounds the meeting and every later collective."""
+
+    host: str
+    port: int
+    world_size: int
+    timeout_s: float
+
+    @property
+    def timeout(self) -> datetime.timedelta:
+        return datetime.timedelta(seconds=self.timeout_s)
+
+
+def host_store(host: str, world_size: int, timeout_s: float) -> tuple[dist.TCPStore, Rendezvous]:
+    """Open the store of a new world on `host`, on a free port. The caller is rank 0 and keeps the store alive."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+    return store, Rendezvous(host, store.port, world_size, timeout_s)
+
+
+def join_world(rendezvous: Rendezvous, rank: int, device: torch.device, store: dist.TCPStore | None = None) -> None:
+    """Make this process rank `rank` of the world. CPU tensors always go through gloo, CUDA tensors through NCCL."""
+    if store is None:
+        store = dist.TCPStore(
+            rendezvous.host, rendezvous.port, rendezvous.world_size, is_master=False, timeout=rendezvous.timeout
+        )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=rendezvous.world_size, timeout=rendezvous.timeout
+    )
+
+
+def leave_world() -> None:
+    """Take the process group down; does nothing when there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if `flag` is true on one of them. Collective, on the CPU."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    votes = torch.tensor([int(flag)])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def smallest(value: int) -> int:
+    """The smallest `value` of all ranks. Collective, on the CPU."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    least = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least.item())

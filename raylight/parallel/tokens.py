@@ -1,0 +1,162 @@
+"""Where the tokens of one forward are: which streams are cut, how, and what is aligned with them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .partition import offsets, partition
+from .plan import Aligned, Attention, Stream, TokenRanges
+
+
+class TokenState:
+    """Token bookkeeping of rank `rank` of `degree` ranks that split a sequence.
+
+    Streams are cut when they are first met after `begin`, so every size is known on every rank
+    without being exchanged.
+    """
+
+    def __init__(self, rank: int, degree: int) -> None:
+        self.rank = rank
+        self.degree = degree
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last forward, whether it ended or failed."""
+        self._sizes: dict[str, tuple[int, ...]] = {}
+        self._left: set[str] = set()
+        self._scopes: list[Attention] = []
+        self._cache: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some stream is local at this point of the forward."""
+        return len(self._sizes) > len(self._left)
+
+    def has_left(self, stream: str) -> bool:
+        return stream in self._left
+
+    def total(self, streams: Sequence[str]) -> int:
+        """Tokens of `streams` over all ranks."""
+        return sum(sum(self.sizes(name)) for name in streams)
+
+    def lengths(self, streams: Sequence[str]) -> list[int]:
+        """Tokens of `streams` together on each rank."""
+        return [sum(self.sizes(name)[rank] for name in streams) for rank in range(self.degree)]
+
+    def sizes(self, stream: str) -> tuple[int, ...]:
+        """Tokens of one stream on each rank."""
+        if stream not in self._sizes:
+            raise RuntimeError(f"token stream '{stream}' is used before the model handed it to a block")
+        return self._sizes[stream]
+
+    def spans(self, streams: Sequence[str], rank: int) -> list[tuple[int, int]]:
+        """`(start, stop)` of `rank`'s tokens of each stream, with the whole streams laid end to end."""
+        result, base = [], 0
+        for name in streams:
+            sizes = self.sizes(name)
+            start = base + offsets(sizes)[rank]
+            result.append((start, start + sizes[rank]))
+            base += sum(sizes)
+        return result
+
+    def leave(self, stream: str) -> None:
+        self._left.add(stream)
+
+    def push(self, scope: Attention) -> None:
+        self._scopes.append(scope)
+
+    def pop(self) -> None:
+        self._scopes.pop()
+
+    @property
+    def scope(self) -> Attention | None:
+        """What the innermost module being run says of its attention calls."""
+        return self._scopes[-1] if self._scopes else None
+
+    def localize(self, value: Any, rule: Stream | Aligned | TokenRanges) -> Any:
+        """This rank's part of an argument."""
+        if value is None:
+            return None
+        if isinstance(rule, TokenRanges):
+            return self._ranges(value, rule)
+        if isinstance(rule, Stream):
+            return self._cut(value, rule)
+        key = (id(value), rule)
+        if key not in self._cache:
+            # The original is kept beside its part so that its id cannot be reused within the forward.
+            self._cache[key] = (value, self._align(value, rule))
+        return self._cache[key][1]
+
+    def _cut(self, value: Tensor, rule: Stream) -> Tensor:
+        if rule.name in self._sizes:
+            return value
+        total = value.shape[rule.dim]
+        if total < self.degree:
+            raise ValueError(
+                f"the '{rule.name}' sequence has {total} tokens, too few for {self.degree} ranks: "
+                f"choose a sequence degree of at most {total}"
+            )
+        self._sizes[rule.name] = partition(total, self.degree)
+        (start, stop), = self.spans((rule.name,), self.rank)
+        # A copy: blocks add to their input in place, and the whole stream can be freed.
+        return value.narrow(rule.dim, start, stop - start).clone()
+
+    def _align(self, value: Tensor, rule: Aligned) -> Tensor:
+        rows, total = value.shape[rule.dim], self.total(rule.streams)
+        if rows == 1:
+            return value
+        spans = self.spans(rule.streams, self.rank)
+        if rows == total:
+            return torch.cat([value.narrow(rule.dim, start, stop - start) for start, stop in spans], dim=rule.dim)
+        if not rule.expand or rows > total:
+            raise RuntimeError(
+                f"an argument aligned with {rule.streams} has {rows} rows along dim {rule.dim} for {total} tokens"
+            )
+        # Rows that do not divide the tokens are repeated once more and the last of them cut short.
+        repeats = -(-total // rows)
+        index = torch.cat([torch.arange(start, stop, device=value.device) for start, stop in spans])
+        return value.index_select(rule.dim, index // repeats)
+
+    def _ranges(self, value: Sequence[Sequence[int]], rule: TokenRanges) -> list[tuple[int, ...]]:
+        pieces, base, local_base = [], 0, 0
+        for name in rule.streams:
+            sizes = self.sizes(name)
+            start = base + (0 if name in rule.local else offsets(sizes)[self.rank])
+            pieces.append((start, start + sizes[self.rank], local_base))
+            base += sizes[self.rank] if name in rule.local else sum(sizes)
+            local_base += sizes[self.rank]
+        result = []
+        for start, stop, *rest in value:
+            for low, high, local in pieces:
+                first, last = max(start, low), min(stop, high)
+                if first < last:
+                    result.append((first - low + local, last - low + local, *rest))
+        return result
+
+    def local_mask_rows(self, mask: Tensor, streams: Sequence[str]) -> Tensor:
+        """The rows of a mask (B|1, H|1, Sq|1, Sk) that belong to this rank's queries."""
+        if mask.shape[-2] == 1:
+            return mask
+        return torch.cat([mask[..., start:stop, :] for start, stop in self.spans(streams, self.rank)], dim=-2)
+
+    def gathered_mask(self, mask: Tensor, streams: Sequence[str]) -> Tensor:
+        """A mask (B|1, H|1, Sq|1, Sk) in the order in which an all-to-all gathers the ranks' tokens.
+
+        Each rank holds `[txt_r, img_r]`, so gathered tokens come rank by rank and not stream by stream.
+        """
+        total = self.total(streams)
+        if mask.shape[-1] != total or mask.shape[-2] not in (1, total):
+            raise RuntimeError(f"an attention mask of shape {tuple(mask.shape)} does not fit {total} tokens")
+        key = (id(mask), tuple(streams))
+        if key not in self._cache:
+            order = torch.cat([
+                torch.arange(start, stop, device=mask.device)
+                for rank in range(self.degree) for start, stop in self.spans(streams, rank)
+            ])
+            permuted = mask.index_select(-1, order)
+            self._cache[key] = (mask, permuted if mask.shape[-2] == 1 else permuted.index_select(-2, order))
+        return self._cache[key][1]

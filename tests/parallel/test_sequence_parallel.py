@@ -1,0 +1,50 @@
+"""Split against whole, on real gloo ranks."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import pytest
+from ranks import run_ranks, values
+from split_cases import CASES, one_rank_fails, split_toy, uneven_collectives, votes
+
+from raylight.parallel.partition import partition
+
+
+@functools.cache
+def toy_reports(world: int) -> list[dict]:
+    return values(run_ranks(world, split_toy))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_split_equals_whole(world: int, name: str) -> None:
+    case = CASES[name]
+    for rank, report in enumerate(toy_reports(world)):
+        error, largest_query, exchanged, fewest_heads = report[name]
+        assert error <= 1e-5
+        # Two joint blocks in each of two forwards, and no token attended by more than its own rank.
+        assert exchanged == 4
+        assert largest_query == partition(case.txt, world)[rank] + partition(case.img, world)[rank]
+        split_heads = case.kv_heads if case.kv_heads >= world else case.heads
+        assert fewest_heads == partition(split_heads, world)[rank] * (case.heads // split_heads)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_uneven_collectives(world: int) -> None:
+    assert all(values(run_ranks(world, uneven_collectives)))
+
+
+def test_votes() -> None:
+    assert values(run_ranks(3, votes)) == [(True, False, 98)] * 3
+
+
+@pytest.mark.parametrize("how", ["raises", "dies"])
+def test_a_fault_in_one_rank_ends_the_others(how: str) -> None:
+    started = time.monotonic()
+    answers = run_ranks(2, one_rank_fails, how, collective_timeout_s=10, timeout_s=60)
+    assert answers[0].error is not None and answers[0].error != "never answered"
+    if how == "raises":
+        assert "simulated fault" in answers[1].error
+    assert time.monotonic() - started < 45

@@ -1,0 +1,93 @@
+"""Token bookkeeping of one rank, without processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raylight.parallel.plan import Aligned, Stream, TokenRanges
+from raylight.parallel.tokens import TokenState
+
+
+def state(rank: int, degree: int, **streams: int) -> TokenState:
+    tokens = TokenState(rank, degree)
+    for name, total in streams.items():
+        tokens.localize(torch.zeros(1, total, 1), Stream(name))
+    return tokens
+
+
+def test_a_stream_is_cut_once_and_then_left_alone() -> None:
+    tokens = TokenState(1, 3)
+    whole = torch.arange(7.0).view(1, 7, 1)
+    part = tokens.localize(whole, Stream("x"))
+    assert part.flatten().tolist() == [3, 4]
+    assert tokens.localize(part, Stream("x")) is part
+    part += 1
+    assert whole.flatten().tolist() == list(range(7)), "blocks work in place on their own copy"
+
+
+def test_a_new_forward_forgets_the_last() -> None:
+    tokens = state(0, 2, x=5)
+    assert tokens.is_cut
+    tokens.begin()
+    assert not tokens.is_cut
+    with pytest.raises(RuntimeError, match="'x' is used before"):
+        tokens.sizes("x")
+
+
+def test_rows_of_a_joint_table_follow_both_streams() -> None:
+    tokens = state(1, 2, txt=3, img=5)
+    table = torch.arange(8).view(1, 8)
+    assert tokens.localize(table, Aligned(("txt", "img"))).tolist() == [[2, 6, 7]]
+
+
+def test_one_row_serves_all_tokens() -> None:
+    tokens = state(1, 2, x=5)
+    row = torch.zeros(1, 1, 4)
+    assert tokens.localize(row, Aligned(("x",))) is row
+
+
+@pytest.mark.parametrize(("rows", "total"), [(3, 9), (3, 10), (4, 6)])
+def test_rows_per_frame_are_repeated_over_their_tokens(rows: int, total: int) -> None:
+    repeats = -(-total // rows)
+    whole = torch.arange(rows).repeat_interleave(repeats)[:total]
+    parts = [state(rank, 2, x=total).localize(torch.arange(rows).view(1, rows), Aligned(("x",), expand=True))
+             for rank in range(2)]
+    assert torch.equal(torch.cat(parts, dim=1)[0], whole)
+
+
+def test_ranges_of_one_stream() -> None:
+    for rank, expected in ((0, [(0, 3, 0), (3, 5, 1)]), (1, [(0, 4, 1)])):
+        assert state(rank, 2, img=9).localize([(0, 3, 0), (3, 9, 1)], TokenRanges(("img",))) == expected
+
+
+def test_ranges_after_a_stream_counted_at_its_local_length() -> None:
+    # Two text tokens here, and image tokens 5 to 8 of 9: the range of the first six image tokens starts at 2.
+    tokens = state(1, 2, txt=4, img=9)
+    rule = TokenRanges(("txt", "img"), local=("txt",))
+    assert tokens.localize([(0, 8, 0), (8, 11, 1)], rule) == [(0, 2, 0), (2, 3, 0), (3, 6, 1)]
+
+
+def test_masks_are_put_in_the_order_of_gathered_tokens() -> None:
+    tokens = state(0, 2, txt=3, img=4)
+    keys = torch.arange(7.0).view(1, 1, 1, 7)
+    order = [0, 1, 3, 4, 2, 5, 6]
+    assert tokens.gathered_mask(keys, ("txt", "img")).flatten().tolist() == order
+    square = torch.arange(49.0).view(1, 1, 7, 7)
+    expected = square[..., order, :][..., order]
+    assert torch.equal(tokens.gathered_mask(square, ("txt", "img")), expected)
+
+
+def test_rejects_fewer_tokens_than_ranks() -> None:
+    with pytest.raises(ValueError, match=r"'txt' sequence has 2 tokens, too few for 3 ranks: .* at most 2"):
+        state(0, 3, txt=2)
+
+
+def test_rejects_a_table_that_does_not_fit() -> None:
+    with pytest.raises(RuntimeError, match="5 rows along dim 1 for 6 tokens"):
+        state(0, 2, x=6).localize(torch.zeros(1, 5), Aligned(("x",)))
+
+
+def test_rejects_a_mask_that_does_not_fit() -> None:
+    with pytest.raises(RuntimeError, match=r"\(1, 1, 1, 5\) does not fit 6 tokens"):
+        state(0, 2, x=6).gathered_mask(torch.zeros(1, 1, 1, 5), ("x",))

@@ -1,0 +1,74 @@
+"""Real gloo ranks for tests: one process each, and what each returned or raised."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import queue
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raylight.parallel.process_group import Rendezvous, host_store, join_world
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank did. `error` holds a traceback when it raised, or says that it never answered."""
+
+    value: Any = None
+    error: str | None = None
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0,
+              collective_timeout_s: float = 60.0) -> list[RankResult]:
+    """Call `function(rank, world_size, *args)` on that many gloo ranks; processes that do not end are killed."""
+    context = mp.get_context("spawn")
+    results: mp.Queue = context.Queue()
+    store, rendezvous = host_store("127.0.0.1", world_size, collective_timeout_s)
+    processes = [
+        context.Process(target=_rank, args=(rank, rendezvous, results, function, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    answers = [RankResult(error="never answered") for _ in range(world_size)]
+    deadline, missing = time.monotonic() + timeout_s, world_size
+    while missing and time.monotonic() < deadline:
+        try:
+            rank, answer = results.get(timeout=0.5)
+        except queue.Empty:
+            if not any(process.is_alive() for process in processes):
+                break
+            continue
+        answers[rank] = answer
+        missing -= 1
+    for process in processes:
+        process.join(timeout=10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    del store
+    return answers
+
+
+def values(answers: list[RankResult]) -> list[Any]:
+    """The ranks' values, when none raised."""
+    failed = [f"rank {rank}: {answer.error}" for rank, answer in enumerate(answers) if answer.error]
+    assert not failed, "\n".join(failed)
+    return [answer.value for answer in answers]
+
+
+def _rank(rank: int, rendezvous: Rendezvous, results: Any, function: Callable[..., Any], args: tuple) -> None:
+    torch.set_num_threads(1)
+    try:
+        join_world(rendezvous, rank, torch.device("cpu"))
+        answer = RankResult(value=function(rank, rendezvous.world_size, *args))
+        dist.destroy_process_group()
+    except BaseException:  # the parent is told, whatever it was
+        answer = RankResult(error=traceback.format_exc())
+    results.put((rank, answer))

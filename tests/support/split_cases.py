@@ -1,0 +1,136 @@
+"""What ranks do in the tests of sequence parallelism. Importable by name, because ranks are spawned."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from toy import TOY_PLAN, WIDTH, Toy, plain_kernel
+
+from raylight.parallel.attention import SequenceAttention
+from raylight.parallel.collectives import all_gather, exchange
+from raylight.parallel.hooks import SequenceHooks
+from raylight.parallel.mesh import build_mesh
+from raylight.parallel.partition import partition
+from raylight.parallel.process_group import any_rank, smallest
+from raylight.parallel.shape import MeshShape
+from raylight.parallel.tokens import TokenState
+from raylight.parallel.ulysses import UlyssesAttention
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one run of the toy. `mask` is one of "", "keys", "full", "heads", "2d", "bool"."""
+
+    txt: int = 7
+    img: int = 29
+    batch: int = 2
+    heads: int = 5
+    kv_heads: int = 5
+    frames: int = 1
+    mask: str = ""
+    scale: float | None = None
+
+
+CASES = {
+    "odd tokens, odd heads": Case(),
+    "batch of one": Case(batch=1),
+    "as many tokens as ranks": Case(txt=4, img=4),
+    "heads divide": Case(heads=12, kv_heads=12),
+    "a scale of its own": Case(scale=0.3),
+    "keys masked": Case(mask="keys"),
+    "every pair masked": Case(mask="full"),
+    "masked by head": Case(mask="heads"),
+    "mask without a batch": Case(mask="2d"),
+    "boolean mask": Case(mask="bool"),
+    "grouped queries": Case(heads=12, kv_heads=6),
+    "fewer key heads than ranks": Case(heads=6, kv_heads=1),
+    "modulation per frame": Case(frames=5),
+    "modulation per frame, dividing": Case(img=30, frames=3),
+}
+
+
+def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
+    total = case.txt + case.img
+    shapes = {
+        "keys": (case.batch, 1, 1, total), "full": (case.batch, total, total), "2d": (total, total),
+        "heads": (1, case.heads, total, total), "bool": (case.batch, 1, 1, total),
+    }
+    if not case.mask:
+        return None
+    mask = torch.randn(shapes[case.mask], generator=generator)
+    return mask > -0.5 if case.mask == "bool" else 2 * mask
+
+
+def split_toy(rank: int, world: int) -> dict[str, tuple[float, int, int]]:
+    """For each case: the largest error in units of the output's deviation, tokens attended, and calls exchanged."""
+    mesh = build_mesh(MeshShape(ulysses=world), torch.device("cpu"))
+    group = mesh.get_group("ulysses")
+    report = {}
+    for name, case in CASES.items():
+        torch.manual_seed(1)
+        model = Toy(case.heads, case.kv_heads).requires_grad_(False)
+        generator = torch.Generator().manual_seed(2)
+
+        def draw(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        wide = case.heads * WIDTH
+        inputs = {
+            "txt": draw(case.batch, case.txt, wide), "img": draw(case.batch, case.img, wide),
+            "table": draw(1, case.txt + case.img, wide), "frames": draw(1, case.frames, wide),
+            "context": draw(case.batch, 6, wide), "mask": make_mask(case, generator), "scale": case.scale,
+            "cross_mask": draw(case.batch, 1, case.img, 6),
+        }
+        copies = {key: t.clone() if torch.is_tensor(t) else t for key, t in inputs.items()}
+        expected = model(**copies, attend=plain_kernel)
+
+        tokens = TokenState(rank, world)
+        hooks = SequenceHooks(model, TOY_PLAN, tokens, group)
+        attention = SequenceAttention(tokens, UlyssesAttention(group))
+        seen = []
+
+        def kernel(q, k, v, mask, scale, seen=seen):
+            seen.append(q.shape[1])
+            return plain_kernel(q, k, v, mask, scale)
+
+        def attend(q, k, v, mask, scale, attention=attention, kernel=kernel):
+            return attention(kernel, q, k, v, mask, scale)
+
+        for _ in range(2):  # the second forward must not remember the first
+            actual = model(**inputs, attend=attend)
+        hooks.remove()
+        error = ((actual - expected).abs().max() / expected.std()).item()
+        report[name] = (error, attention.counts.largest_query, attention.counts.exchanged, min(seen))
+    return report
+
+
+def uneven_collectives(rank: int, world: int) -> bool:
+    """All-gather and exchange of pieces of different sizes give every rank the right rows."""
+    sizes = partition(world + 1, world)
+    start = sum(sizes[:rank])
+    whole = torch.arange((world + 1) * 6.0).view(2, world + 1, 3)
+    gathered = all_gather(whole[:, start:start + sizes[rank]], sizes, 1, torch.distributed.group.WORLD)
+    assert torch.equal(gathered, whole)
+
+    pieces = [[torch.full((rank + 1, d + 1), 10.0 * rank + d), torch.full((1,), float(d))] for d in range(world)]
+    shapes = [[(s + 1, rank + 1), (1,)] for s in range(world)]
+    for s, (block, single) in enumerate(exchange(pieces, shapes, torch.distributed.group.WORLD)):
+        assert torch.equal(block, torch.full((s + 1, rank + 1), 10.0 * s + rank))
+        assert single.item() == rank
+    return True
+
+
+def votes(rank: int, world: int) -> tuple[bool, bool, int]:
+    """One rank's wish is known to all, and the smallest number too."""
+    return any_rank(rank == world - 1), any_rank(False), smallest(100 - rank)
+
+
+def one_rank_fails(rank: int, world: int, how: str) -> None:
+    """Rank 1 fails inside a forward; the others are in an exchange with it."""
+    if rank == 1:
+        if how == "dies":
+            os._exit(3)
+        raise RuntimeError("simulated fault")
+    split_toy(rank, world)
