@@ -1,0 +1,39 @@
+"""One small declarative file per model family; this finds the plan of a model."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from torch import nn
+
+from raylight.parallel.plan import SequencePlan
+
+
+@functools.cache
+def all_plans() -> dict[str, SequencePlan]:
+    """Every plan of this folder, by the import path of its model class."""
+    plans: dict[str, SequencePlan] = {}
+    for info in pkgutil.iter_modules(__path__):
+        for plan in importlib.import_module(f"{__name__}.{info.name}").PLANS:
+            if plan.model in plans:
+                raise ValueError(f"{plan.model} has two plans")
+            plans[plan.model] = plan
+    return plans
+
+
+def plan_for(model: nn.Module) -> SequencePlan:
+    """The plan of a model's class. Raises ValueError, naming the class, where there is none.
+
+    A subclass does not inherit its parent's plan: it may add streams that the plan does not know.
+    """
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    plan = all_plans().get(name)
+    if plan is None:
+        known = ", ".join(sorted(path.rpartition(".")[2] for path in all_plans()))
+        raise ValueError(
+            f"no sequence plan for {name}: this model cannot be split over several workers yet. "
+            f"Models with a plan: {known}. Use GPU = 1, or ComfyUI's own loader."
+        )
+    return plan
