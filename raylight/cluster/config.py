@@ -1,0 +1,62 @@
+"""What makes one session of workers different from another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from raylight.parallel.shape import MeshShape
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSpec:
+    """What each worker runs once it has joined its world.
+
+    `factory(context, settings)` returns the object whose methods a session calls. It is named by
+    reference, so its module must be importable in a worker under a plain name: `python_path` holds the
+    folders for that, in order.
+    """
+
+    factory: Callable[..., Any]
+    settings: Any
+    python_path: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """Everything for which workers must be started anew when it changes.
+
+    `address` is "local" for a Ray of one's own, else that of a running cluster. `gpu_select` are indices of
+    this machine's GPUs, empty for any. Times in seconds, memory in bytes; `object_store_bytes` None leaves it to Ray.
+    """
+
+    mesh: MeshShape
+    device_type: str
+    address: str = LOCAL
+    namespace: str = "default"
+    gpu_select: tuple[int, ...] = ()
+    object_store_bytes: int | None = None
+    start_timeout_s: float = 180.0
+    collective_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.gpu_select and len(self.gpu_select) != self.world_size:
+            raise ValueError(
+                f"GPU_SELECT names {len(self.gpu_select)} GPUs ({', '.join(map(str, self.gpu_select))}) "
+                f"for {self.world_size} workers: name one for each, or none"
+            )
+        if len(set(self.gpu_select)) != len(self.gpu_select):
+            raise ValueError(f"GPU_SELECT names a GPU twice: {', '.join(map(str, self.gpu_select))}")
+        if self.gpu_select and self.address != LOCAL:
+            raise ValueError("GPU_SELECT works with ray_cluster_address = local only: a cluster places its own workers")
+
+    @property
+    def world_size(self) -> int:
+        return self.mesh.world_size
+
+    @property
+    def is_local(self) -> bool:
+        return self.address == LOCAL

@@ -1,0 +1,50 @@
+"""The one session of this process: GPUs have one owner, so a new configuration replaces the old."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from . import local_ray
+from .config import ServiceSpec, SessionConfig
+from .session import Session
+
+logger = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+_session: Session | None = None
+
+
+def session(config: SessionConfig, service: ServiceSpec) -> Session:
+    """The session of `config`: the running one if it is of this configuration and alive, else a new one."""
+    global _session
+    with _lock:
+        if _session is not None and (_session.config != config or not _session.alive):
+            if _session.alive:
+                logger.info("the workers are started anew: their configuration has changed")
+            _stop(_session, config)
+            _session = None
+        if _session is None:
+            _session = Session(config, service)
+        return _session
+
+
+def close() -> None:
+    """End the running session and, if it is ours, Ray."""
+    global _session
+    with _lock:
+        if _session is not None:
+            _stop(_session, None)
+            _session = None
+
+
+def _stop(old: Session, successor: SessionConfig | None) -> None:
+    old.close()
+    keeps_ray = (
+        successor is not None and old.config.is_local and successor.is_local
+        and successor.namespace == old.config.namespace
+        and successor.object_store_bytes == old.config.object_store_bytes
+        and local_ray.has_room(successor)
+    )
+    if not keeps_ray:
+        local_ray.disconnect()

@@ -1,0 +1,52 @@
+"""Which processor each rank gets, and the environment that its process starts with."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from .config import ServiceSpec, SessionConfig
+from .local_ray import loopback_interface
+
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def reserve(config: SessionConfig) -> PlacementGroup:
+    """Reserve one bundle per rank. Raises RuntimeError, with what is free, when they cannot be had."""
+    bundle = {"CPU": 1.0}
+    if config.device_type == "cuda" and not config.gpu_select:
+        bundle["GPU"] = 1.0
+    group = placement_group([dict(bundle) for _ in range(config.world_size)], strategy="PACK")
+    if not group.wait(timeout_seconds=config.start_timeout_s if not config.is_local else 30):
+        free = ray.available_resources()
+        remove_placement_group(group)
+        raise RuntimeError(
+            f"{config.world_size} workers need {bundle} each, but Ray has free: "
+            f"{free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs. Lower GPU, or free what uses them."
+        )
+    return group
+
+
+def environment(config: SessionConfig, service: ServiceSpec, rank: int) -> dict[str, str]:
+    """Environment variables of a rank's process."""
+    path = [*service.python_path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
+    for name in ALLOCATOR_VARIABLES:
+        if "cudaMallocAsync" in os.environ.get(name, ""):
+            # ComfyUI sets this allocator for itself; with NCCL it runs out of memory.
+            kept = [part for part in os.environ[name].split(",") if not part.startswith("backend:")]
+            variables[name] = ",".join(kept)
+    interface = loopback_interface() if config.is_local else None
+    if interface is not None:
+        variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    if config.gpu_select:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(max(config.gpu_select) + 1)]
+        variables |= {
+            "CUDA_VISIBLE_DEVICES": names[config.gpu_select[rank]],
+            # The choice above is the person's; Ray would replace it by its own.
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        }
+    return variables

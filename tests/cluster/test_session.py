@@ -1,0 +1,179 @@
+"""Sessions on real Ray, with a service that knows nothing of models."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import echo_service
+import psutil
+import pytest
+import ray
+
+from raylight.cluster import current
+from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.cluster.errors import RunCancelled, WorkerError
+from raylight.parallel.shape import MeshShape
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICE = ServiceSpec(echo_service.open_service, "settings", (str(ROOT), str(ROOT / "tests" / "support")))
+
+
+def config(workers: int = 2, **changes: object) -> SessionConfig:
+    return SessionConfig(MeshShape(ulysses=workers), "cpu", **changes)
+
+
+def pids(session: object) -> list[int]:
+    return [place.pid for place in session.places.values()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_of_module():
+    yield
+    current.close()
+    assert not ray.is_initialized()
+
+
+def test_rank_zero_answers_and_streams() -> None:
+    session = current.session(config(), SERVICE)
+    events: list = []
+    assert session.run("count", 5, on_event=events.append) == ("rank 0 of 2", "settings", 5)
+    assert events == list(range(5))
+
+
+def test_an_argument_travels_once() -> None:
+    session = current.session(config(), SERVICE)
+    assert session.run("same_object", b"x" * 300_000) is True
+
+
+def test_the_session_is_kept_until_its_configuration_changes() -> None:
+    first = current.session(config(), SERVICE)
+    assert current.session(config(), SERVICE) is first
+    third = current.session(config(3), SERVICE)
+    assert third is not first and not first.alive and len(third.places) == 3
+    _wait_gone(pids(first))
+
+
+def test_cancel_ends_all_ranks_and_the_next_run_works() -> None:
+    session = current.session(config(), SERVICE)
+    asked = threading.Event()
+    started = time.monotonic()
+    with pytest.raises(RunCancelled):
+        session.run("count_slowly", 1000, on_event=lambda _: asked.set(), wants_cancel=asked.is_set)
+    assert time.monotonic() - started < 10
+    assert session.alive
+    assert session.run("count", 1)[2] == 1
+
+
+def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped() -> None:
+    session = current.session(config(), SERVICE)
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.run("count_slowly", 1000, on_event=stop)
+    assert session.run("count", 1)[2] == 1
+
+
+def test_a_refusal_that_all_ranks_agree_on_is_told_plainly() -> None:
+    session = current.session(config(), SERVICE)
+    with pytest.raises(ValueError, match=r"^no such thing$"):
+        session.run("refuse")
+    assert session.alive
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    ("fail_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) failed: RuntimeError: rank 1 is unwell"),
+    ("die_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died"),
+])
+def test_a_failing_rank_is_named_and_the_next_session_works(method: str, message: str) -> None:
+    session = current.session(config(), SERVICE)
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=message):
+        session.run(method)
+    assert time.monotonic() - started < 20
+    assert not session.alive
+    assert current.session(config(), SERVICE).run("count", 2)[2] == 2
+
+
+def test_only_loopback_is_listened_on() -> None:
+    session = current.session(config(), SERVICE)
+    ours = {psutil.Process(pid) for pid in pids(session)}
+    ours |= {child for child in psutil.Process().children(recursive=True)}
+    open_to_all = [
+        (process.name(), connection.laddr) for process in ours if process.is_running()
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN and not _is_loopback(connection.laddr.ip)
+    ]
+    assert open_to_all == []
+
+
+def test_rejects_a_cluster_that_does_not_answer() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at ray_cluster_address = {address}"):
+            current.session(config(address=address), SERVICE)
+
+
+def test_rejects_gpu_select_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="names 1 GPUs .* for 2 workers"):
+        config(gpu_select=(0,))
+    with pytest.raises(ValueError, match="names a GPU twice"):
+        config(gpu_select=(1, 1))
+    with pytest.raises(ValueError, match="local only"):
+        config(gpu_select=(0, 1), address="10.0.0.1:6379")
+
+
+@pytest.mark.parametrize("how", ["ends", "is killed"])
+def test_nothing_is_left_when_the_driver(how: str) -> None:
+    code = (
+        "import sys, time; sys.path[:0] = sys.argv[1:3]\n"
+        "import echo_service\n"
+        "from raylight.cluster import current\n"
+        "from raylight.cluster.config import ServiceSpec, SessionConfig\n"
+        "from raylight.parallel.shape import MeshShape\n"
+        "service = ServiceSpec(echo_service.open_service, None, tuple(sys.argv[1:3]))\n"
+        "session = current.session(SessionConfig(MeshShape(ulysses=2), 'cpu'), service)\n"
+        "print(*[place.pid for place in session.places.values()], flush=True)\n"
+        "time.sleep(float(sys.argv[3]))\n"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests" / "support"), "0" if how == "ends" else "600"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": ""},
+    )
+    started = [int(pid) for pid in driver.stdout.readline().split()]
+    family = started + [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
+    assert len(started) == 2 and len(family) > 4
+    if how == "is killed":
+        driver.kill()
+    driver.wait(timeout=60)
+    _wait_gone(family)
+
+
+def _is_loopback(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def _wait_gone(processes: list[int], timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while (left := [pid for pid in processes if _runs(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

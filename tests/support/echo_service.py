@@ -1,0 +1,51 @@
+"""A service for tests of sessions: what it does is visible from outside."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raylight.cluster.actor import RankContext, Run
+
+
+class EchoService:
+    def __init__(self, context: RankContext, settings: Any) -> None:
+        self.context, self.settings = context, settings
+
+    def count(self, run: Run, steps: int) -> tuple:
+        for step in range(steps):
+            run.emit(step)
+        return f"rank {self.context.rank} of {self.context.world_size}", self.settings, steps
+
+    def count_slowly(self, run: Run, steps: int) -> None:
+        for step in range(steps):
+            time.sleep(0.05)
+            run.emit(step)
+            run.check_cancelled()
+
+    def same_object(self, run: Run, data: bytes) -> bool:
+        """Whether all ranks were given the same bytes."""
+        total = torch.tensor([sum(data[:1000])])
+        dist.all_reduce(total)
+        return total.item() == self.context.world_size * sum(data[:1000])
+
+    def refuse(self, run: Run) -> None:
+        raise ValueError("no such thing")
+
+    def fail_alone(self, run: Run) -> None:
+        if self.context.rank == 1:
+            raise RuntimeError("rank 1 is unwell")
+        dist.barrier()
+
+    def die_alone(self, run: Run) -> None:
+        if self.context.rank == 1:
+            os._exit(1)
+        dist.barrier()
+
+
+def open_service(context: RankContext, settings: Any) -> EchoService:
+    return EchoService(context, settings)
