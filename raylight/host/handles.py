@@ -1,0 +1,31 @@
+"""What travels along a graph's links: descriptions, never live workers.
+
+ComfyUI caches what nodes return for as long as it likes. A description cannot go stale: whoever
+uses it gets the workers that are there now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raylight.cluster.config import SessionConfig
+
+from .recipe import ModelRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The workers that a graph asks for. `attention` is the name of their kernel; with `free_memory_after` they move
+    the model out of GPU memory after each run."""
+
+    config: SessionConfig
+    attention: str
+    free_memory_after: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RayModel:
+    """A model on workers: what the loader node hands to the sampler node."""
+
+    workers: Workers
+    recipe: ModelRecipe

@@ -1,0 +1,33 @@
+"""How to build the same model again in another process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecipe:
+    """A diffusion model file and how to load it. Two equal recipes give the same weights.
+
+    `size` (bytes) and `modified_ns` tell a file from its replacement under the same name.
+    """
+
+    path: str
+    weight_dtype: str
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: str, weight_dtype: str) -> ModelRecipe:
+        """The recipe of a file as it is now. Raises FileNotFoundError or ValueError."""
+        if weight_dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"weight_dtype = {weight_dtype} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}")
+        status = os.stat(path)
+        return cls(os.path.abspath(path), weight_dtype, status.st_size, status.st_mtime_ns)
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)

@@ -1,0 +1,80 @@
+"""What a worker does: hold models, split them, and run samplers on them."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+from torch import Tensor
+
+from raylight.attention.kernels import kernel
+from raylight.cluster.actor import RankContext, Run
+from raylight.parallel.attention import SequenceAttention
+from raylight.parallel.hooks import SequenceHooks
+from raylight.parallel.tokens import TokenState
+from raylight.parallel.ulysses import UlyssesAttention
+from raylight.plans import plan_for
+
+from . import attention_hook, model, sampling
+from .job import SampleJob
+from .model import ModelInfo, RankPatcher
+from .recipe import ModelRecipe
+
+logger = logging.getLogger(__name__)
+
+
+class ModelService:
+    """The models of one rank. Every method is called on all ranks alike."""
+
+    def __init__(self, context: RankContext) -> None:
+        self._context = context
+        self._recipe: ModelRecipe | None = None
+        self._patcher: RankPatcher | None = None
+        self._attention: SequenceAttention | None = None
+
+    def load(self, run: Run, recipe: ModelRecipe) -> ModelInfo:
+        """Hold the model of `recipe`, split over the ranks; does nothing when it is held already.
+
+        Raises ValueError for a file that is no such model, a model without a plan, or too few heads. The
+        model held before is gone then, and the session stays usable.
+        """
+        if self._recipe != recipe or self._patcher is None:
+            self._unload()
+            patcher = model.load(recipe)
+            self._split(patcher)
+            self._recipe, self._patcher = recipe, patcher
+            logger.info("rank %d holds %s", run.rank, recipe.name)
+        return model.info(recipe, self._patcher)
+
+    def sample(self, run: Run, job: SampleJob) -> Tensor | None:
+        """Run a sampler; rank 0 returns the latent (B, C, [T,] H, W) on the CPU, the others None.
+
+        Emits `StepDone` after every step, and can be cancelled there.
+        """
+        self.load(run, job.recipe)
+        patcher = self._patcher.clone()
+        if self._attention is not None:
+            attention_hook.install(patcher.model_options, self._attention, kernel(job.attention))
+        samples = sampling.sample(run, patcher, job)
+        if job.free_memory_after:
+            self._free_memory()
+        return samples if run.rank == 0 else None
+
+    def _split(self, patcher: RankPatcher) -> None:
+        group = self._context.mesh.get_group("ulysses")
+        axis = self._context.mesh["ulysses"]
+        if axis.size() == 1:
+            return
+        diffusion_model = patcher.model.diffusion_model
+        tokens = TokenState(axis.get_local_rank(), axis.size())
+        SequenceHooks(diffusion_model, plan_for(diffusion_model), tokens, group)
+        self._attention = SequenceAttention(tokens, UlyssesAttention(group))
+
+    def _unload(self) -> None:
+        self._recipe = self._patcher = self._attention = None
+        self._free_memory()
+
+    @staticmethod
+    def _free_memory() -> None:
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()

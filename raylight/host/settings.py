@@ -1,0 +1,65 @@
+"""ComfyUI's settings, carried to workers.
+
+A worker never runs ComfyUI's `main.py`, so what that parses and sets up is captured here in the driver
+and applied in the worker before the first import of a module that reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PACK_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """The parsed command line and the model folders of the ComfyUI that started the workers."""
+
+    arguments: dict[str, Any]
+    model_folders: dict[str, tuple[tuple[str, ...], frozenset[str]]] = field(default_factory=dict)
+
+
+def comfy_root() -> str:
+    """The folder of the ComfyUI in whose process this runs."""
+    import comfy.options  # this module must be importable before ComfyUI is set up
+
+    return str(Path(comfy.options.__file__).resolve().parents[1])
+
+
+def python_path() -> tuple[str, ...]:
+    """Where workers find ComfyUI and this pack. ComfyUI first: both have a module named `nodes`."""
+    return comfy_root(), str(PACK_ROOT)
+
+
+def capture() -> HostSettings:
+    """The settings of this process."""
+    import folder_paths
+    from comfy.cli_args import args
+
+    folders = {
+        name: (tuple(os.path.abspath(path) for path in paths), frozenset(extensions))
+        for name, (paths, extensions) in folder_paths.folder_names_and_paths.items()
+    }
+    return HostSettings(dict(vars(args)), folders)
+
+
+def apply(settings: HostSettings, device_type: str) -> None:
+    """Set ComfyUI up in a worker. Must come before any other import of ComfyUI in that process."""
+    if "comfy.model_management" in sys.modules:
+        raise RuntimeError("ComfyUI was imported in this worker before its settings were applied")
+    from comfy.cli_args import args
+
+    vars(args).update(settings.arguments)
+    args.cpu = device_type == "cpu"
+    # The worker's one GPU is chosen by Ray; the driver's choice of device is not the worker's.
+    args.cuda_device = args.default_device = None
+
+    import folder_paths
+
+    folder_paths.folder_names_and_paths.update(
+        {name: (list(paths), set(extensions)) for name, (paths, extensions) in settings.model_folders.items()}
+    )
