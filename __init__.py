@@ -1,0 +1,14 @@
+"""What ComfyUI imports: registers the nodes, and does nothing else."""
+
+import os
+import sys
+
+# `raylight` must have its plain name, here and in the workers, because Ray pickles by module name.
+# Appended, since ComfyUI's own `nodes` must stay what `import nodes` finds.
+_ROOT = os.path.dirname(os.path.realpath(__file__))
+if _ROOT not in sys.path:
+    sys.path.append(_ROOT)
+
+from .nodes import comfy_entrypoint  # noqa: E402
+
+__all__ = ["comfy_entrypoint"]

@@ -1,0 +1,153 @@
+"""Ray initializer, plain and advanced: which workers to use and how they share the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from raylight.attention import kernels
+
+from .options import check, workers_from
+from .types import CATEGORY, RayActorsInit
+
+
+def _address() -> io.Input:
+    return io.String.Input(
+        "ray_cluster_address", default="local",
+        tooltip="'local' starts Ray on this machine, reachable from this machine only. Or the host:port of a running "
+                "Ray cluster.",
+    )
+
+
+def _namespace() -> io.Input:
+    return io.String.Input(
+        "ray_cluster_namespace", default="default", advanced=True,
+        tooltip="Ray namespace. Matters only when several programs share one cluster.",
+    )
+
+
+def _workers() -> io.Input:
+    return io.Int.Input(
+        "GPU", default=2, min=1, max=64,
+        tooltip="How many workers: one per GPU. On a machine without a GPU this many CPU workers are started.",
+    )
+
+
+def _degree(name: str, default: int, minimum: int, tooltip: str) -> io.Input:
+    return io.Int.Input(name, default=default, min=minimum, max=64, tooltip=tooltip)
+
+
+def _ulysses() -> io.Input:
+    return _degree("ulysses_degree", 2, 1, "Workers that split the tokens of one image or video among them (Ulysses). "
+                                           "Any number up to the model's attention heads.")
+
+
+def _ring() -> io.Input:
+    return _degree("ring_degree", 1, 1, "Workers that pass keys and values around in a ring. "
+                                        "Only 1 is available in this version.")
+
+
+def _cfg() -> io.Input:
+    return _degree("cfg_degree", 1, 1, "Workers that share positive and negative prompt between them. "
+                                       "Only 1 is available in this version.")
+
+
+def _dp() -> io.Input:
+    return _degree("dp_degree", 1, 0, "Workers that each make images of their own; 0 takes what is left over. "
+                                      "Only 1 is available in this version.")
+
+
+def _flag(name: str, tooltip: str) -> io.Input:
+    return io.Boolean.Input(name, default=False, tooltip=tooltip, advanced=True)
+
+
+def _flags() -> dict[str, io.Input]:
+    return {
+        "sync_ulysses": _flag("sync_ulysses", "Has no effect: exchanges are always ordered. Kept for saved workflows."),
+        "clear": _flag("clear_vram_after_sampling",
+                       "Move the model out of GPU memory after each run: more room until the next, which is slower."),
+        "fsdp": _flag("FSDP", "Split the model's weights over the workers. Not available in this version."),
+        "offload": _flag("FSDP_CPU_OFFLOAD", "Keep the split weights in system memory. Not available in this version."),
+        "attention": io.Combo.Input(
+            "XFuser_attention", options=list(kernels.NAMES), default="TORCH_FLASH",
+            tooltip="What computes attention on each worker. The TORCH choices need nothing installed.",
+        ),
+        "skip": _flag("skip_comm_test", "Has no effect in this version. Kept for saved workflows."),
+        "mmap": _flag("use_mmap", "Has no effect: model files are always memory-mapped. Kept for saved workflows."),
+    }
+
+
+class RayInitializer(io.ComfyNode):
+    """Chooses the workers, one per GPU, and how they share the work.
+
+    Workers start when a model is loaded on them, and stay for the next prompt.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        flags = _flags()
+        return io.Schema(
+            node_id="RayInitializer",
+            display_name="Ray Initializer",
+            category=CATEGORY,
+            description=cls.__doc__,
+            search_aliases=["multi gpu", "ulysses", "sequence parallel", "workers"],
+            inputs=[
+                _address(), _namespace(), _workers(), _ulysses(), _ring(), _cfg(), _dp(), flags["sync_ulysses"],
+                flags["clear"], flags["fsdp"], flags["offload"], flags["attention"], flags["skip"], flags["mmap"],
+            ],
+            outputs=[RayActorsInit.Output(display_name="ray_actors_init", tooltip="The workers, for a Ray loader.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, GPU: int | None = None, ulysses_degree: int | None = None,  # noqa: N803
+                        ring_degree: int | None = None, cfg_degree: int | None = None, dp_degree: int | None = None,
+                        FSDP: bool | None = None, FSDP_CPU_OFFLOAD: bool | None = None,  # noqa: N803
+                        XFuser_attention: str | None = None) -> bool | str:  # noqa: N803
+        return check(locals())
+
+    @classmethod
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(workers_from(inputs))
+
+
+class RayInitializerAdvanced(io.ComfyNode):
+    """Ray Initializer with the choice of GPUs and the settings of Ray itself."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        flags = _flags()
+        return io.Schema(
+            node_id="RayInitializerAdvanced",
+            display_name="Ray Initializer (Advanced)",
+            category=CATEGORY,
+            description=cls.__doc__,
+            search_aliases=["multi gpu", "select gpu", "sequence parallel"],
+            inputs=[
+                _address(), _namespace(), _workers(),
+                io.String.Input("GPU_SELECT", default="",
+                                tooltip="Which GPUs, by index, such as 0,2. Empty: Ray chooses."),
+                _ulysses(), _ring(), flags["clear"], _cfg(), _dp(), flags["sync_ulysses"], flags["fsdp"],
+                flags["offload"], flags["attention"], flags["skip"], flags["mmap"],
+                io.Float.Input("ray_object_store_gb", default=2.0, min=0.1, max=1024.0, step=0.1, optional=True,
+                               tooltip="Shared memory for what travels between ComfyUI and the workers, in GB."),
+                io.String.Input("ray_dashboard_address", default="None", optional=True, advanced=True,
+                                tooltip="Has no effect: the dashboard is off. Kept for saved workflows."),
+                io.String.Input("torch_dist_address", default="127.0.0.1:29500", optional=True, advanced=True,
+                                tooltip="Has no effect: a free port is always chosen. Kept for saved workflows."),
+            ],
+            outputs=[RayActorsInit.Output(display_name="ray_actors_init", tooltip="The workers, for a Ray loader.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, GPU: int | None = None, GPU_SELECT: str | None = None,  # noqa: N803
+                        ulysses_degree: int | None = None, ring_degree: int | None = None,
+                        cfg_degree: int | None = None, dp_degree: int | None = None,
+                        FSDP: bool | None = None, FSDP_CPU_OFFLOAD: bool | None = None,  # noqa: N803
+                        XFuser_attention: str | None = None) -> bool | str:  # noqa: N803
+        return check(locals())
+
+    @classmethod
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(workers_from(inputs))

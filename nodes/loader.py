@@ -1,0 +1,65 @@
+"""Ray UNET loader: a diffusion model on the workers."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+from comfy_api.latest import io
+
+from raylight.host.handles import RayModel, Workers
+from raylight.host.recipe import WEIGHT_DTYPES, ModelRecipe
+
+from .engine import driver
+from .types import CATEGORY, RayActors, RayActorsInit
+
+FOLDERS = ("diffusion_models", "checkpoints")
+
+
+class RayUNETLoader(io.ComfyNode):
+    """Loads a diffusion model on every worker, split by sequence over them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RayUNETLoader",
+            display_name="Load Diffusion Model (Ray)",
+            category=CATEGORY,
+            description=cls.__doc__,
+            search_aliases=["ray unet loader", "multi gpu model"],
+            inputs=[
+                io.Combo.Input("unet_name", options=_files(),
+                               tooltip="A model file in models/diffusion_models or models/checkpoints."),
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default",
+                               tooltip="The type that weights are kept in. 'default' takes what the file has, as "
+                                       "far as the GPU can use it."),
+                RayActorsInit.Input("ray_actors_init", tooltip="The workers, from a Ray initializer."),
+            ],
+            outputs=[RayActors.Output(display_name="ray_actors", tooltip="The model on its workers.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int]:
+        # A file replaced under the same name is another model.
+        status = os.stat(_path(unet_name))
+        return status.st_size, status.st_mtime_ns
+
+    @classmethod
+    def execute(cls, unet_name: str, weight_dtype: str, ray_actors_init: Workers) -> io.NodeOutput:
+        model = RayModel(ray_actors_init, ModelRecipe.of(_path(unet_name), weight_dtype))
+        driver().load(model)
+        return io.NodeOutput(model)
+
+
+def _files() -> list[str]:
+    return list(dict.fromkeys(name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)))
+
+
+def _path(name: str) -> str:
+    """The full path of a model file. Raises FileNotFoundError, naming where it was looked for."""
+    for folder in FOLDERS:
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return path
+    places = ", ".join(path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder))
+    raise FileNotFoundError(f"the model file {name} is not in {places}")

@@ -1,0 +1,90 @@
+"""From the initializer's inputs to a description of workers, with every refusal in one place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from raylight.attention import kernels
+from raylight.cluster.config import LOCAL, SessionConfig
+from raylight.host.handles import Workers
+from raylight.parallel.shape import MeshShape
+
+logger = logging.getLogger(__name__)
+
+_UNAVAILABLE_DEGREES = ("ring_degree", "cfg_degree", "dp_degree")
+_IGNORED = {"sync_ulysses": False, "skip_comm_test": False, "use_mmap": False, "ray_dashboard_address": "None",
+            "torch_dist_address": "127.0.0.1:29500"}
+
+
+def check(inputs: Mapping[str, Any]) -> bool | str:
+    """True, or what is wrong with the inputs that are known; a linked input is None and is judged when it runs."""
+    if any(inputs.get(name) is None for name in ("GPU", "ulysses_degree", *_UNAVAILABLE_DEGREES)):
+        return True
+    try:
+        _validate(inputs)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def workers_from(inputs: Mapping[str, Any]) -> Workers:
+    """The workers that the inputs describe. Raises ValueError naming the input, its value and what would fit."""
+    _validate(inputs)
+    ignored = [name for name, default in _IGNORED.items() if inputs.get(name, default) != default]
+    if ignored:
+        logger.info("these inputs of the Ray initializer have no effect: %s", ", ".join(ignored))
+    address = (inputs["ray_cluster_address"] or LOCAL).strip()
+    store_gb = inputs.get("ray_object_store_gb")
+    config = SessionConfig(
+        mesh=MeshShape(ulysses=inputs["ulysses_degree"]),
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        address=address,
+        namespace=inputs["ray_cluster_namespace"] or "default",
+        gpu_select=_gpu_select(inputs),
+        object_store_bytes=None if store_gb is None else int(store_gb * 1e9),
+    )
+    return Workers(config, inputs["XFuser_attention"], bool(inputs.get("clear_vram_after_sampling")))
+
+
+def _validate(inputs: Mapping[str, Any]) -> None:
+    workers, ulysses = inputs["GPU"], inputs["ulysses_degree"]
+    for name in ("GPU", "ulysses_degree"):
+        if inputs[name] < 1:
+            raise ValueError(f"{name} = {inputs[name]}: at least 1")
+    for name in _UNAVAILABLE_DEGREES:
+        if inputs[name] not in (0, 1) or (inputs[name] == 0 and name != "dp_degree"):
+            raise ValueError(f"{name} = {inputs[name]} is not available in this version of Raylight: set it to 1")
+    for name in ("FSDP", "FSDP_CPU_OFFLOAD"):
+        if inputs.get(name):
+            raise ValueError(f"{name} is not available in this version of Raylight: switch it off")
+    if workers != ulysses:
+        raise ValueError(
+            f"ulysses_degree = {ulysses} x ring_degree = 1 x cfg_degree = 1 x dp_degree = 1 makes {ulysses} workers, "
+            f"but GPU = {workers}: set ulysses_degree to {workers}, or GPU to {ulysses}"
+        )
+    if inputs.get("XFuser_attention") is not None:
+        kernels.check_available(inputs["XFuser_attention"])
+    selected = _gpu_select(inputs)
+    if inputs.get("ray_cluster_address", LOCAL) == LOCAL and torch.cuda.is_available():
+        there = torch.cuda.device_count()
+        if workers > there:
+            raise ValueError(f"GPU = {workers}, but this machine has {there}: lower GPU to {there} or less")
+        beyond = [index for index in selected if index >= there]
+        if beyond:
+            raise ValueError(f"GPU_SELECT names GPU {beyond[0]}, but this machine has GPUs 0 to {there - 1}")
+    elif selected and not torch.cuda.is_available():
+        raise ValueError("GPU_SELECT is set, but this machine has no GPU: leave it empty")
+
+
+def _gpu_select(inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    text = (inputs.get("GPU_SELECT") or "").strip()
+    if not text:
+        return ()
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"GPU_SELECT = {text!r}: write the indices of GPUs, such as 0,2")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,67 @@
+"""XFuser KSampler (Advanced): ComfyUI's KSampler (Advanced), run by the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from raylight.host.handles import RayModel
+
+from .engine import driver
+from .types import CATEGORY, RayActors
+
+
+class XFuserKSamplerAdvanced(io.ComfyNode):
+    """Denoises a latent on the workers of a Ray model: ComfyUI's KSampler (Advanced), on several GPUs at once."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="XFuserKSamplerAdvanced",
+            display_name="XFuser KSampler (Advanced)",
+            category=CATEGORY,
+            description=cls.__doc__,
+            search_aliases=["ray ksampler", "multi gpu sampler", "parallel ksampler"],
+            inputs=[
+                io.Combo.Input("add_noise", options=["enable", "disable"],
+                               tooltip="Add noise before sampling. Disable it to go on from another sampler."),
+                io.Int.Input("noise_seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                             tooltip="The random seed of the noise: the same seed gives ComfyUI's own picture."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of the whole denoising process."),
+                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="How strongly to follow the prompt. At 1 the negative prompt is not computed."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
+                               tooltip="The algorithm of the sampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS,
+                               tooltip="How noise is taken away from step to step."),
+                RayActors.Input("ray_actors", tooltip="The model on its workers, from a Ray loader."),
+                io.Conditioning.Input("positive", tooltip="What should be in the picture."),
+                io.Conditioning.Input("negative", tooltip="What should not be in the picture."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                io.Int.Input("start_at_step", default=0, min=0, max=10000, tooltip="The first step to do."),
+                io.Int.Input("end_at_step", default=10000, min=0, max=10000, tooltip="The step to end before."),
+                io.Combo.Input("return_with_leftover_noise", options=["disable", "enable"],
+                               tooltip="Keep the noise that is left at the end step, for a sampler that goes on."),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, optional=True,
+                               tooltip="How much of the denoising to do; below 1 keeps more of the latent."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The denoised latent."),
+                RayActors.Output(display_name="ray_actors", tooltip="The same model, for a next sampler."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, add_noise: str, noise_seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
+                ray_actors: RayModel, positive: list[Any], negative: list[Any], latent_image: dict[str, Any],
+                start_at_step: int, end_at_step: int, return_with_leftover_noise: str,
+                denoise: float = 1.0) -> io.NodeOutput:
+        latent = driver().sample(
+            ray_actors, latent_image, positive, negative, seed=noise_seed, steps=steps, cfg=cfg,
+            sampler_name=sampler_name, scheduler=scheduler, denoise=denoise, disable_noise=add_noise == "disable",
+            start_step=start_at_step, last_step=end_at_step,
+            force_full_denoise=return_with_leftover_noise == "disable",
+        )
+        return io.NodeOutput(latent, ray_actors)

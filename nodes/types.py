@@ -1,0 +1,8 @@
+"""The link types of saved workflows."""
+
+from comfy_api.latest import io
+
+CATEGORY = "Raylight"
+
+RayActorsInit = io.Custom("RAY_ACTORS_INIT")
+RayActors = io.Custom("RAY_ACTORS")

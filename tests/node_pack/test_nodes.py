@@ -1,0 +1,138 @@
+"""The nodes as ComfyUI sees them: ids, input order (saved widget values are positional), help, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nodes as comfy_nodes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+INPUTS = {
+    "RayInitializer": [
+        "ray_cluster_address", "ray_cluster_namespace", "GPU", "ulysses_degree", "ring_degree", "cfg_degree",
+        "dp_degree", "sync_ulysses", "clear_vram_after_sampling", "FSDP", "FSDP_CPU_OFFLOAD", "XFuser_attention",
+        "skip_comm_test", "use_mmap",
+    ],
+    "RayInitializerAdvanced": [
+        "ray_cluster_address", "ray_cluster_namespace", "GPU", "GPU_SELECT", "ulysses_degree", "ring_degree",
+        "clear_vram_after_sampling", "cfg_degree", "dp_degree", "sync_ulysses", "FSDP", "FSDP_CPU_OFFLOAD",
+        "XFuser_attention", "skip_comm_test", "use_mmap", "ray_object_store_gb", "ray_dashboard_address",
+        "torch_dist_address",
+    ],
+    "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init"],
+    "XFuserKSamplerAdvanced": [
+        "add_noise", "noise_seed", "steps", "cfg", "sampler_name", "scheduler", "ray_actors", "positive", "negative",
+        "latent_image", "start_at_step", "end_at_step", "return_with_leftover_noise", "denoise",
+    ],
+}
+
+GOOD: dict[str, Any] = {
+    "ray_cluster_address": "local", "ray_cluster_namespace": "default", "GPU": 2, "ulysses_degree": 2,
+    "ring_degree": 1, "cfg_degree": 1, "dp_degree": 1, "FSDP": False, "FSDP_CPU_OFFLOAD": False,
+    "XFuser_attention": "TORCH_FLASH", "GPU_SELECT": "",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pack() -> dict[str, Any]:
+    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
+    return comfy_nodes.NODE_CLASS_MAPPINGS
+
+
+def declared(node: Any) -> dict[str, tuple]:
+    inputs = node.INPUT_TYPES()
+    return inputs.get("required", {}) | inputs.get("optional", {})
+
+
+@pytest.mark.parametrize("node_id", INPUTS)
+def test_ids_and_input_order_are_those_of_saved_workflows(pack: dict[str, Any], node_id: str) -> None:
+    assert list(declared(pack[node_id])) == INPUTS[node_id]
+
+
+@pytest.mark.parametrize("node_id", INPUTS)
+def test_everything_has_help(pack: dict[str, Any], node_id: str) -> None:
+    schema = pack[node_id].GET_SCHEMA()
+    assert schema.category == "Raylight"
+    assert schema.description
+    assert [i.id for i in schema.inputs if not i.tooltip] == []
+    assert [o.id for o in schema.outputs if not o.tooltip] == []
+
+
+def test_link_types(pack: dict[str, Any]) -> None:
+    assert pack["RayInitializer"].RETURN_TYPES == ["RAY_ACTORS_INIT"]
+    assert pack["RayUNETLoader"].RETURN_TYPES == ["RAY_ACTORS"]
+    assert pack["XFuserKSamplerAdvanced"].RETURN_TYPES == ["LATENT", "RAY_ACTORS"]
+
+
+@pytest.mark.parametrize("node_id", ["RayInitializer", "RayInitializerAdvanced"])
+@pytest.mark.parametrize(("change", "message"), [
+    ({"GPU": 3}, "ulysses_degree = 2 x .* makes 2 workers, but GPU = 3: set ulysses_degree to 3, or GPU to 2"),
+    ({"GPU": 0, "ulysses_degree": 0}, "GPU = 0: at least 1"),
+    ({"ring_degree": 2}, "ring_degree = 2 is not available"),
+    ({"cfg_degree": 2}, "cfg_degree = 2 is not available"),
+    ({"dp_degree": 2}, "dp_degree = 2 is not available"),
+    ({"FSDP": True}, "FSDP is not available"),
+    ({"FSDP_CPU_OFFLOAD": True}, "FSDP_CPU_OFFLOAD is not available"),
+    ({"XFuser_attention": "SAGE_FP8"}, "SAGE_FP8 is not available .* choose one of TORCH"),
+])
+def test_rejects(pack: dict[str, Any], node_id: str, change: dict[str, Any], message: str) -> None:
+    node, names = pack[node_id], set(INPUTS[node_id])
+    known = {k: v for k, v in (GOOD | change).items() if k in names}
+    judged = {k: v for k, v in known.items() if k not in ("ray_cluster_address", "ray_cluster_namespace")}
+    assert re.search(message, node.validate_inputs(**judged))
+    with pytest.raises(ValueError, match=message):
+        node.execute(**known)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("0;1", "write the indices of GPUs, such as 0,2"),
+    ("zero,one", "write the indices of GPUs, such as 0,2"),
+    ("0,0", "names a GPU twice|this machine has no GPU"),
+    ("0", "names 1 GPUs|this machine has no GPU"),
+])
+def test_rejects_gpu_select(pack: dict[str, Any], text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack["RayInitializerAdvanced"].execute(**(GOOD | {"GPU_SELECT": text}))
+
+
+def test_accepts_and_leaves_what_is_linked(pack: dict[str, Any]) -> None:
+    node = pack["RayInitializer"]
+    names = set(INPUTS["RayInitializer"])
+    judged = {k: v for k, v in GOOD.items() if k in names and not k.startswith("ray_")}
+    assert node.validate_inputs(**judged) is True
+    assert node.validate_inputs(**(judged | {"GPU": None})) is True
+    assert node.validate_inputs(**(judged | {"dp_degree": 0})) is True
+
+
+def test_equal_inputs_describe_equal_workers(pack: dict[str, Any]) -> None:
+    node = pack["RayInitializer"]
+    first, second = (node.execute(**GOOD).result[0] for _ in range(2))
+    assert first == second
+    assert node.execute(**(GOOD | {"GPU": 1, "ulysses_degree": 1})).result[0] != first
+
+
+def test_rejects_a_missing_model_file(pack: dict[str, Any]) -> None:
+    workers = pack["RayInitializer"].execute(**GOOD).result[0]
+    with pytest.raises(FileNotFoundError, match=r"missing\.safetensors is not in .*diffusion_models"):
+        pack["RayUNETLoader"].execute("missing.safetensors", "default", workers)
+
+
+def test_importing_the_pack_starts_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, asyncio, nodes, torch; before = set(sys.modules);"
+        f"assert asyncio.run(nodes.load_custom_node({str(ROOT)!r}));"
+        "new = set(sys.modules) - before;"
+        "heavy = {'ray', 'torch.distributed.device_mesh', 'torch.distributed.fsdp', 'xfuser', 'yunchang'} & new;"
+        "assert not heavy, heavy"
+    )
+    root = Path(comfy_nodes.__file__).parent
+    subprocess.run([sys.executable, "-c", f"from comfy.cli_args import args; args.cpu = True; {code}"], check=True,
+                   cwd=root, timeout=120)
