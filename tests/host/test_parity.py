@@ -1,0 +1,44 @@
+"""Workers against one untouched ComfyUI process: same inputs, float32, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from comfy_cases import CASES, checkpoint, sample_on_workers, sample_stock
+
+from raylight.cluster.config import SessionConfig
+from raylight.host.handles import RayModel, Workers
+from raylight.host.recipe import ModelRecipe
+from raylight.parallel.shape import MeshShape
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+# The worker count changes slowest, so that all models share the workers of one count.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_parity(name: str, world: int, folder: Path, report_parity, stock_results) -> None:
+    case = CASES[name]
+    path = checkpoint(folder, case)
+    if name not in stock_results:
+        stock_results[name] = sample_stock(path, case)
+    expected = stock_results[name]
+    workers = Workers(SessionConfig(MeshShape(ulysses=world), "cpu"), "TORCH_FLASH")
+    actual = sample_on_workers(RayModel(workers, ModelRecipe.of(str(path), "default")), case)
+    assert actual.shape == expected.shape
+    assert expected.std() > 0.1
+    error = ((actual - expected).abs().max() / expected.std()).item()
+    report_parity(f"{name:<34} {world} workers   max error {error:.1e} of the standard deviation")
+    assert error <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def stock_results() -> dict:
+    return {}

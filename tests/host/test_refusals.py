@@ -1,0 +1,99 @@
+"""What workers refuse, and that they stay usable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_cases import CASES, ParityCase, checkpoint, sample_on_workers, sample_stock
+from safetensors.torch import load_file, save_file
+
+from raylight.cluster import current
+from raylight.cluster.config import SessionConfig
+from raylight.host import driver
+from raylight.host.handles import RayModel, Workers
+from raylight.host.recipe import ModelRecipe
+from raylight.parallel.shape import MeshShape
+
+pytestmark = pytest.mark.slow
+
+WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
+
+
+def model_of(path: Path) -> RayModel:
+    return RayModel(WORKERS, ModelRecipe.of(str(path), "default"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(autouse=True)
+def session_survives(folder: Path):
+    """After each refusal the same workers sample a good model."""
+    case = CASES["Flux"]
+    good = checkpoint(folder, case)
+    driver.load(model_of(good))
+    before = dict(current.session(WORKERS.config, None).places)
+    yield
+    assert torch.allclose(sample_on_workers(model_of(good), case), sample_stock(good, case), atol=1e-4)
+    assert current.session(WORKERS.config, None).places == before
+
+
+def test_rejects_a_truncated_file(folder: Path) -> None:
+    whole = checkpoint(folder, CASES["Wan T2V"]).read_bytes()
+    path = folder / "truncated.safetensors"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"truncated\.safetensors cannot be loaded"):
+        driver.load(model_of(path))
+
+
+def test_rejects_a_file_of_something_else(folder: Path) -> None:
+    path = folder / "something.safetensors"
+    save_file({"weight": torch.zeros(3, 3)}, path)
+    with pytest.raises(ValueError, match=r"something\.safetensors cannot be loaded as a diffusion model"):
+        driver.load(model_of(path))
+
+
+def test_rejects_a_model_without_a_plan(folder: Path) -> None:
+    tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
+    width = tensors["head.modulation"].shape[-1]
+    block = {k.removeprefix("blocks.0."): v for k, v in tensors.items() if k.startswith("blocks.0.")}
+    for name in ("before_proj", "after_proj"):
+        block |= {f"{name}.weight": torch.zeros(width, width), f"{name}.bias": torch.zeros(width)}
+    tensors |= {f"vace_blocks.0.{name}": tensor.clone() for name, tensor in block.items()}
+    tensors |= {"vace_patch_embedding.weight": torch.zeros(width, 96, 1, 2, 2),
+                "vace_patch_embedding.bias": torch.zeros(width)}
+    path = folder / "vace.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="no sequence plan for comfy.ldm.wan.model.VaceWanModel"):
+        driver.load(model_of(path))
+
+
+def test_rejects_more_workers_than_heads(folder: Path) -> None:
+    narrow = ParityCase("wan-t2v", (1, 16, 1, 8, 8), 4096, heads=1)
+    with pytest.raises(ValueError, match="WanModel has 1 attention heads, too few for a sequence degree of 2"):
+        driver.load(model_of(checkpoint(folder, narrow)))
+
+
+def test_rejects_fewer_tokens_than_workers(folder: Path) -> None:
+    tiny = ParityCase("wan-t2v", (1, 16, 1, 2, 2), 4096)
+    with pytest.raises(ValueError, match="'video' sequence has 1 tokens, too few for 2 ranks"):
+        sample_on_workers(model_of(checkpoint(folder, tiny)), tiny)
+
+
+def test_rejects_conditioning_that_cannot_travel(folder: Path) -> None:
+    case = ParityCase("flux-schnell", (1, 16, 8, 8), 160, 96, options={"control": object()})
+    with pytest.raises(ValueError, match="the positive conditioning holds a ControlNet"):
+        sample_on_workers(model_of(checkpoint(folder, case)), case)
+
+
+def test_a_file_that_vanishes_after_loading_is_named(folder: Path) -> None:
+    path = folder / "gone.safetensors"
+    path.write_bytes(checkpoint(folder, CASES["Flux"]).read_bytes())
+    model = model_of(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"gone\.safetensors is not there"):
+        driver.load(model)

@@ -1,0 +1,114 @@
+"""Models, conditioning and latents for comparisons with ComfyUI in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+import comfy.sample
+import comfy.sd
+import torch
+from torch import Tensor
+
+from raylight.demo.prompts import random_prompt
+from raylight.demo.tiny import write_checkpoint
+from raylight.host import driver
+from raylight.host.handles import RayModel
+
+
+@dataclass(frozen=True)
+class ParityCase:
+    """One sampling run. `shape` is the latent's; `extras` names what the conditioning carries besides text."""
+
+    family: str
+    shape: tuple[int, ...]
+    text_width: int
+    pooled: int = 0
+    extras: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    sampler: str = "euler"
+    cfg: float = 3.0
+    masked: bool = False
+    heads: int = 3
+
+    def conditioning(self) -> tuple[list[Any], list[Any]]:
+        """Positive and negative, of different lengths."""
+        both = []
+        for tokens, seed in ((11, 1), (7, 2)):
+            prompt = random_prompt(tokens, self.text_width, seed, self.pooled, **self.options)
+            for extra in self.extras:
+                prompt[0][1].update(EXTRAS[extra](self, torch.Generator().manual_seed(seed + 10)))
+            both.append(prompt)
+        return both[0], both[1]
+
+    def latent(self) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(5)
+        if not self.masked:
+            return {"samples": torch.zeros(self.shape)}
+        mask = torch.zeros(1, 1, *self.shape[-2:])
+        mask[..., : self.shape[-1] // 2] = 1
+        return {"samples": torch.randn(self.shape, generator=generator), "noise_mask": mask}
+
+
+def _image_to_video(case: ParityCase, generator: torch.Generator) -> dict[str, Any]:
+    image = torch.randn(1, *case.shape[1:], generator=generator)
+    mask = torch.ones(1, 1, *case.shape[2:])
+    mask[:, :, 0] = 0
+    output = comfy.clip_vision.Output()
+    output["penultimate_hidden_states"] = torch.randn(1, 257, 1280, generator=generator)
+    return {"concat_latent_image": image, "concat_mask": mask, "clip_vision_output": output}
+
+
+def _references(case: ParityCase, generator: torch.Generator) -> dict[str, Any]:
+    return {"reference_latents": [torch.randn(1, 16, 10, 6, generator=generator),
+                                  torch.randn(1, 16, 7, 9, generator=generator)]}
+
+
+EXTRAS = {"image-to-video": _image_to_video, "references": _references}
+
+CASES = {
+    "Wan T2V": ParityCase("wan-t2v", (1, 16, 3, 14, 18), 4096),
+    "Wan T2V, batch of 2, odd size": ParityCase("wan-t2v", (2, 16, 2, 13, 11), 4096, sampler="dpmpp_2m"),
+    "Wan T2V, ancestral, masked": ParityCase("wan-t2v", (1, 16, 3, 10, 14), 4096, sampler="euler_ancestral",
+                                             masked=True),
+    "Wan I2V": ParityCase("wan-i2v", (1, 16, 3, 14, 18), 4096, extras=("image-to-video",)),
+    "Flux": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, cfg=1.0),
+    "Flux, batch of 2, odd size": ParityCase("flux-schnell", (2, 16, 17, 13), 160, 96, sampler="heun"),
+    "Flux with guidance": ParityCase("flux-dev", (1, 16, 18, 22), 160, 96, options={"guidance": 4.0}, heads=4),
+    "Flux Kontext references": ParityCase("flux-dev", (1, 16, 12, 14), 160, 96, ("references",), {"guidance": 2.5}),
+}
+
+
+def checkpoint(folder: Path, case: ParityCase) -> Path:
+    """The case's model file, written once."""
+    path = folder / f"{case.family}-{case.heads}.safetensors"
+    if not path.exists():
+        write_checkpoint(path, case.family, heads=case.heads)
+    return path
+
+
+def sample_stock(path: Path, case: ParityCase, steps: int = 4, seed: int = 42) -> Tensor:
+    """ComfyUI's own loader and sampler, in this process, on nothing of ours."""
+    patcher = comfy.sd.load_diffusion_model(str(path))
+    positive, negative = case.conditioning()
+    latent = case.latent()
+    samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
+    noise = comfy.sample.prepare_noise(samples, seed)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            patcher, noise, steps, case.cfg, case.sampler, "simple", positive, negative, samples,
+            noise_mask=latent.get("noise_mask"), disable_pbar=True, seed=seed,
+        )
+
+
+def sample_on_workers(model: RayModel, case: ParityCase, steps: int = 4, seed: int = 42) -> Tensor:
+    """The same on workers, through what the sampler node calls."""
+    positive, negative = case.conditioning()
+    latent = driver.sample(
+        model, case.latent(), positive, negative, seed=seed, steps=steps, cfg=case.cfg, sampler_name=case.sampler,
+        scheduler="simple", denoise=1.0, disable_noise=False, start_step=None, last_step=None,
+        force_full_denoise=True,
+    )
+    return latent["samples"]
