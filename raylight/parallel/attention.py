@@ -41,6 +41,7 @@ class AttentionCounts:
     exchanged: int = 0
     local: int = 0
     largest_query: int = 0
+    largest_share: float = 0.0
 
 
 class SequenceAttention:
@@ -70,6 +71,7 @@ class SequenceAttention:
                 f"{lengths[tokens.rank]} tokens of {streams}"
             )
         self.counts.largest_query = max(self.counts.largest_query, q.shape[2])
+        self.counts.largest_share = max(self.counts.largest_share, q.shape[2] / sum(lengths))
         if isinstance(scope, CrossAttention):
             self.counts.local += 1
             local_mask = None if mask is None else tokens.local_mask_rows(_four_dims(mask), streams)

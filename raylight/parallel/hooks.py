@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import all_gather
-from .plan import Attention, Gather, Input, SequencePlan, Stream
+from .plan import Attention, Gather, Input, SequencePlan, Stream, Whole
 from .tokens import TokenState
 
 
@@ -42,7 +42,7 @@ class SequenceHooks:
                 self._mark_attention(module, attention)
         for path, gather in plan.outputs.items():
             for module in matching(model, path, plan):
-                self._gather_output(module, gather)
+                self._gather_output(module, gather if isinstance(gather, tuple) else (gather,))
         self._handles.append(model.register_forward_hook(self._check_all_gathered))
 
     def remove(self) -> None:
@@ -59,28 +59,43 @@ class SequenceHooks:
             values = list(args)
             for name, rule in ordered:
                 if name in kwargs:
-                    kwargs[name] = self._tokens.localize(kwargs[name], rule)
+                    kwargs[name] = self._localize(kwargs[name], rule)
                 elif positions[name] < len(values):
-                    values[positions[name]] = self._tokens.localize(values[positions[name]], rule)
+                    values[positions[name]] = self._localize(values[positions[name]], rule)
             return tuple(values), kwargs
 
         self._handles.append(module.register_forward_pre_hook(localize, with_kwargs=True))
+        for rule in rules.values():
+            if isinstance(rule, Whole):
+                self._handles.append(module.register_forward_hook(
+                    lambda _, __, output, rule=rule: self._tokens.part(output, rule.stream, rule.dim)
+                ))
+
+    def _localize(self, value: Any, rule: Input) -> Any:
+        if isinstance(rule, Whole):
+            return all_gather(value, self._tokens.sizes(rule.stream), rule.dim, self._group)
+        return self._tokens.localize(value, rule)
 
     def _mark_attention(self, module: nn.Module, attention: Attention) -> None:
         self._handles.append(module.register_forward_pre_hook(lambda *_: self._tokens.push(attention)))
         self._handles.append(module.register_forward_hook(lambda *_: self._tokens.pop()))
 
-    def _gather_output(self, module: nn.Module, gather: Gather) -> None:
-        def join(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
-            whole = all_gather(output, self._tokens.sizes(gather.stream), gather.dim, self._group)
-            self._tokens.leave(gather.stream)
-            return whole
+    def _gather_output(self, module: nn.Module, gathers: tuple[Gather, ...]) -> None:
+        def join(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            for gather in gathers:
+                local = output if gather.index is None else output[gather.index]
+                whole = all_gather(local, self._tokens.sizes(gather.stream), gather.dim, self._group)
+                self._tokens.leave(gather.stream)
+                if gather.index is None:
+                    output = whole
+                else:
+                    output = (*output[: gather.index], whole, *output[gather.index + 1:])
+            return output
 
         self._handles.append(module.register_forward_hook(join))
 
     def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:
-        open_streams = [gather.stream for gather in self._plan.outputs.values()
-                        if not self._tokens.has_left(gather.stream)]
+        open_streams = [gather.stream for gather in self._plan.gathers() if not self._tokens.has_left(gather.stream)]
         if open_streams:
             raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {open_streams}")
         self._tokens.begin()  # frees what was kept for this forward
@@ -88,8 +103,12 @@ class SequenceHooks:
 
 def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Module]:
     """The modules that a plan's path names. Raises ValueError when there is none."""
+    names = [name for name, _ in model.named_modules()]
+    if ".-1" in path:
+        parent = path.partition(".-1")[0]
+        path = path.replace(".-1", f".{len(model.get_submodule(parent)) - 1}", 1)
     expression = re.compile(re.escape(path).replace(r"\*", r"\d+"))
-    found = [module for name, module in model.named_modules() if expression.fullmatch(name)]
+    found = [model.get_submodule(name) for name in names if expression.fullmatch(name)]
     if not found:
         raise ValueError(f"the plan of {plan.model} names '{path}', which this {type(model).__name__} does not have")
     return iter(found)

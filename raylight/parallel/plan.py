@@ -1,7 +1,7 @@
 """The vocabulary of a sequence plan: where a model's token streams enter, travel and leave.
 
-A plan is data. It names modules by their path, `*` standing for every entry of a ModuleList, and
-the arguments of those modules' `forward` by their names.
+A plan is data. It names modules by their path, `*` standing for every entry of a ModuleList, `-1` for
+its last and "" for the model itself, and the arguments of those modules' `forward` by their names.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Stream:
 class Aligned:
     """The argument has one row for each token of `streams`, in this order, along `dim` (rope tables, modulation).
 
-    A single row serves all tokens and is left alone. With `expand`, fewer rows than tokens are each
-    repeated over consecutive tokens (per-frame modulation); without it they are an error.
+    In a tuple, list or dict, every tensor has. A single row serves all tokens and is left alone. With `expand`, fewer
+    rows than tokens are each repeated over consecutive tokens (per-frame modulation); without it they are an error.
     """
 
     streams: tuple[str, ...]
@@ -43,8 +43,27 @@ class TokenRanges:
 
 
 @dataclass(frozen=True, slots=True)
+class Control:
+    """The argument is a dict of lists of residuals (B, tokens, width) that the model adds to the first tokens of
+    `stream` between its blocks. They are cut when they are taken from the list, which is after the stream was."""
+
+    stream: str
+
+
+@dataclass(frozen=True, slots=True)
 class Gather:
-    """The module's output is the stream, local; it is joined again along `dim`."""
+    """The module's output, or its entry `index` where it is a tuple, is the stream, local; it is joined again along
+    `dim`."""
+
+    stream: str
+    dim: int = 1
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The module mixes tokens by other means than attention (a convolution): the argument, the stream, is joined
+    before it, and its output cut again, along `dim`. Its work is done by every rank."""
 
     stream: str
     dim: int = 1
@@ -64,7 +83,7 @@ class CrossAttention:
     query: tuple[str, ...]
 
 
-Input = Stream | Aligned | TokenRanges
+Input = Stream | Aligned | TokenRanges | Control | Whole
 Attention = SelfAttention | CrossAttention
 
 
@@ -78,21 +97,29 @@ class SequencePlan:
     model: str
     inputs: Mapping[str, Mapping[str, Input]]
     attention: Mapping[str, Attention]
-    outputs: Mapping[str, Gather]
+    outputs: Mapping[str, Gather | tuple[Gather, ...]]
     heads: str = "num_heads"
     streams: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = {
-            rule.name: None for rules in self.inputs.values() for rule in rules.values() if isinstance(rule, Stream)
-        }
-        object.__setattr__(self, "streams", tuple(names))
-        used = {name for gather in self.outputs.values() for name in (gather.stream,)}
-        for rules in self.inputs.values():
-            for rule in rules.values():
-                used.update(() if isinstance(rule, Stream) else rule.streams)
-        for attention in self.attention.values():
-            used.update(attention.streams if isinstance(attention, SelfAttention) else attention.query)
-        unknown = used - set(names)
+        rules = [rule for module in self.inputs.values() for rule in module.values()]
+        streams = tuple(dict.fromkeys(rule.name for rule in rules if isinstance(rule, Stream)))
+        object.__setattr__(self, "streams", streams)
+        used = {gather.stream for gather in self.gathers()}
+        for rule in (*rules, *self.attention.values()):
+            used.update(_streams_of(rule))
+        unknown = used - set(streams)
         if unknown:
             raise ValueError(f"the plan of {self.model} names streams that never enter: {sorted(unknown)}")
+
+    def gathers(self) -> list[Gather]:
+        """Every place where a stream is joined again."""
+        return [gather for rule in self.outputs.values() for gather in (rule if isinstance(rule, tuple) else (rule,))]
+
+
+def _streams_of(rule: Input | Attention) -> tuple[str, ...]:
+    if isinstance(rule, Stream):
+        return (rule.name,)
+    if isinstance(rule, CrossAttention):
+        return rule.query
+    return (rule.stream,) if isinstance(rule, (Control, Whole)) else rule.streams

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .partition import offsets, partition
-from .plan import Aligned, Attention, Stream, TokenRanges
+from .plan import Aligned, Attention, Control, Stream, TokenRanges
 
 
 class TokenState:
@@ -77,7 +77,7 @@ class TokenState:
         """What the innermost module being run says of its attention calls."""
         return self._scopes[-1] if self._scopes else None
 
-    def localize(self, value: Any, rule: Stream | Aligned | TokenRanges) -> Any:
+    def localize(self, value: Any, rule: Stream | Aligned | TokenRanges | Control) -> Any:
         """This rank's part of an argument."""
         if value is None:
             return None
@@ -85,6 +85,14 @@ class TokenState:
             return self._ranges(value, rule)
         if isinstance(rule, Stream):
             return self._cut(value, rule)
+        if isinstance(rule, Control):
+            return {name: LocalResiduals(items, self, rule.stream) for name, items in value.items()}
+        if isinstance(value, Mapping):
+            return {key: self.localize(item, rule) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.localize(item, rule) for item in value)
+        if not isinstance(value, Tensor):
+            return value
         key = (id(value), rule)
         if key not in self._cache:
             # The original is kept beside its part so that its id cannot be reused within the forward.
@@ -101,9 +109,13 @@ class TokenState:
                 f"choose a sequence degree of at most {total}"
             )
         self._sizes[rule.name] = partition(total, self.degree)
-        (start, stop), = self.spans((rule.name,), self.rank)
+        return self.part(value, rule.name, rule.dim)
+
+    def part(self, value: Tensor, stream: str, dim: int) -> Tensor:
+        """This rank's tokens of a whole stream."""
+        (start, stop), = self.spans((stream,), self.rank)
         # A copy: blocks add to their input in place, and the whole stream can be freed.
-        return value.narrow(rule.dim, start, stop - start).clone()
+        return value.narrow(dim, start, stop - start).clone()
 
     def _align(self, value: Tensor, rule: Aligned) -> Tensor:
         rows, total = value.shape[rule.dim], self.total(rule.streams)
@@ -160,3 +172,22 @@ class TokenState:
             permuted = mask.index_select(-1, order)
             self._cache[key] = (mask, permuted if mask.shape[-2] == 1 else permuted.index_select(-2, order))
         return self._cache[key][1]
+
+
+class LocalResiduals(list):
+    """A list of residuals (B, tokens, width) whose entries are this rank's rows: the model adds them to local tokens.
+
+    A residual may cover only the first tokens of its stream; so does its part.
+    """
+
+    def __init__(self, items: Sequence[Tensor | None], tokens: TokenState, stream: str) -> None:
+        super().__init__(items)
+        self._tokens, self._stream = tokens, stream
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        residual = super().__getitem__(index)
+        if residual is None:
+            return None
+        (start, stop), = self._tokens.spans((self._stream,), self._tokens.rank)
+        rows = residual.shape[1]
+        return residual[:, min(start, rows):min(stop, rows)]

@@ -1,6 +1,6 @@
 """Flux.1 (Dev, Schnell, Kontext, Krea): joint attention over text and image tokens, both split."""
 
-from raylight.parallel.plan import Aligned, Gather, SelfAttention, SequencePlan, Stream, TokenRanges
+from raylight.parallel.plan import Aligned, Control, Gather, SelfAttention, SequencePlan, Stream, TokenRanges
 
 JOINT = ("txt", "img")
 
@@ -8,6 +8,7 @@ PLANS = (
     SequencePlan(
         model="comfy.ldm.flux.model.Flux",
         inputs={
+            "": {"control": Control("img")},
             "double_blocks.*": {
                 "txt": Stream("txt"),
                 "img": Stream("img"),

@@ -1,0 +1,65 @@
+"""What a tiny family is: a configuration of ComfyUI's, and calls of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.supported_models
+import torch
+from comfy.model_base import BaseModel
+from torch import Tensor
+
+
+class Draw:
+    """Normal noise from a fixed seed: `draw(1, 16, 8, 8)`."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry of `comfy.supported_models` at tiny width.
+
+    `config` names its class there; `unet_config` is what ComfyUI's detection would find in such a file.
+    Each of `calls` makes the arguments of `BaseModel.apply_model` for one situation, in sizes that do not divide:
+    `x`, `t` (sigma, (B,)), and what the model's conditioning becomes (`c_crossattn`, `y`, `ref_latents`, ...).
+    """
+
+    name: str
+    config: str
+    unet_config: Mapping[str, Any]
+    calls: Mapping[str, Callable[[Draw], dict[str, Any]]]
+    prepare: Callable[[BaseModel], None] = field(default=lambda model: None)
+
+    def build(self, seed: int = 0) -> BaseModel:
+        """The model in float32 on the CPU, the same for the same seed."""
+        config = getattr(comfy.supported_models, self.config)(dict(self.unet_config))
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, "")
+        randomize(model.diffusion_model, seed)
+        self.prepare(model)
+        return model.eval().requires_grad_(False)
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Random weights, matrices scaled by fan-in: activations neither vanish nor grow, and every token matters."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]
+    parameters = {id(p) for p in model.parameters()}
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if id(tensor) not in parameters:
+                continue  # buffers are tables that the model computes
+            noise = torch.randn(tensor.shape, generator=generator)
+            if tensor.ndim >= 2:
+                tensor.copy_(noise * max(1, tensor[0].numel()) ** -0.5)
+            elif "norm" in name and name.endswith(("weight", "scale")):
+                tensor.copy_(1 + 0.1 * noise)
+            else:
+                tensor.copy_(0.1 * noise)
