@@ -6,6 +6,7 @@ Rank 0 hosts the store on a port that the system picks, so no port is ever fixed
 from __future__ import annotations
 
 import datetime
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,14 @@ class Rendezvous:
 
 def host_store(host: str, world_size: int, timeout_s: float) -> tuple[dist.TCPStore, Rendezvous]:
     """Open the store of a new world on `host`, on a free port. The caller is rank 0 and keeps the store alive."""
-    timeout = datetime.timedelta(seconds=timeout_s)
-    store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-    return store, Rendezvous(host, store.port, world_size, timeout_s)
+    # The store would listen on every interface; a socket that is bound already listens where it was told to.
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host, port, world_size, is_master=True, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, Rendezvous(host, port, world_size, timeout_s)
 
 
 def join_world(rendezvous: Rendezvous, rank: int, device: torch.device, store: dist.TCPStore | None = None) -> None:
