@@ -48,7 +48,8 @@ def connect(config: SessionConfig) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"no Ray cluster answers at ray_cluster_address = {config.address}: {error}. "
-            "Start one there with `ray start --head`, or use local."
+            "Start one there with `ray start --head`, or use local. If the cluster asks for a token, start ComfyUI "
+            "with RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN."
         ) from error
 
 

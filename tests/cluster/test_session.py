@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -132,6 +133,46 @@ def test_rejects_gpu_select_that_does_not_fit() -> None:
         config(gpu_select=(1, 1))
     with pytest.raises(ValueError, match="local only"):
         config(gpu_select=(0, 1), address="10.0.0.1:6379")
+
+
+def test_a_running_cluster_is_joined_and_left_alone() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray_command = Path(sys.executable).with_name("ray")
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "PYTHONPATH": ""}
+    environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
+    head = subprocess.Popen(
+        [ray_command, "start", "--head", "--block", "--port", str(port), "--num-cpus", "2", "--disable-usage-stats",
+         "--include-dashboard", "false"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    try:
+        address = next(line for line in head.stdout if "Local node IP" in line)
+        host = re.search(r"\d+\.\d+\.\d+\.\d+", address).group()
+        code = (
+            "import sys; sys.path[:0] = sys.argv[1:3]\n"
+            "import echo_service\n"
+            "from raylight.cluster import current\n"
+            "from raylight.cluster.config import ServiceSpec, SessionConfig\n"
+            "from raylight.parallel.shape import MeshShape\n"
+            "service = ServiceSpec(echo_service.open_service, None, tuple(sys.argv[1:3]))\n"
+            "config = SessionConfig(MeshShape(ulysses=2), 'cpu', address=sys.argv[3], start_timeout_s=60)\n"
+            "print(current.session(config, service).run('count', 3)[0])\n"
+            "current.close()\n"
+        )
+        for _ in range(2):
+            driver = subprocess.run(
+                [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests" / "support"), f"{host}:{port}"],
+                env=environment, capture_output=True, text=True, timeout=120,
+            )
+            assert driver.stdout.splitlines()[-1:] == ["rank 0 of 2"], driver.stderr
+        assert head.poll() is None
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        head.wait(timeout=60)
+        for process in psutil.wait_procs(family, timeout=20)[1]:
+            process.kill()
 
 
 @pytest.mark.parametrize("how", ["ends", "is killed"])
