@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ from .errors import RunCancelled, WorkerError
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
+# How long the other ranks get to end after the first failure. A ValueError is most likely a refusal, to which
+# every rank comes in its own time; after anything else they may be stuck in a collective for good.
 GRACE_S = 5.0
+REFUSAL_GRACE_S = 60.0
 
 
 @dataclass(slots=True)
@@ -31,7 +35,7 @@ class Outcome:
 
 def wait_for_all(refs: dict[int, ray.ObjectRef], stream: Any, on_event: Callable[[Any], None],
                  wants_cancel: Callable[[], bool], cancel: Callable[[], None]) -> Outcome:
-    """Wait until every rank has ended, or until `GRACE_S` after the first that failed.
+    """Wait until every rank has ended, or until a grace after the first that failed.
 
     `on_event` gets each event of `stream`; `wants_cancel` is polled, and so is an exception from `on_event`
     (ComfyUI interrupts in its progress hook) a wish to cancel: it is raised again once all ranks have stopped.
@@ -59,7 +63,8 @@ def wait_for_all(refs: dict[int, ray.ObjectRef], stream: Any, on_event: Callable
                 outcome.results[rank] = ray.get(item)
             except RayError as error:
                 outcome.failures[rank] = error
-                deadline = deadline or time.monotonic() + GRACE_S
+                grace = REFUSAL_GRACE_S if isinstance(_cause(error), ValueError) else GRACE_S
+                deadline = min(deadline or math.inf, time.monotonic() + grace)
         if not cancelled and (interruption is not None or wants_cancel()):
             cancelled = True
             cancel()

@@ -85,10 +85,11 @@ def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped() -> None
     assert session.run("count", 1)[2] == 1
 
 
-def test_a_refusal_that_all_ranks_agree_on_is_told_plainly() -> None:
+@pytest.mark.parametrize("method", ["refuse", "refuse_in_own_time"])
+def test_a_refusal_that_all_ranks_agree_on_is_told_plainly(method: str) -> None:
     session = current.session(config(), SERVICE)
     with pytest.raises(ValueError, match=r"^no such thing$"):
-        session.run("refuse")
+        session.run(method)
     assert session.alive
 
 

@@ -36,6 +36,10 @@ class EchoService:
     def refuse(self, run: Run) -> None:
         raise ValueError("no such thing")
 
+    def refuse_in_own_time(self, run: Run) -> None:
+        time.sleep(7 * self.context.rank)
+        raise ValueError("no such thing")
+
     def fail_alone(self, run: Run) -> None:
         if self.context.rank == 1:
             raise RuntimeError("rank 1 is unwell")
