@@ -44,8 +44,8 @@ def _ulysses() -> io.Input:
 
 
 def _ring() -> io.Input:
-    return _degree("ring_degree", 1, 1, "Workers that pass keys and values around in a ring. "
-                                        "Only 1 is available in this version.")
+    return _degree("ring_degree", 1, 1, "Workers that pass keys and values around in a ring and split no heads: for "
+                                        "more workers than the model has heads. GPU is ulysses x ring.")
 
 
 def _cfg() -> io.Input:

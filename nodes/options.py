@@ -15,14 +15,14 @@ from raylight.parallel.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
-_UNAVAILABLE_DEGREES = ("ring_degree", "cfg_degree", "dp_degree")
+_UNAVAILABLE_DEGREES = ("cfg_degree", "dp_degree")
 _IGNORED = {"sync_ulysses": False, "skip_comm_test": False, "use_mmap": False, "ray_dashboard_address": "None",
             "torch_dist_address": "127.0.0.1:29500"}
 
 
 def check(inputs: Mapping[str, Any]) -> bool | str:
     """True, or what is wrong with the inputs that are known; a linked input is None and is judged when it runs."""
-    if any(inputs.get(name) is None for name in ("GPU", "ulysses_degree", *_UNAVAILABLE_DEGREES)):
+    if any(inputs.get(name) is None for name in ("GPU", "ulysses_degree", "ring_degree", *_UNAVAILABLE_DEGREES)):
         return True
     try:
         _validate(inputs)
@@ -40,7 +40,7 @@ def workers_from(inputs: Mapping[str, Any]) -> Workers:
     address = (inputs["ray_cluster_address"] or LOCAL).strip()
     store_gb = inputs.get("ray_object_store_gb")
     config = SessionConfig(
-        mesh=MeshShape(ulysses=inputs["ulysses_degree"]),
+        mesh=MeshShape(ring=inputs["ring_degree"], ulysses=inputs["ulysses_degree"]),
         device_type="cuda" if torch.cuda.is_available() else "cpu",
         address=address,
         namespace=inputs["ray_cluster_namespace"] or "default",
@@ -51,8 +51,8 @@ def workers_from(inputs: Mapping[str, Any]) -> Workers:
 
 
 def _validate(inputs: Mapping[str, Any]) -> None:
-    workers, ulysses = inputs["GPU"], inputs["ulysses_degree"]
-    for name in ("GPU", "ulysses_degree"):
+    workers, ulysses, ring = inputs["GPU"], inputs["ulysses_degree"], inputs["ring_degree"]
+    for name in ("GPU", "ulysses_degree", "ring_degree"):
         if inputs[name] < 1:
             raise ValueError(f"{name} = {inputs[name]}: at least 1")
     for name in _UNAVAILABLE_DEGREES:
@@ -61,10 +61,11 @@ def _validate(inputs: Mapping[str, Any]) -> None:
     for name in ("FSDP", "FSDP_CPU_OFFLOAD"):
         if inputs.get(name):
             raise ValueError(f"{name} is not available in this version of Raylight: switch it off")
-    if workers != ulysses:
+    if workers != ulysses * ring:
+        fitting = " or ".join(f"{workers // n} and {n}" for n in range(1, workers + 1) if workers % n == 0)
         raise ValueError(
-            f"ulysses_degree = {ulysses} x ring_degree = 1 x cfg_degree = 1 x dp_degree = 1 makes {ulysses} workers, "
-            f"but GPU = {workers}: set ulysses_degree to {workers}, or GPU to {ulysses}"
+            f"ulysses_degree = {ulysses} x ring_degree = {ring} makes {ulysses * ring} workers, but GPU = {workers}: "
+            f"set ulysses_degree and ring_degree to {fitting}, or GPU to {ulysses * ring}"
         )
     if inputs.get("XFuser_attention") is not None:
         kernels.check_available(inputs["XFuser_attention"])

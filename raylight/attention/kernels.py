@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from . import lse
+
 NAMES = (
     "TORCH", "TORCH_FLASH", "TORCH_EFFICIENT", "TORCH_CUDNN", "AITER", "FA", "FA3", "FLASHINFER",
     "SAGE_AUTO", "SAGE_FP16", "SAGE_FP16_TRITON", "SAGE_FP8", "SAGE_FP8_SM90", "SPARSE_SAGE",
@@ -25,6 +27,11 @@ _ORDER = {
     "TORCH_EFFICIENT": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
     "TORCH_CUDNN": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                     SDPBackend.MATH],
+}
+
+# The same choices with a log-sum-exp.
+_WITH_LSE: dict[str, lse.LseFunction] = {
+    "TORCH": lse.written_out, "TORCH_FLASH": lse.flash, "TORCH_EFFICIENT": lse.efficient, "TORCH_CUDNN": lse.cudnn,
 }
 
 
@@ -42,6 +49,11 @@ class TorchKernel:
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         with sdpa_kernel(order, set_priority=True):
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> lse.Partial:
+        """As `__call__`, with the log-sum-exp (B, H, Sq) of the scores beside the output."""
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return _WITH_LSE[self.name](q, k, v, mask, scale)
 
 
 def check_available(name: str) -> None:

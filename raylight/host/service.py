@@ -11,8 +11,9 @@ from raylight.attention.kernels import kernel
 from raylight.cluster.actor import RankContext, Run
 from raylight.parallel.attention import SequenceAttention
 from raylight.parallel.hooks import SequenceHooks
+from raylight.parallel.mesh import sequence_axis
+from raylight.parallel.ring import HybridAttention
 from raylight.parallel.tokens import TokenState
-from raylight.parallel.ulysses import UlyssesAttention
 from raylight.plans import plan_for
 
 from . import attention_hook, model, sampling
@@ -61,14 +62,17 @@ class ModelService:
         return samples if run.rank == 0 else None
 
     def _split(self, patcher: RankPatcher) -> None:
-        group = self._context.mesh.get_group("ulysses")
-        axis = self._context.mesh["ulysses"]
-        if axis.size() == 1:
+        mesh = self._context.mesh
+        sequence = sequence_axis(mesh)
+        if sequence.size() == 1:
             return
         diffusion_model = patcher.model.diffusion_model
-        tokens = TokenState(axis.get_local_rank(), axis.size())
-        SequenceHooks(diffusion_model, plan_for(diffusion_model), tokens, group)
-        self._attention = SequenceAttention(tokens, UlyssesAttention(group))
+        tokens = TokenState(sequence.get_local_rank(), sequence.size())
+        SequenceHooks(
+            diffusion_model, plan_for(diffusion_model), tokens, sequence.get_group(), mesh["ulysses"].size()
+        )
+        strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
+        self._attention = SequenceAttention(tokens, strategy)
 
     def _unload(self) -> None:
         self._recipe = self._patcher = self._attention = None

@@ -23,15 +23,19 @@ from .tokens import TokenState
 class SequenceHooks:
     """The hooks of one plan on one model. `remove` leaves the model as it was."""
 
-    def __init__(self, model: nn.Module, plan: SequencePlan, tokens: TokenState, group: dist.ProcessGroup) -> None:
-        """Raises ValueError where the model does not have what the plan names, or has too few heads."""
+    def __init__(self, model: nn.Module, plan: SequencePlan, tokens: TokenState, group: dist.ProcessGroup,
+                 ulysses_degree: int | None = None) -> None:
+        """`group` are the ranks of the sequence; `ulysses_degree` of them split heads, all where it is None.
+
+        Raises ValueError where the model does not have what the plan names, or has too few heads.
+        """
         self._plan, self._tokens, self._group = plan, tokens, group
         self._handles: list[RemovableHandle] = []
-        heads = getattr(model, plan.heads)
-        if heads < tokens.degree:
+        heads, degree = getattr(model, plan.heads), ulysses_degree or tokens.degree
+        if heads < degree:
             raise ValueError(
-                f"{type(model).__name__} has {heads} attention heads, too few for a sequence degree of "
-                f"{tokens.degree}: choose a degree of at most {heads}"
+                f"{type(model).__name__} has {heads} attention heads, too few for ulysses_degree = {degree}: "
+                f"choose at most {heads}"
             )
         self._handles.append(model.register_forward_pre_hook(lambda *_: tokens.begin()))
         for path, rules in plan.inputs.items():

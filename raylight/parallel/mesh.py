@@ -16,3 +16,8 @@ if TYPE_CHECKING:
 def build_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
     """The mesh of this world. Collective: every rank of the default process group calls it."""
     return init_device_mesh(device.type, (shape.batch, shape.ring, shape.ulysses), mesh_dim_names=AXES)
+
+
+def sequence_axis(mesh: DeviceMesh) -> DeviceMesh:
+    """The axis over which one sequence is split: ring and Ulysses together, Ulysses ranks next to each other."""
+    return mesh["ring", "ulysses"]._flatten("sequence")

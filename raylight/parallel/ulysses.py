@@ -28,6 +28,8 @@ class UlyssesAttention:
     def __call__(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int],
                  mask: Tensor | None, scale: float | None) -> Tensor:
         """q (B, H, S_r, D), k and v (B, Hkv, S_r, D) of this rank's tokens; returns (B, H, S_r, D)."""
+        if self._degree == 1:
+            return kernel(q, k, v, mask, scale)
         if k.shape[1] < self._degree:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         batch, kv_heads, _, width = k.shape

@@ -74,7 +74,7 @@ def test_rejects_a_model_without_a_plan(folder: Path) -> None:
 
 def test_rejects_more_workers_than_heads(folder: Path) -> None:
     narrow = ParityCase("wan-t2v", (1, 16, 1, 8, 8), 4096, heads=1)
-    with pytest.raises(ValueError, match="WanModel has 1 attention heads, too few for a sequence degree of 2"):
+    with pytest.raises(ValueError, match="WanModel has 1 attention heads, too few for ulysses_degree = 2"):
         driver.load(model_of(checkpoint(folder, narrow)))
 
 

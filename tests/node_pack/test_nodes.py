@@ -74,9 +74,11 @@ def test_link_types(pack: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("node_id", ["RayInitializer", "RayInitializerAdvanced"])
 @pytest.mark.parametrize(("change", "message"), [
-    ({"GPU": 3}, "ulysses_degree = 2 x .* makes 2 workers, but GPU = 3: set ulysses_degree to 3, or GPU to 2"),
+    ({"GPU": 3}, "ulysses_degree = 2 x ring_degree = 1 makes 2 workers, but GPU = 3: "
+                 "set ulysses_degree and ring_degree to 3 and 1 or 1 and 3, or GPU to 2"),
+    ({"ring_degree": 2}, "ulysses_degree = 2 x ring_degree = 2 makes 4 workers, but GPU = 2"),
     ({"GPU": 0, "ulysses_degree": 0}, "GPU = 0: at least 1"),
-    ({"ring_degree": 2}, "ring_degree = 2 is not available"),
+    ({"ring_degree": 0}, "ring_degree = 0: at least 1"),
     ({"cfg_degree": 2}, "cfg_degree = 2 is not available"),
     ({"dp_degree": 2}, "dp_degree = 2 is not available"),
     ({"FSDP": True}, "FSDP is not available"),

@@ -13,8 +13,8 @@ from raylight.parallel.partition import partition
 
 
 @functools.cache
-def toy_reports(world: int) -> list[dict]:
-    return values(run_ranks(world, split_toy))
+def toy_reports(world: int, ring: int = 1, name: str = "") -> list[dict]:
+    return values(run_ranks(world, split_toy, ring, name))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -29,6 +29,19 @@ def test_split_equals_whole(world: int, name: str) -> None:
         assert largest_query == partition(case.txt, world)[rank] + partition(case.img, world)[rank]
         split_heads = case.kv_heads if case.kv_heads >= world else case.heads
         assert fewest_heads == partition(split_heads, world)[rank] * (case.heads // split_heads)
+
+
+@pytest.mark.parametrize(("world", "ring", "kernel"), [
+    (2, 2, "TORCH"), (3, 3, "TORCH_FLASH"), (4, 2, "TORCH_FLASH"), (4, 2, "TORCH"),
+])
+@pytest.mark.parametrize("name", CASES)
+def test_ring_and_hybrid_equal_whole(world: int, ring: int, kernel: str, name: str) -> None:
+    case = CASES[name]
+    for rank, report in enumerate(toy_reports(world, ring, kernel)):
+        error, largest_query, exchanged, _ = report[name]
+        assert error <= 1e-5
+        assert exchanged == 4
+        assert largest_query == partition(case.txt, world)[rank] + partition(case.img, world)[rank]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -106,10 +106,14 @@ def test_another_number_of_workers_starts_anew(server: ComfyServer, reference: t
     assert started(server) == before + 1
 
 
+def test_a_ring_gives_the_same_picture(server: ComfyServer, reference: torch.Tensor) -> None:
+    assert_same(latent(server, on_workers(JOB, 2, ulysses_degree=1, ring_degree=2)), reference)
+
+
 def test_rejects_degrees_before_anything_runs(server: ComfyServer) -> None:
-    with pytest.raises(PromptRejected, match="ulysses_degree = 3 .* but GPU = 2"):
+    with pytest.raises(PromptRejected, match="ulysses_degree = 3 .* makes 3 workers, but GPU = 2"):
         server.submit(on_workers(JOB, 2, ulysses_degree=3))
-    with pytest.raises(PromptRejected, match="ring_degree = 2 is not available"):
+    with pytest.raises(PromptRejected, match="ring_degree = 2 makes 4 workers, but GPU = 2"):
         server.submit(on_workers(JOB, 2, ring_degree=2))
 
 

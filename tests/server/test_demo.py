@@ -41,7 +41,7 @@ def test_failure_is_told_by_the_exit_code(tmp_path: Path) -> None:
     process = demo(tmp_path, "--workers", "5")  # the demo's model has 4 heads
     text, _ = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert "the demo failed" in text and "4 attention heads, too few for a sequence degree of 5" in text
+    assert "the demo failed" in text and "4 attention heads, too few for ulysses_degree = 5" in text
 
 
 def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:

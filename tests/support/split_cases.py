@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from toy import TOY_PLAN, WIDTH, Toy, plain_kernel
 
+from raylight.attention.kernels import kernel as kernel_named
 from raylight.parallel.attention import SequenceAttention
 from raylight.parallel.collectives import all_gather, exchange
 from raylight.parallel.hooks import SequenceHooks
-from raylight.parallel.mesh import build_mesh
+from raylight.parallel.mesh import build_mesh, sequence_axis
 from raylight.parallel.partition import partition
 from raylight.parallel.process_group import any_rank, smallest
+from raylight.parallel.ring import HybridAttention
 from raylight.parallel.shape import MeshShape
 from raylight.parallel.tokens import TokenState
-from raylight.parallel.ulysses import UlyssesAttention
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,29 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
     return mask > -0.5 if case.mask == "bool" else 2 * mask
 
 
-def split_toy(rank: int, world: int) -> dict[str, tuple[float, int, int]]:
-    """For each case: the largest error in units of the output's deviation, tokens attended, and calls exchanged."""
-    mesh = build_mesh(MeshShape(ulysses=world), torch.device("cpu"))
-    group = mesh.get_group("ulysses")
+class Counting:
+    """A kernel that remembers how many heads it was given."""
+
+    def __init__(self, name: str) -> None:
+        self._kernel = kernel_named(name) if name else None
+        self.heads: list[int] = []
+
+    def __call__(self, q, k, v, mask, scale):
+        self.heads.append(q.shape[1])
+        return (self._kernel or plain_kernel)(q, k, v, mask, scale)
+
+    def with_lse(self, q, k, v, mask, scale):
+        self.heads.append(q.shape[1])
+        return self._kernel.with_lse(q, k, v, mask, scale)
+
+
+def split_toy(rank: int, world: int, ring: int = 1, kernel_name: str = "") -> dict[str, tuple[float, int, int, int]]:
+    """For each case: the largest error in units of the output's deviation, tokens attended, calls exchanged, heads.
+
+    `ring` ranks in the ring and the rest in Ulysses; `kernel_name` is the kernel, plain arithmetic where it is empty.
+    """
+    mesh = build_mesh(MeshShape(ring=ring, ulysses=world // ring), torch.device("cpu"))
+    group = sequence_axis(mesh).get_group()
     report = {}
     for name, case in CASES.items():
         torch.manual_seed(1)
@@ -88,12 +108,8 @@ def split_toy(rank: int, world: int) -> dict[str, tuple[float, int, int]]:
 
         tokens = TokenState(rank, world)
         hooks = SequenceHooks(model, TOY_PLAN, tokens, group)
-        attention = SequenceAttention(tokens, UlyssesAttention(group))
-        seen = []
-
-        def kernel(q, k, v, mask, scale, seen=seen):
-            seen.append(q.shape[1])
-            return plain_kernel(q, k, v, mask, scale)
+        attention = SequenceAttention(tokens, HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
+        kernel = Counting(kernel_name)
 
         def attend(q, k, v, mask, scale, attention=attention, kernel=kernel):
             return attention(kernel, q, k, v, mask, scale)
@@ -102,7 +118,7 @@ def split_toy(rank: int, world: int) -> dict[str, tuple[float, int, int]]:
             actual = model(**inputs, attend=attend)
         hooks.remove()
         error = ((actual - expected).abs().max() / expected.std()).item()
-        report[name] = (error, attention.counts.largest_query, attention.counts.exchanged, min(seen))
+        report[name] = (error, attention.counts.largest_query, attention.counts.exchanged, min(kernel.heads))
     return report
 
 
