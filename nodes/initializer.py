@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import cleandoc
 from typing import Any
 
 from comfy_api.latest import io
 
 from raylight.attention import kernels
 
-from .options import check, workers_from
+from .options import check_product, workers_from
 from .types import CATEGORY, RayActorsInit
 
 
@@ -91,7 +92,7 @@ class RayInitializer(io.ComfyNode):
             node_id="RayInitializer",
             display_name="Ray Initializer",
             category=CATEGORY,
-            description=cls.__doc__,
+            description=cleandoc(cls.__doc__),
             search_aliases=["multi gpu", "ulysses", "sequence parallel", "workers"],
             inputs=[
                 _address(), _namespace(), _workers(), _ulysses(), _ring(), _cfg(), _dp(), flags["sync_ulysses"],
@@ -102,10 +103,9 @@ class RayInitializer(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, GPU: int | None = None, ulysses_degree: int | None = None,  # noqa: N803
-                        ring_degree: int | None = None, cfg_degree: int | None = None, dp_degree: int | None = None,
-                        FSDP: bool | None = None, FSDP_CPU_OFFLOAD: bool | None = None,  # noqa: N803
-                        XFuser_attention: str | None = None) -> bool | str:  # noqa: N803
-        return check(locals())
+                        ring_degree: int | None = None) -> bool | str:
+        # ComfyUI repeats the answer at every input named here, so only those of the product are.
+        return check_product(GPU, ulysses_degree, ring_degree)
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
@@ -122,7 +122,7 @@ class RayInitializerAdvanced(io.ComfyNode):
             node_id="RayInitializerAdvanced",
             display_name="Ray Initializer (Advanced)",
             category=CATEGORY,
-            description=cls.__doc__,
+            description=cleandoc(cls.__doc__),
             search_aliases=["multi gpu", "select gpu", "sequence parallel"],
             inputs=[
                 _address(), _namespace(), _workers(),
@@ -141,12 +141,10 @@ class RayInitializerAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, GPU: int | None = None, GPU_SELECT: str | None = None,  # noqa: N803
-                        ulysses_degree: int | None = None, ring_degree: int | None = None,
-                        cfg_degree: int | None = None, dp_degree: int | None = None,
-                        FSDP: bool | None = None, FSDP_CPU_OFFLOAD: bool | None = None,  # noqa: N803
-                        XFuser_attention: str | None = None) -> bool | str:  # noqa: N803
-        return check(locals())
+    def validate_inputs(cls, GPU: int | None = None, ulysses_degree: int | None = None,  # noqa: N803
+                        ring_degree: int | None = None) -> bool | str:
+        # ComfyUI repeats the answer at every input named here, so only those of the product are.
+        return check_product(GPU, ulysses_degree, ring_degree)
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from inspect import cleandoc
 
 import folder_paths
 from comfy_api.latest import io
@@ -25,7 +26,7 @@ class RayUNETLoader(io.ComfyNode):
             node_id="RayUNETLoader",
             display_name="Load Diffusion Model (Ray)",
             category=CATEGORY,
-            description=cls.__doc__,
+            description=cleandoc(cls.__doc__),
             search_aliases=["ray unet loader", "multi gpu model"],
             inputs=[
                 io.Combo.Input("unet_name", options=_files(),

@@ -20,12 +20,12 @@ _IGNORED = {"sync_ulysses": False, "skip_comm_test": False, "use_mmap": False, "
             "torch_dist_address": "127.0.0.1:29500"}
 
 
-def check(inputs: Mapping[str, Any]) -> bool | str:
-    """True, or what is wrong with the inputs that are known; a linked input is None and is judged when it runs."""
-    if any(inputs.get(name) is None for name in ("GPU", "ulysses_degree", "ring_degree", *_UNAVAILABLE_DEGREES)):
+def check_product(workers: int | None, ulysses: int | None, ring: int | None) -> bool | str:
+    """True, or why these numbers do not fit together; a linked input is None and is judged when the node runs."""
+    if workers is None or ulysses is None or ring is None:
         return True
     try:
-        _validate(inputs)
+        _validate_product(workers, ulysses, ring)
     except ValueError as error:
         return str(error)
     return True
@@ -50,23 +50,27 @@ def workers_from(inputs: Mapping[str, Any]) -> Workers:
     return Workers(config, inputs["XFuser_attention"], bool(inputs.get("clear_vram_after_sampling")))
 
 
-def _validate(inputs: Mapping[str, Any]) -> None:
-    workers, ulysses, ring = inputs["GPU"], inputs["ulysses_degree"], inputs["ring_degree"]
-    for name in ("GPU", "ulysses_degree", "ring_degree"):
-        if inputs[name] < 1:
-            raise ValueError(f"{name} = {inputs[name]}: at least 1")
-    for name in _UNAVAILABLE_DEGREES:
-        if inputs[name] not in (0, 1) or (inputs[name] == 0 and name != "dp_degree"):
-            raise ValueError(f"{name} = {inputs[name]} is not available in this version of Raylight: set it to 1")
-    for name in ("FSDP", "FSDP_CPU_OFFLOAD"):
-        if inputs.get(name):
-            raise ValueError(f"{name} is not available in this version of Raylight: switch it off")
+def _validate_product(workers: int, ulysses: int, ring: int) -> None:
+    for name, value in (("GPU", workers), ("ulysses_degree", ulysses), ("ring_degree", ring)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: at least 1")
     if workers != ulysses * ring:
         fitting = " or ".join(f"{workers // n} and {n}" for n in range(1, workers + 1) if workers % n == 0)
         raise ValueError(
             f"ulysses_degree = {ulysses} x ring_degree = {ring} makes {ulysses * ring} workers, but GPU = {workers}: "
             f"set ulysses_degree and ring_degree to {fitting}, or GPU to {ulysses * ring}"
         )
+
+
+def _validate(inputs: Mapping[str, Any]) -> None:
+    workers = inputs["GPU"]
+    _validate_product(workers, inputs["ulysses_degree"], inputs["ring_degree"])
+    for name in _UNAVAILABLE_DEGREES:
+        if inputs[name] not in (0, 1) or (inputs[name] == 0 and name != "dp_degree"):
+            raise ValueError(f"{name} = {inputs[name]} is not available in this version of Raylight: set it to 1")
+    for name in ("FSDP", "FSDP_CPU_OFFLOAD"):
+        if inputs.get(name):
+            raise ValueError(f"{name} is not available in this version of Raylight: switch it off")
     if inputs.get("XFuser_attention") is not None:
         kernels.check_available(inputs["XFuser_attention"])
     selected = _gpu_select(inputs)

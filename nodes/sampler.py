@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import cleandoc
 from typing import Any
 
 import comfy.samplers
@@ -22,7 +23,7 @@ class XFuserKSamplerAdvanced(io.ComfyNode):
             node_id="XFuserKSamplerAdvanced",
             display_name="XFuser KSampler (Advanced)",
             category=CATEGORY,
-            description=cls.__doc__,
+            description=cleandoc(cls.__doc__),
             search_aliases=["ray ksampler", "multi gpu sampler", "parallel ksampler"],
             inputs=[
                 io.Combo.Input("add_noise", options=["enable", "disable"],

@@ -38,7 +38,7 @@ def connect(config: SessionConfig) -> None:
             namespace=config.namespace,
             num_cpus=max(config.world_size, os.cpu_count() or 1),
             object_store_memory=config.object_store_bytes,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
         )
         return
     logger.info("joining the Ray cluster at %s", config.address)

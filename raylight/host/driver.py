@@ -8,9 +8,11 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sample
+import comfy.utils
 import latent_preview
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
+from tqdm.auto import tqdm
 
 from raylight.cluster import current
 from raylight.cluster.errors import RunCancelled
@@ -65,10 +67,14 @@ def sample(model: RayModel, latent: dict[str, Any], positive: list[Any], negativ
     )
     show = latent_preview.prepare_callback(stand_in, steps)
 
-    def on_event(event: StepDone) -> None:
-        show(event.step, event.preview, None, event.total)
+    with tqdm(disable=not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
 
-    samples = _run(session, "sample", job, on_event=on_event)
+        def on_event(event: StepDone) -> None:
+            bar.total = event.total
+            bar.update(event.step + 1 - bar.n)
+            show(event.step, event.preview, None, event.total)
+
+        samples = _run(session, "sample", job, on_event=on_event)
     samples = samples.to(
         device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype()
     )
