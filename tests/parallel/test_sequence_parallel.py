@@ -6,9 +6,9 @@ import functools
 import time
 
 import pytest
-from ranks import run_ranks, values
 from split_cases import CASES, one_rank_fails, split_toy, uneven_collectives, votes
 
+from raylight.parallel.local_ranks import run_ranks, values
 from raylight.parallel.partition import partition
 
 

@@ -6,8 +6,8 @@ import functools
 
 import pytest
 from matrix_cases import Comparison, compare
-from ranks import run_ranks, values
 
+from raylight.parallel.local_ranks import run_ranks, values
 from raylight.zoo import families
 
 TOLERANCE = 1e-4

@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: one process each, and what each returned or raised."""
+"""Gloo ranks on this machine, one process each, for tests and benchmarks: what each returned or raised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raylight.parallel.process_group import Rendezvous, host_store, join_world
+from .process_group import Rendezvous, host_store, join_world
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
 
 def values(answers: list[RankResult]) -> list[Any]:
-    """The ranks' values, when none raised."""
+    """The ranks' values. Raises RuntimeError with the tracebacks when one raised."""
     failed = [f"rank {rank}: {answer.error}" for rank, answer in enumerate(answers) if answer.error]
-    assert not failed, "\n".join(failed)
+    if failed:
+        raise RuntimeError("\n".join(failed))
     return [answer.value for answer in answers]
 
 

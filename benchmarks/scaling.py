@@ -1,0 +1,125 @@
+"""Speed-up of one denoising step over ranks, each with one thread.
+
+Every figure of one table is measured side by side in one run: the ranks of each count take turns, and medians are
+compared. Communication is the time spent in exchanges and gathers, waiting for slower ranks included.
+
+    COMFYUI_PATH=/my/ComfyUI python benchmarks/scaling.py --ranks 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from raylight.parallel.local_ranks import run_ranks, values  # noqa: E402
+
+WIDE = {
+    "wan": ("Wan T2V", {"dim": 768, "ffn_dim": 2048, "num_heads": 6, "num_layers": 3}, (1, 16, 5, 44, 60)),
+    "flux": ("Flux Schnell", {"hidden_size": 640, "num_heads": 5, "depth": 2, "depth_single_blocks": 3,
+                              "axes_dim": [16, 56, 56], "mlp_ratio": 4.0}, (1, 16, 98, 98)),
+}
+
+
+def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each of `repeats` forwards of the model, and of their communication."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    from comfy.cli_args import args
+
+    args.cpu = True  # before ComfyUI's modules choose a device
+    import dataclasses
+
+    import raylight.parallel.hooks
+    import raylight.parallel.ulysses
+    from raylight.attention.kernels import kernel
+    from raylight.host import attention_hook
+    from raylight.parallel.attention import SequenceAttention
+    from raylight.parallel.mesh import build_mesh, sequence_axis
+    from raylight.parallel.ring import HybridAttention
+    from raylight.parallel.shape import MeshShape
+    from raylight.parallel.tokens import TokenState
+    from raylight.plans import plan_for
+    from raylight.zoo import families
+    from raylight.zoo.family import Draw
+
+    spent = [0.0]
+
+    def timed(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments)
+            spent[0] += time.perf_counter() - began
+            return result
+        return call
+
+    raylight.parallel.ulysses.exchange = timed(raylight.parallel.ulysses.exchange)
+    raylight.parallel.hooks.all_gather = timed(raylight.parallel.hooks.all_gather)
+
+    family_name, changes, shape = WIDE[name]
+    family = families()[family_name]
+    model = dataclasses.replace(family, unet_config={**family.unet_config, **changes}).build()
+    inputs = next(iter(family.calls.values()))(Draw(1)) | {"x": Draw(2)(*shape)}
+    options: dict[str, Any] = {"transformer_options": {}}
+    if world > 1:
+        mesh = build_mesh(MeshShape(ring=ring, ulysses=world // ring), torch.device("cpu"))
+        tokens, group = TokenState(rank, world), sequence_axis(mesh).get_group()
+        raylight.parallel.hooks.SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens, group,
+                                              world // ring)
+        strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
+        attention_hook.install(options, SequenceAttention(tokens, strategy), kernel("TORCH_FLASH"))
+    else:
+        attention_hook.install(options, lambda k, q, key, v, mask, scale: k(q, key, v, mask, scale),
+                               kernel("TORCH_FLASH"))
+    seconds, communication = [], []
+    with torch.inference_mode():
+        for turn in range(repeats + 1):
+            spent[0], began = 0.0, time.perf_counter()
+            model.apply_model(**inputs, transformer_options=dict(options["transformer_options"]))
+            if turn:  # the first is warm-up
+                seconds.append(time.perf_counter() - began)
+                communication.append(spent[0])
+    return seconds, communication
+
+
+def main() -> None:
+    """Measure and print one table per model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--models", nargs="+", choices=WIDE, default=list(WIDE))
+    parser.add_argument("--ring", type=int, default=1, help="ranks in the ring, the rest in Ulysses")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the counts of ranks take turns")
+    parser.add_argument("--repeats", type=int, default=3, help="forwards in each round")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread for each rank, float32")
+    for name in options.models:
+        taken: dict[int, list[float]] = {world: [] for world in options.ranks}
+        shares: dict[int, list[float]] = {world: [] for world in options.ranks}
+        for _ in range(options.rounds):
+            for world in options.ranks:
+                ring = options.ring if world % options.ring == 0 else 1
+                answers = values(run_ranks(world, step, name, ring, options.repeats, timeout_s=600))
+                for turn in range(options.repeats):
+                    slowest = max(answer[0][turn] for answer in answers)
+                    taken[world].append(slowest)
+                    shares[world].append(statistics.mean(answer[1][turn] for answer in answers) / slowest)
+        base = statistics.median(taken[options.ranks[0]])
+        print(f"\n{name}: latent {WIDE[name][2]}")
+        print("ranks   s/step   speed-up   efficiency   communication")
+        for world in options.ranks:
+            median = statistics.median(taken[world])
+            speed_up = base / median * options.ranks[0]
+            print(f"{world:>5} {median:>8.3f} {speed_up:>9.2f}x {speed_up / world:>11.0%} "
+                  f"{statistics.median(shares[world]):>14.1%}")
+
+
+if __name__ == "__main__":
+    main()
