@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .plan import CrossAttention
+from .plan import CrossAttention, Whole
 from .tokens import TokenState
 
 
@@ -59,7 +59,7 @@ class SequenceAttention:
         Raises RuntimeError where the call does not fit the plan: attending over a shard would be wrong silently.
         """
         tokens, scope = self._tokens, self._tokens.scope
-        if not tokens.is_cut:
+        if not tokens.is_cut or isinstance(scope, Whole):
             return kernel(q, k, v, mask, scale)
         if scope is None:
             raise RuntimeError("the plan does not say over which tokens this attention call goes")

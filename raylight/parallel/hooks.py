@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +72,7 @@ class SequenceHooks:
         self._handles.append(module.register_forward_pre_hook(localize, with_kwargs=True))
         for rule in rules.values():
             if isinstance(rule, Whole):
+                self._mark_attention(module, rule)
                 self._handles.append(module.register_forward_hook(
                     lambda _, __, output, rule=rule: self._tokens.part(output, rule.stream, rule.dim)
                 ))
@@ -80,7 +82,7 @@ class SequenceHooks:
             return all_gather(value, self._tokens.sizes(rule.stream), rule.dim, self._group)
         return self._tokens.localize(value, rule)
 
-    def _mark_attention(self, module: nn.Module, attention: Attention) -> None:
+    def _mark_attention(self, module: nn.Module, attention: Attention | Whole) -> None:
         self._handles.append(module.register_forward_pre_hook(lambda *_: self._tokens.push(attention)))
         self._handles.append(module.register_forward_hook(lambda *_: self._tokens.pop()))
 
@@ -119,11 +121,14 @@ def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Mod
 
 
 def _parameter_positions(module: nn.Module, path: str, rules: dict[str, Input], plan: SequencePlan) -> dict[str, int]:
-    parameters = list(inspect.signature(module.forward).parameters)
+    signature = inspect.signature(module.forward).parameters
+    parameters = list(signature)
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
     missing = [name for name in rules if name not in parameters]
-    if missing:
+    if missing and not takes_more:
         raise ValueError(
             f"the plan of {plan.model} names arguments {missing} of '{path}', "
             f"but {type(module).__name__}.forward has {parameters}"
         )
-    return {name: parameters.index(name) for name in rules}
+    # What goes into `**kwargs` is never met by position.
+    return {name: parameters.index(name) if name in parameters else sys.maxsize for name in rules}

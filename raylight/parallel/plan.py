@@ -63,7 +63,7 @@ class Gather:
 @dataclass(frozen=True, slots=True)
 class Whole:
     """The module mixes tokens by other means than attention (a convolution): the argument, the stream, is joined
-    before it, and its output cut again, along `dim`. Its work is done by every rank."""
+    before it, and its output cut again, along `dim`. Its work, attention calls included, is done by every rank."""
 
     stream: str
     dim: int = 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .partition import offsets, partition
-from .plan import Aligned, Attention, Control, Stream, TokenRanges
+from .plan import Aligned, Attention, Control, Stream, TokenRanges, Whole
 
 
 class TokenState:
@@ -28,7 +28,7 @@ class TokenState:
         """Forget the last forward, whether it ended or failed."""
         self._sizes: dict[str, tuple[int, ...]] = {}
         self._left: set[str] = set()
-        self._scopes: list[Attention] = []
+        self._scopes: list[Attention | Whole] = []
         self._cache: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -66,14 +66,14 @@ class TokenState:
     def leave(self, stream: str) -> None:
         self._left.add(stream)
 
-    def push(self, scope: Attention) -> None:
+    def push(self, scope: Attention | Whole) -> None:
         self._scopes.append(scope)
 
     def pop(self) -> None:
         self._scopes.pop()
 
     @property
-    def scope(self) -> Attention | None:
+    def scope(self) -> Attention | Whole | None:
         """What the innermost module being run says of its attention calls."""
         return self._scopes[-1] if self._scopes else None
 

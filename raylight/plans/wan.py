@@ -1,22 +1,53 @@
-"""Wan 2.1 and 2.2 (T2V, I2V, 5B): one stream of video tokens; text and image context stay whole."""
+"""Wan 2.1 and 2.2: one stream of video, reference and pose tokens; text, image and audio context stay whole."""
 
-from raylight.parallel.plan import Aligned, CrossAttention, Gather, SelfAttention, SequencePlan, Stream
+from raylight.parallel.plan import (
+    Aligned,
+    CrossAttention,
+    Gather,
+    Input,
+    SelfAttention,
+    SequencePlan,
+    Stream,
+    Whole,
+)
+
+VIDEO = ("video",)
+TOKENS: dict[str, Input] = {"x": Stream("video"), "freqs": Aligned(VIDEO)}
+PER_FRAME = Aligned(VIDEO, expand=True)
+ATTENTION = {"blocks.*.self_attn": SelfAttention(VIDEO), "blocks.*.cross_attn": CrossAttention(VIDEO)}
+
+
+def wan(model: str, inputs: dict[str, dict[str, Input]] | None = None, attention: dict | None = None,
+        modulation_per_frame: bool = True, heads: tuple[str, ...] = ("head",)) -> SequencePlan:
+    """The plan that all of Wan share, and what one of them adds.
+
+    Without `modulation_per_frame` the modulation is (B, 6, width), one for all tokens.
+    """
+    modulation: dict[str, Input] = {"e": PER_FRAME} if modulation_per_frame else {}
+    return SequencePlan(
+        model=f"comfy.ldm.wan.{model}",
+        inputs={"blocks.*": TOKENS | modulation, **({"head": modulation} if modulation else {}), **(inputs or {})},
+        attention=ATTENTION | (attention or {}),
+        outputs=dict.fromkeys(heads, Gather("video")),
+    )
+
 
 PLANS = (
-    SequencePlan(
-        model="comfy.ldm.wan.model.WanModel",
-        inputs={
-            "blocks.*": {
-                "x": Stream("video"),
-                "e": Aligned(("video",), expand=True),
-                "freqs": Aligned(("video",)),
-            },
-            "head": {"e": Aligned(("video",), expand=True)},
-        },
-        attention={
-            "blocks.*.self_attn": SelfAttention(("video",)),
-            "blocks.*.cross_attn": CrossAttention(("video",)),
-        },
-        outputs={"head": Gather("video")},
+    wan("model.WanModel"),
+    wan("model.SCAILWanModel"),
+    wan("model.SCAIL2WanModel"),
+    wan("model.CameraWanModel", modulation_per_frame=False),
+    wan(
+        "model.VaceWanModel",
+        # The first block meets the context and the video as they were before any block: whole.
+        {"vace_blocks.0": {"c": Aligned(VIDEO), "x": Aligned(VIDEO)}, "vace_blocks.*": {"freqs": Aligned(VIDEO)}},
+        {"vace_blocks.*.self_attn": SelfAttention(VIDEO), "vace_blocks.*.cross_attn": CrossAttention(VIDEO)},
+        modulation_per_frame=False,
     ),
+    # Audio is attended to frame by frame, and a rank's tokens do not end where a frame does.
+    wan("model.WanModel_S2V", {"audio_injector": {"x": Whole("video")}}),
+    wan("model.HumoWanModel", {"blocks.*.audio_cross_attn_wrapper": {"x": Whole("video")}}),
+    wan("model_animate.AnimateWanModel", {"face_adapter.fuser_blocks.*": {"x": Whole("video")}}),
+    wan("model_wandancer.WanDancerModel", {"music_injector": {"x": Whole("video")}, "head_global": {"e": PER_FRAME}},
+        heads=("head", "head_global")),
 )

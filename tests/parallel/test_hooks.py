@@ -10,7 +10,7 @@ from toy import TOY_PLAN, Toy, plain_kernel
 
 from raylight.parallel.attention import SequenceAttention
 from raylight.parallel.hooks import SequenceHooks
-from raylight.parallel.plan import Aligned, Gather, SelfAttention, Stream
+from raylight.parallel.plan import Aligned, Gather, SelfAttention, Stream, Whole
 from raylight.parallel.tokens import TokenState
 
 
@@ -44,6 +44,14 @@ def test_rejects_an_argument_that_is_not_there() -> None:
         install(plan)
 
 
+def test_an_argument_may_go_into_kwargs() -> None:
+    model = Toy()
+    inner = model.blocks[0].forward
+    for block in model.blocks:
+        block.forward = lambda txt, img, **kwargs: inner(txt, img, **kwargs)
+    SequenceHooks(model, TOY_PLAN, TokenState(0, 2), None).remove()
+
+
 def test_rejects_a_stream_that_never_enters() -> None:
     with pytest.raises(ValueError, match=r"streams that never enter: \['audio'\]"):
         dataclasses.replace(TOY_PLAN, attention={"blocks.*": SelfAttention(("audio",))})
@@ -70,6 +78,16 @@ def test_attention_before_the_split_is_left_alone() -> None:
     q = torch.randn(1, 2, 5, 4)
     attention = SequenceAttention(TokenState(0, 2), None)
     assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
+
+
+def test_attention_in_a_module_that_runs_whole_is_left_alone() -> None:
+    tokens = TokenState(0, 2)
+    tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
+    tokens.push(Whole("x"))
+    q = torch.randn(1, 2, 6, 4)
+    attention = SequenceAttention(tokens, None)
+    assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
+    assert attention.counts.exchanged == 0
 
 
 def test_rejects_a_model_whose_tokens_stay_split() -> None:
