@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,17 +59,10 @@ def test_rejects_a_file_of_something_else(folder: Path) -> None:
 
 
 def test_rejects_a_model_without_a_plan(folder: Path) -> None:
-    tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
-    width = tensors["head.modulation"].shape[-1]
-    block = {k.removeprefix("blocks.0."): v for k, v in tensors.items() if k.startswith("blocks.0.")}
-    for name in ("before_proj", "after_proj"):
-        block |= {f"{name}.weight": torch.zeros(width, width), f"{name}.bias": torch.zeros(width)}
-    tensors |= {f"vace_blocks.0.{name}": tensor.clone() for name, tensor in block.items()}
-    tensors |= {"vace_patch_embedding.weight": torch.zeros(width, 96, 1, 2, 2),
-                "vace_patch_embedding.bias": torch.zeros(width)}
-    path = folder / "vace.safetensors"
-    save_file(tensors, path)
-    with pytest.raises(ValueError, match="no sequence plan for comfy.ldm.wan.model.VaceWanModel"):
+    path = folder / "autoregressive.safetensors"
+    metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})}
+    save_file(load_file(checkpoint(folder, CASES["Wan T2V"])), path, metadata=metadata)
+    with pytest.raises(ValueError, match="no sequence plan for comfy.ldm.wan.ar_model.CausalWanModel"):
         driver.load(model_of(path))
 
 
