@@ -75,7 +75,7 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
         raylight.parallel.hooks.SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens, group,
                                               world // ring)
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        attention_hook.install(options, SequenceAttention(tokens, strategy), kernel("TORCH_FLASH"))
+        attention_hook.install(options, SequenceAttention(tokens, strategy, group), kernel("TORCH_FLASH"))
     else:
         attention_hook.install(options, lambda k, q, key, v, mask, scale: k(q, key, v, mask, scale),
                                kernel("TORCH_FLASH"))

@@ -72,7 +72,7 @@ class ModelService:
             diffusion_model, plan_for(diffusion_model), tokens, sequence.get_group(), mesh["ulysses"].size()
         )
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        self._attention = SequenceAttention(tokens, strategy)
+        self._attention = SequenceAttention(tokens, strategy, sequence.get_group())
 
     def _unload(self) -> None:
         self._recipe = self._patcher = self._attention = None

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import all_gather
 from .plan import CrossAttention, Whole
 from .tokens import TokenState
 
@@ -47,9 +49,11 @@ class AttentionCounts:
 class SequenceAttention:
     """Routes each attention call of a forward by what its module's plan says."""
 
-    def __init__(self, tokens: TokenState, strategy: Strategy) -> None:
+    def __init__(self, tokens: TokenState, strategy: Strategy, group: dist.ProcessGroup) -> None:
+        """`group` are the ranks of the sequence, in the order of its tokens."""
         self._tokens = tokens
         self._strategy = strategy
+        self._group = group
         self.counts = AttentionCounts()
 
     def __call__(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -79,8 +83,15 @@ class SequenceAttention:
         if k.shape[2] != q.shape[2]:
             raise RuntimeError(f"self-attention has {q.shape[2]} queries but {k.shape[2]} keys")
         self.counts.exchanged += 1
-        whole_mask = None if mask is None else tokens.gathered_mask(_four_dims(mask), streams)
+        whole_mask = None if mask is None else self._whole_mask(_four_dims(mask), streams, lengths)
         return self._strategy(kernel, q, k, v, lengths, whole_mask, scale)
+
+    def _whole_mask(self, mask: Tensor, streams: Sequence[str], lengths: Sequence[int]) -> Tensor:
+        """The mask over all tokens in rank order. One that a model made of its local tokens is joined; it can only
+        be one of keys, since no rank knows another's queries."""
+        if mask.shape[-2] == 1 and mask.shape[-1] == lengths[self._tokens.rank] != sum(lengths):
+            return all_gather(mask, lengths, mask.ndim - 1, self._group)
+        return self._tokens.gathered_mask(mask, streams)
 
 
 def _four_dims(mask: Tensor) -> Tensor:

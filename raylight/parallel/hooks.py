@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch.distributed as dist
@@ -32,7 +33,7 @@ class SequenceHooks:
         """
         self._plan, self._tokens, self._group = plan, tokens, group
         self._handles: list[RemovableHandle] = []
-        heads, degree = getattr(model, plan.heads), ulysses_degree or tokens.degree
+        heads, degree = attrgetter(plan.heads)(model), ulysses_degree or tokens.degree
         if heads < degree:
             raise ValueError(
                 f"{type(model).__name__} has {heads} attention heads, too few for ulysses_degree = {degree}: "

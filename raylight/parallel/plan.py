@@ -43,6 +43,13 @@ class TokenRanges:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenIndex:
+    """The argument is one position in `stream`, before which tokens are treated otherwise than from it on."""
+
+    stream: str
+
+
+@dataclass(frozen=True, slots=True)
 class Control:
     """The argument is a dict of lists of residuals (B, tokens, width) that the model adds to the first tokens of
     `stream` between its blocks. They are cut when they are taken from the list, which is after the stream was."""
@@ -83,7 +90,7 @@ class CrossAttention:
     query: tuple[str, ...]
 
 
-Input = Stream | Aligned | TokenRanges | Control | Whole
+Input = Stream | Aligned | TokenRanges | TokenIndex | Control | Whole
 Attention = SelfAttention | CrossAttention
 
 
@@ -91,7 +98,8 @@ Attention = SelfAttention | CrossAttention
 class SequencePlan:
     """How one model class is split by sequence.
 
-    `model` is the import path of the class; `heads` the attribute that holds its number of attention heads.
+    `model` is the import path of the class; `heads` the attribute, by its path from the model, that holds the number
+    of its attention heads.
     """
 
     model: str
@@ -122,4 +130,4 @@ def _streams_of(rule: Input | Attention) -> tuple[str, ...]:
         return (rule.name,)
     if isinstance(rule, CrossAttention):
         return rule.query
-    return (rule.stream,) if isinstance(rule, (Control, Whole)) else rule.streams
+    return (rule.stream,) if isinstance(rule, (Control, TokenIndex, Whole)) else rule.streams

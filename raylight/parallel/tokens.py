@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .partition import offsets, partition
-from .plan import Aligned, Attention, Control, Stream, TokenRanges, Whole
+from .plan import Aligned, Attention, Control, Stream, TokenIndex, TokenRanges, Whole
 
 
 class TokenState:
@@ -77,12 +77,15 @@ class TokenState:
         """What the innermost module being run says of its attention calls."""
         return self._scopes[-1] if self._scopes else None
 
-    def localize(self, value: Any, rule: Stream | Aligned | TokenRanges | Control) -> Any:
+    def localize(self, value: Any, rule: Stream | Aligned | TokenRanges | TokenIndex | Control) -> Any:
         """This rank's part of an argument."""
         if value is None:
             return None
         if isinstance(rule, TokenRanges):
             return self._ranges(value, rule)
+        if isinstance(rule, TokenIndex):
+            (start, stop), = self.spans((rule.stream,), self.rank)
+            return min(max(value, start), stop) - start
         if isinstance(rule, Stream):
             return self._cut(value, rule)
         if isinstance(rule, Control):

@@ -60,7 +60,7 @@ def test_rejects_a_stream_that_never_enters() -> None:
 def test_rejects_attention_that_no_plan_covers() -> None:
     tokens = TokenState(0, 2)
     tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
-    attention = SequenceAttention(tokens, None)
+    attention = SequenceAttention(tokens, None, None)
     with pytest.raises(RuntimeError, match="does not say over which tokens"):
         attention(plain_kernel, *(torch.zeros(1, 2, 3, 4) for _ in range(3)), None, None)
 
@@ -69,14 +69,14 @@ def test_rejects_attention_over_other_tokens_than_planned() -> None:
     tokens = TokenState(0, 2)
     tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
     tokens.push(SelfAttention(("x",)))
-    attention = SequenceAttention(tokens, None)
+    attention = SequenceAttention(tokens, None, None)
     with pytest.raises(RuntimeError, match="6 queries on rank 0 where the plan expects 3"):
         attention(plain_kernel, *(torch.zeros(1, 2, 6, 4) for _ in range(3)), None, None)
 
 
 def test_attention_before_the_split_is_left_alone() -> None:
     q = torch.randn(1, 2, 5, 4)
-    attention = SequenceAttention(TokenState(0, 2), None)
+    attention = SequenceAttention(TokenState(0, 2), None, None)
     assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
 
 
@@ -85,7 +85,7 @@ def test_attention_in_a_module_that_runs_whole_is_left_alone() -> None:
     tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
     tokens.push(Whole("x"))
     q = torch.randn(1, 2, 6, 4)
-    attention = SequenceAttention(tokens, None)
+    attention = SequenceAttention(tokens, None, None)
     assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
     assert attention.counts.exchanged == 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylight.parallel.plan import Aligned, Stream, TokenRanges
+from raylight.parallel.plan import Aligned, Stream, TokenIndex, TokenRanges
 from raylight.parallel.tokens import TokenState
 
 
@@ -66,6 +66,11 @@ def test_ranges_after_a_stream_counted_at_its_local_length() -> None:
     tokens = state(1, 2, txt=4, img=9)
     rule = TokenRanges(("txt", "img"), local=("txt",))
     assert tokens.localize([(0, 8, 0), (8, 11, 1)], rule) == [(0, 2, 0), (2, 3, 0), (3, 6, 1)]
+
+
+@pytest.mark.parametrize(("index", "expected"), [(0, [0, 0]), (3, [3, 0]), (5, [5, 0]), (7, [5, 2]), (9, [5, 4])])
+def test_an_index_is_counted_from_the_first_local_token(index: int, expected: list[int]) -> None:
+    assert [state(rank, 2, img=9).localize(index, TokenIndex("img")) for rank in range(2)] == expected
 
 
 def test_masks_are_put_in_the_order_of_gathered_tokens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def _compare(family: Any, make: Any, rank: int, world: int, group: Any) -> Compa
 
         return exchange(seen, q, k, v, lengths, mask, scale)
 
-    attention = SequenceAttention(tokens, counted)
+    attention = SequenceAttention(tokens, counted, group)
     model_options = {"transformer_options": dict(options)}
     attention_hook.install(model_options, attention, kernel("TORCH"))
     actual = model.apply_model(**copied(inputs), transformer_options=model_options["transformer_options"])
@@ -87,5 +88,5 @@ def _compare(family: Any, make: Any, rank: int, world: int, group: Any) -> Compa
     return Comparison(
         ((actual - expected).abs().max() / expected.std()).item(), expected.std().item(),
         attention.counts.exchanged, attention.counts.largest_share, max(heads, default=0),
-        getattr(model.diffusion_model, plan.heads),
+        attrgetter(plan.heads)(model.diffusion_model),
     )

@@ -108,7 +108,8 @@ def split_toy(rank: int, world: int, ring: int = 1, kernel_name: str = "") -> di
 
         tokens = TokenState(rank, world)
         hooks = SequenceHooks(model, TOY_PLAN, tokens, group)
-        attention = SequenceAttention(tokens, HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
+        strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
+        attention = SequenceAttention(tokens, strategy, group)
         kernel = Counting(kernel_name)
 
         def attend(q, k, v, mask, scale, attention=attention, kernel=kernel):

@@ -1,0 +1,24 @@
+"""Qwen Image, Edit and Layered: joint attention over text and image tokens, both split."""
+
+from raylight.parallel.plan import Aligned, Control, Gather, SelfAttention, SequencePlan, Stream, TokenIndex
+
+JOINT = ("txt", "img")
+
+PLANS = (
+    SequencePlan(
+        model="comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",
+        inputs={
+            "": {"control": Control("img")},
+            "transformer_blocks.*": {
+                "hidden_states": Stream("img"),
+                "encoder_hidden_states": Stream("txt"),
+                "encoder_hidden_states_mask": Aligned(("txt",)),
+                "image_rotary_emb": Aligned(JOINT, dim=2),
+                "timestep_zero_index": TokenIndex("img"),
+            },
+        },
+        attention={"transformer_blocks.*": SelfAttention(JOINT)},
+        outputs={"proj_out": Gather("img")},
+        heads="transformer_blocks.0.num_attention_heads",
+    ),
+)
