@@ -33,7 +33,8 @@ class Aligned:
 
 @dataclass(frozen=True, slots=True)
 class TokenRanges:
-    """The argument is a list of `(start, stop, ...)` in token positions of `streams` laid end to end.
+    """The argument is a list of `(start, stop, ...)` in token positions of `streams` laid end to end; a stop of None is
+    their end.
 
     Streams in `local` are counted at their length on this rank, since the model measured them after the cut.
     """
@@ -47,6 +48,13 @@ class TokenIndex:
     """The argument is one position in `stream`, before which tokens are treated otherwise than from it on."""
 
     stream: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The argument is one with which this model cannot be split; `reason` is for the person at the graph."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,7 @@ class CrossAttention:
     query: tuple[str, ...]
 
 
-Input = Stream | Aligned | TokenRanges | TokenIndex | Control | Whole
+Input = Stream | Aligned | TokenRanges | TokenIndex | Control | Whole | Refused
 Attention = SelfAttention | CrossAttention
 
 
@@ -130,4 +138,6 @@ def _streams_of(rule: Input | Attention) -> tuple[str, ...]:
         return (rule.name,)
     if isinstance(rule, CrossAttention):
         return rule.query
+    if isinstance(rule, Refused):
+        return ()
     return (rule.stream,) if isinstance(rule, (Control, TokenIndex, Whole)) else rule.streams

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .partition import offsets, partition
-from .plan import Aligned, Attention, Control, Stream, TokenIndex, TokenRanges, Whole
+from .plan import Aligned, Attention, Control, Refused, Stream, TokenIndex, TokenRanges, Whole
 
 
 class TokenState:
@@ -77,10 +77,12 @@ class TokenState:
         """What the innermost module being run says of its attention calls."""
         return self._scopes[-1] if self._scopes else None
 
-    def localize(self, value: Any, rule: Stream | Aligned | TokenRanges | TokenIndex | Control) -> Any:
+    def localize(self, value: Any, rule: Stream | Aligned | TokenRanges | TokenIndex | Control | Refused) -> Any:
         """This rank's part of an argument."""
         if value is None:
             return None
+        if isinstance(rule, Refused):
+            raise ValueError(f"this model cannot be split over workers here: {rule.reason}")
         if isinstance(rule, TokenRanges):
             return self._ranges(value, rule)
         if isinstance(rule, TokenIndex):
@@ -147,7 +149,7 @@ class TokenState:
         result = []
         for start, stop, *rest in value:
             for low, high, local in pieces:
-                first, last = max(start, low), min(stop, high)
+                first, last = max(start, low), high if stop is None else min(stop, high)
                 if first < last:
                     result.append((first - low + local, last - low + local, *rest))
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylight.parallel.plan import Aligned, Stream, TokenIndex, TokenRanges
+from raylight.parallel.plan import Aligned, Refused, Stream, TokenIndex, TokenRanges
 from raylight.parallel.tokens import TokenState
 
 
@@ -58,7 +58,8 @@ def test_rows_per_frame_are_repeated_over_their_tokens(rows: int, total: int) ->
 
 def test_ranges_of_one_stream() -> None:
     for rank, expected in ((0, [(0, 3, 0), (3, 5, 1)]), (1, [(0, 4, 1)])):
-        assert state(rank, 2, img=9).localize([(0, 3, 0), (3, 9, 1)], TokenRanges(("img",))) == expected
+        for end in (9, None):
+            assert state(rank, 2, img=9).localize([(0, 3, 0), (3, end, 1)], TokenRanges(("img",))) == expected
 
 
 def test_ranges_after_a_stream_counted_at_its_local_length() -> None:
@@ -86,6 +87,13 @@ def test_masks_are_put_in_the_order_of_gathered_tokens() -> None:
 def test_rejects_fewer_tokens_than_ranks() -> None:
     with pytest.raises(ValueError, match=r"'txt' sequence has 2 tokens, too few for 3 ranks: .* at most 2"):
         state(0, 3, txt=2)
+
+
+def test_rejects_an_argument_by_its_reason() -> None:
+    tokens = TokenState(0, 2)
+    assert tokens.localize(None, Refused("no")) is None
+    with pytest.raises(ValueError, match="cannot be split over workers here: it counts whole rows"):
+        tokens.localize(torch.zeros(1), Refused("it counts whole rows"))
 
 
 def test_rejects_a_table_that_does_not_fit() -> None:

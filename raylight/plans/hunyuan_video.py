@@ -1,0 +1,39 @@
+"""Hunyuan Video 1.0 and 1.5 and Hunyuan Image 2.1: joint attention over text and image tokens, both split."""
+
+from raylight.parallel.plan import (
+    Aligned,
+    Control,
+    Gather,
+    Refused,
+    SelfAttention,
+    SequencePlan,
+    Stream,
+    TokenRanges,
+)
+
+JOINT = ("txt", "img")
+
+PLANS = (
+    SequencePlan(
+        model="comfy.ldm.hunyuan_video.model.HunyuanVideo",
+        inputs={
+            "": {
+                "control": Control("img"),
+                "ref_latent": Refused("a reference latent is cut off again by its whole length between the blocks and "
+                                      "the last layer; use another way to give the image, or GPU = 1"),
+            },
+            "double_blocks.*": {
+                "txt": Stream("txt"),
+                "img": Stream("img"),
+                "pe": Aligned(JOINT, dim=2),
+                "modulation_dims_img": TokenRanges(("img",)),
+                "modulation_dims_txt": TokenRanges(("txt",)),
+            },
+            # The ranges of the image, counted from the start of text and image: so does the model.
+            "single_blocks.*": {"pe": Aligned(JOINT, dim=2), "modulation_dims": TokenRanges(JOINT)},
+            "final_layer": {"modulation_dims": TokenRanges(("img",))},
+        },
+        attention={"double_blocks.*": SelfAttention(JOINT), "single_blocks.*": SelfAttention(JOINT)},
+        outputs={"final_layer": Gather("img")},
+    ),
+)
