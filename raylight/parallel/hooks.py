@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import all_gather
@@ -91,8 +92,7 @@ class SequenceHooks:
         def join(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             for gather in gathers:
                 local = output if gather.index is None else output[gather.index]
-                whole = all_gather(local, self._tokens.sizes(gather.stream), gather.dim, self._group)
-                self._tokens.leave(gather.stream)
+                whole = self._join(local, gather)
                 if gather.index is None:
                     output = whole
                 else:
@@ -100,6 +100,13 @@ class SequenceHooks:
             return output
 
         self._handles.append(module.register_forward_hook(join))
+
+    def _join(self, local: Tensor, gather: Gather) -> Tensor:
+        before = self._tokens.lengths(gather.after)[self._tokens.rank]
+        head, tail = local.split([before, local.shape[gather.dim] - before], gather.dim)
+        whole = all_gather(tail, self._tokens.sizes(gather.stream), gather.dim, self._group)
+        self._tokens.leave(gather.stream)
+        return torch.cat([head, whole], gather.dim) if before else whole
 
     def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:
         open_streams = [gather.stream for gather in self._plan.gathers() if not self._tokens.has_left(gather.stream)]

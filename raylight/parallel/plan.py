@@ -68,11 +68,12 @@ class Control:
 @dataclass(frozen=True, slots=True)
 class Gather:
     """The module's output, or its entry `index` where it is a tuple, is the stream, local; it is joined again along
-    `dim`."""
+    `dim`. Tokens of the streams in `after` lie before it in the output, and stay local."""
 
     stream: str
     dim: int = 1
     index: int | None = None
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class SequencePlan:
         rules = [rule for module in self.inputs.values() for rule in module.values()]
         streams = tuple(dict.fromkeys(rule.name for rule in rules if isinstance(rule, Stream)))
         object.__setattr__(self, "streams", streams)
-        used = {gather.stream for gather in self.gathers()}
+        used = {name for gather in self.gathers() for name in (gather.stream, *gather.after)}
         for rule in (*rules, *self.attention.values()):
             used.update(_streams_of(rule))
         unknown = used - set(streams)

@@ -1,4 +1,4 @@
-"""Flux.1."""
+"""Flux.1, Flux.2 and LongCat Image."""
 
 from __future__ import annotations
 
@@ -41,10 +41,40 @@ def controlled(draw: Draw) -> dict[str, Any]:
     return with_guidance(draw) | {"control": residuals}
 
 
+def inpaint(draw: Draw) -> dict[str, Any]:
+    return with_guidance(draw) | {"c_concat": draw(2, 80, 17, 13)}
+
+
+def latent_of_patches(draw: Draw) -> dict[str, Any]:
+    return {
+        "x": draw(2, 32, 9, 7), "t": torch.tensor([0.7, 0.2]), "c_crossattn": draw(2, 7, 24),
+        "guidance": torch.tensor([3.5, 3.5]),
+    }
+
+
+def references_at_time_zero(draw: Draw) -> dict[str, Any]:
+    return {
+        "x": draw(1, 32, 9, 7), "t": torch.tensor([0.7]), "c_crossattn": draw(1, 7, 24),
+        "ref_latents": [draw(1, 32, 5, 6), draw(1, 32, 4, 7)], "ref_latents_method": "index_timestep_zero",
+    }
+
+
+FLUX2 = BASE | {
+    "image_model": "flux2", "in_channels": 32, "out_channels": 32, "vec_in_dim": None, "axes_dim": [4, 4, 4, 4],
+    "theta": 2000, "patch_size": 1, "mlp_ratio": 3.0, "global_modulation": True, "mlp_silu_act": True,
+    "qkv_bias": False, "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3],
+}
+
 FAMILIES = (
     Family("Flux Schnell", "FluxSchnell", BASE | {"guidance_embed": False}, {"text": text_to_image}),
     Family("Flux Dev", "Flux", BASE | {"guidance_embed": True}, {
         "guidance, batch of two, odd size": with_guidance, "Kontext references": references,
         "regional mask": regions, "ControlNet residuals": controlled,
     }),
+    Family("Flux Inpaint", "FluxInpaint", BASE | {"guidance_embed": True, "in_channels": 96}, {"image": inpaint}),
+    Family("Flux 2", "Flux2", FLUX2 | {"guidance_embed": True}, {"text, batch of two": latent_of_patches}),
+    Family("Flux 2 without guidance", "Flux2", FLUX2 | {"guidance_embed": False},
+           {"references at time zero": references_at_time_zero}),
+    Family("LongCat Image", "LongCatImage",
+           BASE | {"guidance_embed": False, "vec_in_dim": None, "txt_ids_dims": [1, 2]}, {"text": text_to_image}),
 )

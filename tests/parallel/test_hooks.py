@@ -57,6 +57,11 @@ def test_rejects_a_stream_that_never_enters() -> None:
         dataclasses.replace(TOY_PLAN, attention={"blocks.*": SelfAttention(("audio",))})
 
 
+def test_rejects_tokens_before_a_gather_that_never_enter() -> None:
+    with pytest.raises(ValueError, match=r"streams that never enter: \['audio'\]"):
+        dataclasses.replace(TOY_PLAN, outputs={"head": Gather("img", after=("audio",))})
+
+
 def test_rejects_attention_that_no_plan_covers() -> None:
     tokens = TokenState(0, 2)
     tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
