@@ -14,9 +14,10 @@ from raylight.parallel.hooks import SequenceHooks
 from raylight.parallel.mesh import sequence_axis
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.tokens import TokenState
+from raylight.parallel.whole import WholeTokens
 from raylight.plans import plan_for
 
-from . import attention_hook, model, sampling
+from . import attention_hook, model, patch_hook, sampling
 from .job import SampleJob
 from .model import ModelInfo, RankPatcher
 from .recipe import ModelRecipe
@@ -68,9 +69,9 @@ class ModelService:
             return
         diffusion_model = patcher.model.diffusion_model
         tokens = TokenState(sequence.get_local_rank(), sequence.size())
-        SequenceHooks(
-            diffusion_model, plan_for(diffusion_model), tokens, sequence.get_group(), mesh["ulysses"].size()
-        )
+        plan = plan_for(diffusion_model)
+        SequenceHooks(diffusion_model, plan, tokens, sequence.get_group(), mesh["ulysses"].size())
+        patch_hook.install(diffusion_model, plan, WholeTokens(tokens, sequence.get_group()))
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
         self._attention = SequenceAttention(tokens, strategy, sequence.get_group())
 

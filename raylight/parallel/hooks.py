@@ -116,14 +116,17 @@ class SequenceHooks:
 
 
 def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Module]:
-    """The modules that a plan's path names. Raises ValueError when there is none."""
+    """The modules that a plan's path names: none of a ModuleList that is empty (a model without single blocks).
+
+    Raises ValueError when the model has no such path.
+    """
     names = [name for name, _ in model.named_modules()]
     if ".-1" in path:
         parent = path.partition(".-1")[0]
         path = path.replace(".-1", f".{len(model.get_submodule(parent)) - 1}", 1)
     expression = re.compile(re.escape(path).replace(r"\*", r"\d+"))
     found = [model.get_submodule(name) for name in names if expression.fullmatch(name)]
-    if not found:
+    if not found and f"{path.partition('.*')[0]}" not in names:
         raise ValueError(f"the plan of {plan.model} names '{path}', which this {type(model).__name__} does not have")
     return iter(found)
 

@@ -108,7 +108,8 @@ class SequencePlan:
     """How one model class is split by sequence.
 
     `model` is the import path of the class; `heads` the attribute, by its path from the model, that holds the number
-    of its attention heads.
+    of its attention heads. `patches` says, for each kind of patch that a person's nodes hang between or into the
+    blocks, which of its arguments have one row for each token; what it returns by the same names has, too.
     """
 
     model: str
@@ -116,10 +117,11 @@ class SequencePlan:
     attention: Mapping[str, Attention]
     outputs: Mapping[str, Gather | tuple[Gather, ...]]
     heads: str = "num_heads"
+    patches: Mapping[str, Mapping[str, Aligned]] = field(default_factory=dict)
     streams: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        rules = [rule for module in self.inputs.values() for rule in module.values()]
+        rules = [rule for module in (*self.inputs.values(), *self.patches.values()) for rule in module.values()]
         streams = tuple(dict.fromkeys(rule.name for rule in rules if isinstance(rule, Stream)))
         object.__setattr__(self, "streams", streams)
         used = {name for gather in self.gathers() for name in (gather.stream, *gather.after)}

@@ -36,6 +36,10 @@ class TokenState:
         """Whether some stream is local at this point of the forward."""
         return len(self._sizes) > len(self._left)
 
+    def is_open(self, stream: str) -> bool:
+        """Whether `stream` is local at this point of the forward."""
+        return stream in self._sizes and stream not in self._left
+
     def has_left(self, stream: str) -> bool:
         return stream in self._left
 
@@ -180,7 +184,8 @@ class TokenState:
 
 
 class LocalResiduals(list):
-    """A list of residuals (B, tokens, width) whose entries are this rank's rows: the model adds them to local tokens.
+    """A list of residuals (B, tokens, width) whose entries are this rank's rows while the stream is local: the model
+    adds them to its tokens.
 
     A residual may cover only the first tokens of its stream; so does its part.
     """
@@ -191,8 +196,8 @@ class LocalResiduals(list):
 
     def __getitem__(self, index: int) -> Tensor | None:
         residual = super().__getitem__(index)
-        if residual is None:
-            return None
+        if residual is None or not self._tokens.is_open(self._stream):
+            return residual
         (start, stop), = self._tokens.spans((self._stream,), self._tokens.rank)
         rows = residual.shape[1]
         return residual[:, min(start, rows):min(stop, rows)]

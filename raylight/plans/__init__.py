@@ -16,7 +16,7 @@ def all_plans() -> dict[str, SequencePlan]:
     """Every plan of this folder, by the import path of its model class."""
     plans: dict[str, SequencePlan] = {}
     for info in pkgutil.iter_modules(__path__):
-        for plan in importlib.import_module(f"{__name__}.{info.name}").PLANS:
+        for plan in getattr(importlib.import_module(f"{__name__}.{info.name}"), "PLANS", ()):
             if plan.model in plans:
                 raise ValueError(f"{plan.model} has two plans")
             plans[plan.model] = plan

@@ -2,6 +2,8 @@
 
 from raylight.parallel.plan import Aligned, Control, Gather, Input, SelfAttention, SequencePlan, Stream
 
+from . import patches
+
 JOINT = ("txt", "img")
 INPUTS: dict[str, dict[str, Input]] = {
     "": {"control": Control("img")},
@@ -11,8 +13,9 @@ INPUTS: dict[str, dict[str, Input]] = {
 ATTENTION = {"double_blocks.*": SelfAttention(JOINT), "single_blocks.*": SelfAttention(JOINT)}
 
 PLANS = (
-    SequencePlan("comfy.ldm.chroma.model.Chroma", INPUTS, ATTENTION, {"final_layer": Gather("img")}),
+    SequencePlan("comfy.ldm.chroma.model.Chroma", INPUTS, ATTENTION, {"final_layer": Gather("img")},
+                 patches=patches.BLOCKS | patches.ATTENTION),
     # Its last layers put the patches of the whole image together, convolution included.
     SequencePlan("comfy.ldm.chroma_radiance.model.ChromaRadiance", INPUTS, ATTENTION,
-                 {"single_blocks.-1": Gather("img", after=("txt",))}),
+                 {"single_blocks.-1": Gather("img", after=("txt",))}, patches=patches.BLOCKS | patches.ATTENTION),
 )

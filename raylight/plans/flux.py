@@ -2,6 +2,8 @@
 
 from raylight.parallel.plan import Aligned, Control, Gather, SelfAttention, SequencePlan, Stream, TokenRanges
 
+from . import patches
+
 JOINT = ("txt", "img")
 
 PLANS = (
@@ -21,5 +23,6 @@ PLANS = (
         },
         attention={"double_blocks.*": SelfAttention(JOINT), "single_blocks.*": SelfAttention(JOINT)},
         outputs={"final_layer": Gather("img")},
+        patches=patches.BLOCKS | patches.ATTENTION,
     ),
 )

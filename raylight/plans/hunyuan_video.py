@@ -11,6 +11,8 @@ from raylight.parallel.plan import (
     TokenRanges,
 )
 
+from . import patches
+
 JOINT = ("txt", "img")
 
 PLANS = (
@@ -35,5 +37,6 @@ PLANS = (
         },
         attention={"double_blocks.*": SelfAttention(JOINT), "single_blocks.*": SelfAttention(JOINT)},
         outputs={"final_layer": Gather("img")},
+        patches=patches.BLOCKS | patches.ATTENTION,
     ),
 )

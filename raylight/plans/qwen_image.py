@@ -2,6 +2,8 @@
 
 from raylight.parallel.plan import Aligned, Control, Gather, SelfAttention, SequencePlan, Stream, TokenIndex
 
+from . import patches
+
 JOINT = ("txt", "img")
 
 PLANS = (
@@ -19,6 +21,7 @@ PLANS = (
         },
         attention={"transformer_blocks.*": SelfAttention(JOINT)},
         outputs={"proj_out": Gather("img")},
+        patches=patches.BLOCKS | patches.ATTENTION,
         heads="transformer_blocks.0.num_attention_heads",
     ),
 )

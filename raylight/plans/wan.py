@@ -12,7 +12,8 @@ from raylight.parallel.plan import (
 )
 
 VIDEO = ("video",)
-TOKENS: dict[str, Input] = {"x": Stream("video"), "freqs": Aligned(VIDEO)}
+TOKENS_OF_VIDEO = Aligned(VIDEO)
+TOKENS: dict[str, Input] = {"x": Stream("video"), "freqs": TOKENS_OF_VIDEO}
 PER_FRAME = Aligned(VIDEO, expand=True)
 ATTENTION = {"blocks.*.self_attn": SelfAttention(VIDEO), "blocks.*.cross_attn": CrossAttention(VIDEO)}
 
@@ -29,6 +30,8 @@ def wan(model: str, inputs: dict[str, dict[str, Input]] | None = None, attention
         inputs={"blocks.*": TOKENS | modulation, **({"head": modulation} if modulation else {}), **(inputs or {})},
         attention=ATTENTION | (attention or {}),
         outputs=dict.fromkeys(heads, Gather("video")),
+        patches={"double_block": {"img": TOKENS_OF_VIDEO}, "attn2_patch": {"x": TOKENS_OF_VIDEO},
+                 "attn1_patch": dict.fromkeys(("x", "q", "k"), TOKENS_OF_VIDEO)},
     )
 
 
@@ -40,7 +43,7 @@ PLANS = (
     wan(
         "model.VaceWanModel",
         # The first block meets the context and the video as they were before any block: whole.
-        {"vace_blocks.0": {"c": Aligned(VIDEO), "x": Aligned(VIDEO)}, "vace_blocks.*": {"freqs": Aligned(VIDEO)}},
+        {"vace_blocks.0": {"c": Aligned(VIDEO), "x": Aligned(VIDEO)}, "vace_blocks.*": {"freqs": TOKENS_OF_VIDEO}},
         {"vace_blocks.*.self_attn": SelfAttention(VIDEO), "vace_blocks.*.cross_attn": CrossAttention(VIDEO)},
         modulation_per_frame=False,
     ),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .family import Draw, Family
+from .patched import joint_patches
 
 BASE = {
     "image_model": "chroma", "in_channels": 64, "out_channels": 64, "context_in_dim": 24, "hidden_size": 80,
@@ -44,6 +45,7 @@ def pixels(draw: Draw) -> dict[str, Any]:
 
 
 FAMILIES = (
-    Family("Chroma", "Chroma", BASE, {"text": latent, "padded prompts, batch of two": padded_prompts}),
+    Family("Chroma", "Chroma", BASE, {"text": latent, "padded prompts, batch of two": padded_prompts,
+                                     **joint_patches(latent)}),
     Family("Chroma Radiance", "ChromaRadiance", RADIANCE, {"pixels": pixels}),
 )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .family import Draw, Family
+from .patched import joint_patches
 
 BASE = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 20, "context_in_dim": 24,
@@ -70,6 +71,7 @@ FAMILIES = (
     Family("Flux Dev", "Flux", BASE | {"guidance_embed": True}, {
         "guidance, batch of two, odd size": with_guidance, "Kontext references": references,
         "regional mask": regions, "ControlNet residuals": controlled,
+        **joint_patches(with_guidance),
     }),
     Family("Flux Inpaint", "FluxInpaint", BASE | {"guidance_embed": True, "in_channels": 96}, {"image": inpaint}),
     Family("Flux 2", "Flux2", FLUX2 | {"guidance_embed": True}, {"text, batch of two": latent_of_patches}),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .family import Draw, Family
+from .patched import joint_patches
 
 BASE = {
     "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "vec_in_dim": 20, "context_in_dim": 24,
@@ -14,7 +15,8 @@ BASE = {
     "theta": 256, "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True, "byt5": False, "meanflow": False,
     "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
 }
-V15 = BASE | {"vec_in_dim": None, "guidance_embed": False, "byt5": True, "use_cond_type_embedding": True,
+V15 = BASE | {"depth_single_blocks": 0, "vec_in_dim": None, "guidance_embed": False, "byt5": True,
+              "use_cond_type_embedding": True,
               "vision_in_dim": 1152, "meanflow_sum": True, "patch_size": [1, 1, 1], "in_channels": 65,
               "out_channels": 32}
 
@@ -84,7 +86,7 @@ def refiner(draw: Draw) -> dict[str, Any]:
 FAMILIES = (
     Family("Hunyuan Video", "HunyuanVideo", BASE, {
         "text": text_to_video, "batch of two": batch_of_two, "padded prompt": padded_prompt,
-        "ControlNet residuals": controlled,
+        "ControlNet residuals": controlled, **joint_patches(text_to_video),
     }),
     Family("Hunyuan Video I2V", "HunyuanVideoI2V", BASE | {"in_channels": 33},
            {"image": image_to_video, "token replace": lambda draw: image_to_video(draw) | token_replace(draw)}),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import comfy.ops
 import torch
 
-from .family import Draw, Family
+from .family import Draw, Family, randomize
+from .patched import joint_patches
 
 BASE = {
     "image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 16,
@@ -39,6 +42,28 @@ def controlled(draw: Draw) -> dict[str, Any]:
     return text_to_image(draw) | {"control": {"input": [draw(1, 60, 80), draw(1, 99, 80)]}}
 
 
+def diffsynth(draw: Draw) -> dict[str, Any]:
+    """ComfyUI's own block-wise ControlNet, as its QwenImageDiffsynthControlnet node hangs it on the model."""
+    from comfy_extras.nodes_model_patch import DiffSynthCnetPatch, QwenImageBlockWiseControlNet
+
+    class PixelsAsLatent:
+        """Stands for a VAE: 8 pixels to a latent one, as Qwen's."""
+
+        @staticmethod
+        def encode(image: torch.Tensor) -> torch.Tensor:
+            return image[:, ::8, ::8].repeat(1, 1, 1, 6).movedim(-1, 1)[:, :16, None]
+
+        @staticmethod
+        def spacial_compression_encode() -> int:
+            return 8
+
+    network = QwenImageBlockWiseControlNet(2, dim=80, operations=comfy.ops.disable_weight_init)
+    randomize(network, seed=5)
+    holder = SimpleNamespace(model=network.eval().requires_grad_(False))
+    patch = DiffSynthCnetPatch(holder, PixelsAsLatent, draw(1, 18 * 8, 22 * 8, 3), strength=0.8)
+    return text_to_image(draw) | {"transformer_options": {"patches": {"double_block": [patch]}}}
+
+
 def layers(draw: Draw) -> dict[str, Any]:
     return {
         "x": draw(1, 16, 3, 10, 14), "t": torch.tensor([0.4]), "c_crossattn": draw(1, 6, 24),
@@ -49,6 +74,7 @@ def layers(draw: Draw) -> dict[str, Any]:
 FAMILIES = (
     Family("Qwen Image", "QwenImage", BASE, {
         "text": text_to_image, "padded prompts, batch of two": padded_prompts, "ControlNet residuals": controlled,
+        "DiffSynth model patch": diffsynth, **joint_patches(text_to_image, single_blocks=False, after_blocks=True),
     }),
     Family("Qwen Image Edit", "QwenImage", BASE, {
         f"references by {method}": edit(method) for method in ("index", "offset", "index_timestep_zero")

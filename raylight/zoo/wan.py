@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .family import Draw, Family
+from .patched import after_block, on_attention, patched, replaced_block
 
 BASE = {
     "image_model": "wan2.1", "dim": 96, "ffn_dim": 128, "num_heads": 6, "num_layers": 2, "patch_size": (1, 2, 2),
@@ -32,6 +33,10 @@ def image_to_video(draw: Draw) -> dict[str, Any]:
 
 FAMILIES = (
     Family("Wan T2V", "WAN21_T2V", BASE | {"model_type": "t2v", "in_dim": 16},
-           {"text": text_to_video, "batch of two, odd size": batch_of_two}),
+           {"text": text_to_video, "batch of two, odd size": batch_of_two,
+            "patch after blocks": patched(text_to_video, double_block=after_block),
+            "replaced blocks": patched(text_to_video, {("double_block", 0): replaced_block,
+                                                       ("double_block", 1): replaced_block}),
+            "attention patches": patched(text_to_video, attn1_patch=on_attention, attn2_patch=on_attention)}),
     Family("Wan I2V", "WAN21_I2V", BASE | {"model_type": "i2v", "in_dim": 36}, {"image": image_to_video}),
 )

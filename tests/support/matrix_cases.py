@@ -13,13 +13,14 @@ from comfy.cli_args import args
 args.cpu = True  # before ComfyUI picks a device
 
 from raylight.attention.kernels import kernel  # noqa: E402
-from raylight.host import attention_hook  # noqa: E402
+from raylight.host import attention_hook, patch_hook  # noqa: E402
 from raylight.parallel.attention import SequenceAttention  # noqa: E402
 from raylight.parallel.hooks import SequenceHooks  # noqa: E402
 from raylight.parallel.mesh import build_mesh  # noqa: E402
 from raylight.parallel.shape import MeshShape  # noqa: E402
 from raylight.parallel.tokens import TokenState  # noqa: E402
 from raylight.parallel.ulysses import UlyssesAttention  # noqa: E402
+from raylight.parallel.whole import WholeTokens  # noqa: E402
 from raylight.plans import plan_for  # noqa: E402
 from raylight.zoo import families  # noqa: E402
 from raylight.zoo.family import Draw  # noqa: E402
@@ -66,10 +67,14 @@ def _compare(family: Any, make: Any, rank: int, world: int, group: Any) -> Compa
     inputs = make(Draw(3))
     options = inputs.pop("transformer_options", {})
     expected = model.apply_model(**copied(inputs), transformer_options=dict(options))
+    if options:
+        bare = model.apply_model(**copied(inputs), transformer_options={})
+        assert (bare - expected).abs().max() > 0.1 * bare.std(), "the model does not call these patches"
 
     tokens = TokenState(rank, world)
     plan = plan_for(model.diffusion_model)
     hooks = SequenceHooks(model.diffusion_model, plan, tokens, group)
+    patches = patch_hook.install(model.diffusion_model, plan, WholeTokens(tokens, group))
     heads: list[int] = []
     exchange = UlyssesAttention(group)
 
@@ -85,6 +90,7 @@ def _compare(family: Any, make: Any, rank: int, world: int, group: Any) -> Compa
     attention_hook.install(model_options, attention, kernel("TORCH"))
     actual = model.apply_model(**copied(inputs), transformer_options=model_options["transformer_options"])
     hooks.remove()
+    patches.remove()
     return Comparison(
         ((actual - expected).abs().max() / expected.std()).item(), expected.std().item(),
         attention.counts.exchanged, attention.counts.largest_share, max(heads, default=0),

@@ -1,0 +1,55 @@
+"""Local tokens made whole and whole tokens made local, in the middle of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import all_gather
+from .plan import Aligned, Whole
+from .tokens import TokenState
+
+
+class WholeTokens:
+    """For code that was written for whole tokens and runs where they are split. Every rank must make the same calls."""
+
+    def __init__(self, tokens: TokenState, group: dist.ProcessGroup) -> None:
+        """`group` are the ranks of the sequence."""
+        self._tokens, self._group = tokens, group
+
+    @property
+    def is_cut(self) -> bool:
+        return self._tokens.is_cut
+
+    def total(self, streams: Sequence[str]) -> int:
+        """Tokens of `streams` over all ranks."""
+        return self._tokens.total(streams)
+
+    def join(self, value: Tensor, rule: Aligned) -> Tensor:
+        """All tokens of the rule's streams, each stream whole, one after the other. Collective."""
+        if not self._is_split(rule):
+            return value
+        sizes = [self._tokens.sizes(name) for name in rule.streams]
+        pieces = value.split([size[self._tokens.rank] for size in sizes], rule.dim)
+        whole = [all_gather(piece, size, rule.dim, self._group) for piece, size in zip(pieces, sizes, strict=True)]
+        return torch.cat(whole, rule.dim)
+
+    def cut(self, value: Tensor, rule: Aligned) -> Tensor:
+        """The inverse of `join`."""
+        return self._tokens.localize(value, rule) if self._is_split(rule) else value
+
+    @contextmanager
+    def local_attention(self) -> Iterator[None]:
+        """Attention calls in this context are over whole tokens: they exchange nothing."""
+        self._tokens.push(Whole(""))
+        try:
+            yield
+        finally:
+            self._tokens.pop()
+
+    def _is_split(self, rule: Aligned) -> bool:
+        return all(self._tokens.is_open(name) for name in rule.streams)

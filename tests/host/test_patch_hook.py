@@ -1,0 +1,50 @@
+"""Patches of a model that is split: what they see is whole, and one that nobody knows is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from toy import TOY_PLAN
+
+from raylight.host.patch_hook import install, wrap
+from raylight.parallel.plan import Stream
+from raylight.parallel.tokens import TokenState
+from raylight.parallel.whole import WholeTokens
+
+
+class Recorder(torch.nn.Module):
+    def forward(self, x: torch.Tensor, transformer_options: dict[str, Any]) -> dict[str, Any]:
+        return transformer_options
+
+
+def cut() -> WholeTokens:
+    tokens = TokenState(0, 2)
+    tokens.localize(torch.zeros(1, 6, 4), Stream("img"))
+    return WholeTokens(tokens, None)
+
+
+def test_a_patch_of_an_unknown_kind_is_refused_where_tokens_are_split() -> None:
+    patch = wrap("single_block", lambda arguments: arguments, TOY_PLAN, cut())
+    with pytest.raises(ValueError, match=r"Toy is split over workers, and there a 'single_block' patch .* GPU = 1"):
+        patch({"img": torch.zeros(1, 3, 4)})
+
+
+def test_a_patch_before_the_split_is_called_as_it_is() -> None:
+    patch = wrap("post_input", lambda arguments: arguments, TOY_PLAN, WholeTokens(TokenState(0, 2), None))
+    arguments = {"img": torch.zeros(1, 3, 4)}
+    assert patch(arguments) is arguments
+
+
+def test_the_options_of_the_caller_stay_as_they_are() -> None:
+    model = Recorder()
+    patch = after = lambda arguments: arguments  # noqa: E731
+    options = {"patches": {"double_block": [patch]}, "patches_replace": {"dit": {("double_block", 0): after}}}
+    handle = install(model, TOY_PLAN, cut())
+    seen = model(torch.zeros(1), transformer_options=options)
+    assert seen["patches"]["double_block"][0] is not patch
+    assert seen["patches_replace"]["dit"]["double_block", 0] is not after
+    assert options == {"patches": {"double_block": [patch]}, "patches_replace": {"dit": {("double_block", 0): after}}}
+    handle.remove()
+    assert model(torch.zeros(1), transformer_options=options) is options
