@@ -71,8 +71,9 @@ def _flags() -> dict[str, io.Input]:
         "fsdp": _flag("FSDP", "Split the model's weights over the workers. Not available in this version."),
         "offload": _flag("FSDP_CPU_OFFLOAD", "Keep the split weights in system memory. Not available in this version."),
         "attention": io.Combo.Input(
-            "XFuser_attention", options=list(kernels.NAMES), default="TORCH_FLASH",
-            tooltip="What computes attention on each worker. The TORCH choices need nothing installed.",
+            "XFuser_attention", options=list(kernels.NAMES), default=kernels.AUTO,
+            tooltip="What computes attention on each worker. auto takes the fastest exact one that works on the GPU. "
+                    "The TORCH choices need nothing installed; FA, FA3 and the SAGE choices need their library.",
         ),
         "skip": _flag("skip_comm_test", "Has no effect in this version. Kept for saved workflows."),
         "mmap": _flag("use_mmap", "Has no effect: model files are always memory-mapped. Kept for saved workflows."),

@@ -72,7 +72,9 @@ def _validate(inputs: Mapping[str, Any]) -> None:
         if inputs.get(name):
             raise ValueError(f"{name} is not available in this version of Raylight: switch it off")
     if inputs.get("XFuser_attention") is not None:
-        kernels.check_available(inputs["XFuser_attention"])
+        local = inputs.get("ray_cluster_address", LOCAL) == LOCAL
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if local else None
+        kernels.check_available(inputs["XFuser_attention"], inputs["ring_degree"], device)
     selected = _gpu_select(inputs)
     if inputs.get("ray_cluster_address", LOCAL) == LOCAL and torch.cuda.is_available():
         there = torch.cuda.device_count()

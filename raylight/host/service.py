@@ -56,7 +56,7 @@ class ModelService:
         self.load(run, job.recipe)
         patcher = self._patcher.clone()
         if self._attention is not None:
-            attention_hook.install(patcher.model_options, self._attention, kernel(job.attention))
+            attention_hook.install(patcher.model_options, self._attention, kernel(job.attention, self._context.device))
         samples = sampling.sample(run, patcher, job)
         if job.free_memory_after:
             self._free_memory()

@@ -7,7 +7,7 @@ import torch
 from toy import plain_kernel
 
 from raylight.attention import lse
-from raylight.attention.kernels import check_available, kernel
+from raylight.attention.kernels import kernel
 
 NAMES = ["TORCH", "TORCH_FLASH", "TORCH_EFFICIENT"]
 
@@ -62,8 +62,3 @@ def test_kernels_equal_the_definition(name: str) -> None:
     q, k, v = draw(2, 4, 7, 8), draw(2, 2, 11, 8), draw(2, 2, 11, 8)
     torch.testing.assert_close(kernel(name)(q, k, v, MASKS["additive"], 0.3),
                                plain_kernel(q, k, v, MASKS["additive"], 0.3), rtol=1e-5, atol=1e-5)
-
-
-def test_rejects_a_kernel_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="SAGE_FP8 is not available .* choose one of TORCH, TORCH_FLASH"):
-        check_available("SAGE_FP8")

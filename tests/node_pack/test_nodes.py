@@ -37,7 +37,7 @@ INPUTS = {
 GOOD: dict[str, Any] = {
     "ray_cluster_address": "local", "ray_cluster_namespace": "default", "GPU": 2, "ulysses_degree": 2,
     "ring_degree": 1, "cfg_degree": 1, "dp_degree": 1, "FSDP": False, "FSDP_CPU_OFFLOAD": False,
-    "XFuser_attention": "TORCH_FLASH", "GPU_SELECT": "",
+    "XFuser_attention": "auto", "GPU_SELECT": "",
 }
 
 
@@ -83,7 +83,8 @@ def test_link_types(pack: dict[str, Any]) -> None:
     ({"dp_degree": 2}, "dp_degree = 2 is not available"),
     ({"FSDP": True}, "FSDP is not available"),
     ({"FSDP_CPU_OFFLOAD": True}, "FSDP_CPU_OFFLOAD is not available"),
-    ({"XFuser_attention": "SAGE_FP8"}, "SAGE_FP8 is not available .* choose one of TORCH"),
+    ({"XFuser_attention": "SPARSE_SAGE"}, "SPARSE_SAGE needs parameters .* choose one of auto, TORCH"),
+    ({"XFuser_attention": "SAGE_FP8"}, "SAGE_FP8: the Python package sageattention is not installed: install"),
 ])
 def test_rejects(pack: dict[str, Any], node_id: str, change: dict[str, Any], message: str) -> None:
     node, names = pack[node_id], set(INPUTS[node_id])

@@ -1,0 +1,121 @@
+"""Attention of libraries: how they are called, and what is said where they cannot be.
+
+The libraries need a GPU; here stand-ins with their signatures are called, and on a GPU each kernel is tried when it is
+chosen.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy import plain_kernel
+
+from raylight.attention import kernels, library
+from raylight.attention.library import LIBRARIES, Library, LibraryKernelWithLse
+
+CPU = torch.device("cpu")
+
+
+def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S, H, D), as the libraries take it."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return plain_kernel(q, k, v, None, scale).transpose(1, 2), (q @ k.transpose(-1, -2) * scale).logsumexp(-1)
+
+
+STAND_IN = Library("torch", "", lambda: by_definition, head_sizes=(8,))
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).half()
+
+
+@pytest.mark.parametrize("scale", [None, 0.2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_layout_scale_groups_and_masks(scale: float | None, masked: bool) -> None:
+    q, k, v = draw(2, 4, 7, 8), draw(2, 2, 11, 8), draw(2, 2, 11, 8)
+    mask = draw(2, 1, 7, 11) if masked else None
+    attention = LibraryKernelWithLse("FA", STAND_IN)
+    expected = plain_kernel(q.float(), k.float(), v.float(), None if mask is None else mask.float(), scale)
+    torch.testing.assert_close(attention(q, k, v, mask, scale).float(), expected, rtol=1e-2, atol=1e-2)
+    out, total = attention.with_lse(q, k, v, mask, scale)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+    assert total.shape == (2, 4, 7)
+
+
+def test_refuses_a_dtype_and_a_head_size() -> None:
+    attention = LibraryKernelWithLse("FA", STAND_IN)
+    with pytest.raises(ValueError, match="FA computes in float16 or bfloat16, and this model in float32: choose auto"):
+        attention(*(draw(1, 2, 3, 8).float() for _ in range(3)), None, None)
+    with pytest.raises(ValueError, match="FA does not take attention heads of size 12"):
+        attention(*(draw(1, 2, 3, 12) for _ in range(3)), None, None)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_says_what_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(ValueError, match=f"XFuser_attention = {name}: the Python package .* is not installed: "):
+        kernels.check_available(name)
+
+
+def test_says_what_to_choose_instead() -> None:
+    with pytest.raises(ValueError, match="SPARSE_SAGE needs parameters .*: choose one of auto, TORCH, TORCH_FLASH"):
+        kernels.check_available("SPARSE_SAGE")
+    with pytest.raises(ValueError, match="NONE is not known: choose one of auto"):
+        kernels.check_available("NONE")
+
+
+def test_says_that_a_gpu_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LIBRARIES, "FA", STAND_IN)
+    with pytest.raises(ValueError, match="FA cannot run here: it needs a GPU; choose auto"):
+        kernels.check_available("FA", device=CPU)
+
+
+def test_no_ring_without_a_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LIBRARIES, "FA", Library("torch", "", lambda: by_definition, has_lse=False))
+    kernels.check_available("FA", ring_degree=1)
+    with pytest.raises(ValueError, match="FA gives no log-sum-exp, so it cannot be used with ring_degree = 2"):
+        kernels.check_available("FA", ring_degree=2)
+
+
+def test_auto_on_a_cpu() -> None:
+    assert kernels.kernel("auto", CPU).name == "TORCH"
+
+
+def test_a_library_that_is_wrong_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        out, total = by_definition(q, k, v, scale)
+        return out, torch.zeros_like(total)
+
+    monkeypatch.setattr(Library, "unsupported", lambda self, device: None)
+    monkeypatch.setitem(LIBRARIES, "FA", Library("torch", "", lambda: wrong))
+    with pytest.raises(ValueError, match="FA does not work here: it is off by"):
+        kernels.kernel.__wrapped__("FA", CPU)
+
+
+def test_flash_attention_through_yunchang(tmp_path: Path) -> None:
+    """yunchang's adapter, with a flash_attn that only has the function that it calls."""
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '2.8.0'\ndef flash_attn_func(): pass\n")
+    (package / "flash_attn_interface.py").write_text(
+        "from test_library import by_definition\n"
+        "def _flash_attn_backward(): pass\n"
+        "def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right,\n"
+        "                        softcap, alibi_slopes, return_softmax):\n"
+        "    return *by_definition(q, k, v, softmax_scale), None, None\n"
+    )
+    script = (
+        "import torch\nfrom test_library import draw, plain_kernel\n"
+        "from raylight.attention.library import LIBRARIES, LibraryKernelWithLse\n"
+        "q, k, v = draw(2, 4, 7, 8), draw(2, 2, 11, 8), draw(2, 2, 11, 8)\n"
+        "out, total = LibraryKernelWithLse('FA', LIBRARIES['FA']).with_lse(q, k, v, None, 0.2)\n"
+        "expected = plain_kernel(q.float(), k.float(), v.float(), None, 0.2)\n"
+        "torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)\n"
+    )
+    path = [str(tmp_path), str(Path(__file__).parent), *sys.path]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", f"import sys; sys.path[:] = {path!r}\n{script}"], check=True,
+                   timeout=120)
