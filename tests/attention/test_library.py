@@ -103,7 +103,7 @@ def test_flash_attention_through_yunchang(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("__version__ = '2.8.0'\ndef flash_attn_func(): pass\n")
     (package / "flash_attn_interface.py").write_text(
         "from test_library import by_definition\n"
-        "def _flash_attn_backward(): pass\n"
+        "def __getattr__(name): return None\n"  # yunchang imports more than it calls here
         "def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right,\n"
         "                        softcap, alibi_slopes, return_softmax):\n"
         "    return *by_definition(q, k, v, softmax_scale), None, None\n"

@@ -16,10 +16,10 @@ from raylight.attention.kernels import kernel  # noqa: E402
 from raylight.host import attention_hook, patch_hook  # noqa: E402
 from raylight.parallel.attention import SequenceAttention  # noqa: E402
 from raylight.parallel.hooks import SequenceHooks  # noqa: E402
-from raylight.parallel.mesh import build_mesh  # noqa: E402
+from raylight.parallel.mesh import build_mesh, sequence_axis  # noqa: E402
+from raylight.parallel.ring import HybridAttention  # noqa: E402
 from raylight.parallel.shape import MeshShape  # noqa: E402
 from raylight.parallel.tokens import TokenState  # noqa: E402
-from raylight.parallel.ulysses import UlyssesAttention  # noqa: E402
 from raylight.parallel.whole import WholeTokens  # noqa: E402
 from raylight.plans import plan_for  # noqa: E402
 from raylight.zoo import families  # noqa: E402
@@ -47,22 +47,37 @@ def copied(value: Any) -> Any:
     return [copied(item) for item in value] if isinstance(value, list) else value
 
 
-def compare(rank: int, world: int, names: tuple[str, ...]) -> dict[tuple[str, str], Comparison]:
-    """Every call of the named families on `world` Ulysses ranks."""
-    group = build_mesh(MeshShape(ulysses=world), torch.device("cpu")).get_group("ulysses")
+class CountingKernel:
+    """A kernel that notes how many heads it was given."""
+
+    def __init__(self, inner: Any, heads: list[int]) -> None:
+        self._inner, self._heads = inner, heads
+
+    def __call__(self, q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        self._heads.append(q.shape[1])
+        return self._inner(q, *rest)
+
+    def with_lse(self, q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self._heads.append(q.shape[1])
+        return self._inner.with_lse(q, *rest)
+
+
+def compare(rank: int, world: int, names: tuple[str, ...], shape: MeshShape) -> dict[tuple[str, str], Comparison]:
+    """Every call of the named families on a mesh of `world` ranks."""
+    mesh = build_mesh(shape, torch.device("cpu"))
     results = {}
     for name in names:
         family = families()[name]
         for call, make in family.calls.items():
             try:
                 with torch.inference_mode():
-                    results[name, call] = _compare(family, make, rank, world, group)
+                    results[name, call] = _compare(family, make, mesh)
             except Exception:  # told by the test of this call; a failure before any exchange harms no other call
                 results[name, call] = Comparison(1.0, 0.0, 0, 1.0, 0, 0, traceback.format_exc())
     return results
 
 
-def _compare(family: Any, make: Any, rank: int, world: int, group: Any) -> Comparison:
+def _compare(family: Any, make: Any, mesh: Any) -> Comparison:
     model = family.build()
     inputs = make(Draw(3))
     options = inputs.pop("transformer_options", {})
@@ -71,19 +86,17 @@ def _compare(family: Any, make: Any, rank: int, world: int, group: Any) -> Compa
         bare = model.apply_model(**copied(inputs), transformer_options={})
         assert (bare - expected).abs().max() > 0.1 * bare.std(), "the model does not call these patches"
 
-    tokens = TokenState(rank, world)
+    sequence = sequence_axis(mesh)
+    group = sequence.get_group()
+    tokens = TokenState(sequence.get_local_rank(), sequence.size())
     plan = plan_for(model.diffusion_model)
-    hooks = SequenceHooks(model.diffusion_model, plan, tokens, group)
+    hooks = SequenceHooks(model.diffusion_model, plan, tokens, group, mesh["ulysses"].size())
     patches = patch_hook.install(model.diffusion_model, plan, WholeTokens(tokens, group))
     heads: list[int] = []
-    exchange = UlyssesAttention(group)
+    exchange = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
 
-    def counted(inner, q, k, v, lengths, mask, scale):
-        def seen(q, k, v, mask, scale):
-            heads.append(q.shape[1])
-            return inner(q, k, v, mask, scale)
-
-        return exchange(seen, q, k, v, lengths, mask, scale)
+    def counted(inner, *rest):
+        return exchange(CountingKernel(inner, heads), *rest)
 
     attention = SequenceAttention(tokens, counted, group)
     model_options = {"transformer_options": dict(options)}

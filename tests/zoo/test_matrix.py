@@ -1,4 +1,5 @@
-"""The parity matrix: every family, every situation, on 2, 3 and 4 ranks, against ComfyUI in one process."""
+"""The parity matrix: every family, every situation, on 2 to 4 ranks of Ulysses, ring and both, against ComfyUI in one
+process."""
 
 from __future__ import annotations
 
@@ -8,32 +9,40 @@ import pytest
 from matrix_cases import Comparison, compare
 
 from raylight.parallel.local_ranks import run_ranks, values
+from raylight.parallel.shape import MeshShape
 from raylight.zoo import families
 
 TOLERANCE = 1e-4
-WORLDS = (2, 3, 4)
+MESHES = {
+    "Ulysses 2": MeshShape(ulysses=2),
+    "Ulysses 3": MeshShape(ulysses=3),
+    "Ulysses 4": MeshShape(ulysses=4),
+    "ring 3": MeshShape(ring=3),
+    "Ulysses 2 x ring 2": MeshShape(ulysses=2, ring=2),
+}
 
 CALLS = [(family.name, call) for family in families().values() for call in family.calls]
 
 
 @functools.cache
-def measured(world: int) -> list[dict[tuple[str, str], Comparison]]:
-    return values(run_ranks(world, compare, tuple(families()), timeout_s=600))
+def measured(mesh: str) -> list[dict[tuple[str, str], Comparison]]:
+    shape = MESHES[mesh]
+    return values(run_ranks(shape.world_size, compare, tuple(families()), shape, timeout_s=900))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(("family", "call"), CALLS)
-def test_parity(family: str, call: str, world: int, report_parity) -> None:
-    ranks = [rank[family, call] for rank in measured(world)]
+def test_parity(family: str, call: str, mesh: str, report_parity) -> None:
+    ranks = [rank[family, call] for rank in measured(mesh)]
     failures = {rank.failure for rank in ranks if rank.failure}
     assert not failures, "\n".join(sorted(failures))
     worst = max(rank.error for rank in ranks)
-    report_parity(f"{family + ', ' + call:<50} {world} ranks   max error {worst:.1e} of the standard deviation")
+    report_parity(f"{family + ', ' + call:<60} {mesh:<18}   max error {worst:.1e} of the standard deviation")
     assert worst <= TOLERANCE
     for rank in ranks:
         assert rank.std > 1e-3
         # A plan that silently gathers would attend over all tokens or all heads on every rank.
         assert rank.exchanged > 0
-        assert rank.largest_share <= 1.5 / world
-        assert rank.heads <= -(-rank.of // world)
+        assert rank.largest_share <= 1.5 / MESHES[mesh].world_size
+        assert rank.heads <= -(-rank.of // MESHES[mesh].ulysses)
