@@ -26,7 +26,8 @@ def install(model_options: dict[str, Any], attention: SequenceAttention, kernel:
         """q (B, S, H * D), or (B, H, S, D) with `skip_reshape`; returns (B, S, H * D) or (B, H, S, D) likewise."""
         if not skip_reshape:
             width = q.shape[-1] // heads
-            q, k, v = (t.unflatten(-1, (-1, width)).transpose(1, 2) for t in (q, k, v))
+            # SD3 hands v over with its heads apart already.
+            q, k, v = (t.reshape(*t.shape[:2], -1, width).transpose(1, 2) for t in (q, k, v))
         scale = rest.get("scale")
 
         def chained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: float | None) -> Tensor:

@@ -17,7 +17,7 @@ from raylight.parallel.tokens import TokenState
 from raylight.parallel.whole import WholeTokens
 from raylight.plans import plan_for
 
-from . import attention_hook, model, patch_hook, sampling
+from . import attention_door, attention_hook, model, patch_hook, sampling
 from .job import SampleJob
 from .model import ModelInfo, RankPatcher
 from .recipe import ModelRecipe
@@ -71,6 +71,7 @@ class ModelService:
         tokens = TokenState(sequence.get_local_rank(), sequence.size())
         plan = plan_for(diffusion_model)
         SequenceHooks(diffusion_model, plan, tokens, sequence.get_group(), mesh["ulysses"].size())
+        attention_door.open_for(diffusion_model, plan.unhooked)
         patch_hook.install(diffusion_model, plan, WholeTokens(tokens, sequence.get_group()))
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
         self._attention = SequenceAttention(tokens, strategy, sequence.get_group())

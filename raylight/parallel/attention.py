@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import all_gather
-from .plan import CrossAttention, Whole
+from .plan import CrossAttention, SelfAttention, Whole, alternatives
 from .tokens import TokenState
 
 
@@ -67,24 +67,31 @@ class SequenceAttention:
             return kernel(q, k, v, mask, scale)
         if scope is None:
             raise RuntimeError("the plan does not say over which tokens this attention call goes")
-        streams = scope.query if isinstance(scope, CrossAttention) else scope.streams
+        scope = self._kind(alternatives(scope), q, k)
+        streams = _queries(scope)
         lengths = tokens.lengths(streams)
-        if q.shape[2] != lengths[tokens.rank]:
-            raise RuntimeError(
-                f"attention has {q.shape[2]} queries on rank {tokens.rank} where the plan expects "
-                f"{lengths[tokens.rank]} tokens of {streams}"
-            )
         self.counts.largest_query = max(self.counts.largest_query, q.shape[2])
         self.counts.largest_share = max(self.counts.largest_share, q.shape[2] / sum(lengths))
         if isinstance(scope, CrossAttention):
             self.counts.local += 1
             local_mask = None if mask is None else tokens.local_mask_rows(_four_dims(mask), streams)
             return kernel(q, k, v, local_mask, scale)
-        if k.shape[2] != q.shape[2]:
-            raise RuntimeError(f"self-attention has {q.shape[2]} queries but {k.shape[2]} keys")
         self.counts.exchanged += 1
         whole_mask = None if mask is None else self._whole_mask(_four_dims(mask), streams, lengths)
         return self._strategy(kernel, q, k, v, lengths, whole_mask, scale)
+
+    def _kind(self, kinds: Sequence[SelfAttention | CrossAttention], q: Tensor, k: Tensor) -> Any:
+        """The one of a module's kinds that this call is of."""
+        rank = self._tokens.rank
+        expected = {}
+        for kind in kinds:
+            expected[kind] = self._tokens.lengths(_queries(kind))[rank]
+            if q.shape[2] == expected[kind] and (isinstance(kind, CrossAttention) or k.shape[2] == q.shape[2]):
+                return kind
+        if q.shape[2] in expected.values():
+            raise RuntimeError(f"self-attention has {q.shape[2]} queries but {k.shape[2]} keys")
+        tokens = " or ".join(f"{count} tokens of {_queries(kind)}" for kind, count in expected.items())
+        raise RuntimeError(f"attention has {q.shape[2]} queries on rank {rank} where the plan expects {tokens}")
 
     def _whole_mask(self, mask: Tensor, streams: Sequence[str], lengths: Sequence[int]) -> Tensor:
         """The mask over all tokens in rank order. One that a model made of its local tokens is joined; it can only
@@ -92,6 +99,10 @@ class SequenceAttention:
         if mask.shape[-2] == 1 and mask.shape[-1] == lengths[self._tokens.rank] != sum(lengths):
             return all_gather(mask, lengths, mask.ndim - 1, self._group)
         return self._tokens.gathered_mask(mask, streams)
+
+
+def _queries(kind: SelfAttention | CrossAttention) -> tuple[str, ...]:
+    return kind.query if isinstance(kind, CrossAttention) else kind.streams
 
 
 def _four_dims(mask: Tensor) -> Tensor:

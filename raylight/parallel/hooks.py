@@ -131,15 +131,17 @@ def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Mod
     return iter(found)
 
 
-def _parameter_positions(module: nn.Module, path: str, rules: dict[str, Input], plan: SequencePlan) -> dict[str, int]:
+def _parameter_positions(module: nn.Module, path: str, rules: dict[str | int, Input],
+                         plan: SequencePlan) -> dict[str | int, int]:
     signature = inspect.signature(module.forward).parameters
     parameters = list(signature)
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
-    missing = [name for name in rules if name not in parameters]
+    missing = [name for name in rules if isinstance(name, str) and name not in parameters]
     if missing and not takes_more:
         raise ValueError(
             f"the plan of {plan.model} names arguments {missing} of '{path}', "
             f"but {type(module).__name__}.forward has {parameters}"
         )
     # What goes into `**kwargs` is never met by position.
-    return {name: parameters.index(name) if name in parameters else sys.maxsize for name in rules}
+    return {name: name if isinstance(name, int) else parameters.index(name) if name in parameters else sys.maxsize
+            for name in rules}

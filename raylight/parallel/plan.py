@@ -1,7 +1,8 @@
 """The vocabulary of a sequence plan: where a model's token streams enter, travel and leave.
 
 A plan is data. It names modules by their path, `*` standing for every entry of a ModuleList, `-1` for
-its last and "" for the model itself, and the arguments of those modules' `forward` by their names.
+its last and "" for the model itself, and the arguments of those modules' `forward` by their names, or by their place
+where `forward` takes `*args`.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ class CrossAttention:
 
 
 Input = Stream | Aligned | TokenRanges | TokenIndex | Control | Whole | Refused
-Attention = SelfAttention | CrossAttention
+# Several, where attention calls of different kinds are made in one module: the number of queries and keys tells them
+# apart.
+Attention = SelfAttention | CrossAttention | tuple[SelfAttention | CrossAttention, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +113,16 @@ class SequencePlan:
     `model` is the import path of the class; `heads` the attribute, by its path from the model, that holds the number
     of its attention heads. `patches` says, for each kind of patch that a person's nodes hang between or into the
     blocks, which of its arguments have one row for each token; what it returns by the same names has, too.
+    `unhooked` are Python modules of the model that call ComfyUI's attention without handing on its options.
     """
 
     model: str
-    inputs: Mapping[str, Mapping[str, Input]]
+    inputs: Mapping[str, Mapping[str | int, Input]]
     attention: Mapping[str, Attention]
     outputs: Mapping[str, Gather | tuple[Gather, ...]]
     heads: str = "num_heads"
     patches: Mapping[str, Mapping[str, Aligned]] = field(default_factory=dict)
+    unhooked: tuple[str, ...] = ()
     streams: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,7 +130,8 @@ class SequencePlan:
         streams = tuple(dict.fromkeys(rule.name for rule in rules if isinstance(rule, Stream)))
         object.__setattr__(self, "streams", streams)
         used = {name for gather in self.gathers() for name in (gather.stream, *gather.after)}
-        for rule in (*rules, *self.attention.values()):
+        attention = [rule for value in self.attention.values() for rule in alternatives(value)]
+        for rule in (*rules, *attention):
             used.update(_streams_of(rule))
         unknown = used - set(streams)
         if unknown:
@@ -136,7 +142,12 @@ class SequencePlan:
         return [gather for rule in self.outputs.values() for gather in (rule if isinstance(rule, tuple) else (rule,))]
 
 
-def _streams_of(rule: Input | Attention) -> tuple[str, ...]:
+def alternatives(attention: Attention) -> tuple[SelfAttention | CrossAttention, ...]:
+    """The kinds of attention call of one module."""
+    return attention if isinstance(attention, tuple) else (attention,)
+
+
+def _streams_of(rule: Input | SelfAttention | CrossAttention) -> tuple[str, ...]:
     if isinstance(rule, Stream):
         return (rule.name,)
     if isinstance(rule, CrossAttention):

@@ -195,7 +195,12 @@ class LocalResiduals(list):
         self._tokens, self._stream = tokens, stream
 
     def __getitem__(self, index: int) -> Tensor | None:
-        residual = super().__getitem__(index)
+        return self._local(super().__getitem__(index))
+
+    def pop(self, index: int = -1) -> Tensor | None:
+        return self._local(super().pop(index))
+
+    def _local(self, residual: Tensor | None) -> Tensor | None:
         if residual is None or not self._tokens.is_open(self._stream):
             return residual
         (start, stop), = self._tokens.spans((self._stream,), self._tokens.rank)

@@ -13,7 +13,7 @@ from comfy.cli_args import args
 args.cpu = True  # before ComfyUI picks a device
 
 from raylight.attention.kernels import kernel  # noqa: E402
-from raylight.host import attention_hook, patch_hook  # noqa: E402
+from raylight.host import attention_door, attention_hook, patch_hook  # noqa: E402
 from raylight.parallel.attention import SequenceAttention  # noqa: E402
 from raylight.parallel.hooks import SequenceHooks  # noqa: E402
 from raylight.parallel.mesh import build_mesh, sequence_axis  # noqa: E402
@@ -91,6 +91,7 @@ def _compare(family: Any, make: Any, mesh: Any) -> Comparison:
     tokens = TokenState(sequence.get_local_rank(), sequence.size())
     plan = plan_for(model.diffusion_model)
     hooks = SequenceHooks(model.diffusion_model, plan, tokens, group, mesh["ulysses"].size())
+    attention_door.open_for(model.diffusion_model, plan.unhooked)
     patches = patch_hook.install(model.diffusion_model, plan, WholeTokens(tokens, group))
     heads: list[int] = []
     exchange = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))

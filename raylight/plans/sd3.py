@@ -1,0 +1,16 @@
+"""Stable Diffusion 3 and 3.5: joint attention over text and image tokens, and in 3.5 Medium one over the image too."""
+
+from raylight.parallel.plan import Control, Gather, SelfAttention, SequencePlan, Stream
+
+from . import patches
+
+PLANS = (
+    SequencePlan(
+        model="comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
+        # A joint block takes `*args`: context and image.
+        inputs={"": {"control": Control("img")}, "joint_blocks.*": {0: Stream("txt"), 1: Stream("img")}},
+        attention={"joint_blocks.*": (SelfAttention(("txt", "img")), SelfAttention(("img",)))},
+        outputs={"final_layer": Gather("img")},
+        patches={"double_block": patches.BLOCKS["double_block"]},
+    ),
+)
