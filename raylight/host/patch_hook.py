@@ -28,6 +28,7 @@ def install(model: nn.Module, plan: SequencePlan, whole: WholeTokens) -> Removab
 
     def wrap_all(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         options = kwargs.get("transformer_options") or {}
+        whole.expect(kind for kind, patches in options.get("patches", {}).items() if patches)
         if options.get("patches") or options.get("patches_replace", {}).get("dit"):
             kwargs["transformer_options"] = _wrapped(options, plan, whole)
         return args, kwargs

@@ -91,6 +91,8 @@ class SequenceHooks:
     def _gather_output(self, module: nn.Module, gathers: tuple[Gather, ...]) -> None:
         def join(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             for gather in gathers:
+                if not self._tokens.is_open(gather.stream) or (gather.patched not in ("", *self._tokens.patched)):
+                    continue
                 local = output if gather.index is None else output[gather.index]
                 whole = self._join(local, gather)
                 if gather.index is None:
@@ -109,9 +111,9 @@ class SequenceHooks:
         return torch.cat([head, whole], gather.dim) if before else whole
 
     def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:
-        open_streams = [gather.stream for gather in self._plan.gathers() if not self._tokens.has_left(gather.stream)]
+        open_streams = {gather.stream for gather in self._plan.gathers() if self._tokens.is_open(gather.stream)}
         if open_streams:
-            raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {open_streams}")
+            raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {sorted(open_streams)}")
         self._tokens.begin()  # frees what was kept for this forward
 
 

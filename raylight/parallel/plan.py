@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The argument is the token stream `name`. It is cut where it is first met in a forward and is local from there."""
+    """The argument is the token stream `name`. It is cut where it is first met in a forward and is local from there,
+    until it is gathered; where it is met again after that, it is cut again."""
 
     name: str
     dim: int = 1
@@ -69,12 +70,14 @@ class Control:
 @dataclass(frozen=True, slots=True)
 class Gather:
     """The module's output, or its entry `index` where it is a tuple, is the stream, local; it is joined again along
-    `dim`. Tokens of the streams in `after` lie before it in the output, and stay local."""
+    `dim`. Tokens of the streams in `after` lie before it in the output, and stay local. With `patched`, only where a
+    person's nodes have hung patches of this kind between the blocks, which the model hands slices of the stream."""
 
     stream: str
     dim: int = 1
     index: int | None = None
     after: tuple[str, ...] = ()
+    patched: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ class TokenState:
     """Token bookkeeping of rank `rank` of `degree` ranks that split a sequence.
 
     Streams are cut when they are first met after `begin`, so every size is known on every rank
-    without being exchanged.
+    without being exchanged. `patched` are the kinds of patches that this forward calls.
     """
 
     def __init__(self, rank: int, degree: int) -> None:
@@ -28,6 +28,7 @@ class TokenState:
         """Forget the last forward, whether it ended or failed."""
         self._sizes: dict[str, tuple[int, ...]] = {}
         self._left: set[str] = set()
+        self.patched: frozenset[str] = frozenset()
         self._scopes: list[Attention | Whole] = []
         self._cache: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
@@ -39,9 +40,6 @@ class TokenState:
     def is_open(self, stream: str) -> bool:
         """Whether `stream` is local at this point of the forward."""
         return stream in self._sizes and stream not in self._left
-
-    def has_left(self, stream: str) -> bool:
-        return stream in self._left
 
     def total(self, streams: Sequence[str]) -> int:
         """Tokens of `streams` over all ranks."""
@@ -87,6 +85,8 @@ class TokenState:
             return None
         if isinstance(rule, Refused):
             raise ValueError(f"this model cannot be split over workers here: {rule.reason}")
+        if isinstance(rule, (TokenRanges, TokenIndex, Aligned)) and self._has_left_all(rule):
+            return value
         if isinstance(rule, TokenRanges):
             return self._ranges(value, rule)
         if isinstance(rule, TokenIndex):
@@ -108,8 +108,12 @@ class TokenState:
             self._cache[key] = (value, self._align(value, rule))
         return self._cache[key][1]
 
+    def _has_left_all(self, rule: TokenRanges | TokenIndex | Aligned) -> bool:
+        streams = (rule.stream,) if isinstance(rule, TokenIndex) else rule.streams
+        return all(name in self._left for name in streams)
+
     def _cut(self, value: Tensor, rule: Stream) -> Tensor:
-        if rule.name in self._sizes:
+        if self.is_open(rule.name):
             return value
         total = value.shape[rule.dim]
         if total < self.degree:
@@ -117,7 +121,11 @@ class TokenState:
                 f"the '{rule.name}' sequence has {total} tokens, too few for {self.degree} ranks: "
                 f"choose a sequence degree of at most {total}"
             )
-        self._sizes[rule.name] = partition(total, self.degree)
+        sizes = partition(total, self.degree)
+        if self._sizes.get(rule.name, sizes) != sizes:
+            self._cache.clear()
+        self._sizes[rule.name] = sizes
+        self._left.discard(rule.name)
         return self.part(value, rule.name, rule.dim)
 
     def part(self, value: Tensor, stream: str, dim: int) -> Tensor:

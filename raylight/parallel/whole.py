@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +24,10 @@ class WholeTokens:
     @property
     def is_cut(self) -> bool:
         return self._tokens.is_cut
+
+    def expect(self, kinds: Iterable[str]) -> None:
+        """Say at the start of a forward which kinds of patches it will call."""
+        self._tokens.patched = frozenset(kinds)
 
     def total(self, streams: Sequence[str]) -> int:
         """Tokens of `streams` over all ranks."""
