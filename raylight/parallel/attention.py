@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import all_gather
-from .plan import CrossAttention, SelfAttention, Whole, alternatives
+from .plan import Attention, CrossAttention, SelfAttention, Whole, WholeAttention, alternatives
 from .tokens import TokenState
 
 
@@ -63,11 +63,11 @@ class SequenceAttention:
         Raises RuntimeError where the call does not fit the plan: attending over a shard would be wrong silently.
         """
         tokens, scope = self._tokens, self._tokens.scope
-        if not tokens.is_cut or isinstance(scope, Whole):
+        if not tokens.is_cut or isinstance(scope, (Whole, WholeAttention)):
             return kernel(q, k, v, mask, scale)
         if scope is None:
             raise RuntimeError("the plan does not say over which tokens this attention call goes")
-        scope = self._kind(alternatives(scope), q, k)
+        scope = self._kind(scope, q, k)
         streams = _queries(scope)
         lengths = tokens.lengths(streams)
         self.counts.largest_query = max(self.counts.largest_query, q.shape[2])
@@ -80,18 +80,17 @@ class SequenceAttention:
         whole_mask = None if mask is None else self._whole_mask(_four_dims(mask), streams, lengths)
         return self._strategy(kernel, q, k, v, lengths, whole_mask, scale)
 
-    def _kind(self, kinds: Sequence[SelfAttention | CrossAttention], q: Tensor, k: Tensor) -> Any:
-        """The one of a module's kinds that this call is of."""
-        rank = self._tokens.rank
-        expected = {}
-        for kind in kinds:
-            expected[kind] = self._tokens.lengths(_queries(kind))[rank]
-            if q.shape[2] == expected[kind] and (isinstance(kind, CrossAttention) or k.shape[2] == q.shape[2]):
-                return kind
-        if q.shape[2] in expected.values():
+    def _kind(self, scope: Attention, q: Tensor, k: Tensor) -> SelfAttention | CrossAttention:
+        """What the plan says of this call, checked against its queries and keys."""
+        rank, kinds = self._tokens.rank, alternatives(scope)
+        expected = {kind: self._tokens.lengths(_queries(kind))[rank] for kind in kinds}
+        found = next((kind for kind in kinds if expected[kind] == q.shape[2]), None)
+        if found is None:
+            tokens = " or ".join(f"{count} tokens of {_queries(kind)}" for kind, count in expected.items())
+            raise RuntimeError(f"attention has {q.shape[2]} queries on rank {rank} where the plan expects {tokens}")
+        if isinstance(found, SelfAttention) and k.shape[2] != q.shape[2]:
             raise RuntimeError(f"self-attention has {q.shape[2]} queries but {k.shape[2]} keys")
-        tokens = " or ".join(f"{count} tokens of {_queries(kind)}" for kind, count in expected.items())
-        raise RuntimeError(f"attention has {q.shape[2]} queries on rank {rank} where the plan expects {tokens}")
+        return found
 
     def _whole_mask(self, mask: Tensor, streams: Sequence[str], lengths: Sequence[int]) -> Tensor:
         """The mask over all tokens in rank order. One that a model made of its local tokens is joined; it can only

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import all_gather
-from .plan import Attention, Gather, Input, SequencePlan, Stream, Whole
+from .plan import Attention, Gather, Input, Joined, SequencePlan, Stream, Whole
 from .tokens import TokenState
 
 
@@ -80,7 +80,7 @@ class SequenceHooks:
                 ))
 
     def _localize(self, value: Any, rule: Input) -> Any:
-        if isinstance(rule, Whole):
+        if isinstance(rule, (Whole, Joined)):
             return all_gather(value, self._tokens.sizes(rule.stream), rule.dim, self._group)
         return self._tokens.localize(value, rule)
 
@@ -108,6 +108,7 @@ class SequenceHooks:
         head, tail = local.split([before, local.shape[gather.dim] - before], gather.dim)
         whole = all_gather(tail, self._tokens.sizes(gather.stream), gather.dim, self._group)
         self._tokens.leave(gather.stream)
+        whole = self._tokens.on_grid(whole, gather.stream, gather.dim)
         return torch.cat([head, whole], gather.dim) if before else whole
 
     def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:

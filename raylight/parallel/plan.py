@@ -7,17 +7,27 @@ where `forward` takes `*args`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .tokens import TokenState
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
     """The argument is the token stream `name`. It is cut where it is first met in a forward and is local from there,
-    until it is gathered; where it is met again after that, it is cut again."""
+    until it is gathered; where it is met again after that, it is cut again. With `index`, it is that entry of a tuple.
+    With `grid`, its tokens lie on that many dimensions from `dim` on: (T, H, W) locally is (S, 1, 1), and a gather
+    gives it back as it was. Tokens of the streams in `after` lie before it in the argument, and are local already.
+    """
 
     name: str
     dim: int = 1
+    index: int | None = None
+    grid: int = 1
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +63,34 @@ class TokenIndex:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenPrefix:
+    """The argument is how many of `stream`'s tokens, from its first on, attention is about: as a stream, `name`."""
+
+    stream: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """The argument is one with which this model cannot be split; `reason` is for the person at the graph."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """The argument is of a kind of the model's own; `convert` makes this rank's part of it, from the value and the
+    `TokenState`."""
+
+    convert: Callable[[Any, TokenState], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The argument is the stream, local, of which the module needs the whole along `dim`; its output is not cut."""
+
+    stream: str
+    dim: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +137,14 @@ class CrossAttention:
     query: tuple[str, ...]
 
 
-Input = Stream | Aligned | TokenRanges | TokenIndex | Control | Whole | Refused
-# Several, where attention calls of different kinds are made in one module: the number of queries and keys tells them
-# apart.
-Attention = SelfAttention | CrossAttention | tuple[SelfAttention | CrossAttention, ...]
+@dataclass(frozen=True, slots=True)
+class WholeAttention:
+    """Queries, keys and values are whole on every rank, so nothing is exchanged."""
+
+
+Input = Stream | Aligned | TokenRanges | TokenIndex | TokenPrefix | Control | Converted | Joined | Whole | Refused
+# Several, where one module attends within different streams: the number of queries tells them apart.
+Attention = SelfAttention | CrossAttention | WholeAttention | tuple[SelfAttention, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +168,7 @@ class SequencePlan:
 
     def __post_init__(self) -> None:
         rules = [rule for module in (*self.inputs.values(), *self.patches.values()) for rule in module.values()]
-        streams = tuple(dict.fromkeys(rule.name for rule in rules if isinstance(rule, Stream)))
+        streams = tuple(dict.fromkeys(rule.name for rule in rules if isinstance(rule, (Stream, TokenPrefix))))
         object.__setattr__(self, "streams", streams)
         used = {name for gather in self.gathers() for name in (gather.stream, *gather.after)}
         attention = [rule for value in self.attention.values() for rule in alternatives(value)]
@@ -145,16 +183,16 @@ class SequencePlan:
         return [gather for rule in self.outputs.values() for gather in (rule if isinstance(rule, tuple) else (rule,))]
 
 
-def alternatives(attention: Attention) -> tuple[SelfAttention | CrossAttention, ...]:
+def alternatives(attention: Attention) -> tuple[SelfAttention | CrossAttention | WholeAttention, ...]:
     """The kinds of attention call of one module."""
     return attention if isinstance(attention, tuple) else (attention,)
 
 
-def _streams_of(rule: Input | SelfAttention | CrossAttention) -> tuple[str, ...]:
+def _streams_of(rule: Input | SelfAttention | CrossAttention | WholeAttention) -> tuple[str, ...]:
     if isinstance(rule, Stream):
-        return (rule.name,)
+        return (rule.name, *rule.after)
     if isinstance(rule, CrossAttention):
         return rule.query
-    if isinstance(rule, Refused):
+    if isinstance(rule, (Refused, Converted, WholeAttention)):
         return ()
-    return (rule.stream,) if isinstance(rule, (Control, TokenIndex, Whole)) else rule.streams
+    return (rule.stream,) if isinstance(rule, (Control, Joined, TokenIndex, TokenPrefix, Whole)) else rule.streams

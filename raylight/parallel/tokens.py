@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .partition import offsets, partition
-from .plan import Aligned, Attention, Control, Refused, Stream, TokenIndex, TokenRanges, Whole
+from .plan import (
+    Aligned,
+    Attention,
+    Control,
+    Converted,
+    Input,
+    Refused,
+    Stream,
+    TokenIndex,
+    TokenPrefix,
+    TokenRanges,
+    Whole,
+)
 
 
 class TokenState:
@@ -28,6 +41,7 @@ class TokenState:
         """Forget the last forward, whether it ended or failed."""
         self._sizes: dict[str, tuple[int, ...]] = {}
         self._left: set[str] = set()
+        self._grids: dict[str, torch.Size] = {}
         self.patched: frozenset[str] = frozenset()
         self._scopes: list[Attention | Whole] = []
         self._cache: dict[Hashable, tuple[Tensor, Tensor]] = {}
@@ -68,6 +82,11 @@ class TokenState:
     def leave(self, stream: str) -> None:
         self._left.add(stream)
 
+    def on_grid(self, whole: Tensor, stream: str, dim: int) -> Tensor:
+        """A stream that was joined along `dim`, with its tokens where they lay before it was cut."""
+        grid = self._grids.get(stream)
+        return whole if grid is None else whole.reshape(*whole.shape[:dim], *grid, *whole.shape[dim + len(grid):])
+
     def push(self, scope: Attention | Whole) -> None:
         self._scopes.append(scope)
 
@@ -79,7 +98,7 @@ class TokenState:
         """What the innermost module being run says of its attention calls."""
         return self._scopes[-1] if self._scopes else None
 
-    def localize(self, value: Any, rule: Stream | Aligned | TokenRanges | TokenIndex | Control | Refused) -> Any:
+    def localize(self, value: Any, rule: Input) -> Any:
         """This rank's part of an argument."""
         if value is None:
             return None
@@ -89,11 +108,20 @@ class TokenState:
             return value
         if isinstance(rule, TokenRanges):
             return self._ranges(value, rule)
+        if isinstance(rule, TokenPrefix):
+            sizes = self.sizes(rule.stream)
+            self._sizes[rule.name] = tuple(min(max(value - start, 0), size)
+                                           for start, size in zip(offsets(sizes), sizes, strict=True))
+            return self._sizes[rule.name][self.rank]
         if isinstance(rule, TokenIndex):
             (start, stop), = self.spans((rule.stream,), self.rank)
             return min(max(value, start), stop) - start
+        if isinstance(rule, Converted):
+            return rule.convert(value, self)
         if isinstance(rule, Stream):
-            return self._cut(value, rule)
+            if rule.index is None:
+                return self._cut(value, rule)
+            return (*value[:rule.index], self._cut(value[rule.index], rule), *value[rule.index + 1:])
         if isinstance(rule, Control):
             return {name: LocalResiduals(items, self, rule.stream) for name, items in value.items()}
         if isinstance(value, Mapping):
@@ -115,6 +143,14 @@ class TokenState:
     def _cut(self, value: Tensor, rule: Stream) -> Tensor:
         if self.is_open(rule.name):
             return value
+        if rule.after:
+            before = self.lengths(rule.after)[self.rank]
+            head, tail = value.split([before, value.shape[rule.dim] - before], rule.dim)
+            return torch.cat([head, self._cut(tail, replace(rule, after=()))], rule.dim)
+        if rule.grid > 1:
+            self._grids[rule.name] = value.shape[rule.dim:rule.dim + rule.grid]
+            value = value.flatten(rule.dim, rule.dim + rule.grid - 1)
+            value = value.reshape(*value.shape[:rule.dim + 1], *[1] * (rule.grid - 1), *value.shape[rule.dim + 1:])
         total = value.shape[rule.dim]
         if total < self.degree:
             raise ValueError(

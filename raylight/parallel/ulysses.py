@@ -30,33 +30,39 @@ class UlyssesAttention:
         """q (B, H, S_r, D), k and v (B, Hkv, S_r, D) of this rank's tokens; returns (B, H, S_r, D)."""
         if self._degree == 1:
             return kernel(q, k, v, mask, scale)
-        if k.shape[1] < self._degree:
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        batch, kv_heads, _, width = k.shape
-        if kv_heads < self._degree:
+        batch, heads, _, width = q.shape
+        if heads < self._degree:
             raise ValueError(
-                f"{kv_heads} attention heads cannot be split over a Ulysses degree of {self._degree}: "
-                f"choose a degree of at most {kv_heads}"
+                f"{heads} attention heads cannot be split over a Ulysses degree of {self._degree}: "
+                f"choose a degree of at most {heads}"
             )
-        per_kv = q.shape[1] // kv_heads
-        kv_split = partition(kv_heads, self._degree)
-        q_split = tuple(heads * per_kv for heads in kv_split)
-        mine = kv_split[self._rank]
+        group = heads // k.shape[1]
+        split = partition(heads, self._degree)
+        # The key heads of each rank's query heads; a group of queries may end up on two ranks.
+        spans = [(start // group, (start + count - 1) // group + 1)
+                 for start, count in zip(offsets(split), split, strict=True)]
+        mine, (first, last) = split[self._rank], spans[self._rank]
 
         # Before: all heads of S_r tokens. After: this rank's heads of all S tokens.
-        pieces = list(zip(q.split(q_split, 1), k.split(kv_split, 1), v.split(kv_split, 1), strict=True))
+        pieces = [(part, k[:, start:stop], v[:, start:stop])
+                  for part, (start, stop) in zip(q.split(split, 1), spans, strict=True)]
         shapes = [
-            [(batch, mine * per_kv, length, width), (batch, mine, length, width), (batch, mine, length, v.shape[3])]
+            [(batch, mine, length, width), (batch, last - first, length, width),
+             (batch, last - first, length, v.shape[3])]
             for length in lengths
         ]
         received = exchange(pieces, shapes, self._group)
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*received, strict=True))  # (B, H_r, S, D)
+        start = offsets(split)[self._rank]
+        if start % group or mine % group:
+            index = torch.arange(start, start + mine, device=k.device) // group - first
+            k, v = k.index_select(1, index), v.index_select(1, index)
         if mask is not None and mask.shape[1] > 1:
-            mask = mask.narrow(1, offsets(q_split)[self._rank], q_split[self._rank])
+            mask = mask.narrow(1, start, mine)
 
         out = kernel(q, k, v, mask, scale)  # (B, H_r, S, D)
 
         # Back: rank d gets its S_d tokens of this rank's heads.
         pieces = [[part] for part in out.split(list(lengths), 2)]
-        shapes = [[(batch, heads, lengths[self._rank], out.shape[3])] for heads in q_split]
+        shapes = [[(batch, count, lengths[self._rank], out.shape[3])] for count in split]
         return torch.cat([parts[0] for parts in exchange(pieces, shapes, self._group)], dim=1)  # (B, H, S_r, D)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import all_gather
-from .plan import Aligned, Whole
+from .plan import Aligned, WholeAttention
 from .tokens import TokenState
 
 
@@ -49,7 +49,7 @@ class WholeTokens:
     @contextmanager
     def local_attention(self) -> Iterator[None]:
         """Attention calls in this context are over whole tokens: they exchange nothing."""
-        self._tokens.push(Whole(""))
+        self._tokens.push(WholeAttention())
         try:
             yield
         finally:

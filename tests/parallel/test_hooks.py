@@ -10,8 +10,24 @@ from toy import TOY_PLAN, Toy, plain_kernel
 
 from raylight.parallel.attention import SequenceAttention
 from raylight.parallel.hooks import SequenceHooks
-from raylight.parallel.plan import Aligned, Gather, SelfAttention, Stream, Whole
+from raylight.parallel.plan import Gather, SelfAttention, Stream, Whole
 from raylight.parallel.tokens import TokenState
+
+
+class Passing(torch.nn.Module):
+    def forward(self, img: torch.Tensor) -> torch.Tensor:
+        return img
+
+
+class Forgetful(torch.nn.Module):
+    """Leaves out the block at which tokens are gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.blocks = 5, torch.nn.ModuleList([Passing(), Passing()])
+
+    def forward(self, img: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](img)
 
 
 def install(plan=TOY_PLAN, heads: int = 5, degree: int = 2) -> SequenceHooks:
@@ -96,11 +112,9 @@ def test_attention_in_a_module_that_runs_whole_is_left_alone() -> None:
 
 
 def test_rejects_a_model_whose_tokens_stay_split() -> None:
-    plan = dataclasses.replace(TOY_PLAN, inputs={"blocks.*": {"img": Stream("img"), "table": Aligned(("img",))}},
-                               attention={}, outputs={"blocks.1": Gather("img", dim=1)})
-    model = torch.nn.Module()
-    model.num_heads, model.blocks = 5, Toy().blocks
-    model.forward = lambda x: x
+    plan = dataclasses.replace(TOY_PLAN, inputs={"blocks.0": {"img": Stream("img")}}, attention={},
+                               outputs={"blocks.1": Gather("img")})
+    model = Forgetful()
     SequenceHooks(model, plan, TokenState(0, 2), None)
     with pytest.raises(RuntimeError, match=r"tokens still split: \['img'\]"):
-        model(torch.zeros(1))
+        model(torch.zeros(1, 4, 8))

@@ -46,6 +46,7 @@ CASES = {
     "mask without a batch": Case(mask="2d"),
     "boolean mask": Case(mask="bool"),
     "grouped queries": Case(heads=12, kv_heads=6),
+    "groups that do not divide": Case(heads=15, kv_heads=3),
     "fewer key heads than ranks": Case(heads=6, kv_heads=1),
     "modulation per frame": Case(frames=5),
     "modulation per frame, dividing": Case(img=30, frames=3),
