@@ -30,7 +30,7 @@ class SequenceHooks:
                  ulysses_degree: int | None = None) -> None:
         """`group` are the ranks of the sequence; `ulysses_degree` of them split heads, all where it is None.
 
-        Raises ValueError where the model does not have what the plan names, or has too few heads.
+        Raises ValueError where the model does not have what the plan names, has too few heads, or cannot be split.
         """
         self._plan, self._tokens, self._group = plan, tokens, group
         self._handles: list[RemovableHandle] = []
@@ -40,6 +40,9 @@ class SequenceHooks:
                 f"{type(model).__name__} has {heads} attention heads, too few for ulysses_degree = {degree}: "
                 f"choose at most {heads}"
             )
+        reason = plan.refused(model)
+        if reason is not None:
+            raise ValueError(f"this {type(model).__name__} cannot be split over workers: {reason}")
         self._handles.append(model.register_forward_pre_hook(lambda *_: tokens.begin()))
         for path, rules in plan.inputs.items():
             for module in matching(model, path, plan):

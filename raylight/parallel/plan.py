@@ -154,7 +154,8 @@ class SequencePlan:
     `model` is the import path of the class; `heads` the attribute, by its path from the model, that holds the number
     of its attention heads. `patches` says, for each kind of patch that a person's nodes hang between or into the
     blocks, which of its arguments have one row for each token; what it returns by the same names has, too.
-    `unhooked` are Python modules of the model that call ComfyUI's attention without handing on its options.
+    `unhooked` are Python modules of the model that call ComfyUI's attention without handing on its options. `refused`
+    says of a model of this class why just this one cannot be split, or None.
     """
 
     model: str
@@ -164,6 +165,7 @@ class SequencePlan:
     heads: str = "num_heads"
     patches: Mapping[str, Mapping[str, Aligned]] = field(default_factory=dict)
     unhooked: tuple[str, ...] = ()
+    refused: Callable[[Any], str | None] = lambda model: None
     streams: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:

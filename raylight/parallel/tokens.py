@@ -142,7 +142,9 @@ class TokenState:
 
     def _cut(self, value: Tensor, rule: Stream) -> Tensor:
         if self.is_open(rule.name):
-            return value
+            # A model may use the whole stream twice before it goes on with its local output.
+            whole = rule.grid == 1 and not rule.after and value.shape[rule.dim] == self.total((rule.name,))
+            return self.part(value, rule.name, rule.dim) if whole else value
         if rule.after:
             before = self.lengths(rule.after)[self.rank]
             head, tail = value.split([before, value.shape[rule.dim] - before], rule.dim)

@@ -29,6 +29,7 @@ class Family:
     `config` names its class there; `unet_config` is what ComfyUI's detection would find in such a file.
     Each of `calls` makes the arguments of `BaseModel.apply_model` for one situation, in sizes that do not divide:
     `x`, `t` (sigma, (B,)), and what the model's conditioning becomes (`c_crossattn`, `y`, `ref_latents`, ...).
+    `prepare` sets what random weights do not; `weights` are those that the class itself takes from a file.
     """
 
     name: str
@@ -36,12 +37,14 @@ class Family:
     unet_config: Mapping[str, Any]
     calls: Mapping[str, Callable[[Draw], dict[str, Any]]]
     prepare: Callable[[BaseModel], None] = field(default=lambda model: None)
+    weights: Callable[[], dict[str, Tensor]] = field(default=dict)
 
     def build(self, seed: int = 0) -> BaseModel:
         """The model in float32 on the CPU, the same for the same seed."""
         config = getattr(comfy.supported_models, self.config)(dict(self.unet_config))
+        config.unet_config.update(self.unet_config)  # some classes set their width themselves
         config.set_inference_dtype(torch.float32, None)
-        model = config.get_model({}, "")
+        model = config.get_model(self.weights(), "")
         randomize(model.diffusion_model, seed)
         self.prepare(model)
         return model.eval().requires_grad_(False)

@@ -10,8 +10,8 @@ from .family import Draw, Family
 from .patched import patched, replaced_block
 
 BASE = {
-    "image_model": "joyimage", "patch_size": [1, 2, 2], "in_channels": 16, "out_channels": 16, "hidden_size": 640,
-    "num_attention_heads": 5, "text_dim": 24, "mlp_width_ratio": 2.0, "num_layers": 2,
+    "image_model": "joyimage", "patch_size": [1, 2, 2], "in_channels": 16, "out_channels": 16, "hidden_size": 80,
+    "num_attention_heads": 5, "text_dim": 24, "mlp_width_ratio": 2.0, "num_layers": 2, "rope_dim_list": [4, 6, 6],
 }
 
 

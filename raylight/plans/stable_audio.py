@@ -1,0 +1,43 @@
+"""Stable Audio 3: one stream of memory and audio tokens; text stays whole."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from raylight.parallel.plan import Aligned, Converted, CrossAttention, Gather, SelfAttention, SequencePlan, Stream
+from raylight.parallel.tokens import TokenState
+
+AUDIO = ("audio",)
+LAYERS = "transformer.layers"
+
+
+def for_last_tokens(condition: Tensor | None, tokens: TokenState) -> Tensor | None:
+    """This rank's part of a condition (B, audio tokens, width), which has no rows for the memory tokens before them."""
+    if condition is None:
+        return None
+    (start, stop), = tokens.spans(AUDIO, tokens.rank)
+    missing = tokens.total(AUDIO) - condition.shape[1]
+    # The layer pads with zeros at the left what has fewer rows than tokens.
+    return condition[:, max(start - missing, 0):max(stop - missing, 0)]
+
+
+def mixes_by_mean(model: nn.Module) -> str | None:
+    """Stable Audio 1 scales what differs from the mean of all tokens, within its attention."""
+    if model.transformer.layers[0].self_attn.feat_scale:
+        return "Stable Audio 1 takes a mean over all tokens within its attention; use GPU = 1"
+    return None
+
+
+PLANS = (
+    SequencePlan(
+        model="comfy.ldm.audio.dit.AudioDiffusionTransformer",
+        inputs={f"{LAYERS}.*": {"x": Stream("audio"), "rotary_pos_emb": Aligned(AUDIO, dim=0),
+                                "local_add_cond": Converted(for_last_tokens)}},
+        attention={f"{LAYERS}.*.self_attn": SelfAttention(AUDIO), f"{LAYERS}.*.cross_attn": CrossAttention(AUDIO)},
+        # Memory tokens are cut off by their number before the last projection.
+        outputs={f"{LAYERS}.-1": Gather("audio")},
+        heads=f"{LAYERS}.0.self_attn.num_heads",
+        patches={"double_block": {"img": Aligned(AUDIO)}},
+        refused=mixes_by_mean,
+    ),
+)
