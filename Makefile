@@ -5,12 +5,13 @@ ARGS ?=
 BOOTSTRAP = $(PYTHON) raylight/setup/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint models clean
 
 help:
 	@echo "make demo                   sample a small model in a real ComfyUI, by stock nodes and by Ray workers"
 	@echo "make test                   run the tests; fewer of them with ARGS=\"-k parity\""
 	@echo "make lint                   run ruff"
+	@echo "make models                 write docs/models.md from what the parity matrix measures"
 	@echo "make setup                  only set up what the others need"
 	@echo "make clean                  remove .venv, .comfyui, demo_output and caches"
 	@echo
@@ -28,6 +29,9 @@ test:
 
 lint:
 	@$(BOOTSTRAP) lint $(ARGS)
+
+models:
+	@$(BOOTSTRAP) test tests/zoo --write-docs
 
 clean:
 	rm -rf .venv .comfyui demo_output .pytest_cache .ruff_cache *.egg-info

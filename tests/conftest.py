@@ -30,6 +30,10 @@ args.cpu = not torch.cuda.is_available()
 _parity_lines: list[str] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write the documents that are made from test results")
+
+
 @pytest.fixture(scope="session")
 def report_parity():
     """Call it with one line per comparison; they are printed when the run ends."""

@@ -69,7 +69,7 @@ class ModelService:
             return
         diffusion_model = patcher.model.diffusion_model
         tokens = TokenState(sequence.get_local_rank(), sequence.size())
-        plan = plan_for(diffusion_model)
+        plan = plan_for(diffusion_model, type(patcher.model.model_config).__name__)
         SequenceHooks(diffusion_model, plan, tokens, sequence.get_group(), mesh["ulysses"].size())
         attention_door.open_for(diffusion_model, plan.unhooked)
         patch_hook.install(diffusion_model, plan, WholeTokens(tokens, sequence.get_group()))

@@ -77,6 +77,8 @@ class SequenceAttention:
             local_mask = None if mask is None else tokens.local_mask_rows(_four_dims(mask), streams)
             return kernel(q, k, v, local_mask, scale)
         self.counts.exchanged += 1
+        if scope.mask is not None:
+            mask = scope.mask(sum(lengths), q)
         whole_mask = None if mask is None else self._whole_mask(_four_dims(mask), streams, lengths)
         return self._strategy(kernel, q, k, v, lengths, whole_mask, scale)
 

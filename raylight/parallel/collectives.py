@@ -46,4 +46,5 @@ def all_gather(local: Tensor, sizes: Sequence[int], dim: int, group: dist.Proces
     gathered = rows.new_empty(len(sizes) * longest, *rows.shape[1:])
     _all_gather(gathered, rows, group=group)
     pieces = [block[:size] for block, size in zip(gathered.split(longest), sizes, strict=True)]
-    return torch.cat(pieces).movedim(0, dim)
+    # A model may view what it gets, as it could its own output.
+    return torch.cat(pieces).movedim(0, dim).contiguous()

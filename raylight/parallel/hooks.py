@@ -10,6 +10,8 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import all_gather
-from .plan import Attention, Gather, Input, Joined, SequencePlan, Stream, Whole
+from .plan import Attention, Gather, Input, Joined, SelfAttention, SequencePlan, Stream, Whole
 from .tokens import TokenState
 
 
@@ -88,6 +90,8 @@ class SequenceHooks:
         return self._tokens.localize(value, rule)
 
     def _mark_attention(self, module: nn.Module, attention: Attention | Whole) -> None:
+        if isinstance(attention, SelfAttention) and attention.mask is not None:
+            attention = replace(attention, mask=partial(attention.mask, module))
         self._handles.append(module.register_forward_pre_hook(lambda *_: self._tokens.push(attention)))
         self._handles.append(module.register_forward_hook(lambda *_: self._tokens.pop()))
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .tokens import TokenState
 
 
@@ -125,9 +127,14 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class SelfAttention:
-    """Queries, keys and values of attention calls in this module are the tokens of `streams`, in this order."""
+    """Queries, keys and values of attention calls in this module are the tokens of `streams`, in this order.
+
+    `mask` makes the mask over all tokens where the model makes one of its own tokens' places: from the module, the
+    number of all tokens and the queries, (B|1, H|1, S, S) or None.
+    """
 
     streams: tuple[str, ...]
+    mask: Callable[[Any, int, Tensor], Tensor | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

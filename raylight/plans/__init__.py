@@ -10,6 +10,8 @@ from torch import nn
 
 from raylight.parallel.plan import SequencePlan
 
+from .exceptions import EXCEPTIONS
+
 
 @functools.cache
 def all_plans() -> dict[str, SequencePlan]:
@@ -23,17 +25,18 @@ def all_plans() -> dict[str, SequencePlan]:
     return plans
 
 
-def plan_for(model: nn.Module) -> SequencePlan:
-    """The plan of a model's class. Raises ValueError, naming the class, where there is none.
+def plan_for(model: nn.Module, config: str = "") -> SequencePlan:
+    """The plan of a model's class. `config` is the name of its class in `comfy.supported_models`, where that is known.
 
-    A subclass does not inherit its parent's plan: it may add streams that the plan does not know.
+    Raises ValueError, naming the class and where it is known the reason, where there is none. A subclass does not
+    inherit its parent's plan: it may add streams that the plan does not know.
     """
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     plan = all_plans().get(name)
     if plan is None:
-        known = ", ".join(sorted(path.rpartition(".")[2] for path in all_plans()))
+        reason = f" ({EXCEPTIONS[config]})" if config in EXCEPTIONS else ""
         raise ValueError(
-            f"no sequence plan for {name}: this model cannot be split over several workers yet. "
-            f"Models with a plan: {known}. Use GPU = 1, or ComfyUI's own loader."
+            f"no sequence plan for {name}: this model cannot be split over several workers{reason}. "
+            f"Use GPU = 1, or ComfyUI's own loader. What can be split is listed in docs/models.md of Raylight"
         )
     return plan

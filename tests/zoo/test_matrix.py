@@ -4,6 +4,7 @@ process."""
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 from matrix_cases import Comparison, compare
@@ -11,8 +12,10 @@ from matrix_cases import Comparison, compare
 from raylight.parallel.local_ranks import run_ranks, values
 from raylight.parallel.shape import MeshShape
 from raylight.zoo import families
+from raylight.zoo.table import render
 
 TOLERANCE = 1e-4
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 MESHES = {
     "Ulysses 2": MeshShape(ulysses=2),
     "Ulysses 3": MeshShape(ulysses=3),
@@ -46,3 +49,16 @@ def test_parity(family: str, call: str, mesh: str, report_parity) -> None:
         assert rank.exchanged > 0
         assert rank.largest_share <= 1.5 / MESHES[mesh].world_size
         assert rank.heads <= -(-rank.of // MESHES[mesh].ulysses)
+
+
+@pytest.mark.slow
+def test_the_document_says_what_was_measured(request: pytest.FixtureRequest) -> None:
+    passed: dict[str, list[str]] = {}
+    for family, call in CALLS:
+        if all(rank[family, call].error <= TOLERANCE for mesh in MESHES for rank in measured(mesh)):
+            passed.setdefault(family, []).append(call)
+    text = render(passed, MESHES, TOLERANCE)
+    if request.config.getoption("--write-docs"):
+        DOCUMENT.parent.mkdir(exist_ok=True)
+        DOCUMENT.write_text(text)
+    assert DOCUMENT.read_text() == text, "run `make models`"

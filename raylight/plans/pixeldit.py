@@ -1,0 +1,22 @@
+"""PixelDiT and PiD: joint attention over text and patch tokens. The few blocks over pixels, which pack patches into the
+batch, are done by every rank."""
+
+from raylight.parallel.plan import Aligned, Gather, SelfAttention, SequencePlan, Stream, WholeAttention
+
+
+def pixeldit(model: str, gathered: str) -> SequencePlan:
+    return SequencePlan(
+        model=f"comfy.ldm.pixeldit.{model}",
+        inputs={"patch_blocks.*": {"x": Stream("img"), "y": Stream("txt"), "pos_img": Aligned(("img",), dim=0),
+                                   "pos_txt": Aligned(("txt",), dim=0)}},
+        attention={"patch_blocks.*": SelfAttention(("txt", "img")), "pixel_blocks.*": WholeAttention()},
+        outputs={gathered: Gather("img", index=0)},
+        heads="num_groups",
+    )
+
+
+PLANS = (
+    pixeldit("model.PixDiT_T2I", "patch_blocks.-1"),
+    # PiD adds features of the image to its tokens before every block.
+    pixeldit("pid.PidNet", "patch_blocks.*"),
+)

@@ -1,0 +1,39 @@
+"""`docs/models.md` from the results of the parity matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from raylight.plans import plan_for
+from raylight.plans.exceptions import EXCEPTIONS
+
+from . import families
+
+HEAD = """# Models
+
+Written by `make models` from the parity matrix (`tests/zoo/test_matrix.py`), never by hand. Each family is built at
+tiny width with random weights from its ComfyUI configuration and called in each of the situations named: whole in one
+process, and split by sequence over ranks, at sizes that do not divide. In float32, the largest difference is at most
+{tolerance:.0e} of the output's standard deviation, on each of these meshes: {meshes}.
+
+| Family | Model class | Situations |
+|---|---|---|
+"""
+
+EXCEPTIONS_HEAD = """
+## Not split by sequence
+
+| `comfy.supported_models` | Why |
+|---|---|
+"""
+
+
+def render(passed: Mapping[str, Iterable[str]], meshes: Iterable[str], tolerance: float) -> str:
+    """The document. `passed` holds, for each family, the situations in which it is equal on all of `meshes`."""
+    rows = []
+    for name, calls in passed.items():
+        model = plan_for(families()[name].build().diffusion_model).model
+        rows.append(f"| {name} | `{model.rpartition('.')[2]}` | {'; '.join(calls)} |")
+    exceptions = [f"| {name} | {reason} |" for name, reason in sorted(EXCEPTIONS.items())]
+    head = HEAD.format(meshes="; ".join(meshes), tolerance=tolerance)
+    return head + "\n".join(rows) + "\n" + EXCEPTIONS_HEAD + "\n".join(exceptions) + "\n"

@@ -1,0 +1,36 @@
+"""Every model that ComfyUI knows is in the matrix, or on the list of exceptions."""
+
+from __future__ import annotations
+
+import comfy.supported_models
+import pytest
+from torch import nn
+
+from raylight.plans import all_plans, plan_for
+from raylight.plans.exceptions import EXCEPTIONS
+from raylight.zoo import families
+
+KNOWN = [model.__name__ for model in comfy.supported_models.models]
+TESTED = {family.config for family in families().values()}
+
+
+@pytest.mark.parametrize("config", KNOWN)
+def test_tested_or_excepted(config: str) -> None:
+    assert (config in TESTED) != (config in EXCEPTIONS), (
+        f"{config} is new in ComfyUI: give it a plan (raylight/plans) and a family (raylight/zoo), or list it in "
+        f"raylight/plans/exceptions.py with the reason"
+    )
+
+
+def test_no_exception_is_unknown_to_comfyui() -> None:
+    assert set(EXCEPTIONS) <= set(KNOWN)
+
+
+def test_every_plan_is_tested() -> None:
+    used = {type(family.build().diffusion_model) for family in families().values()}
+    assert {f"{model.__module__}.{model.__qualname__}" for model in used} == set(all_plans())
+
+
+def test_says_why_a_model_has_no_plan() -> None:
+    with pytest.raises(ValueError, match=r"no sequence plan for torch.*Linear: .* \(a U-Net: .*\)\. Use GPU = 1"):
+        plan_for(nn.Linear(1, 1), "SDXL")
