@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from raylight.attention import kernels
+from raylight.parallel import long_context
 
 from .options import check_product, workers_from
 from .types import CATEGORY, RayActorsInit
@@ -137,6 +138,10 @@ class RayInitializerAdvanced(io.ComfyNode):
                                 tooltip="Has no effect: the dashboard is off. Kept for saved workflows."),
                 io.String.Input("torch_dist_address", default="127.0.0.1:29500", optional=True, advanced=True,
                                 tooltip="Has no effect: a free port is always chosen. Kept for saved workflows."),
+                io.Combo.Input("sequence_attention", options=list(long_context.NAMES), default=long_context.OURS,
+                               optional=True, advanced=True,
+                               tooltip="What exchanges tokens around attention. yunchang and xfuser take equal pieces "
+                                       "without masks; Raylight's own does the calls that they do not take."),
             ],
             outputs=[RayActorsInit.Output(display_name="ray_actors_init", tooltip="The workers, for a Ray loader.")],
         )

@@ -11,6 +11,7 @@ import torch
 from raylight.attention import kernels
 from raylight.cluster.config import LOCAL, SessionConfig
 from raylight.host.handles import Workers
+from raylight.parallel import long_context
 from raylight.parallel.shape import MeshShape
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def workers_from(inputs: Mapping[str, Any]) -> Workers:
         gpu_select=_gpu_select(inputs),
         object_store_bytes=None if store_gb is None else int(store_gb * 1e9),
     )
-    return Workers(config, inputs["XFuser_attention"], bool(inputs.get("clear_vram_after_sampling")))
+    return Workers(config, inputs["XFuser_attention"], bool(inputs.get("clear_vram_after_sampling")),
+                   inputs.get("sequence_attention", long_context.OURS))
 
 
 def _validate_product(workers: int, ulysses: int, ring: int) -> None:
@@ -75,6 +77,8 @@ def _validate(inputs: Mapping[str, Any]) -> None:
         local = inputs.get("ray_cluster_address", LOCAL) == LOCAL
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if local else None
         kernels.check_available(inputs["XFuser_attention"], inputs["ring_degree"], device)
+        long_context.check_available(inputs.get("sequence_attention", long_context.OURS), inputs["XFuser_attention"],
+                                     inputs["ring_degree"], has_gpu=device is None or device.type == "cuda")
     selected = _gpu_select(inputs)
     if inputs.get("ray_cluster_address", LOCAL) == LOCAL and torch.cuda.is_available():
         there = torch.cuda.device_count()

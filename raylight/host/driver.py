@@ -57,7 +57,8 @@ def sample(model: RayModel, latent: dict[str, Any], positive: list[Any], negativ
         noise = comfy.sample.prepare_noise(latent_image, seed, latent.get("batch_index"))
     noise_mask = latent.get("noise_mask")
     job = SampleJob(
-        recipe=model.recipe, attention=model.workers.attention, noise=noise, latent_image=latent_image.cpu(),
+        recipe=model.recipe, attention=model.workers.attention, strategy=model.workers.strategy,
+        noise=noise, latent_image=latent_image.cpu(),
         noise_mask=None if noise_mask is None else noise_mask.cpu(), positive=positive, negative=negative, seed=seed,
         steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise,
         disable_noise=disable_noise, start_step=start_step, last_step=last_step,

@@ -9,18 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raylight.cluster.config import SessionConfig
+from raylight.parallel.long_context import OURS
 
 from .recipe import ModelRecipe
 
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """The workers that a graph asks for. `attention` is the name of their kernel; with `free_memory_after` they move
-    the model out of GPU memory after each run."""
+    """The workers that a graph asks for. `attention` is the name of their kernel, `strategy` of what exchanges tokens
+    around it; with `free_memory_after` they move the model out of GPU memory after each run."""
 
     config: SessionConfig
     attention: str
     free_memory_after: bool = False
+    strategy: str = OURS
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ class SampleJob:
 
     recipe: ModelRecipe
     attention: str
+    strategy: str
     noise: Tensor
     latent_image: Tensor
     noise_mask: Tensor | None

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from raylight.attention.kernels import kernel
 from raylight.cluster.actor import RankContext, Run
-from raylight.parallel.attention import SequenceAttention
+from raylight.parallel.attention import SequenceAttention, Strategy
 from raylight.parallel.hooks import SequenceHooks
+from raylight.parallel.long_context import OURS, LongContextAttention
 from raylight.parallel.mesh import sequence_axis
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.tokens import TokenState
@@ -32,7 +33,7 @@ class ModelService:
         self._context = context
         self._recipe: ModelRecipe | None = None
         self._patcher: RankPatcher | None = None
-        self._attention: SequenceAttention | None = None
+        self._tokens: TokenState | None = None
 
     def load(self, run: Run, recipe: ModelRecipe) -> ModelInfo:
         """Hold the model of `recipe`, split over the ranks; does nothing when it is held already.
@@ -55,8 +56,10 @@ class ModelService:
         """
         self.load(run, job.recipe)
         patcher = self._patcher.clone()
-        if self._attention is not None:
-            attention_hook.install(patcher.model_options, self._attention, kernel(job.attention, self._context.device))
+        if self._tokens is not None:
+            attention = SequenceAttention(self._tokens, self._strategy(job.strategy),
+                                          sequence_axis(self._context.mesh).get_group())
+            attention_hook.install(patcher.model_options, attention, kernel(job.attention, self._context.device))
         samples = sampling.sample(run, patcher, job)
         if job.free_memory_after:
             self._free_memory()
@@ -73,11 +76,21 @@ class ModelService:
         SequenceHooks(diffusion_model, plan, tokens, sequence.get_group(), mesh["ulysses"].size())
         attention_door.open_for(diffusion_model, plan.unhooked)
         patch_hook.install(diffusion_model, plan, WholeTokens(tokens, sequence.get_group()))
-        strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        self._attention = SequenceAttention(tokens, strategy, sequence.get_group())
+        self._tokens = tokens
+
+    def _strategy(self, name: str) -> Strategy:
+        """What exchanges tokens around attention. Raises ValueError where its library does not work here."""
+        ulysses, ring = (self._context.mesh.get_group(axis) for axis in ("ulysses", "ring"))
+        ours = HybridAttention(ulysses, ring)
+        if name == OURS:
+            return ours
+        try:
+            return LongContextAttention(name, ulysses, ring, ours)
+        except ImportError as error:
+            raise ValueError(f"sequence_attention = {name} cannot be used: {error}; choose {OURS}") from error
 
     def _unload(self) -> None:
-        self._recipe = self._patcher = self._attention = None
+        self._recipe = self._patcher = self._tokens = None
         self._free_memory()
 
     @staticmethod

@@ -30,7 +30,7 @@ def test_parity(name: str, world: int, folder: Path, report_parity, stock_result
     if name not in stock_results:
         stock_results[name] = sample_stock(path, case)
     expected = stock_results[name]
-    workers = Workers(SessionConfig(MeshShape(ulysses=world), "cpu"), "TORCH_FLASH")
+    workers = Workers(SessionConfig(MeshShape(ulysses=world), "cpu"), "TORCH_FLASH", strategy=case.strategy)
     actual = sample_on_workers(RayModel(workers, ModelRecipe.of(str(path), "default")), case)
     assert actual.shape == expected.shape
     assert expected.std() > 0.1

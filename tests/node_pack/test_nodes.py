@@ -25,7 +25,7 @@ INPUTS = {
         "ray_cluster_address", "ray_cluster_namespace", "GPU", "GPU_SELECT", "ulysses_degree", "ring_degree",
         "clear_vram_after_sampling", "cfg_degree", "dp_degree", "sync_ulysses", "FSDP", "FSDP_CPU_OFFLOAD",
         "XFuser_attention", "skip_comm_test", "use_mmap", "ray_object_store_gb", "ray_dashboard_address",
-        "torch_dist_address",
+        "torch_dist_address", "sequence_attention",
     ],
     "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init"],
     "XFuserKSamplerAdvanced": [

@@ -32,6 +32,8 @@ class ParityCase:
     cfg: float = 3.0
     masked: bool = False
     heads: int = 3
+    regions: bool = False
+    strategy: str = "raylight"
 
     def conditioning(self) -> tuple[list[Any], list[Any]]:
         """Positive and negative, of different lengths."""
@@ -41,7 +43,19 @@ class ParityCase:
             for extra in self.extras:
                 prompt[0][1].update(EXTRAS[extra](self, torch.Generator().manual_seed(seed + 10)))
             both.append(prompt)
+        if self.regions:
+            both[0] += self._regions()
         return both[0], both[1]
+
+    def _regions(self) -> list[Any]:
+        """Two more prompts, of other lengths, for parts of the picture: by a mask, and by an area and its strength."""
+        by_mask = random_prompt(9, self.text_width, 3, self.pooled, **self.options)
+        mask = torch.zeros(1, *self.shape[-2:])
+        mask[..., : self.shape[-1] // 2] = 1
+        by_mask[0][1].update(mask=mask, mask_strength=0.8, set_area_to_bounds=False)
+        by_area = random_prompt(5, self.text_width, 4, self.pooled, **self.options)
+        by_area[0][1].update(area=(8, 10, 4, 2), strength=0.6, set_area_to_bounds=False)
+        return by_mask + by_area
 
     def latent(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(5)
@@ -73,9 +87,11 @@ CASES = {
     "Wan T2V, batch of 2, odd size": ParityCase("wan-t2v", (2, 16, 2, 13, 11), 4096, sampler="dpmpp_2m"),
     "Wan T2V, ancestral, masked": ParityCase("wan-t2v", (1, 16, 3, 10, 14), 4096, sampler="euler_ancestral",
                                              masked=True),
+    "Wan T2V by yunchang": ParityCase("wan-t2v", (1, 16, 3, 14, 18), 4096, heads=6, strategy="yunchang"),
     "Wan I2V": ParityCase("wan-i2v", (1, 16, 3, 14, 18), 4096, extras=("image-to-video",)),
     "Flux": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, cfg=1.0),
     "Flux, batch of 2, odd size": ParityCase("flux-schnell", (2, 16, 17, 13), 160, 96, sampler="heun"),
+    "Flux, regional prompts": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, regions=True),
     "Flux with guidance": ParityCase("flux-dev", (1, 16, 18, 22), 160, 96, options={"guidance": 4.0}, heads=4),
     "Flux Kontext references": ParityCase("flux-dev", (1, 16, 12, 14), 160, 96, ("references",), {"guidance": 2.5}),
 }
