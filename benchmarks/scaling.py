@@ -24,8 +24,8 @@ sys.path.append(str(ROOT))
 from raylight.parallel.local_ranks import run_ranks, values  # noqa: E402
 
 WIDE = {
-    "wan": ("Wan T2V", {"dim": 768, "ffn_dim": 2048, "num_heads": 6, "num_layers": 3}, (1, 16, 5, 44, 60)),
-    "flux": ("Flux Schnell", {"hidden_size": 640, "num_heads": 5, "depth": 2, "depth_single_blocks": 3,
+    "wan": ("Wan T2V", {"dim": 1536, "ffn_dim": 4096, "num_heads": 12, "num_layers": 2}, (1, 16, 5, 44, 60)),
+    "flux": ("Flux Schnell", {"hidden_size": 1536, "num_heads": 12, "depth": 1, "depth_single_blocks": 2,
                               "axes_dim": [16, 56, 56], "mlp_ratio": 4.0}, (1, 16, 98, 98)),
 }
 
