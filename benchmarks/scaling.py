@@ -4,6 +4,10 @@ Every figure of one table is measured side by side in one run: the ranks of each
 compared. Communication is the time spent in exchanges and gathers, waiting for slower ranks included.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/scaling.py --ranks 1 2
+
+With `--device cuda` one rank's share is measured on one GPU, and the time of N GPUs predicted from it:
+
+    COMFYUI_PATH=/my/ComfyUI python benchmarks/scaling.py --device cuda --ranks 1 2 4 8
 """
 
 from __future__ import annotations
@@ -98,7 +102,16 @@ def main() -> None:
     parser.add_argument("--ring", type=int, default=1, help="ranks in the ring, the rest in Ulysses")
     parser.add_argument("--rounds", type=int, default=3, help="how often the counts of ranks take turns")
     parser.add_argument("--repeats", type=int, default=3, help="forwards in each round")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--layers", type=int, help="with cuda: this many layers of each kind instead of all")
     options = parser.parse_args()
+    if options.device == "cuda":
+        import one_share
+
+        print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bfloat16")
+        for name in options.models:
+            one_share.report(name, options.ranks, options.layers, options.rounds * options.repeats)
+        return
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread for each rank, float32")
     for name in options.models:
         taken: dict[int, list[float]] = {world: [] for world in options.ranks}
