@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylight.parallel.plan import Aligned, Refused, Stream, TokenIndex, TokenRanges
+from raylight.parallel.plan import (
+    Aligned,
+    Converted,
+    Refused,
+    Stream,
+    TokenIndex,
+    TokenPrefix,
+    TokenRanges,
+)
 from raylight.parallel.tokens import TokenState
 
 
@@ -104,3 +112,57 @@ def test_rejects_a_table_that_does_not_fit() -> None:
 def test_rejects_a_mask_that_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match=r"\(1, 1, 1, 5\) does not fit 6 tokens"):
         state(0, 2, x=6).gathered_mask(torch.zeros(1, 1, 1, 5), ("x",))
+
+
+def test_a_grid_is_one_row_while_it_is_local() -> None:
+    tokens, video = TokenState(1, 2), torch.arange(2 * 3 * 5 * 4 * 2.0).view(2, 3, 5, 4, 2)
+    local = tokens.localize(video, Stream("video", grid=3))
+    assert local.shape == (2, 30, 1, 1, 2)
+    assert torch.equal(local[:, :, 0, 0], video.flatten(1, 3)[:, 30:])
+    assert tokens.on_grid(video.flatten(1, 3)[:, :, None, None], "video", 1).shape == video.shape
+
+
+def test_a_stream_may_be_an_entry_of_a_tuple() -> None:
+    tokens, audio = TokenState(0, 2), torch.randn(1, 3, 2)
+    video, same = tokens.localize((torch.randn(1, 6, 2), audio), Stream("video", index=0))
+    assert video.shape == (1, 3, 2)
+    assert same is audio
+
+
+def test_a_stream_that_has_left_is_cut_again() -> None:
+    tokens, whole = TokenState(1, 2), torch.randn(1, 5, 2)
+    first = tokens.localize(whole, Stream("x"))
+    assert tokens.localize(first, Stream("x")) is first, "it is local already"
+    tokens.leave("x")
+    assert tokens.localize(whole, Aligned(("x",))) is whole, "nothing is cut where the stream is whole"
+    assert torch.equal(tokens.localize(whole, Stream("x")), first)
+    tokens.leave("x")
+    assert tokens.localize(torch.randn(1, 9, 2), Stream("x")).shape == (1, 4, 2), "and may have another length"
+
+
+def test_a_whole_stream_met_twice_is_cut_twice() -> None:
+    tokens, whole = TokenState(0, 2), torch.randn(1, 6, 2)
+    assert torch.equal(tokens.localize(whole, Stream("x")), tokens.localize(whole, Stream("x")))
+
+
+def test_a_stream_behind_local_tokens() -> None:
+    tokens = TokenState(1, 2)
+    img, txt = tokens.localize(torch.randn(1, 5, 2), Stream("img")), torch.randn(1, 4, 2)
+    joint = tokens.localize(torch.cat([img, txt], 1), Stream("txt", after=("img",)))
+    assert torch.equal(joint, torch.cat([img, txt[:, 2:]], 1))
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(7, (4, 3)), (5, (4, 1)), (3, (3, 0)), (99, (4, 4))])
+def test_a_prefix_is_a_stream_of_its_own(count: int, sizes: tuple[int, int]) -> None:
+    for rank in range(2):
+        tokens = TokenState(rank, 2)
+        tokens.localize(torch.randn(1, 8, 2), Stream("txt"))
+        assert tokens.localize(count, TokenPrefix("txt", "prompt")) == sizes[rank]
+        assert tokens.sizes("prompt") == sizes
+
+
+def test_an_argument_of_the_models_own_kind() -> None:
+    tokens = TokenState(1, 2)
+    tokens.localize(torch.randn(1, 6, 2), Stream("x"))
+    assert tokens.localize({"of": "the model"}, Converted(lambda value, tokens: (value, tokens.rank))) == (
+        {"of": "the model"}, 1)

@@ -1,0 +1,71 @@
+"""Attention calls that do not hand on ComfyUI's options get those of the forward being run."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.ldm.modules.attention
+import pytest
+import torch
+
+from raylight.host import attention_door
+
+NAME = "a_model_of_comfyui"
+
+
+class Model(torch.nn.Module):
+    def __init__(self, module: types.ModuleType) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, q: torch.Tensor, transformer_options: dict[str, Any]) -> torch.Tensor:
+        return self.module.optimized_attention(q, q, q, 2)
+
+
+@pytest.fixture
+def module() -> Iterator[types.ModuleType]:
+    module = sys.modules[NAME] = types.ModuleType(NAME)
+    module.optimized_attention = comfy.ldm.modules.attention.attention_pytorch
+    yield module
+    del sys.modules[NAME]
+
+
+def override(*_: Any, **__: Any) -> str:
+    return "overridden"
+
+
+OPTIONS = {"optimized_attention_override": override}
+
+
+def test_options_reach_attention(module: types.ModuleType) -> None:
+    q, split, other = torch.randn(1, 3, 8), Model(module), Model(module)
+    attention_door.open_for(split, [NAME])
+    assert split(q, transformer_options=OPTIONS) == "overridden"
+    assert torch.is_tensor(other(q, transformer_options=OPTIONS)), "another model with this module stays as it is"
+    assert torch.is_tensor(module.optimized_attention(q, q, q, 2))
+
+
+def test_a_forward_that_fails_leaves_nothing_behind(module: types.ModuleType) -> None:
+    split = Model(module)
+    attention_door.open_for(split, [NAME])
+    with pytest.raises(AttributeError):
+        split(None, transformer_options={})
+    q = torch.randn(1, 3, 8)
+    assert torch.is_tensor(module.optimized_attention(q, q, q, 2))
+    assert split(q, transformer_options=OPTIONS) == "overridden"
+
+
+def test_is_opened_once(module: types.ModuleType) -> None:
+    for _ in range(2):
+        attention_door.open_for(Model(module), [NAME])
+    assert module.optimized_attention.__wrapped__ is comfy.ldm.modules.attention.attention_pytorch
+
+
+@pytest.mark.parametrize("function", [None, lambda q, k, v, heads: q])
+def test_refuses_a_comfyui_that_has_changed(module: types.ModuleType, function: Any) -> None:
+    module.optimized_attention = function
+    with pytest.raises(RuntimeError, match=f"this version of ComfyUI has changed {NAME}: .* Update Raylight"):
+        attention_door.open_for(Model(module), [NAME])
