@@ -42,21 +42,22 @@ def _wrapped(options: Mapping[str, Any], plan: SequencePlan, whole: WholeTokens)
         result["patches"] = {kind: [wrap(kind, patch, plan, whole) for patch in patches]
                              for kind, patches in options["patches"].items()}
     if "dit" in options.get("patches_replace", {}):
-        replaced = {key: wrap(key[0], patch, plan, whole) for key, patch in options["patches_replace"]["dit"].items()}
+        replaced = {key: wrap(key[0], patch, plan, whole, replaces=True)
+                    for key, patch in options["patches_replace"]["dit"].items()}
         result["patches_replace"] = {**options["patches_replace"], "dit": replaced}
     return result
 
 
-def wrap(kind: str, patch: Patch, plan: SequencePlan, whole: WholeTokens) -> Patch:
-    """A patch of that kind as a split model may call it.
+def wrap(kind: str, patch: Patch, plan: SequencePlan, whole: WholeTokens, replaces: bool = False) -> Patch:
+    """A patch of that kind as a split model may call it; one that `replaces` a block is given the block to call.
 
-    The call raises ValueError where tokens are split and the plan does not know `kind`.
+    The call raises ValueError where tokens are split, or would be by the block, and the plan does not know `kind`.
     """
     rules = plan.patches.get(kind)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if rules is None:
-            if whole.is_cut:
+            if whole.is_cut or replaces:
                 raise ValueError(
                     f"{plan.model.rpartition('.')[2]} is split over workers, and there a '{kind}' patch is not "
                     f"supported: remove the node that patches the model this way, or use GPU = 1"
