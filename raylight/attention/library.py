@@ -24,13 +24,16 @@ Function = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None
 
 Capability = tuple[int, int]
 
+MANY_KEYS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Library:
     """One choice of a library's attention.
 
     `capabilities` are the lowest and the highest CUDA compute capability (None: no upper bound); `head_sizes` those
-    it takes; `attribute`, where given, is a function that older versions of the module do not have.
+    it takes; `attribute`, where given, is a function that older versions of the module do not have. `key_block` is the
+    number of keys of which it needs a multiple: others it pads without masking what it pads.
     """
 
     module: str
@@ -41,6 +44,7 @@ class Library:
     has_lse: bool = True
     attribute: str = ""
     rocm: bool = False
+    key_block: Callable[[], int] = lambda: 1
 
     def missing(self) -> str | None:
         """Why it cannot be used in this environment, or None. Imports nothing but what `attribute` is looked up in."""
@@ -68,11 +72,15 @@ class Library:
 
 
 class LibraryKernel:
-    """A library's attention as a kernel. Calls with a mask, which none of them takes, go to PyTorch."""
+    """A library's attention as a kernel.
+
+    Calls with a mask, which none of them takes, go to PyTorch; so do those with few keys that do not fill the library's
+    blocks, where what it pads would count. With many keys that is less than it rounds off.
+    """
 
     def __init__(self, name: str, library: Library) -> None:
         self.name, self._library = name, library
-        self._function = library.function()
+        self._function, self._key_block = library.function(), library.key_block()
         self._masked = TorchKernel("TORCH")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -80,7 +88,7 @@ class LibraryKernel:
 
         Raises ValueError for a dtype or head size that the library does not take.
         """
-        if mask is not None:
+        if mask is not None or (k.shape[2] % self._key_block and k.shape[2] < MANY_KEYS):
             return self._masked(q, k, v, mask, scale)
         return self._run(q, k, v, scale)[0]
 
@@ -155,6 +163,11 @@ def sage_has_lse() -> bool:
         return False
 
 
+def _sage_key_block() -> int:
+    """SageAttention 1 gives padded keys a score of zero instead of none."""
+    return 1 if sage_has_lse() else 64
+
+
 _SAGE_2 = "install SageAttention 2 (https://github.com/thu-ml/SageAttention)"
 _SAGE_SIZES = (64, 96, 128)
 
@@ -165,12 +178,14 @@ LIBRARIES = {
                    _yunchang("FA3"), capabilities=((9, 0), (9, 0))),
     "FLASHINFER": Library("flashinfer", "run pip install flashinfer-python", _yunchang("FLASHINFER", whole_batch=False),
                           head_sizes=(64, 128, 256)),
-    "SAGE_AUTO": Library("sageattention", "run pip install sageattention", _sage("sageattn"), head_sizes=_SAGE_SIZES),
+    "SAGE_AUTO": Library("sageattention", "run pip install sageattention", _sage("sageattn"), head_sizes=_SAGE_SIZES,
+                         key_block=_sage_key_block),
     "SAGE_FP16": Library("sageattention", _SAGE_2, _sage("sageattn_qk_int8_pv_fp16_cuda", pv_accum_dtype="fp32"),
                          head_sizes=_SAGE_SIZES, attribute="sageattn_qk_int8_pv_fp16_cuda"),
     # In version 1 this is the only one, named sageattn.
     "SAGE_FP16_TRITON": Library("sageattention", "run pip install sageattention",
-                                _sage("sageattn_qk_int8_pv_fp16_triton"), head_sizes=_SAGE_SIZES),
+                                _sage("sageattn_qk_int8_pv_fp16_triton"), head_sizes=_SAGE_SIZES,
+                                key_block=_sage_key_block),
     "SAGE_FP8": Library("sageattention", _SAGE_2, _sage("sageattn_qk_int8_pv_fp8_cuda", pv_accum_dtype="fp32+fp32"),
                         capabilities=((8, 9), None), head_sizes=_SAGE_SIZES, attribute="sageattn_qk_int8_pv_fp8_cuda"),
     "SAGE_FP8_SM90": Library("sageattention", _SAGE_2,

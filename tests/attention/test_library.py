@@ -15,7 +15,7 @@ import torch
 from toy import plain_kernel
 
 from raylight.attention import kernels, library
-from raylight.attention.library import LIBRARIES, Library, LibraryKernelWithLse
+from raylight.attention.library import LIBRARIES, Library, LibraryKernel, LibraryKernelWithLse
 
 CPU = torch.device("cpu")
 
@@ -44,6 +44,21 @@ def test_layout_scale_groups_and_masks(scale: float | None, masked: bool) -> Non
     out, total = attention.with_lse(q, k, v, mask, scale)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
     assert total.shape == (2, 4, 7)
+
+
+@pytest.mark.parametrize(("keys", "by_library"), [(64, True), (96, False), (4096 + 7, True)])
+def test_blocks_of_keys_that_are_padded_wrongly_are_not_left_to_a_library(keys: int, by_library: bool) -> None:
+    called = []
+
+    def function(*call: torch.Tensor) -> tuple[torch.Tensor, None]:
+        called.append(True)
+        return by_definition(*call)[0], None
+
+    library = Library("torch", "", lambda: function, head_sizes=(8,), key_block=lambda: 64)
+    attention = LibraryKernel("SAGE_AUTO", library)
+    out = attention(draw(1, 1, 3, 8), draw(1, 1, keys, 8), draw(1, 1, keys, 8), None, None)
+    assert out.shape == (1, 1, 3, 8)
+    assert bool(called) == by_library
 
 
 def test_refuses_a_dtype_and_a_head_size() -> None:
