@@ -18,6 +18,11 @@ def build_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (shape.batch, shape.ring, shape.ulysses), mesh_dim_names=AXES)
 
 
+def world_axis(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks as one axis: what weights are split over, whatever else the ranks share."""
+    return mesh._flatten("world")
+
+
 def sequence_axis(mesh: DeviceMesh) -> DeviceMesh:
     """The axis over which one sequence is split: ring and Ulysses together, Ulysses ranks next to each other."""
     return mesh["ring", "ulysses"]._flatten("sequence")

@@ -1,0 +1,163 @@
+"""Sharding a model over ranks with FSDP2, from weights that no rank reads as a whole.
+
+ZeRO stage 3 for inference (Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+Models"), by `torch.distributed.fsdp.fully_shard`: each block's weights are gathered before it runs, one block ahead,
+and freed after it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from .byte_gather import ByteAllGather
+from .rows import rows_of
+from .units import units
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What became of the weights. Bytes are of this rank, `whole_bytes` those of the model; `replicated` are the
+    tensors that every rank holds whole, with the reason."""
+
+    units: int
+    sharded_bytes: int
+    replicated_bytes: int
+    whole_bytes: int
+    replicated: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return self.sharded_bytes + self.replicated_bytes
+
+
+def shard(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device,
+          offload: bool = False, methods: Iterable[str] = ()) -> ShardReport:
+    """Split the weights of `model` over a one-dimensional mesh, in place.
+
+    The model's parameters give shapes and dtypes and may be on `meta`; `weights` give their values by name, in any
+    dtype, and are read by rows: memory-mapped ones page by page. Matrices are split by rows (dim 0), rank r holding
+    those of `rows_of`; what has fewer rows than there are ranks, only one dimension, or another dtype than its unit is
+    replicated, and so are buffers. With `offload` the shards stay in host memory, pinned where `device` is a GPU.
+    `methods` of the model, where it has them, gather what `forward` gathers: they are called without it.
+
+    Raises ValueError naming the tensor where a weight is missing or has another shape.
+    """
+    _check(model, weights)
+    blocks = units(model)
+    replicated = _replicated(model, blocks, mesh.size())
+    whole_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    for name, parameter in list(model.named_parameters()):
+        stays = name in replicated
+        value = _copy(weights[name], parameter.dtype, device) if stays else torch.empty_like(parameter, device="meta")
+        _set(model, name, nn.Parameter(value, requires_grad=False))
+    for name, buffer in list(model.named_buffers()):
+        _set(model, name, buffer.to(device))
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    ignored = {model.get_parameter(name) for name in replicated}
+    for module in (*blocks.values(), model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy, ignored_params=ignored)
+    for method in methods:
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+    sharded_bytes = _fill(model, weights, mesh, device, offload)
+    _prefetch(list(blocks.values()))
+    for module in (*blocks.values(), model):
+        _gather_as_bytes(module)
+    replicated_bytes = sum(parameter.numel() * parameter.element_size() for parameter in ignored)
+    return ShardReport(len(blocks) + 1, sharded_bytes, replicated_bytes, whole_bytes, replicated)
+
+
+def move(model: nn.Module, device: torch.device, offload: bool) -> None:
+    """Move a sharded model to a device; with `offload` only what is replicated, as the shards never leave the host."""
+    if not offload:
+        model.to(device)
+        return
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not isinstance(tensor, DTensor):
+            moved = tensor.to(device)
+            _set(model, name, nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved)
+
+
+def _check(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name not in weights:
+            raise ValueError(f"the tensor {name} is missing")
+        if weights[name].shape != parameter.shape:
+            raise ValueError(f"the tensor {name} is {tuple(weights[name].shape)}, and the model wants "
+                             f"{tuple(parameter.shape)}")
+
+
+def _replicated(model: nn.Module, blocks: Mapping[str, nn.Module], world_size: int) -> dict[str, str]:
+    """The parameters that every rank holds whole, and why."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_blocks = {id(parameter) for block in blocks.values() for parameter in block.parameters()}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
+    reasons: dict[str, str] = {}
+    for members in (*(list(block.parameters()) for block in blocks.values()), rest):
+        matrices = [p for p in members if p.ndim >= 2 and p.shape[0] >= world_size]
+        sizes: Counter[torch.dtype] = Counter()
+        for parameter in matrices:
+            sizes[parameter.dtype] += parameter.numel()
+        dtype = sizes.most_common(1)[0][0] if sizes else None
+        kept = {id(parameter) for parameter in matrices if parameter.dtype == dtype}
+        for parameter in members:
+            if id(parameter) not in kept:
+                reasons[names[id(parameter)]] = (
+                    "small" if parameter.ndim < 2 or parameter.shape[0] < world_size else f"{parameter.dtype}"
+                )
+    return reasons
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device,
+          offload: bool) -> int:
+    held = 0
+    for name, parameter in list(model.named_parameters()):
+        if not isinstance(parameter, DTensor):
+            continue
+        rows = weights[name][rows_of(parameter.shape[0], mesh.size(), mesh.get_local_rank())]
+        local = _copy(rows, parameter.dtype, device)
+        whole = DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=parameter.shape,
+                                   stride=parameter.stride())
+        if offload:
+            whole = whole.cpu()  # by way of the device, where a DTensor of this mesh begins
+        _set(model, name, nn.Parameter(whole, requires_grad=False))
+        held += local.numel() * local.element_size()
+    return held
+
+
+def _copy(source: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy, always: a view of the file would change, or fault, with the file."""
+    return torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
+
+
+def _prefetch(blocks: list[nn.Module]) -> None:
+    for block, following in zip(blocks, blocks[1:], strict=False):
+        assert isinstance(block, FSDPModule)
+        block.set_modules_to_forward_prefetch([following])
+
+
+def _gather_as_bytes(module: nn.Module) -> None:
+    eight_bits = any(isinstance(parameter, DTensor) and parameter.is_floating_point() and parameter.itemsize == 1
+                     for parameter in module.parameters())
+    # An older PyTorch has no such choice; NCCL of its time may know the dtype.
+    if eight_bits and hasattr(module, "set_custom_all_gather"):
+        module.set_custom_all_gather(ByteAllGather())
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, value)
