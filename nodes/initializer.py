@@ -69,8 +69,10 @@ def _flags() -> dict[str, io.Input]:
         "sync_ulysses": _flag("sync_ulysses", "Has no effect: exchanges are always ordered. Kept for saved workflows."),
         "clear": _flag("clear_vram_after_sampling",
                        "Move the model out of GPU memory after each run: more room until the next, which is slower."),
-        "fsdp": _flag("FSDP", "Split the model's weights over the workers. Not available in this version."),
-        "offload": _flag("FSDP_CPU_OFFLOAD", "Keep the split weights in system memory. Not available in this version."),
+        "fsdp": _flag("FSDP", "Split the model's weights over the workers (FSDP2): each keeps its part "
+                      "only, and they gather one block at a time. For models that do not fit on one GPU."),
+        "offload": _flag("FSDP_CPU_OFFLOAD", "Keep the split weights in system memory, and copy a block to the "
+                         "GPU just before it runs. Needs FSDP."),
         "attention": io.Combo.Input(
             "XFuser_attention", options=list(kernels.NAMES), default=kernels.AUTO,
             tooltip="What computes attention on each worker. auto takes the fastest exact one that works on the GPU. "

@@ -18,7 +18,10 @@ FOLDERS = ("diffusion_models", "checkpoints")
 
 
 class RayUNETLoader(io.ComfyNode):
-    """Loads a diffusion model on every worker, split by sequence over them."""
+    """Loads a diffusion model on every worker, split by sequence over them.
+
+    With FSDP switched on in the initializer each worker keeps a part of the weights only.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -47,7 +50,8 @@ class RayUNETLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, ray_actors_init: Workers) -> io.NodeOutput:
-        model = RayModel(ray_actors_init, ModelRecipe.of(_path(unet_name), weight_dtype))
+        model = RayModel(ray_actors_init, ModelRecipe.of(_path(unet_name), weight_dtype,
+                                                           ray_actors_init.sharding))
         driver().load(model)
         return io.NodeOutput(model)
 

@@ -11,6 +11,7 @@ import torch
 from raylight.attention import kernels
 from raylight.cluster.config import LOCAL, SessionConfig
 from raylight.host.handles import Workers
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
 from raylight.parallel import long_context
 from raylight.parallel.shape import MeshShape
 
@@ -49,7 +50,7 @@ def workers_from(inputs: Mapping[str, Any]) -> Workers:
         object_store_bytes=None if store_gb is None else int(store_gb * 1e9),
     )
     return Workers(config, inputs["XFuser_attention"], bool(inputs.get("clear_vram_after_sampling")),
-                   inputs.get("sequence_attention", long_context.OURS))
+                   inputs.get("sequence_attention", long_context.OURS), _sharding(inputs))
 
 
 def _validate_product(workers: int, ulysses: int, ring: int) -> None:
@@ -70,9 +71,7 @@ def _validate(inputs: Mapping[str, Any]) -> None:
     for name in _UNAVAILABLE_DEGREES:
         if inputs[name] not in (0, 1) or (inputs[name] == 0 and name != "dp_degree"):
             raise ValueError(f"{name} = {inputs[name]} is not available in this version of Raylight: set it to 1")
-    for name in ("FSDP", "FSDP_CPU_OFFLOAD"):
-        if inputs.get(name):
-            raise ValueError(f"{name} is not available in this version of Raylight: switch it off")
+    _sharding(inputs)
     if inputs.get("XFuser_attention") is not None:
         local = inputs.get("ray_cluster_address", LOCAL) == LOCAL
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if local else None
@@ -89,6 +88,15 @@ def _validate(inputs: Mapping[str, Any]) -> None:
             raise ValueError(f"GPU_SELECT names GPU {beyond[0]}, but this machine has GPUs 0 to {there - 1}")
     elif selected and not torch.cuda.is_available():
         raise ValueError("GPU_SELECT is set, but this machine has no GPU: leave it empty")
+
+
+def _sharding(inputs: Mapping[str, Any]) -> str:
+    if inputs.get("FSDP_CPU_OFFLOAD") and not inputs.get("FSDP"):
+        raise ValueError("FSDP_CPU_OFFLOAD keeps weights that FSDP splits in system memory: switch FSDP on, or "
+                         "FSDP_CPU_OFFLOAD off")
+    if not inputs.get("FSDP"):
+        return WHOLE
+    return OFFLOADED if inputs.get("FSDP_CPU_OFFLOAD") else SHARDED
 
 
 def _gpu_select(inputs: Mapping[str, Any]) -> tuple[int, ...]:

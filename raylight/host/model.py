@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_patcher
 import comfy.sd
 import torch
+from comfy.model_base import BaseModel
 from safetensors import SafetensorError
 
-from raylight.parallel.process_group import smallest
-
+from .mapped import MappedModel, load_mapped
+from .patcher import RankPatcher
 from .recipe import ModelRecipe
 
 
@@ -25,34 +27,35 @@ class ModelInfo:
     latent_format: Any
 
 
-class RankPatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher that makes the same decisions on every rank."""
-
-    def get_free_memory(self, device: torch.device) -> int:
-        """Free bytes on the fullest rank. Collective.
-
-        ComfyUI batches conditionings by what is free; ranks that batched differently would meet in
-        collectives of different shapes.
-        """
-        return smallest(int(super().get_free_memory(device)))
-
-
 def load(recipe: ModelRecipe) -> RankPatcher:
-    """Load the model of a recipe. Raises ValueError, naming the file, when it cannot be one."""
+    """Load the whole model of a recipe. Raises ValueError, naming the file, when it cannot be one."""
+    with errors_of(recipe):
+        patcher = comfy.sd.load_diffusion_model(recipe.path, model_options=_options(recipe.weight_dtype))
+    return RankPatcher(patcher.model, patcher.load_device, patcher.offload_device)
+
+
+def map_file(recipe: ModelRecipe) -> MappedModel:
+    """The model of a recipe with its weights still in the file. Raises ValueError as `load` does."""
+    with errors_of(recipe):
+        return load_mapped(recipe.path, _options(recipe.weight_dtype))
+
+
+def info(recipe: ModelRecipe, model: BaseModel) -> ModelInfo:
+    """The description of a model as ComfyUI built it."""
+    return ModelInfo(recipe.name, type(model.diffusion_model).__name__, model.latent_format)
+
+
+@contextmanager
+def errors_of(recipe: ModelRecipe) -> Iterator[None]:
+    """Within it, what is wrong with the file is a ValueError that names it."""
     if not os.path.isfile(recipe.path):
         raise ValueError(f"the model file {recipe.path} is not there on the machine of this worker")
     try:
-        patcher = comfy.sd.load_diffusion_model(recipe.path, model_options=_options(recipe.weight_dtype))
+        yield
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: {error}") from error
-    return RankPatcher(patcher.model, patcher.load_device, patcher.offload_device)
-
-
-def info(recipe: ModelRecipe, patcher: RankPatcher) -> ModelInfo:
-    """The description of a loaded model."""
-    return ModelInfo(recipe.name, type(patcher.model.diffusion_model).__name__, patcher.model.latent_format)
 
 
 def _options(weight_dtype: str) -> dict[str, Any]:

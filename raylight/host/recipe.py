@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+# Where a rank's weights are: all of them on each rank's device, or a part of each on the device or on the host.
+WHOLE, SHARDED, OFFLOADED = "whole", "sharded", "offloaded"
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16")
 
 
@@ -12,21 +14,23 @@ WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16",
 class ModelRecipe:
     """A diffusion model file and how to load it. Two equal recipes give the same weights.
 
-    `size` (bytes) and `modified_ns` tell a file from its replacement under the same name.
+    `size` (bytes) and `modified_ns` tell a file from its replacement under the same name. `sharding` is WHOLE, SHARDED
+    or OFFLOADED.
     """
 
     path: str
     weight_dtype: str
     size: int
     modified_ns: int
+    sharding: str = WHOLE
 
     @classmethod
-    def of(cls, path: str, weight_dtype: str) -> ModelRecipe:
+    def of(cls, path: str, weight_dtype: str, sharding: str = WHOLE) -> ModelRecipe:
         """The recipe of a file as it is now. Raises FileNotFoundError or ValueError."""
         if weight_dtype not in WEIGHT_DTYPES:
             raise ValueError(f"weight_dtype = {weight_dtype} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}")
         status = os.stat(path)
-        return cls(os.path.abspath(path), weight_dtype, status.st_size, status.st_mtime_ns)
+        return cls(os.path.abspath(path), weight_dtype, status.st_size, status.st_mtime_ns, sharding)
 
     @property
     def name(self) -> str:

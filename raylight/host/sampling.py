@@ -10,10 +10,13 @@ from torch import Tensor
 from raylight.cluster.actor import Run
 
 from .job import SampleJob, StepDone
+from .recipe import WHOLE
 
 
 def sample(run: Run, patcher: ModelPatcher, job: SampleJob) -> Tensor:
     """Sample a job on this rank; the same on every rank of the sequence. Returns the latent on the CPU.
+
+    In inference mode as ComfyUI does, but for split weights: not every version of FSDP2 can be used in it.
 
     Raises RunCancelled at the first step boundary after a cancel.
     """
@@ -24,7 +27,7 @@ def sample(run: Run, patcher: ModelPatcher, job: SampleJob) -> Tensor:
         run.emit(StepDone(step, total, _for_preview(x0) if job.wants_preview and run.rank == 0 else None))
         run.check_cancelled()
 
-    with torch.inference_mode():
+    with torch.inference_mode() if job.recipe.sharding == WHOLE else torch.no_grad():
         samples = comfy.sample.sample(
             patcher, job.noise, job.steps, job.cfg, job.sampler_name, job.scheduler, job.positive, job.negative,
             job.latent_image, denoise=job.denoise, disable_noise=job.disable_noise, start_step=job.start_step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import comfy.model_management
+from comfy.model_base import BaseModel
 from torch import Tensor
 
 from raylight.attention.kernels import kernel
@@ -12,7 +13,7 @@ from raylight.cluster.actor import RankContext, Run
 from raylight.parallel.attention import SequenceAttention, Strategy
 from raylight.parallel.hooks import SequenceHooks
 from raylight.parallel.long_context import OURS, LongContextAttention
-from raylight.parallel.mesh import sequence_axis
+from raylight.parallel.mesh import sequence_axis, world_axis
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.tokens import TokenState
 from raylight.parallel.whole import WholeTokens
@@ -20,8 +21,10 @@ from raylight.plans import plan_for
 
 from . import attention_door, attention_hook, model, patch_hook, sampling
 from .job import SampleJob
-from .model import ModelInfo, RankPatcher
-from .recipe import ModelRecipe
+from .model import ModelInfo
+from .patcher import RankPatcher
+from .recipe import OFFLOADED, WHOLE, ModelRecipe
+from .sharded import shard_over
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class ModelService:
         self._context = context
         self._recipe: ModelRecipe | None = None
         self._patcher: RankPatcher | None = None
+        self._info: ModelInfo | None = None
         self._tokens: TokenState | None = None
 
     def load(self, run: Run, recipe: ModelRecipe) -> ModelInfo:
@@ -43,11 +47,10 @@ class ModelService:
         """
         if self._recipe != recipe or self._patcher is None:
             self._unload()
-            patcher = model.load(recipe)
-            self._split(patcher)
-            self._recipe, self._patcher = recipe, patcher
+            self._patcher = self._place(recipe)
+            self._recipe = recipe
             logger.info("rank %d holds %s", run.rank, recipe.name)
-        return model.info(recipe, self._patcher)
+        return self._info
 
     def sample(self, run: Run, job: SampleJob) -> Tensor | None:
         """Run a sampler; rank 0 returns the latent (B, C, [T,] H, W) on the CPU, the others None.
@@ -65,14 +68,26 @@ class ModelService:
             self._free_memory()
         return samples if run.rank == 0 else None
 
-    def _split(self, patcher: RankPatcher) -> None:
+    def _place(self, recipe: ModelRecipe) -> RankPatcher:
+        if recipe.sharding == WHOLE:
+            patcher = model.load(recipe)
+            self._split(recipe, patcher.model)
+            return patcher
+        mapped = model.map_file(recipe)
+        # Before weights are split: FSDP changes the class by which a plan is found.
+        self._split(recipe, mapped.model)
+        with model.errors_of(recipe):
+            return shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
+
+    def _split(self, recipe: ModelRecipe, base: BaseModel) -> None:
+        self._info = model.info(recipe, base)
         mesh = self._context.mesh
         sequence = sequence_axis(mesh)
         if sequence.size() == 1:
             return
-        diffusion_model = patcher.model.diffusion_model
+        diffusion_model = base.diffusion_model
         tokens = TokenState(sequence.get_local_rank(), sequence.size())
-        plan = plan_for(diffusion_model, type(patcher.model.model_config).__name__)
+        plan = plan_for(diffusion_model, type(base.model_config).__name__)
         SequenceHooks(diffusion_model, plan, tokens, sequence.get_group(), mesh["ulysses"].size())
         attention_door.open_for(diffusion_model, plan.unhooked)
         patch_hook.install(diffusion_model, plan, WholeTokens(tokens, sequence.get_group()))
@@ -90,7 +105,7 @@ class ModelService:
             raise ValueError(f"sequence_attention = {name} cannot be used: {error}; choose {OURS}") from error
 
     def _unload(self) -> None:
-        self._recipe = self._patcher = self._tokens = None
+        self._recipe = self._patcher = self._info = self._tokens = None
         self._free_memory()
 
     @staticmethod

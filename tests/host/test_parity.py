@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from comfy_cases import CASES, checkpoint, sample_on_workers, sample_stock
 
 from raylight.cluster.config import SessionConfig
 from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import ModelRecipe
+from raylight.host.recipe import SHARDED, ModelRecipe
 from raylight.parallel.shape import MeshShape
 
 TOLERANCE = 1e-4
@@ -31,7 +32,7 @@ def test_parity(name: str, world: int, folder: Path, report_parity, stock_result
         stock_results[name] = sample_stock(path, case)
     expected = stock_results[name]
     workers = Workers(SessionConfig(MeshShape(ulysses=world), "cpu"), "TORCH_FLASH", strategy=case.strategy)
-    actual = sample_on_workers(RayModel(workers, ModelRecipe.of(str(path), "default")), case)
+    actual = sample_on_workers(RayModel(workers, ModelRecipe.of(str(path), "default", case.sharding)), case)
     assert actual.shape == expected.shape
     assert expected.std() > 0.1
     error = ((actual - expected).abs().max() / expected.std()).item()
@@ -42,3 +43,16 @@ def test_parity(name: str, world: int, folder: Path, report_parity, stock_result
 @pytest.fixture(scope="module")
 def stock_results() -> dict:
     return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "bf16"])
+def test_split_weights_are_those_of_comfyui_in_every_dtype(weight_dtype: str, folder: Path) -> None:
+    case = CASES["Wan T2V"]
+    path = str(checkpoint(folder, case))
+    workers = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
+    whole = sample_on_workers(RayModel(workers, ModelRecipe.of(path, weight_dtype)), case)
+    split = sample_on_workers(RayModel(workers, ModelRecipe.of(path, weight_dtype, SHARDED)), case)
+    assert torch.equal(split, whole)
+    default = sample_on_workers(RayModel(workers, ModelRecipe.of(path, "default")), case)
+    assert (whole - default).std() > 1e-3 * default.std(), "the dtype changes nothing"

@@ -14,7 +14,7 @@ from raylight.cluster import current
 from raylight.cluster.config import SessionConfig
 from raylight.host import driver
 from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import ModelRecipe
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
 from raylight.parallel.shape import MeshShape
 
 pytestmark = pytest.mark.slow
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 
 
-def model_of(path: Path) -> RayModel:
-    return RayModel(WORKERS, ModelRecipe.of(str(path), "default"))
+def model_of(path: Path, sharding: str = WHOLE) -> RayModel:
+    return RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding))
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,44 @@ def test_rejects_a_truncated_file(folder: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"truncated\.safetensors cannot be loaded"):
         driver.load(model_of(path))
+
+
+def test_rejects_a_truncated_file_whose_weights_are_to_be_split(folder: Path) -> None:
+    whole = checkpoint(folder, CASES["Wan T2V"]).read_bytes()
+    path = folder / "cut.safetensors"
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"cut\.safetensors cannot be loaded"):
+        driver.load(model_of(path, SHARDED))
+
+
+def test_rejects_a_file_that_lacks_a_tensor(folder: Path) -> None:
+    path = folder / "lacking.safetensors"
+    tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
+    del tensors["blocks.1.ffn.2.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"lacking\.safetensors .* the tensor blocks\.1\.ffn\.2\.weight is missing"):
+        driver.load(model_of(path, SHARDED))
+
+
+def test_rejects_a_tensor_of_another_shape(folder: Path) -> None:
+    path = folder / "misshapen.safetensors"
+    tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
+    tensors["blocks.1.ffn.2.weight"] = torch.zeros(3, 5)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"(?s)misshapen\.safetensors .*blocks\.1\.ffn\.2\.weight"):
+        driver.load(model_of(path, SHARDED))
+
+
+def test_rejects_quantised_weights_that_are_to_be_split(folder: Path) -> None:
+    path = folder / "scaled.safetensors"
+    tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
+    name = "blocks.0.ffn.0"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{name}.scale_weight"] = torch.ones(())
+    tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"scaled\.safetensors .*blocks\.0\.ffn\.0\.weight is quantised.*FSDP off"):
+        driver.load(model_of(path, SHARDED))
 
 
 def test_rejects_a_file_of_something_else(folder: Path) -> None:

@@ -81,8 +81,7 @@ def test_link_types(pack: dict[str, Any]) -> None:
     ({"ring_degree": 0}, "ring_degree = 0: at least 1"),
     ({"cfg_degree": 2}, "cfg_degree = 2 is not available"),
     ({"dp_degree": 2}, "dp_degree = 2 is not available"),
-    ({"FSDP": True}, "FSDP is not available"),
-    ({"FSDP_CPU_OFFLOAD": True}, "FSDP_CPU_OFFLOAD is not available"),
+    ({"FSDP_CPU_OFFLOAD": True}, "switch FSDP on, or FSDP_CPU_OFFLOAD off"),
     ({"XFuser_attention": "SPARSE_SAGE"}, "SPARSE_SAGE needs parameters .* choose one of auto, TORCH"),
     ({"XFuser_attention": "SAGE_FP8"}, "SAGE_FP8: the Python package sageattention is not installed: install"),
 ])

@@ -16,6 +16,7 @@ from raylight.demo.prompts import random_prompt
 from raylight.demo.tiny import write_checkpoint
 from raylight.host import driver
 from raylight.host.handles import RayModel
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ParityCase:
     heads: int = 3
     regions: bool = False
     strategy: str = "raylight"
+    sharding: str = WHOLE
 
     def conditioning(self) -> tuple[list[Any], list[Any]]:
         """Positive and negative, of different lengths."""
@@ -88,6 +90,8 @@ CASES = {
     "Wan T2V, ancestral, masked": ParityCase("wan-t2v", (1, 16, 3, 10, 14), 4096, sampler="euler_ancestral",
                                              masked=True),
     "Wan T2V by yunchang": ParityCase("wan-t2v", (1, 16, 3, 14, 18), 4096, heads=6, strategy="yunchang"),
+    "Wan T2V, FSDP": ParityCase("wan-t2v", (1, 16, 3, 14, 18), 4096, sharding=SHARDED),
+    "Flux, FSDP, offloaded, batch of 2": ParityCase("flux-schnell", (2, 16, 17, 13), 160, 96, sharding=OFFLOADED),
     "Wan I2V": ParityCase("wan-i2v", (1, 16, 3, 14, 18), 4096, extras=("image-to-video",)),
     "Flux": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, cfg=1.0),
     "Flux, batch of 2, odd size": ParityCase("flux-schnell", (2, 16, 17, 13), 160, 96, sampler="heun"),

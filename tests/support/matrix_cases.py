@@ -86,27 +86,49 @@ def _compare(family: Any, make: Any, mesh: Any) -> Comparison:
         bare = model.apply_model(**copied(inputs), transformer_options={})
         assert (bare - expected).abs().max() > 0.1 * bare.std(), "the model does not call these patches"
 
+    of = attrgetter(plan_for(model.diffusion_model).heads)(model.diffusion_model)
+    parts = split(model.diffusion_model, mesh)
+    actual = model.apply_model(**copied(inputs), transformer_options=parts.options(options))
+    parts.remove()
+    counts = parts.attention.counts
+    return Comparison(
+        ((actual - expected).abs().max() / expected.std()).item(), expected.std().item(), counts.exchanged,
+        counts.largest_share, max(parts.heads, default=0), of,
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """What was installed on a model. `heads` are noted at every exchanged call of attention."""
+
+    attention: SequenceAttention
+    heads: list[int]
+    handles: tuple[Any, ...]
+
+    def options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The transformer options for a call."""
+        model_options = {"transformer_options": dict(options)}
+        attention_hook.install(model_options, self.attention, kernel("TORCH"))
+        return model_options["transformer_options"]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def split(model: torch.nn.Module, mesh: Any) -> Split:
+    """Split a diffusion model's tokens by its plan, as a worker does, and count what is exchanged."""
     sequence = sequence_axis(mesh)
     group = sequence.get_group()
     tokens = TokenState(sequence.get_local_rank(), sequence.size())
-    plan = plan_for(model.diffusion_model)
-    hooks = SequenceHooks(model.diffusion_model, plan, tokens, group, mesh["ulysses"].size())
-    attention_door.open_for(model.diffusion_model, plan.unhooked)
-    patches = patch_hook.install(model.diffusion_model, plan, WholeTokens(tokens, group))
+    plan = plan_for(model)
+    hooks = SequenceHooks(model, plan, tokens, group, mesh["ulysses"].size())
+    attention_door.open_for(model, plan.unhooked)
+    patches = patch_hook.install(model, plan, WholeTokens(tokens, group))
     heads: list[int] = []
     exchange = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
 
     def counted(inner, *rest):
         return exchange(CountingKernel(inner, heads), *rest)
 
-    attention = SequenceAttention(tokens, counted, group)
-    model_options = {"transformer_options": dict(options)}
-    attention_hook.install(model_options, attention, kernel("TORCH"))
-    actual = model.apply_model(**copied(inputs), transformer_options=model_options["transformer_options"])
-    hooks.remove()
-    patches.remove()
-    return Comparison(
-        ((actual - expected).abs().max() / expected.std()).item(), expected.std().item(),
-        attention.counts.exchanged, attention.counts.largest_share, max(heads, default=0),
-        attrgetter(plan.heads)(model.diffusion_model),
-    )
+    return Split(SequenceAttention(tokens, counted, group), heads, (hooks, patches))

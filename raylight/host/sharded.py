@@ -1,0 +1,61 @@
+"""A model whose weights are split over the ranks, behind ComfyUI's patcher."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from raylight.sharding.fsdp import ShardReport, move, shard
+
+from .mapped import MappedModel
+from .patcher import RankPatcher
+
+logger = logging.getLogger(__name__)
+
+# What ComfyUI calls of a diffusion model outside of its forward (LTX-2, Anima, MiniMax).
+METHODS = ("preprocess_text_embeds",)
+
+
+class ShardedPatcher(RankPatcher):
+    """A patcher of shards: they are on the device or not, but never in part, and are not patched in place."""
+
+    def load(self, device_to: torch.device | None = None, lowvram_model_memory: int = 0,
+             force_patch_weights: bool = False, full_load: bool = False) -> None:
+        """Move the shards to the device. Raises ValueError where weights are to be patched."""
+        if self.patches:
+            raise ValueError("weights that are split (FSDP) cannot be patched in this version: switch FSDP off")
+        move(self.model, device_to, self.model.shards_stay_on_cpu)
+        self.model.device = device_to
+        self.model.model_lowvram = False
+        self.model.model_loaded_weight_memory = self.model_size()
+        self.model.current_weight_patches_uuid = self.patches_uuid
+
+    def partially_unload(self, device_to: torch.device, memory_to_free: int = 0,
+                         force_patch_weights: bool = False) -> int:
+        """Nothing: a rank alone cannot give up part of what the others gather from it."""
+        return 0
+
+
+def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> ShardedPatcher:
+    """Split a mapped model over a one-dimensional mesh; each rank reads its own rows. Collective.
+
+    Raises ValueError, naming the tensor, where one has not the shape that the model wants.
+    """
+    model = mapped.model
+    report = shard(model.diffusion_model, mapped.weights, mesh, mapped.load_device, offload, METHODS)
+    model.shards_stay_on_cpu = offload
+    model.device = mapped.load_device
+    _tell(report, mesh)
+    # The same size on every rank, though rows may be uneven: ranks decide alike by it.
+    part = 0 if offload else -(-(report.whole_bytes - report.replicated_bytes) // mesh.size())
+    size = report.replicated_bytes + part
+    return ShardedPatcher(model, mapped.load_device, comfy.model_management.unet_offload_device(), size=size)
+
+
+def _tell(report: ShardReport, mesh: DeviceMesh) -> None:
+    if mesh.get_local_rank() == 0:
+        logger.info("%.2f of %.2f GB of weights on each of %d ranks, in %d parts that are gathered one by one",
+                    report.bytes / 1e9, report.whole_bytes / 1e9, mesh.size(), report.units)

@@ -1,0 +1,47 @@
+"""Every family with its weights split by FSDP2, alone and together with its tokens, against the whole model."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from sharded_cases import Sharded, compare_sharded
+
+from raylight.parallel.local_ranks import run_ranks, values
+from raylight.zoo import families
+
+TOLERANCE = 1e-4
+FULLY = ("Wan T2V", "Flux Dev", "Qwen Image", "Hunyuan Video")
+CASES = [
+    *((name, 2, True, False) for name in families()),
+    *((name, world, sequence, offload) for name in FULLY
+      for world, sequence, offload in ((2, False, False), (3, False, False), (3, True, False), (3, True, True))),
+]
+
+
+@functools.cache
+def measured(world: int, sequence: bool, offload: bool) -> list[dict[str, Sharded]]:
+    names = tuple(case[0] for case in CASES if case[1:] == (world, sequence, offload))
+    return values(run_ranks(world, compare_sharded, names, sequence, offload, timeout_s=600))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "world", "sequence", "offload"), CASES)
+def test_sharded(family: str, world: int, sequence: bool, offload: bool, report_parity) -> None:
+    ranks = [rank[family] for rank in measured(world, sequence, offload)]
+    failures = {rank.failure for rank in ranks if rank.failure}
+    assert not failures, "\n".join(sorted(failures))
+    worst = max(rank.error for rank in ranks)
+    how = f"FSDP {world}{' offloaded' if offload else ''}{' + Ulysses' if sequence else ''}"
+    report_parity(f"{family:<42} {how:<28} max error {worst:.1e} of the standard deviation")
+    # Gathering weights changes no number: what differs is the order in which split attention sums.
+    assert worst <= (TOLERANCE if sequence else 0.0)
+    sharded = sum(rank.report.sharded_bytes for rank in ranks)
+    whole = ranks[0].report.whole_bytes
+    assert sharded + ranks[0].report.replicated_bytes == whole
+    for rank in ranks:
+        assert rank.report.replicated_bytes <= 0.03 * whole
+        assert rank.report.sharded_bytes <= 1.1 * whole / world
+        assert rank.report.units == rank.blocks + 1
+        if not sequence:
+            assert rank.gathers == rank.report.units
