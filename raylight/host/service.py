@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import comfy.model_management
@@ -106,6 +107,7 @@ class ModelService:
 
     def _unload(self) -> None:
         self._recipe = self._patcher = self._info = self._tokens = None
+        gc.collect()  # hooks, and FSDP's states, refer to the modules that hold them
         self._free_memory()
 
     @staticmethod

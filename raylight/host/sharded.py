@@ -47,12 +47,13 @@ def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> ShardedP
     model = mapped.model
     report = shard(model.diffusion_model, mapped.weights, mesh, mapped.load_device, offload, METHODS)
     model.shards_stay_on_cpu = offload
-    model.device = mapped.load_device
     _tell(report, mesh)
     # The same size on every rank, though rows may be uneven: ranks decide alike by it.
     part = 0 if offload else -(-(report.whole_bytes - report.replicated_bytes) // mesh.size())
     size = report.replicated_bytes + part
-    return ShardedPatcher(model, mapped.load_device, comfy.model_management.unet_offload_device(), size=size)
+    patcher = ShardedPatcher(model, mapped.load_device, comfy.model_management.unet_offload_device(), size=size)
+    patcher.load(mapped.load_device)  # the shards are there already: ComfyUI need not make room for them
+    return patcher
 
 
 def _tell(report: ShardReport, mesh: DeviceMesh) -> None:
