@@ -65,7 +65,7 @@ def shard(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, dev
         value = _copy(weights[name], parameter.dtype, device) if stays else torch.empty_like(parameter, device="meta")
         _set(model, name, nn.Parameter(value, requires_grad=False))
     for name, buffer in list(model.named_buffers()):
-        _set(model, name, buffer.to(device))
+        _set(model, name, buffer.detach().to(device))  # a buffer can be made of a parameter, in PixArt
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     ignored = {model.get_parameter(name) for name in replicated}
     for module in (*blocks.values(), model):
@@ -86,10 +86,11 @@ def move(model: nn.Module, device: torch.device, offload: bool) -> None:
     if not offload:
         model.to(device)
         return
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not isinstance(tensor, DTensor):
-            moved = tensor.to(device)
-            _set(model, name, nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved)
+    for name, parameter in list(model.named_parameters()):
+        if not isinstance(parameter, DTensor):
+            _set(model, name, nn.Parameter(parameter.to(device), requires_grad=False))
+    for name, buffer in list(model.named_buffers()):
+        _set(model, name, buffer.to(device))
 
 
 def _check(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
