@@ -1,56 +1,68 @@
 """A model as its file has it: built without memory, its weights still in the memory-mapped file.
 
-ComfyUI's own loader detects the model and converts the names; only where the weights end up differs.
+ComfyUI's own loader detects the model and converts the names; only where the weights end up differs. However many
+ranks map a file, the machine holds one copy of it, in the page cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.lora
 import comfy.model_patcher
 import comfy.sd
-import comfy.utils
 import torch
 from comfy.model_base import BaseModel
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
+
+# Files carry flags as tensors of a few elements; what is larger and has no place in the model is a weight.
+_LARGEST_FLAG = 16
 
 
 @dataclass(frozen=True, slots=True)
 class MappedModel:
-    """`model` has parameters on `meta`, in the dtype they are to have; `weights` are their values by name, in the
-    dtype of the file and read from it only when used."""
+    """`model` has parameters in the dtype of the file, read from it only when used; `dtypes` are those that they are
+    to have, by name. `lora_keys` are ComfyUI's names for its weights in LoRA files."""
 
     model: BaseModel
-    weights: dict[str, Tensor]
+    dtypes: Mapping[str, torch.dtype]
+    lora_keys: Mapping[str, Any]
     load_device: torch.device
 
 
 def load_mapped(path: str, model_options: dict[str, Any]) -> MappedModel:
-    """Detect and build the model of a safetensors file.
+    """Detect and build the model of a file.
 
-    Raises ValueError naming the first tensor that the model needs and the file lacks, and one for a file with
-    quantised weights; whatever ComfyUI's loader raises for a file that is no diffusion model.
+    Raises ValueError naming the first tensor that the model needs and the file lacks, or that it has in excess;
+    whatever ComfyUI's loader raises for a file that is no diffusion model.
     """
     options = model_options | {"offload_device": torch.device("cpu")}
     with _assigning_patcher(), _WithoutMemory():
         patcher = comfy.sd.load_diffusion_model(path, model_options=options)
-    diffusion_model, blueprint = patcher.model.diffusion_model, patcher.blueprint
-    weights = {}
-    for name, parameter in list(diffusion_model.named_parameters()):
+    base = patcher.model
+    _check_complete(base.diffusion_model)
+    return MappedModel(base, patcher.dtypes, comfy.lora.model_lora_keys_unet(base, {}), patcher.load_device)
+
+
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _check_complete(diffusion_model: nn.Module) -> None:
+    for name, parameter in diffusion_model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"the tensor {name} is missing")
-        if type(parameter.data) is not Tensor:
-            raise ValueError(f"its tensor {name} is quantised, which FSDP cannot split in this version: switch FSDP "
-                             f"off, or take the model in bf16, fp16 or fp8 without scales")
-        weights[name] = parameter.detach()
-        planned = blueprint.get(name, torch.empty_like(parameter, device="meta"))
-        owner, _, leaf = name.rpartition(".")
-        setattr(diffusion_model.get_submodule(owner), leaf, nn.Parameter(planned, requires_grad=False))
-    return MappedModel(patcher.model, weights, patcher.load_device)
+    for name, module in diffusion_model.named_modules():
+        # A layer that may be quantised has no weight until one is loaded.
+        if hasattr(module, "quant_format") or hasattr(module, "tensor_class"):
+            if getattr(module, "weight", None) is None:
+                raise ValueError(f"the tensor {name}.weight is missing")
 
 
 class _AssigningPatcher(comfy.model_patcher.ModelPatcher):
@@ -58,8 +70,21 @@ class _AssigningPatcher(comfy.model_patcher.ModelPatcher):
 
     def __init__(self, model: BaseModel, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.blueprint = {name: torch.empty_like(parameter, device="meta")
-                          for name, parameter in model.diffusion_model.named_parameters()}
+        self.dtypes = {name: parameter.dtype for name, parameter in model.diffusion_model.named_parameters()}
+        sizes: dict[str, int] = {}
+
+        def note_sizes(_: nn.Module, state_dict: Mapping[str, torch.Tensor], *__: Any) -> None:
+            sizes.update((name, tensor.numel()) for name, tensor in state_dict.items())
+
+        def check_extra(_: nn.Module, keys: Any) -> None:
+            for hook in hooks:
+                hook.remove()
+            for name in keys.unexpected_keys:
+                if sizes[name] > _LARGEST_FLAG:
+                    raise ValueError(f"the tensor {name} has no place in the model that ComfyUI takes this file for")
+
+        hooks = (model.diffusion_model.register_load_state_dict_pre_hook(note_sizes),
+                 model.diffusion_model.register_load_state_dict_post_hook(check_extra))
 
     def is_dynamic(self) -> bool:
         return True
@@ -84,8 +109,8 @@ def _assigning_patcher() -> Iterator[None]:
     """
     standard = getattr(comfy.model_patcher, "CoreModelPatcher", None)
     if standard is None:
-        raise RuntimeError("this ComfyUI has no comfy.model_patcher.CoreModelPatcher, by which FSDP loads a model "
-                           "without a copy: switch FSDP off, or update Raylight")
+        raise RuntimeError("this ComfyUI has no comfy.model_patcher.CoreModelPatcher, by which workers load a model "
+                           "without a copy: update Raylight")
     comfy.model_patcher.CoreModelPatcher = _AssigningPatcher
     try:
         yield

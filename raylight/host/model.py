@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.sd
 import torch
 from comfy.model_base import BaseModel
 from safetensors import SafetensorError
 
 from .mapped import MappedModel, load_mapped
-from .patcher import RankPatcher
 from .recipe import ModelRecipe
 
 
@@ -27,15 +25,10 @@ class ModelInfo:
     latent_format: Any
 
 
-def load(recipe: ModelRecipe) -> RankPatcher:
-    """Load the whole model of a recipe. Raises ValueError, naming the file, when it cannot be one."""
-    with errors_of(recipe):
-        patcher = comfy.sd.load_diffusion_model(recipe.path, model_options=_options(recipe.weight_dtype))
-    return RankPatcher(patcher.model, patcher.load_device, patcher.offload_device)
-
-
 def map_file(recipe: ModelRecipe) -> MappedModel:
-    """The model of a recipe with its weights still in the file. Raises ValueError as `load` does."""
+    """The model of a recipe with its weights still in the file.
+
+    Raises ValueError, naming the file, when it cannot be a diffusion model."""
     with errors_of(recipe):
         return load_mapped(recipe.path, _options(recipe.weight_dtype))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Where a rank's weights are: all of them on each rank's device, or a part of each on the device or on the host.
 WHOLE, SHARDED, OFFLOADED = "whole", "sharded", "offloaded"
@@ -11,8 +11,30 @@ WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16",
 
 
 @dataclass(frozen=True, slots=True)
+class LoraRecipe:
+    """A LoRA file (of any kind that ComfyUI knows) and its strength. `size` (bytes) and `modified_ns` tell a file from
+    its replacement under the same name."""
+
+    path: str
+    strength: float
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: str, strength: float) -> LoraRecipe:
+        """The recipe of a file as it is now. Raises FileNotFoundError."""
+        status = os.stat(path)
+        return cls(os.path.abspath(path), strength, status.st_size, status.st_mtime_ns)
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRecipe:
-    """A diffusion model file and how to load it. Two equal recipes give the same weights.
+    """A diffusion model file, how to load it, and the LoRAs on it in their order. Two equal recipes give the same
+    weights.
 
     `size` (bytes) and `modified_ns` tell a file from its replacement under the same name. `sharding` is WHOLE, SHARDED
     or OFFLOADED.
@@ -23,15 +45,22 @@ class ModelRecipe:
     size: int
     modified_ns: int
     sharding: str = WHOLE
+    loras: tuple[LoraRecipe, ...] = ()
 
     @classmethod
-    def of(cls, path: str, weight_dtype: str, sharding: str = WHOLE) -> ModelRecipe:
+    def of(cls, path: str, weight_dtype: str, sharding: str = WHOLE,
+           loras: tuple[LoraRecipe, ...] = ()) -> ModelRecipe:
         """The recipe of a file as it is now. Raises FileNotFoundError or ValueError."""
         if weight_dtype not in WEIGHT_DTYPES:
             raise ValueError(f"weight_dtype = {weight_dtype} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}")
         status = os.stat(path)
-        return cls(os.path.abspath(path), weight_dtype, status.st_size, status.st_mtime_ns, sharding)
+        return cls(os.path.abspath(path), weight_dtype, status.st_size, status.st_mtime_ns, sharding, loras)
 
     @property
     def name(self) -> str:
         return os.path.basename(self.path)
+
+    @property
+    def without_loras(self) -> ModelRecipe:
+        """The same weights before any LoRA: what has to be read from the file."""
+        return replace(self, loras=())

@@ -6,6 +6,7 @@ import gc
 import logging
 
 import comfy.model_management
+import torch
 from comfy.model_base import BaseModel
 from torch import Tensor
 
@@ -22,8 +23,9 @@ from raylight.plans import plan_for
 
 from . import attention_door, attention_hook, model, patch_hook, sampling
 from .job import SampleJob
+from .mapped import MappedModel
 from .model import ModelInfo
-from .patcher import RankPatcher
+from .patcher import RankPatcher, whole
 from .recipe import OFFLOADED, WHOLE, ModelRecipe
 from .sharded import shard_over
 
@@ -70,15 +72,19 @@ class ModelService:
         return samples if run.rank == 0 else None
 
     def _place(self, recipe: ModelRecipe) -> RankPatcher:
-        if recipe.sharding == WHOLE:
-            patcher = model.load(recipe)
-            self._split(recipe, patcher.model)
-            return patcher
-        mapped = model.map_file(recipe)
+        # ComfyUI's quantised tensors can only be used in the mode that they were made in.
+        with torch.inference_mode(recipe.sharding == WHOLE):
+            mapped = model.map_file(recipe)
+            return self._hold(recipe, mapped)
+
+    def _hold(self, recipe: ModelRecipe, mapped: MappedModel) -> RankPatcher:
         # Before weights are split: FSDP changes the class by which a plan is found.
         self._split(recipe, mapped.model)
         with model.errors_of(recipe):
-            return shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
+            if recipe.sharding == WHOLE:
+                return whole(mapped, comfy.model_management.unet_offload_device())
+            patcher, _ = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
+            return patcher
 
     def _split(self, recipe: ModelRecipe, base: BaseModel) -> None:
         self._info = model.info(recipe, base)

@@ -6,11 +6,13 @@ import logging
 
 import comfy.model_management
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.sharding.fsdp import ShardReport, move, shard
+from raylight.sharding.packed import take_apart
 
-from .mapped import MappedModel
+from .mapped import MappedModel, set_parameter
 from .patcher import RankPatcher
 
 logger = logging.getLogger(__name__)
@@ -39,13 +41,16 @@ class ShardedPatcher(RankPatcher):
         return 0
 
 
-def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> ShardedPatcher:
+def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple[ShardedPatcher, ShardReport]:
     """Split a mapped model over a one-dimensional mesh; each rank reads its own rows. Collective.
+
+    Returns the patcher of this rank's part, and what became of the weights.
 
     Raises ValueError, naming the tensor, where one has not the shape that the model wants.
     """
     model = mapped.model
-    report = shard(model.diffusion_model, mapped.weights, mesh, mapped.load_device, offload, METHODS)
+    weights = _on_meta(mapped)
+    report = shard(model.diffusion_model, weights, mesh, mapped.load_device, offload, METHODS)
     model.shards_stay_on_cpu = offload
     _tell(report, mesh)
     # The same size on every rank, though rows may be uneven: ranks decide alike by it.
@@ -53,7 +58,18 @@ def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> ShardedP
     size = report.replicated_bytes + part
     patcher = ShardedPatcher(model, mapped.load_device, comfy.model_management.unet_offload_device(), size=size)
     patcher.load(mapped.load_device)  # the shards are there already: ComfyUI need not make room for them
-    return patcher
+    return patcher, report
+
+
+def _on_meta(mapped: MappedModel) -> dict[str, Tensor]:
+    """Take the weights out of a model and leave parameters on `meta`, of the dtypes that they are to have."""
+    diffusion_model = mapped.model.diffusion_model
+    take_apart(diffusion_model)
+    weights = {name: parameter.detach() for name, parameter in diffusion_model.named_parameters()}
+    for name, weight in weights.items():
+        dtype = mapped.dtypes.get(name, weight.dtype)
+        set_parameter(diffusion_model, name, torch.empty(weight.shape, dtype=dtype, device="meta"))
+    return weights
 
 
 def _tell(report: ShardReport, mesh: DeviceMesh) -> None:

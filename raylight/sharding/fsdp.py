@@ -7,9 +7,8 @@ and freed after it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +29,12 @@ from .units import units
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What became of the weights. Bytes are of this rank, `whole_bytes` those of the model; `replicated` are the
-    tensors that every rank holds whole, with the reason."""
+    """What became of the weights. Bytes are of this rank, `whole_bytes` those of the model."""
 
     units: int
     sharded_bytes: int
     replicated_bytes: int
     whole_bytes: int
-    replicated: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -50,15 +47,16 @@ def shard(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, dev
 
     The model's parameters give shapes and dtypes and may be on `meta`; `weights` give their values by name, in any
     dtype, and are read by rows: memory-mapped ones page by page. Matrices are split by rows (dim 0), rank r holding
-    those of `rows_of`; what has fewer rows than there are ranks, only one dimension, or another dtype than its unit is
-    replicated, and so are buffers. With `offload` the shards stay in host memory, pinned where `device` is a GPU.
-    `methods` of the model, where it has them, gather what `forward` gathers: they are called without it.
+    those of `rows_of`; what has fewer rows than there are ranks or only one dimension is replicated, and so are
+    buffers. A block's matrices may be of several dtypes. With `offload` the shards stay in host memory, pinned where
+    `device` is a GPU. `methods` of the model, where it has them, gather what `forward` gathers: they are called
+    without it.
 
     Raises ValueError naming the tensor where a weight is missing or has another shape.
     """
     _check(model, weights)
     blocks = units(model)
-    replicated = _replicated(model, blocks, mesh.size())
+    replicated = _replicated(model, mesh.size())
     whole_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for name, parameter in list(model.named_parameters()):
         stays = name in replicated
@@ -78,7 +76,7 @@ def shard(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, dev
     for module in (*blocks.values(), model):
         _gather_as_bytes(module)
     replicated_bytes = sum(parameter.numel() * parameter.element_size() for parameter in ignored)
-    return ShardReport(len(blocks) + 1, sharded_bytes, replicated_bytes, whole_bytes, replicated)
+    return ShardReport(len(blocks) + 1, sharded_bytes, replicated_bytes, whole_bytes)
 
 
 def move(model: nn.Module, device: torch.device, offload: bool) -> None:
@@ -102,25 +100,10 @@ def _check(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                              f"{tuple(parameter.shape)}")
 
 
-def _replicated(model: nn.Module, blocks: Mapping[str, nn.Module], world_size: int) -> dict[str, str]:
-    """The parameters that every rank holds whole, and why."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    in_blocks = {id(parameter) for block in blocks.values() for parameter in block.parameters()}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]
-    reasons: dict[str, str] = {}
-    for members in (*(list(block.parameters()) for block in blocks.values()), rest):
-        matrices = [p for p in members if p.ndim >= 2 and p.shape[0] >= world_size]
-        sizes: Counter[torch.dtype] = Counter()
-        for parameter in matrices:
-            sizes[parameter.dtype] += parameter.numel()
-        dtype = sizes.most_common(1)[0][0] if sizes else None
-        kept = {id(parameter) for parameter in matrices if parameter.dtype == dtype}
-        for parameter in members:
-            if id(parameter) not in kept:
-                reasons[names[id(parameter)]] = (
-                    "small" if parameter.ndim < 2 or parameter.shape[0] < world_size else f"{parameter.dtype}"
-                )
-    return reasons
+def _replicated(model: nn.Module, world_size: int) -> frozenset[str]:
+    """The parameters that every rank holds whole: too small to split by rows, or not worth it."""
+    return frozenset(name for name, parameter in model.named_parameters()
+                     if parameter.ndim < 2 or parameter.shape[0] < world_size)
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_cases import CASES, ParityCase, checkpoint, sample_on_workers, sample_stock
+from quantised import OLD_SCALED_FP8, quantise
 from safetensors.torch import load_file, save_file
 
 from raylight.cluster import current
@@ -59,13 +60,14 @@ def test_rejects_a_truncated_file_whose_weights_are_to_be_split(folder: Path) ->
         driver.load(model_of(path, SHARDED))
 
 
-def test_rejects_a_file_that_lacks_a_tensor(folder: Path) -> None:
+@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+def test_rejects_a_file_that_lacks_a_tensor(folder: Path, sharding: str) -> None:
     path = folder / "lacking.safetensors"
     tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
     del tensors["blocks.1.ffn.2.weight"]
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"lacking\.safetensors .* the tensor blocks\.1\.ffn\.2\.weight is missing"):
-        driver.load(model_of(path, SHARDED))
+        driver.load(model_of(path, sharding))
 
 
 def test_rejects_a_tensor_of_another_shape(folder: Path) -> None:
@@ -77,16 +79,38 @@ def test_rejects_a_tensor_of_another_shape(folder: Path) -> None:
         driver.load(model_of(path, SHARDED))
 
 
-def test_rejects_quantised_weights_that_are_to_be_split(folder: Path) -> None:
-    path = folder / "scaled.safetensors"
+def test_rejects_a_tensor_that_the_model_has_no_place_for(folder: Path) -> None:
+    path = folder / "excessive.safetensors"
     tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
-    name = "blocks.0.ffn.0"
-    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
-    tensors[f"{name}.scale_weight"] = torch.ones(())
-    tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(tensors | {"a_flag": torch.zeros(2), "blocks.1.third.weight": torch.zeros(5, 5)}, path)
+    with pytest.raises(ValueError, match=r"excessive\.safetensors .* blocks\.1\.third\.weight has no place in the model"):
+        driver.load(model_of(path))
+
+
+def test_rejects_a_quantised_layer_without_its_weight(folder: Path) -> None:
+    path = folder / "scales.safetensors"
+    quantise(checkpoint(folder, CASES["Wan T2V"]), path, OLD_SCALED_FP8)
+    tensors = load_file(path)
+    del tensors["blocks.0.ffn.0.weight"]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"scaled\.safetensors .*blocks\.0\.ffn\.0\.weight is quantised.*FSDP off"):
+    with pytest.raises(ValueError, match=r"scales\.safetensors .* blocks\.0\.ffn\.0\.weight is missing"):
         driver.load(model_of(path, SHARDED))
+
+
+class _Payload:
+    def __init__(self, witness: Path) -> None:
+        self._witness = witness
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self._witness,)
+
+
+def test_a_pickle_runs_nothing(folder: Path) -> None:
+    path, witness = folder / "pickled.pt", folder / "witness"
+    torch.save({"blocks.0.weight": _Payload(witness)}, path)
+    with pytest.raises(ValueError, match=r"pickled\.pt cannot be loaded"):
+        driver.load(model_of(path))
+    assert not witness.exists()
 
 
 def test_rejects_a_file_of_something_else(folder: Path) -> None:

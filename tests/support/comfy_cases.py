@@ -109,6 +109,7 @@ def checkpoint(folder: Path, case: ParityCase) -> Path:
     return path
 
 
+@torch.inference_mode()
 def sample_stock(path: Path, case: ParityCase, steps: int = 4, seed: int = 42) -> Tensor:
     """ComfyUI's own loader and sampler, in this process, on nothing of ours."""
     patcher = comfy.sd.load_diffusion_model(str(path))
@@ -116,11 +117,10 @@ def sample_stock(path: Path, case: ParityCase, steps: int = 4, seed: int = 42) -
     latent = case.latent()
     samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
     noise = comfy.sample.prepare_noise(samples, seed)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            patcher, noise, steps, case.cfg, case.sampler, "simple", positive, negative, samples,
-            noise_mask=latent.get("noise_mask"), disable_pbar=True, seed=seed,
-        )
+    return comfy.sample.sample(
+        patcher, noise, steps, case.cfg, case.sampler, "simple", positive, negative, samples,
+        noise_mask=latent.get("noise_mask"), disable_pbar=True, seed=seed,
+    )
 
 
 def sample_on_workers(model: RayModel, case: ParityCase, steps: int = 4, seed: int = 42) -> Tensor:
