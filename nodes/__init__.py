@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loader import RayUNETLoader
+from .lora import RayLoraLoader
 from .sampler import XFuserKSamplerAdvanced
 
 
@@ -11,7 +12,7 @@ class RaylightExtension(ComfyExtension):
     """The list of nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [RayInitializer, RayInitializerAdvanced, RayUNETLoader, XFuserKSamplerAdvanced]
+        return [RayInitializer, RayInitializerAdvanced, RayUNETLoader, RayLoraLoader, XFuserKSamplerAdvanced]
 
 
 async def comfy_entrypoint() -> RaylightExtension:

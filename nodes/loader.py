@@ -9,10 +9,10 @@ import folder_paths
 from comfy_api.latest import io
 
 from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import WEIGHT_DTYPES, ModelRecipe
+from raylight.host.recipe import WEIGHT_DTYPES, LoraRecipe, ModelRecipe
 
 from .engine import driver
-from .types import CATEGORY, RayActors, RayActorsInit
+from .types import CATEGORY, RayActors, RayActorsInit, RayLora
 
 FOLDERS = ("diffusion_models", "checkpoints")
 
@@ -38,6 +38,7 @@ class RayUNETLoader(io.ComfyNode):
                                tooltip="The type that weights are kept in. 'default' takes what the file has, as "
                                        "far as the GPU can use it."),
                 RayActorsInit.Input("ray_actors_init", tooltip="The workers, from a Ray initializer."),
+                RayLora.Input("lora", optional=True, tooltip="LoRAs for the model, from a Ray LoRA loader."),
             ],
             outputs=[RayActors.Output(display_name="ray_actors", tooltip="The model on its workers.")],
         )
@@ -49,9 +50,10 @@ class RayUNETLoader(io.ComfyNode):
         return status.st_size, status.st_mtime_ns
 
     @classmethod
-    def execute(cls, unet_name: str, weight_dtype: str, ray_actors_init: Workers) -> io.NodeOutput:
-        model = RayModel(ray_actors_init, ModelRecipe.of(_path(unet_name), weight_dtype,
-                                                           ray_actors_init.sharding))
+    def execute(cls, unet_name: str, weight_dtype: str, ray_actors_init: Workers,
+                lora: tuple[LoraRecipe, ...] = ()) -> io.NodeOutput:
+        recipe = ModelRecipe.of(_path(unet_name), weight_dtype, ray_actors_init.sharding, lora)
+        model = RayModel(ray_actors_init, recipe)
         driver().load(model)
         return io.NodeOutput(model)
 

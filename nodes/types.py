@@ -6,3 +6,4 @@ CATEGORY = "Raylight"
 
 RayActorsInit = io.Custom("RAY_ACTORS_INIT")
 RayActors = io.Custom("RAY_ACTORS")
+RayLora = io.Custom("RAY_LORA")

@@ -29,6 +29,12 @@ def session(config: SessionConfig, service: ServiceSpec) -> Session:
         return _session
 
 
+def running() -> Session | None:
+    """The session that is running, if one is."""
+    with _lock:
+        return _session if _session is not None and _session.alive else None
+
+
 def close() -> None:
     """End the running session and, if it is ours, Ray."""
     global _session

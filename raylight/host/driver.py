@@ -15,10 +15,10 @@ from comfy.cli_args import LatentPreviewMethod, args
 from tqdm.auto import tqdm
 
 from raylight.cluster import current
-from raylight.cluster.errors import RunCancelled
+from raylight.cluster.errors import RunCancelled, WorkerError
 from raylight.cluster.session import Session
 
-from . import boot
+from . import boot, presence
 from .conditioning import portable
 from .handles import RayModel, Workers
 from .job import SampleJob, StepDone
@@ -87,9 +87,23 @@ def _session(workers: Workers) -> Session:
     """The workers' session, started now if it is not running."""
     if workers.config.device_type == "cuda":
         # Workers share these GPUs with ComfyUI; neither sees what the other could give back.
-        comfy.model_management.unload_all_models()
-        comfy.model_management.soft_empty_cache()
-    return current.session(workers.config, boot.service_spec())
+        presence.unload_others()
+    session = current.session(workers.config, boot.service_spec())
+    presence.announce(_free)
+    return session
+
+
+def _free() -> None:
+    """Have the workers, if there are any, let go of their models."""
+    session = current.running()
+    if session is None:
+        return
+    try:
+        session.run("free")
+    except (WorkerError, RunCancelled, ValueError) as error:
+        logger.warning("the workers could not free their memory: %s", error)
+    else:
+        logger.info("the workers have let go of their models")
 
 
 def _run(session: Session, method: str, *arguments: Any, on_event: Any = None) -> Any:

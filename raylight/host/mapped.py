@@ -26,12 +26,14 @@ _LARGEST_FLAG = 16
 @dataclass(frozen=True, slots=True)
 class MappedModel:
     """`model` has parameters in the dtype of the file, read from it only when used; `dtypes` are those that they are
-    to have, by name. `lora_keys` are ComfyUI's names for its weights in LoRA files."""
+    to have, by name. `lora_keys` maps names in LoRA files to the model's weights, and `shapes` has these weights' by
+    their names in the state dict, as ComfyUI's patcher takes them."""
 
     model: BaseModel
     dtypes: Mapping[str, torch.dtype]
-    lora_keys: Mapping[str, Any]
     load_device: torch.device
+    lora_keys: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 def load_mapped(path: str, model_options: dict[str, Any]) -> MappedModel:
@@ -45,7 +47,8 @@ def load_mapped(path: str, model_options: dict[str, Any]) -> MappedModel:
         patcher = comfy.sd.load_diffusion_model(path, model_options=options)
     base = patcher.model
     _check_complete(base.diffusion_model)
-    return MappedModel(base, patcher.dtypes, comfy.lora.model_lora_keys_unet(base, {}), patcher.load_device)
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.named_parameters()}
+    return MappedModel(base, patcher.dtypes, patcher.load_device, comfy.lora.model_lora_keys_unet(base, {}), shapes)
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:

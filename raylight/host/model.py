@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,14 @@ def errors_of(recipe: ModelRecipe) -> Iterator[None]:
         raise ValueError(f"the model file {recipe.path} is not there on the machine of this worker")
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message tells how to run what such a file holds.
+        raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: it is damaged, or holds more than "
+                         f"tensors, which may be a program and is not run. Take it as .safetensors") from error
+    except KeyError as error:  # ComfyUI's detection looks at some tensors by name
+        raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: the tensor {error.args[0]} is "
+                         f"missing") from error
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: {error}") from error

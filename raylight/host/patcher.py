@@ -52,16 +52,19 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
         return smallest(int(super().get_free_memory(device)))
 
 
-def whole(mapped: MappedModel, offload_device: torch.device) -> RankPatcher:
+def whole(mapped: MappedModel, offload_device: torch.device) -> tuple[RankPatcher, int]:
     """A patcher of all the weights of a mapped model. Those that are to have another dtype than in the file become a
-    copy of this rank's own."""
+    copy of this rank's own, of so many bytes."""
     diffusion_model = mapped.model.diffusion_model
+    own_bytes = 0
     for name, parameter in list(diffusion_model.named_parameters()):
         dtype = mapped.dtypes.get(name, parameter.dtype)
         if parameter.dtype != dtype:
-            set_parameter(diffusion_model, name, parameter.detach().to(dtype))
+            own = parameter.detach().to(dtype)
+            own_bytes += own.nbytes
+            set_parameter(diffusion_model, name, own)
     patcher = RankPatcher(mapped.model, mapped.load_device, offload_device)
     patcher.mapped = {f"diffusion_model.{name}": parameter.detach()
                       for name, parameter in diffusion_model.named_parameters()}
     patcher.back_up()
-    return patcher
+    return patcher, own_bytes

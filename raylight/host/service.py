@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 
 import comfy.model_management
@@ -23,10 +22,10 @@ from raylight.plans import plan_for
 
 from . import attention_door, attention_hook, model, patch_hook, sampling
 from .job import SampleJob
-from .mapped import MappedModel
 from .model import ModelInfo
-from .patcher import RankPatcher, whole
+from .patcher import whole
 from .recipe import OFFLOADED, WHOLE, ModelRecipe
+from .residents import Resident, Residents
 from .sharded import shard_over
 
 logger = logging.getLogger(__name__)
@@ -37,68 +36,81 @@ class ModelService:
 
     def __init__(self, context: RankContext) -> None:
         self._context = context
-        self._recipe: ModelRecipe | None = None
-        self._patcher: RankPatcher | None = None
-        self._info: ModelInfo | None = None
-        self._tokens: TokenState | None = None
+        self._models = Residents(context.device, context.world_size)
 
     def load(self, run: Run, recipe: ModelRecipe) -> ModelInfo:
-        """Hold the model of `recipe`, split over the ranks; does nothing when it is held already.
+        """Hold the model of `recipe`, split over the ranks; reads nothing of it when it is held already.
 
-        Raises ValueError for a file that is no such model, a model without a plan, or too few heads. The
-        model held before is gone then, and the session stays usable.
+        Raises ValueError for a file that is no such model, a model without a plan, too few heads, or a LoRA that
+        does not fit. Other models stay, and the session stays usable.
         """
-        if self._recipe != recipe or self._patcher is None:
-            self._unload()
-            self._patcher = self._place(recipe)
-            self._recipe = recipe
-            logger.info("rank %d holds %s", run.rank, recipe.name)
-        return self._info
+        held = self._hold(run, recipe)
+        held.with_loras(recipe.loras)
+        return held.info
 
     def sample(self, run: Run, job: SampleJob) -> Tensor | None:
         """Run a sampler; rank 0 returns the latent (B, C, [T,] H, W) on the CPU, the others None.
 
         Emits `StepDone` after every step, and can be cancelled there.
         """
-        self.load(run, job.recipe)
-        patcher = self._patcher.clone()
-        if self._tokens is not None:
-            attention = SequenceAttention(self._tokens, self._strategy(job.strategy),
+        held = self._hold(run, job.recipe)
+        patcher = held.with_loras(job.recipe.loras).clone()
+        self._models.make_room_on_device(held)
+        if held.tokens is not None:
+            attention = SequenceAttention(held.tokens, self._strategy(job.strategy),
                                           sequence_axis(self._context.mesh).get_group())
             attention_hook.install(patcher.model_options, attention, kernel(job.attention, self._context.device))
         samples = sampling.sample(run, patcher, job)
         if job.free_memory_after:
-            self._free_memory()
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
         return samples if run.rank == 0 else None
 
-    def _place(self, recipe: ModelRecipe) -> RankPatcher:
+    def free(self, run: Run) -> None:
+        """Let go of every model."""
+        self._models.clear()
+
+    def held(self, run: Run) -> tuple[str, ...]:
+        """The names of the model files that are held, the least recently used first."""
+        return tuple(model.recipe.name for model in self._models.all())
+
+    def _hold(self, run: Run, recipe: ModelRecipe) -> Resident:
+        held = self._models.get(recipe)
+        if held is None:
+            if recipe.sharding != WHOLE:
+                self._models.make_room_on_host(recipe.size // self._context.world_size)
+            held = self._place(recipe.without_loras)
+            self._models.add(held)
+            logger.info("rank %d holds %s", run.rank, recipe.name)
+        return held
+
+    def _place(self, recipe: ModelRecipe) -> Resident:
         # ComfyUI's quantised tensors can only be used in the mode that they were made in.
         with torch.inference_mode(recipe.sharding == WHOLE):
             mapped = model.map_file(recipe)
-            return self._hold(recipe, mapped)
+            # Before weights are split: FSDP changes the class by which a plan is found.
+            tokens = self._split(mapped.model)
+            info = model.info(recipe, mapped.model)
+            with model.errors_of(recipe):
+                if recipe.sharding == WHOLE:
+                    patcher, host_bytes = whole(mapped, comfy.model_management.unet_offload_device())
+                else:
+                    patcher, report = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
+                    host_bytes = report.bytes
+        return Resident(recipe, patcher, info, tokens, mapped.lora_keys, mapped.shapes, host_bytes)
 
-    def _hold(self, recipe: ModelRecipe, mapped: MappedModel) -> RankPatcher:
-        # Before weights are split: FSDP changes the class by which a plan is found.
-        self._split(recipe, mapped.model)
-        with model.errors_of(recipe):
-            if recipe.sharding == WHOLE:
-                return whole(mapped, comfy.model_management.unet_offload_device())
-            patcher, _ = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
-            return patcher
-
-    def _split(self, recipe: ModelRecipe, base: BaseModel) -> None:
-        self._info = model.info(recipe, base)
+    def _split(self, base: BaseModel) -> TokenState | None:
         mesh = self._context.mesh
         sequence = sequence_axis(mesh)
         if sequence.size() == 1:
-            return
+            return None
         diffusion_model = base.diffusion_model
         tokens = TokenState(sequence.get_local_rank(), sequence.size())
         plan = plan_for(diffusion_model, type(base.model_config).__name__)
         SequenceHooks(diffusion_model, plan, tokens, sequence.get_group(), mesh["ulysses"].size())
         attention_door.open_for(diffusion_model, plan.unhooked)
         patch_hook.install(diffusion_model, plan, WholeTokens(tokens, sequence.get_group()))
-        self._tokens = tokens
+        return tokens
 
     def _strategy(self, name: str) -> Strategy:
         """What exchanges tokens around attention. Raises ValueError where its library does not work here."""
@@ -110,13 +122,3 @@ class ModelService:
             return LongContextAttention(name, ulysses, ring, ours)
         except ImportError as error:
             raise ValueError(f"sequence_attention = {name} cannot be used: {error}; choose {OURS}") from error
-
-    def _unload(self) -> None:
-        self._recipe = self._patcher = self._info = self._tokens = None
-        gc.collect()  # hooks, and FSDP's states, refer to the modules that hold them
-        self._free_memory()
-
-    @staticmethod
-    def _free_memory() -> None:
-        comfy.model_management.unload_all_models()
-        comfy.model_management.soft_empty_cache()

@@ -14,6 +14,7 @@ from raylight.sharding.packed import take_apart
 
 from .mapped import MappedModel, set_parameter
 from .patcher import RankPatcher
+from .shard_patches import ShardPatches
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +23,41 @@ METHODS = ("preprocess_text_embeds",)
 
 
 class ShardedPatcher(RankPatcher):
-    """A patcher of shards: they are on the device or not, but never in part, and are not patched in place."""
+    """A patcher of shards: they are on the device or not, but never in part.
+
+    Patches stay in the shards when they leave the device; they change when a clone with others is loaded. Loading is
+    collective then.
+    """
+
+    def partially_load(self, device_to: torch.device, extra_memory: int = 0,
+                       force_patch_weights: bool = False) -> int:
+        """Move the shards to the device and patch them; returns the bytes that came to it."""
+        before = self.model.model_loaded_weight_memory
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            self.patch_model(load_weights=False)
+            self.load(device_to)
+        return self.model.model_loaded_weight_memory - before
 
     def load(self, device_to: torch.device | None = None, lowvram_model_memory: int = 0,
              force_patch_weights: bool = False, full_load: bool = False) -> None:
-        """Move the shards to the device. Raises ValueError where weights are to be patched."""
-        if self.patches:
-            raise ValueError("weights that are split (FSDP) cannot be patched in this version: switch FSDP off")
+        """Move the shards to the device and patch them. Raises ValueError for a patch that they cannot have."""
         move(self.model, device_to, self.model.shards_stay_on_cpu)
         self.model.device = device_to
         self.model.model_lowvram = False
         self.model.model_loaded_weight_memory = self.model_size()
+        self.model.shard_patches.apply(self.patches, self.patches_uuid)
         self.model.current_weight_patches_uuid = self.patches_uuid
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        """Move the shards away, as they are; take back what is patched besides weights."""
+        super().unpatch_model(None, unpatch_weights=False)
+        if unpatch_weights:
+            self.unpatch_hooks()
+            if device_to is not None:
+                move(self.model, device_to, self.model.shards_stay_on_cpu)
+                self.model.device = device_to
+            self.model.model_loaded_weight_memory = 0
+            self.model.current_weight_patches_uuid = None
 
     def partially_unload(self, device_to: torch.device, memory_to_free: int = 0,
                          force_patch_weights: bool = False) -> int:
@@ -52,6 +76,7 @@ def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple[Sh
     weights = _on_meta(mapped)
     report = shard(model.diffusion_model, weights, mesh, mapped.load_device, offload, METHODS)
     model.shards_stay_on_cpu = offload
+    model.shard_patches = ShardPatches(model.diffusion_model, mesh, mapped.load_device)
     _tell(report, mesh)
     # The same size on every rank, though rows may be uneven: ranks decide alike by it.
     part = 0 if offload else -(-(report.whole_bytes - report.replicated_bytes) // mesh.size())

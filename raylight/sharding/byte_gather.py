@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # PyTorch 2.14 gave it another name and warns at the old one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class ByteAllGather:
@@ -21,5 +21,5 @@ class ByteAllGather:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup,
                  async_op: bool = False) -> dist.Work | None:
         """`output_tensor` is (world size x n,), `input_tensor` (n,), both of one 8-bit dtype."""
-        return _all_gather(output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), group=group,
+        return all_gather(output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), group=group,
                            async_op=async_op)

@@ -45,9 +45,8 @@ def take_apart(model: nn.Module) -> None:
             parts = {part: getattr(value, part) for part in inner}
             recipes[name] = _Recipe(type(value), context, {key: part.dtype for key, part in parts.items()})
             delattr(module, name)
-            for key, part in parts.items():
-                stored = part.detach().view(torch.uint8) if part.dtype.itemsize == 1 else part.detach()
-                module.register_parameter(_attribute(name, key), nn.Parameter(stored, requires_grad=False))
+            for key, held in parts_as_held(value).items():
+                module.register_parameter(_attribute(name, key), nn.Parameter(held, requires_grad=False))
         setattr(module, _RECIPES, recipes)
         module.__class__ = _assembling(type(module), tuple(packed))
 
@@ -60,6 +59,12 @@ def packed_weights(module: nn.Module) -> tuple[str, ...]:
 def parts_of(module: nn.Module, name: str) -> dict[str, str]:
     """The parts of such a parameter: their names in its class, and the attributes that hold them."""
     return {part: _attribute(name, part) for part in getattr(module, _RECIPES)[name].parts}
+
+
+def parts_as_held(value: Tensor) -> dict[str, Tensor]:
+    """The parts of a tensor that is made of tensors, 8-bit ones as bytes."""
+    parts = {part: getattr(value, part).detach() for part in value.__tensor_flatten__()[0]}
+    return {name: part.view(torch.uint8) if part.dtype.itemsize == 1 else part for name, part in parts.items()}
 
 
 def put_together(module: nn.Module, name: str, parts: dict[str, Tensor]) -> Tensor:

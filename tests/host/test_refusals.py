@@ -83,7 +83,7 @@ def test_rejects_a_tensor_that_the_model_has_no_place_for(folder: Path) -> None:
     path = folder / "excessive.safetensors"
     tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
     save_file(tensors | {"a_flag": torch.zeros(2), "blocks.1.third.weight": torch.zeros(5, 5)}, path)
-    with pytest.raises(ValueError, match=r"excessive\.safetensors .* blocks\.1\.third\.weight has no place in the model"):
+    with pytest.raises(ValueError, match=r"excessive\.safetensors .* blocks\.1\.third\.weight has no place"):
         driver.load(model_of(path))
 
 

@@ -27,7 +27,8 @@ INPUTS = {
         "XFuser_attention", "skip_comm_test", "use_mmap", "ray_object_store_gb", "ray_dashboard_address",
         "torch_dist_address", "sequence_attention",
     ],
-    "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init"],
+    "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
+    "RayLoraLoader": ["lora_name", "strength_model", "prev_ray_lora"],
     "XFuserKSamplerAdvanced": [
         "add_noise", "noise_seed", "steps", "cfg", "sampler_name", "scheduler", "ray_actors", "positive", "negative",
         "latent_image", "start_at_step", "end_at_step", "return_with_leftover_noise", "denoise",

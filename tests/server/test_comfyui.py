@@ -129,6 +129,7 @@ def test_rejects_a_broken_file_and_goes_on(server: ComfyServer, reference: torch
 
 
 def test_all_nodes_are_there(server: ComfyServer) -> None:
-    for node in ("RayInitializer", "RayInitializerAdvanced", "RayUNETLoader", "XFuserKSamplerAdvanced"):
+    for node in ("RayInitializer", "RayInitializerAdvanced", "RayUNETLoader", "RayLoraLoader",
+                 "XFuserKSamplerAdvanced"):
         assert server.object_info(node)["category"] == "Raylight"
     assert Path(server.log).exists()

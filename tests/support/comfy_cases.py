@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import comfy.clip_vision
 import comfy.sample
 import comfy.sd
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -101,18 +103,21 @@ CASES = {
 }
 
 
-def checkpoint(folder: Path, case: ParityCase) -> Path:
+def checkpoint(folder: Path, case: ParityCase, seed: int = 0) -> Path:
     """The case's model file, written once."""
-    path = folder / f"{case.family}-{case.heads}.safetensors"
+    path = folder / f"{case.family}-{case.heads}-{seed}.safetensors"
     if not path.exists():
-        write_checkpoint(path, case.family, heads=case.heads)
+        write_checkpoint(path, case.family, heads=case.heads, seed=seed)
     return path
 
 
 @torch.inference_mode()
-def sample_stock(path: Path, case: ParityCase, steps: int = 4, seed: int = 42) -> Tensor:
-    """ComfyUI's own loader and sampler, in this process, on nothing of ours."""
+def sample_stock(path: Path, case: ParityCase, steps: int = 4, seed: int = 42,
+                 loras: Sequence[tuple[Path, float]] = ()) -> Tensor:
+    """ComfyUI's own loader and sampler, in this process, on nothing of ours; with LoRA files and their strengths."""
     patcher = comfy.sd.load_diffusion_model(str(path))
+    for lora, strength in loras:
+        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, comfy.utils.load_torch_file(str(lora)), strength, 0)
     positive, negative = case.conditioning()
     latent = case.latent()
     samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])

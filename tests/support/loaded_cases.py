@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from comfy.cli_args import args
 args.cpu = True  # before ComfyUI picks a device
 
 import comfy.sd  # noqa: E402
+from loras import lora_for  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from raylight.host.mapped import load_mapped  # noqa: E402
-from raylight.host.sharded import shard_over  # noqa: E402
+from raylight.host import lora  # noqa: E402
+from raylight.host.mapped import MappedModel, load_mapped  # noqa: E402
+from raylight.host.sharded import ShardedPatcher, shard_over  # noqa: E402
 from raylight.parallel.mesh import build_mesh, world_axis  # noqa: E402
 from raylight.parallel.shape import MeshShape  # noqa: E402
 
@@ -42,6 +45,65 @@ def compare_loaded(rank: int, world: int, paths: tuple[Path, ...], offload: bool
     """A Wan checkpoint per path, its weights split over `world` ranks."""
     mesh = build_mesh(MeshShape(batch=world), CPU)
     return [_compare(str(path), mesh, offload) for path in paths]
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What one rank measured of LoRAs on split weights, in standard deviations of ComfyUI's output: the difference from
+    ComfyUI with two LoRAs, their effect, and after other strengths and after removal the difference from weights that
+    never were otherwise."""
+
+    error: float
+    effect: float
+    changed: float
+    removed: float
+
+
+PatchedCase = tuple[Path, str, tuple[str, ...]]  # a Wan checkpoint, a dtype or "default", kinds of LoRAs
+
+
+def compare_patched(rank: int, world: int, cases: tuple[PatchedCase, ...]) -> list[Patched]:
+    """Checkpoints split over `world` ranks, with LoRAs; the file is gone before these change."""
+    mesh = world_axis(build_mesh(MeshShape(batch=world), CPU))
+    with torch.no_grad():
+        return [_compare_patched(rank, mesh, *case) for case in cases]
+
+
+def _compare_patched(rank: int, mesh, path: Path, dtype: str, kinds: tuple[str, ...]) -> Patched:
+    options = {} if dtype == "default" else {"dtype": getattr(torch, dtype)}
+    mine = path.with_suffix(f".{rank}.safetensors")
+    shutil.copy(path, mine)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    stock = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=options)
+    shapes = {name: tuple(parameter.shape) for name, parameter in stock.model.named_parameters()}
+    first, second = lora_for(shapes, kinds, 1), lora_for(shapes, kinds[::-1], 2)
+    base = stock.model.apply_model(**wan_inputs())
+    for tensors, strength in ((first, 0.8), (second, -0.6)):
+        stock, _ = comfy.sd.load_lora_for_models(stock, None, dict(tensors), strength, 0)
+    stock.patch_model(CPU)
+    expected = stock.model.apply_model(**wan_inputs())
+
+    def load() -> tuple[MappedModel, ShardedPatcher]:
+        mapped = load_mapped(str(mine), options)
+        return mapped, shard_over(mapped, mesh, False)[0]
+
+    def result(mapped: MappedModel, patcher: ShardedPatcher, *loras: tuple[dict[str, Tensor], float]) -> Tensor:
+        patcher = patcher.clone()
+        for tensors, strength in loras:
+            patcher.add_patches(lora.fitting("lora", tensors, mapped.lora_keys, mapped.shapes), strength)
+        patcher.load(CPU)
+        return patcher.model.apply_model(**wan_inputs())
+
+    untouched = result(*load())
+    fresh = result(*load(), (second, 0.3))
+    held = load()
+    mine.unlink()
+    both = result(*held, (first, 0.8), (second, -0.6))
+    changed = result(*held, (second, 0.3))
+    removed = result(*held)
+    deviation = expected.std()
+    return Patched(*(((one - other).abs().max() / deviation).item() for one, other in (
+        (both, expected), (expected, base), (changed, fresh), (removed, untouched))))
 
 
 def _compare(path: str, mesh, offload: bool) -> Loaded:

@@ -12,9 +12,17 @@ from comfy.cli_args import args
 
 args.cpu = True  # before ComfyUI picks a device
 
+import comfy.lora  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sd  # noqa: E402
+from comfy.model_base import BaseModel  # noqa: E402
+from loras import KINDS, lora_for  # noqa: E402
 from matrix_cases import copied, split  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from raylight.host.sharded import METHODS  # noqa: E402
+from raylight.host import lora  # noqa: E402
+from raylight.host.mapped import MappedModel  # noqa: E402
+from raylight.host.sharded import shard_over  # noqa: E402
 from raylight.parallel.mesh import build_mesh, world_axis  # noqa: E402
 from raylight.parallel.shape import MeshShape  # noqa: E402
 from raylight.sharding import fsdp  # noqa: E402
@@ -28,42 +36,67 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Sharded:
     """What one rank measured. `blocks` are the model's; `gathers` the all-gathers of one forward, where only weights
-    are gathered."""
+    are gathered; `effect` how much the LoRAs change the result, as a share of its standard deviation."""
 
     error: float = 1.0
     report: fsdp.ShardReport | None = None
     blocks: int = 0
     gathers: int = 0
+    effect: float = 0.0
     failure: str = ""
 
 
-def compare_sharded(rank: int, world: int, names: tuple[str, ...], sequence: bool,
-                    offload: bool) -> dict[str, Sharded]:
-    """The first call of each family; with `sequence` its tokens are split as well."""
+def compare_sharded(rank: int, world: int, names: tuple[str, ...], sequence: bool, offload: bool,
+                    patched: bool) -> dict[str, Sharded]:
+    """The first call of each family; with `sequence` its tokens are split as well, with `patched` it has two LoRAs."""
     mesh = build_mesh(MeshShape(ulysses=world) if sequence else MeshShape(batch=world), CPU)
     results = {}
     for name in names:
         try:
-            with torch.inference_mode():
-                results[name] = _compare(name, mesh, sequence, offload)
+            with torch.no_grad():
+                results[name] = _compare(name, mesh, sequence, offload, patched)
         except Exception:  # told by the test of this family
             results[name] = Sharded(failure=traceback.format_exc())
     return results
 
 
-def _compare(name: str, mesh: Any, sequence: bool, offload: bool) -> Sharded:
+def _compare(name: str, mesh: Any, sequence: bool, offload: bool, patched: bool) -> Sharded:
     family = families()[name]
     model = family.build()
     make = next(iter(family.calls.values()))
     expected = model.apply_model(**make(Draw(3)))
-    weights = {key: parameter.detach() for key, parameter in model.diffusion_model.named_parameters()}
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    mapped = MappedModel(model, {}, CPU, comfy.lora.model_lora_keys_unet(model, {}), shapes)
+    loras = two_loras(shapes) if patched else ()
+    unpatched, effect = expected, 0.0
+    if patched:
+        expected = _patched_by_comfyui(model, loras, make)
+        effect = ((expected - unpatched).std() / expected.std()).item()
     blocks = len(units(model.diffusion_model))
     options = split(model.diffusion_model, mesh).options({}) if sequence else {}
-    with torch.inference_mode(False):
-        report = fsdp.shard(model.diffusion_model, weights, world_axis(mesh), CPU, offload, METHODS)
+    patcher, report = shard_over(mapped, world_axis(mesh), offload)
+    patcher = patcher.clone()
+    for index, (tensors, strength) in enumerate(loras):
+        patcher.add_patches(lora.fitting(f"LoRA {index}", tensors, mapped.lora_keys, shapes), strength)
+    patcher.load(CPU)
     with torch.profiler.profile() if not sequence else nullcontext() as profile:
         actual = model.apply_model(**copied(make(Draw(3))), transformer_options=options)
     counted = profile.key_averages() if profile is not None else ()
     gathers = sum(event.count for event in counted if event.key == "c10d::_allgather_base_")
     error = ((actual - expected).abs().max() / expected.std()).item()
-    return Sharded(error, report, blocks, gathers)
+    return Sharded(error, report, blocks, gathers, effect)
+
+
+def two_loras(shapes: dict[str, tuple[int, ...]]) -> tuple[tuple[dict[str, Tensor], float], ...]:
+    """One of the usual kind, and one of every kind, a layer each, with their strengths."""
+    return (lora_for(shapes, ["lora"], 1), 0.8), (lora_for(shapes, KINDS, 2), -0.6)
+
+
+def _patched_by_comfyui(model: BaseModel, loras: Any, make: Any) -> Tensor:
+    patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+    for tensors, strength in loras:
+        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, dict(tensors), strength, 0)
+    patcher.patch_model(CPU)
+    expected = model.apply_model(**make(Draw(3)))
+    patcher.unpatch_model(CPU)
+    return expected

@@ -1,0 +1,121 @@
+"""The models that a rank holds, told apart by what they were loaded from."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import psutil
+import torch
+
+from raylight.parallel.process_group import smallest
+from raylight.parallel.tokens import TokenState
+
+from . import lora
+from .model import ModelInfo
+from .patcher import RankPatcher
+from .recipe import LoraRecipe, ModelRecipe
+
+logger = logging.getLogger(__name__)
+
+_HOST_RESERVE = 0.1  # of the machine's memory stays free of models that are not in use
+
+
+@dataclass(slots=True)
+class Resident:
+    """A model on this rank, and on it the LoRAs of its last use. `host_bytes` is what it takes of this rank's own
+    memory when it is not on the GPU: nothing, where the mapped file has it all."""
+
+    recipe: ModelRecipe
+    patcher: RankPatcher
+    info: ModelInfo
+    tokens: TokenState | None
+    lora_keys: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    host_bytes: int
+    _loras: tuple[LoraRecipe, ...] = ()
+    _patched: RankPatcher | None = field(default=None)
+
+    def with_loras(self, loras: tuple[LoraRecipe, ...]) -> RankPatcher:
+        """The patcher with these LoRAs and no others; the same object for the same LoRAs, whose weights ComfyUI then
+        leaves as they are. Raises ValueError for a LoRA that does not fit."""
+        if not loras:
+            patched = self.patcher
+        elif self._patched is not None and loras == self._loras:
+            patched = self._patched
+        else:
+            patched = self.patcher.clone()
+            for one in loras:
+                patched.add_patches(lora.read(one, self.lora_keys, self.shapes), one.strength)
+        self._loras, self._patched = loras, patched
+        return patched
+
+
+class Residents:
+    """Models by recipe, the least recently used first. Every method is called on all ranks alike."""
+
+    def __init__(self, device: torch.device, world_size: int) -> None:
+        self._device = device
+        self._world_size = world_size
+        self._models: dict[ModelRecipe, Resident] = {}
+
+    def get(self, recipe: ModelRecipe) -> Resident | None:
+        """The model of a recipe without its LoRAs, from now on the last used."""
+        found = self._models.pop(recipe.without_loras, None)
+        if found is not None:
+            self._models[recipe.without_loras] = found
+        return found
+
+    def add(self, model: Resident) -> None:
+        self._models[model.recipe.without_loras] = model
+
+    def all(self) -> tuple[Resident, ...]:
+        return tuple(self._models.values())
+
+    def make_room_on_host(self, needed: int) -> None:
+        """Let go of models, the least recently used first, until each rank can take `needed` bytes. Collective."""
+        while self._models and not self._fits_on_host(needed):
+            self._drop_for_want_of_memory(next(iter(self._models.values())))
+
+    def make_room_on_device(self, used: Resident) -> None:
+        """Move models to the CPU, the least recently used first, until `used` fits on the GPU. Collective."""
+        if self._device.type == "cpu":
+            return
+        for other in [model for model in self._models.values() if model is not used]:
+            missing = used.patcher.model_size() - used.patcher.loaded_size()
+            needed = missing + comfy.model_management.minimum_inference_memory()
+            if used.patcher.get_free_memory(self._device) >= needed:
+                return
+            if not self._fits_on_host(other.host_bytes):
+                self._drop_for_want_of_memory(other)
+            elif other.patcher.loaded_size() > 0:
+                logger.info("%s is moved to the CPU to make room for %s", other.recipe.name, used.recipe.name)
+                comfy.model_management.unload_model_and_clones(other.patcher)
+
+    def drop(self, model: Resident) -> None:
+        """Forget a model and give its memory back."""
+        del self._models[model.recipe.without_loras]
+        # Not by unloading it, which would first make a copy on the CPU.
+        loaded = comfy.model_management.current_loaded_models
+        loaded[:] = [one for one in loaded if one.model is None or not one.model.is_clone(model.patcher)]
+        model.patcher = model._patched = None
+        gc.collect()  # hooks, and FSDP's states, refer to the modules that hold them
+        comfy.model_management.soft_empty_cache()
+
+    def clear(self) -> None:
+        for model in self.all():
+            self.drop(model)
+
+    def _fits_on_host(self, needed: int) -> bool:
+        if needed == 0:  # nobody has to go, however full the machine is
+            return True
+        memory = psutil.virtual_memory()
+        return smallest(memory.available) >= needed * self._world_size + int(_HOST_RESERVE * memory.total)
+
+    def _drop_for_want_of_memory(self, model: Resident) -> None:
+        logger.info("%s is dropped: memory is short", model.recipe.name)
+        self.drop(model)
