@@ -6,18 +6,21 @@ ranks map a file, the machine holds one copy of it, in the page cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.lora
+import comfy.model_detection
 import comfy.model_patcher
 import comfy.sd
 import torch
 from comfy.model_base import BaseModel
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from raylight.sharding.joined import JoinedRows, JoiningRows
 
 # Files carry flags as tensors of a few elements; what is larger and has no place in the model is a weight.
 _LARGEST_FLAG = 16
@@ -43,7 +46,7 @@ def load_mapped(path: str, model_options: dict[str, Any]) -> MappedModel:
     whatever ComfyUI's loader raises for a file that is no diffusion model.
     """
     options = model_options | {"offload_device": torch.device("cpu")}
-    with _assigning_patcher(), _WithoutMemory():
+    with _assigning_patcher(), _joining_conversion(), _WithoutMemory():
         patcher = comfy.sd.load_diffusion_model(path, model_options=options)
     base = patcher.model
     _check_complete(base.diffusion_model)
@@ -61,6 +64,8 @@ def _check_complete(diffusion_model: nn.Module) -> None:
     for name, parameter in diffusion_model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"the tensor {name} is missing")
+        if isinstance(parameter, JoinedRows) and not parameter.is_complete:
+            raise ValueError(f"the tensor {name} is joined of several, and one of them is missing")
     for name, module in diffusion_model.named_modules():
         # A layer that may be quantised has no weight until one is loaded.
         if hasattr(module, "quant_format") or hasattr(module, "tensor_class"):
@@ -106,16 +111,33 @@ class _WithoutMemory(TorchFunctionMode):
 
 @contextmanager
 def _assigning_patcher() -> Iterator[None]:
-    """ComfyUI's `main.py` chooses its patcher class by setting this name, and a worker does not run `main.py`.
+    """ComfyUI's `main.py` chooses its patcher class by setting this name, and a worker does not run `main.py`."""
+    with _replaced(comfy.model_patcher, "CoreModelPatcher", lambda _: _AssigningPatcher):
+        yield
 
-    Raises RuntimeError where ComfyUI no longer has it.
-    """
-    standard = getattr(comfy.model_patcher, "CoreModelPatcher", None)
+
+@contextmanager
+def _joining_conversion() -> Iterator[None]:
+    """Files with diffusers' names: what ComfyUI puts together of several tensors stays in the file, too."""
+    def joining(convert: Any) -> Any:
+        def convert_without_memory(*args: Any, **kwargs: Any) -> Any:
+            with JoiningRows():
+                return convert(*args, **kwargs)
+        return convert_without_memory
+
+    with _replaced(comfy.model_detection, "convert_diffusers_mmdit", joining):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """Let a name of ComfyUI's be another thing for a while. Raises RuntimeError where ComfyUI no longer has it."""
+    standard = getattr(module, name, None)
     if standard is None:
-        raise RuntimeError("this ComfyUI has no comfy.model_patcher.CoreModelPatcher, by which workers load a model "
-                           "without a copy: update Raylight")
-    comfy.model_patcher.CoreModelPatcher = _AssigningPatcher
+        raise RuntimeError(f"this ComfyUI has no {module.__name__}.{name}, by which workers load a model without a "
+                           f"copy: update Raylight")
+    setattr(module, name, replacement(standard))
     try:
         yield
     finally:
-        comfy.model_patcher.CoreModelPatcher = standard
+        setattr(module, name, standard)

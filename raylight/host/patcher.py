@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raylight.parallel.process_group import smallest
+from raylight.sharding.joined import JoinedRows
 
 from .mapped import MappedModel, set_parameter
 
@@ -54,13 +55,13 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
 
 def whole(mapped: MappedModel, offload_device: torch.device) -> tuple[RankPatcher, int]:
     """A patcher of all the weights of a mapped model. Those that are to have another dtype than in the file become a
-    copy of this rank's own, of so many bytes."""
+    copy of this rank's own, of so many bytes, and so do those that the file has in several tensors."""
     diffusion_model = mapped.model.diffusion_model
     own_bytes = 0
     for name, parameter in list(diffusion_model.named_parameters()):
         dtype = mapped.dtypes.get(name, parameter.dtype)
-        if parameter.dtype != dtype:
-            own = parameter.detach().to(dtype)
+        if isinstance(parameter, JoinedRows) or parameter.dtype != dtype:
+            own = parameter.detach()[...].to(dtype)
             own_bytes += own.nbytes
             set_parameter(diffusion_model, name, own)
     patcher = RankPatcher(mapped.model, mapped.load_device, offload_device)

@@ -25,7 +25,7 @@ from .job import SampleJob
 from .model import ModelInfo
 from .patcher import whole
 from .recipe import OFFLOADED, WHOLE, ModelRecipe
-from .residents import Resident, Residents
+from .residents import Held, Resident, Residents
 from .sharded import shard_over
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,9 @@ class ModelService:
         """Let go of every model."""
         self._models.clear()
 
-    def held(self, run: Run) -> tuple[str, ...]:
-        """The names of the model files that are held, the least recently used first."""
-        return tuple(model.recipe.name for model in self._models.all())
+    def held(self, run: Run) -> tuple[Held, ...]:
+        """The models that this rank holds, the least recently used first."""
+        return tuple(Held(model.recipe.name, model.host_bytes) for model in self._models.all())
 
     def _hold(self, run: Run, recipe: ModelRecipe) -> Resident:
         held = self._models.get(recipe)

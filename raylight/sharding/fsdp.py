@@ -59,8 +59,9 @@ def shard(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, dev
     replicated = _replicated(model, mesh.size())
     whole_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for name, parameter in list(model.named_parameters()):
-        stays = name in replicated
-        value = _copy(weights[name], parameter.dtype, device) if stays else torch.empty_like(parameter, device="meta")
+        value = torch.empty_like(parameter, device="meta")
+        if name in replicated:
+            value = _copy(weights[name][...], parameter.dtype, device)
         _set(model, name, nn.Parameter(value, requires_grad=False))
     for name, buffer in list(model.named_buffers()):
         _set(model, name, buffer.detach().to(device))  # a buffer can be made of a parameter, in PixArt

@@ -51,7 +51,7 @@ def model_of(path: Path, sharding: str = WHOLE, *loras: tuple[Path, float]) -> R
 
 
 def held() -> tuple[str, ...]:
-    return current.session(WORKERS.config, boot.service_spec()).run("held")
+    return tuple(model.name for model in current.session(WORKERS.config, boot.service_spec()).run("held"))
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED, OFFLOADED])
