@@ -7,8 +7,10 @@ and freed after it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +75,8 @@ def shard(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, dev
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     sharded_bytes = _fill(model, weights, mesh, device, offload)
-    _prefetch(list(blocks.values()))
+    if not offload:  # with it FSDP2 itself copies the next block to the GPU, on another stream, while one computes
+        _prefetch(model, list(blocks.values()))
     for module in (*blocks.values(), model):
         _gather_as_bytes(module)
     replicated_bytes = sum(parameter.numel() * parameter.element_size() for parameter in ignored)
@@ -129,10 +132,19 @@ def _copy(source: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
 
 
-def _prefetch(blocks: list[nn.Module]) -> None:
-    for block, following in zip(blocks, blocks[1:], strict=False):
-        assert isinstance(block, FSDPModule)
-        block.set_modules_to_forward_prefetch([following])
+def _prefetch(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Start to gather each block when the one before it, or the model, begins.
+
+    On the stream of computation, where a gathered block's buffer is freed once it is copied out:
+    `set_modules_to_forward_prefetch` keeps it for a block longer, so that the GPU holds four blocks and not two.
+    """
+    for module, following in zip((model, *blocks), blocks, strict=False):
+        module.register_forward_pre_hook(functools.partial(_gather_ahead, following))
+
+
+def _gather_ahead(following: nn.Module, *_: Any) -> None:
+    assert isinstance(following, FSDPModule)
+    following.unshard(async_op=True)
 
 
 def _gather_as_bytes(module: nn.Module) -> None:

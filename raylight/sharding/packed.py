@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+# Of all 8-bit parts: not every version of FSDP2 takes integers. Bytes are only ever copied.
+HELD_AS = torch.float8_e4m3fn
+
 _RECIPES = "_packed_weights"
 
 
@@ -30,8 +33,8 @@ class _Recipe:
 def take_apart(model: nn.Module) -> None:
     """Replace each parameter that is made of tensors by its parts, as parameters of the same module.
 
-    The part `p` of a parameter `w` becomes `w.p`'s namesake `w_p`; 8-bit parts are held as bytes. The parameter
-    itself turns into an attribute that puts the parts together, which fails while they are split.
+    The part `p` of a parameter `w` becomes a parameter `w_p`; 8-bit parts are held as `HELD_AS`. `w` itself turns into
+    an attribute that puts the parts together, which fails while they are split.
     """
     for module in list(model.modules()):
         packed = {name: parameter for name, parameter in module.named_parameters(recurse=False)
@@ -62,9 +65,9 @@ def parts_of(module: nn.Module, name: str) -> dict[str, str]:
 
 
 def parts_as_held(value: Tensor) -> dict[str, Tensor]:
-    """The parts of a tensor that is made of tensors, 8-bit ones as bytes."""
+    """The parts of a tensor that is made of tensors, 8-bit ones as `HELD_AS`."""
     parts = {part: getattr(value, part).detach() for part in value.__tensor_flatten__()[0]}
-    return {name: part.view(torch.uint8) if part.dtype.itemsize == 1 else part for name, part in parts.items()}
+    return {name: part.view(HELD_AS) if part.dtype.itemsize == 1 else part for name, part in parts.items()}
 
 
 def put_together(module: nn.Module, name: str, parts: dict[str, Tensor]) -> Tensor:
