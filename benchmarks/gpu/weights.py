@@ -7,7 +7,7 @@ All ranks share one GPU, over gloo, so one card is enough; times therefore say n
 The model is Wan at eight heads. `whole`, `LoRA`: relative L2 to ComfyUI's result, without LoRAs and with two of them,
 of every kind; `effect`: how much they change it. `removed`, `moved`: the result is to the last bit what it was, after
 the LoRAs are taken away, and after the weights went to the CPU and back. `share`: of the weights, on each rank. The
-memory is that of blocks of Wan 14B.
+memory is that of blocks of Wan 14B; gloo, unlike NCCL, takes one block of it for a copy of its own.
 """
 
 from __future__ import annotations

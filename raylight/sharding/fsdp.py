@@ -75,8 +75,9 @@ def shard(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, dev
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     sharded_bytes = _fill(model, weights, mesh, device, offload)
-    if not offload:  # with it FSDP2 itself copies the next block to the GPU, on another stream, while one computes
-        _prefetch(model, list(blocks.values()))
+    # Shards on the host are copied to the GPU on a stream of their own, while a block computes.
+    stream = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
+    _prefetch(model, list(blocks.values()), stream)
     for module in (*blocks.values(), model):
         _gather_as_bytes(module)
     replicated_bytes = sum(parameter.numel() * parameter.element_size() for parameter in ignored)
@@ -132,19 +133,25 @@ def _copy(source: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
 
 
-def _prefetch(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """Start to gather each block when the one before it, or the model, begins.
+def _prefetch(model: nn.Module, blocks: list[nn.Module], stream: torch.cuda.Stream | None) -> None:
+    """Start to gather each block when the one before it, or the model, begins; on `stream` if there is one.
 
-    On the stream of computation, where a gathered block's buffer is freed once it is copied out:
-    `set_modules_to_forward_prefetch` keeps it for a block longer, so that the GPU holds four blocks and not two.
+    So the GPU holds the block that computes and the one that is gathered. FSDP2's own
+    `set_modules_to_forward_prefetch` keeps what it gathered for a block longer, next to its copy.
     """
     for module, following in zip((model, *blocks), blocks, strict=False):
-        module.register_forward_pre_hook(functools.partial(_gather_ahead, following))
+        module.register_forward_pre_hook(functools.partial(_gather_ahead, following, stream))
 
 
-def _gather_ahead(following: nn.Module, *_: Any) -> None:
+def _gather_ahead(following: nn.Module, stream: torch.cuda.Stream | None, *_: Any) -> None:
     assert isinstance(following, FSDPModule)
-    following.unshard(async_op=True)
+    if stream is None:
+        following.unshard(async_op=True)
+        return
+    # What was gathered before lay in this stream's memory, and is still being copied out of it.
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        following.unshard(async_op=True)
 
 
 def _gather_as_bytes(module: nn.Module) -> None:
