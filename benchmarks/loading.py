@@ -19,6 +19,7 @@ import json
 import multiprocessing as mp
 import os
 import statistics
+import struct
 import sys
 import tempfile
 import threading
@@ -39,6 +40,7 @@ comfy_args.cpu = True  # before ComfyUI's modules choose a device
 HEADS, HEAD_WIDTH = 40, 128
 TEXT_WIDTH = 4096
 LATENT = (1, 16, 1, 8, 8)
+FORMS = ("bf16", "scaled fp8")
 
 
 @dataclass(frozen=True)
@@ -53,35 +55,46 @@ class Row:
 
 
 def write_checkpoint(path: Path, size: int, scaled_fp8: bool) -> None:
-    """Blocks of Wan 14B until the file has `size` bytes."""
+    """Blocks of Wan 14B until the file has `size` bytes, written piece by piece."""
     import comfy.ldm.wan.model
     import comfy.ops
     import torch
-    from safetensors.torch import save_file
 
     pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)) * (HEADS * HEAD_WIDTH) ** -0.5
     scaled, plain = (pool * 64).to(torch.float8_e4m3fn), pool if scaled_fp8 else pool.bfloat16()
+    sources = {"F8_E4M3": scaled, "F32": plain} if scaled_fp8 else {"BF16": plain}
+    data = {dtype: source.view(torch.uint8).numpy().tobytes() for dtype, source in sources.items()}
 
-    def tensors(layers: int) -> dict[str, torch.Tensor]:
+    def entries(layers: int) -> list[tuple[str, str, list[int], int]]:
+        """Name, dtype, shape and bytes of every tensor."""
         model = comfy.ldm.wan.model.WanModel(
             model_type="t2v", in_dim=16, out_dim=16, dim=HEADS * HEAD_WIDTH, ffn_dim=13824, freq_dim=256,
             text_dim=TEXT_WIDTH, num_heads=HEADS, num_layers=layers, dtype=torch.bfloat16, device="meta",
             operations=comfy.ops.disable_weight_init)
-        result = {}
+        found = []
         for name, parameter in model.state_dict().items():
             fp8 = scaled_fp8 and parameter.ndim == 2 and "blocks." in name
-            source = scaled if fp8 else plain
-            repeats = -(-parameter.numel() // len(source))
-            result[name] = source.repeat(repeats)[: parameter.numel()].view(parameter.shape)
+            dtype = "F8_E4M3" if fp8 else next(key for key in sources if key != "F8_E4M3")
+            found.append((name, dtype, list(parameter.shape), parameter.numel() * sources[dtype].itemsize))
             if fp8:
-                result[name.removesuffix("weight") + "scale_weight"] = torch.tensor(1 / 64)
-        return result | ({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)} if scaled_fp8 else {})
+                found.append((name.removesuffix("weight") + "scale_weight", "F32", [], 4))
+        return found + ([("scaled_fp8", "F8_E4M3", [2], 2)] if scaled_fp8 else [])
 
-    def bytes_of(layers: int) -> int:
-        return sum(tensor.nbytes for tensor in tensors(layers).values())
-
-    one = bytes_of(1)
-    save_file(tensors(max(1, -(-(size - one) // (bytes_of(2) - one)) + 1)), path)
+    sizes = [sum(entry[3] for entry in entries(layers)) for layers in (1, 2)]
+    chosen = entries(1 + max(0, -(-(size - sizes[0]) // (sizes[1] - sizes[0]))))
+    header, offset = {}, 0
+    for name, dtype, shape, count in chosen:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + count]}
+        offset += count
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, dtype, _, count in chosen:
+            if name.endswith("scale_weight"):
+                file.write(struct.pack("<f", 1 / 64))
+                continue
+            while count > 0:
+                count -= file.write(data[dtype][:count])
 
 
 class Memory:
@@ -178,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=6.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to put the checkpoints, and find those of a run before")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
@@ -186,7 +200,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         figures = {form: _measure(folder / f"{form.replace(' ', '-')}-{options.gib}.safetensors", form, options)
-                   for form in ("bf16", "scaled fp8")}
+                   for form in options.forms}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 

@@ -168,6 +168,10 @@ class ComfyServer:
         """Cancel what runs, or only if it is this prompt. Returns at once: the prompt ends when its node looks."""
         self._post("/interrupt", {} if prompt_id is None else {"prompt_id": prompt_id})
 
+    def free(self) -> None:
+        """Have ComfyUI unload models and empty its cache when no prompt runs, as the buttons in its frontend do."""
+        self._post("/free", {"unload_models": True, "free_memory": True})
+
     @contextmanager
     def listen(self) -> Iterator[Listener]:
         """Collect what it tells of the prompts submitted here: progress, previews, errors. One listener at a time."""

@@ -10,7 +10,7 @@ from comfy_cases import CASES, checkpoint, sample_on_workers, sample_stock
 
 from raylight.cluster.config import SessionConfig
 from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import SHARDED, ModelRecipe
+from raylight.host.recipe import SHARDED, WEIGHT_DTYPES, ModelRecipe
 from raylight.parallel.shape import MeshShape
 
 TOLERANCE = 1e-4
@@ -46,7 +46,7 @@ def stock_results() -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "bf16"])
+@pytest.mark.parametrize("weight_dtype", [dtype for dtype in WEIGHT_DTYPES if dtype != "default"])
 def test_split_weights_are_those_of_comfyui_in_every_dtype(weight_dtype: str, folder: Path) -> None:
     case = CASES["Wan T2V"]
     path = str(checkpoint(folder, case))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from loras import lora_for
+from safetensors.torch import load_file, save_file
 
 from raylight.demo.comfy_listener import Event, Listener, Message
 from raylight.demo.comfy_replies import PromptFailed, PromptInterrupted, PromptRejected
@@ -19,6 +21,8 @@ from raylight.demo.tiny import write_checkpoint
 
 pytestmark = pytest.mark.slow
 
+LORAS = (("first.safetensors", 0.8), ("second.safetensors", -0.5))
+FREED = "the workers have let go of their models"
 JOB = Sampling("wan.safetensors", width=144, height=112, frames=5, steps=4)
 
 
@@ -30,7 +34,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
     write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
     (models / "broken.safetensors").write_bytes((models / "wan.safetensors").read_bytes()[:100_000])
-    with ComfyServer(work, model_paths={"diffusion_models": models, "datasets": prompts},
+    shapes = {f"diffusion_model.{name}": tuple(tensor.shape)
+              for name, tensor in load_file(models / "wan.safetensors").items()}
+    for seed, (name, _) in enumerate(LORAS):
+        save_file(lora_for(shapes, ["lora", "loha"], seed), models / name)
+    with ComfyServer(work, model_paths={"diffusion_models": models, "loras": models, "datasets": prompts},
                      extra_args=["--preview-method", "latent2rgb"]) as running:
         yield running
 
@@ -108,6 +116,40 @@ def test_another_number_of_workers_starts_anew(server: ComfyServer, reference: t
 
 def test_a_ring_gives_the_same_picture(server: ComfyServer, reference: torch.Tensor) -> None:
     assert_same(latent(server, on_workers(JOB, 2, ulysses_degree=1, ring_degree=2)), reference)
+
+
+@pytest.mark.parametrize("FSDP", [False, True])
+def test_loras_in_a_graph(FSDP: bool, server: ComfyServer, reference: torch.Tensor) -> None:
+    plain = stock(JOB)
+    for index, (name, strength) in enumerate(LORAS):
+        plain[f"lora {index}"] = {"class_type": "LoraLoaderModelOnly", "inputs": {
+            "model": [f"lora {index - 1}" if index else "model", 0], "lora_name": name, "strength_model": strength}}
+    plain["sample"]["inputs"]["model"] = ["lora 1", 0]
+    expected = latent(server, plain)
+    assert (expected - reference).std() > 0.02 * reference.std()
+
+    parallel = on_workers(JOB, 2, FSDP=FSDP)
+    for index, (name, strength) in enumerate(LORAS):
+        before = {"prev_ray_lora": [f"lora {index - 1}", 0]} if index else {}
+        parallel[f"lora {index}"] = {"class_type": "RayLoraLoader", "inputs": {
+            "lora_name": name, "strength_model": strength, **before}}
+    parallel["model"]["inputs"]["lora"] = ["lora 1", 0]
+    assert_same(latent(server, parallel), expected)
+    parallel["lora 0"]["inputs"]["strength_model"] = parallel["lora 1"]["inputs"]["strength_model"] = 0.0
+    assert_same(latent(server, parallel), reference)
+
+
+def test_freeing_memory_reaches_the_workers(server: ComfyServer, reference: torch.Tensor) -> None:
+    latent(server, on_workers(replace(JOB, seed=9), 2))
+    seen = server.log.read_text("utf-8", errors="replace").count(FREED)
+    server.free()
+    deadline = time.monotonic() + 20
+    while server.log.read_text("utf-8", errors="replace").count(FREED) == seen:
+        assert time.monotonic() < deadline, "the workers were not told"
+        time.sleep(0.2)
+    before = started(server)
+    assert_same(latent(server, on_workers(JOB, 2)), reference)
+    assert started(server) == before
 
 
 def test_rejects_degrees_before_anything_runs(server: ComfyServer) -> None:
