@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _ours = False
 _guard: subprocess.Popen | None = None
+_not_rays: frozenset[str] = frozenset()  # what ComfyUI and other packs had started before
 
 
 def connect(config: SessionConfig) -> None:
@@ -24,10 +25,11 @@ def connect(config: SessionConfig) -> None:
 
     Raises ConnectionError when the cluster at `config.address` does not answer.
     """
-    global _ours
+    global _ours, _not_rays
     if ray.is_initialized():
         return
     _ours = True
+    _not_rays = reaper.family()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _bind_to_loopback(config.is_local)
     if config.is_local:
@@ -88,7 +90,7 @@ def guard() -> None:
     """Have everything that the local Ray has started by now end with this process, even when it is killed."""
     global _guard
     if _ours and _guard is None:
-        _guard = reaper.guard()
+        _guard = reaper.guard(_not_rays)
 
 
 def has_room(config: SessionConfig) -> bool:

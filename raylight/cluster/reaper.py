@@ -17,14 +17,19 @@ logger = logging.getLogger(__name__)
 GRACE_S = 3.0
 
 
-def guard() -> subprocess.Popen:
-    """Start a guard over all processes that this one has started; they end when it ends, however it ends.
+def family() -> frozenset[str]:
+    """The processes that this one has started, and theirs, by number and time of birth."""
+    return frozenset(f"{child.pid}:{child.create_time()}" for child in psutil.Process().children(recursive=True))
+
+
+def guard(others: frozenset[str]) -> subprocess.Popen:
+    """Start a guard over the processes that this one has started but for `others`, which are not Ray's; they end when
+    it ends, however it ends.
 
     The guard goes by itself when its standard input is closed.
     """
-    family = [f"{child.pid}:{child.create_time()}" for child in psutil.Process().children(recursive=True)]
     return subprocess.Popen(
-        [sys.executable, __file__, *family], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        [sys.executable, __file__, *sorted(family() - others)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     )
 

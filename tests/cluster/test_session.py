@@ -55,6 +55,19 @@ def test_an_argument_travels_once() -> None:
     assert session.run("same_object", b"x" * 300_000) is True
 
 
+def test_closing_ends_no_process_that_is_not_rays() -> None:
+    current.close()
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        current.session(config(), SERVICE)
+        current.close()
+        time.sleep(1)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_the_session_is_kept_until_its_configuration_changes() -> None:
     first = current.session(config(), SERVICE)
     assert current.session(config(), SERVICE) is first
