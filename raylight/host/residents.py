@@ -89,27 +89,26 @@ class Residents:
         while self._models and not self._fits_on_host(needed):
             self._drop_for_want_of_memory(next(iter(self._models.values())))
 
-    def make_room_on_device(self, used: Resident) -> None:
-        """Move models to the CPU, the least recently used first, until `used` fits on the GPU. Collective."""
+    def make_room_on_device(self, needed: int, used: Resident | None = None) -> None:
+        """Move models other than `used` to the CPU, the least recently used first, until the GPU has `needed` bytes
+        free beside what sampling takes. Collective."""
         if self._device.type == "cpu":
             return
+        needed += comfy.model_management.minimum_inference_memory()
         for other in [model for model in self._models.values() if model is not used]:
-            missing = used.patcher.model_size() - used.patcher.loaded_size()
-            needed = missing + comfy.model_management.minimum_inference_memory()
-            if used.patcher.get_free_memory(self._device) >= needed:
+            if other.patcher.get_free_memory(self._device) >= needed:
                 return
             if not self._fits_on_host(other.host_bytes):
                 self._drop_for_want_of_memory(other)
             elif other.patcher.loaded_size() > 0:
-                logger.info("%s is moved to the CPU to make room for %s", other.recipe.name, used.recipe.name)
-                comfy.model_management.unload_model_and_clones(other.patcher)
+                logger.info("%s is moved to the CPU to make room for another model", other.recipe.name)
+                self._forget_as_loaded(other)
+                other.patcher.detach()
 
     def drop(self, model: Resident) -> None:
         """Forget a model and give its memory back."""
         del self._models[model.recipe.without_loras]
-        # Not by unloading it, which would first make a copy on the CPU.
-        loaded = comfy.model_management.current_loaded_models
-        loaded[:] = [one for one in loaded if one.model is None or not one.model.is_clone(model.patcher)]
+        self._forget_as_loaded(model)  # to unload it would first make a copy on the CPU
         model.patcher = model._patched = None
         gc.collect()  # hooks, and FSDP's states, refer to the modules that hold them
         comfy.model_management.soft_empty_cache()
@@ -117,6 +116,12 @@ class Residents:
     def clear(self) -> None:
         for model in self.all():
             self.drop(model)
+
+    @staticmethod
+    def _forget_as_loaded(model: Resident) -> None:
+        # Not every model is in ComfyUI's list: shards are on the GPU before they are sampled for the first time.
+        loaded = comfy.model_management.current_loaded_models
+        loaded[:] = [one for one in loaded if one.model is None or not one.model.is_clone(model.patcher)]
 
     def _fits_on_host(self, needed: int) -> bool:
         if needed == 0:  # nobody has to go, however full the machine is

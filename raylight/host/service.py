@@ -24,7 +24,7 @@ from . import attention_door, attention_hook, model, patch_hook, sampling
 from .job import SampleJob
 from .model import ModelInfo
 from .patcher import whole
-from .recipe import OFFLOADED, WHOLE, ModelRecipe
+from .recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe
 from .residents import Held, Resident, Residents
 from .sharded import shard_over
 
@@ -55,7 +55,7 @@ class ModelService:
         """
         held = self._hold(run, job.recipe)
         patcher = held.with_loras(job.recipe.loras).clone()
-        self._models.make_room_on_device(held)
+        self._models.make_room_on_device(patcher.model_size() - patcher.loaded_size(), held)
         if held.tokens is not None:
             attention = SequenceAttention(held.tokens, self._strategy(job.strategy),
                                           sequence_axis(self._context.mesh).get_group())
@@ -78,7 +78,10 @@ class ModelService:
         held = self._models.get(recipe)
         if held is None:
             if recipe.sharding != WHOLE:
-                self._models.make_room_on_host(recipe.size // self._context.world_size)
+                share = recipe.size // self._context.world_size
+                self._models.make_room_on_host(share)
+                if recipe.sharding == SHARDED:
+                    self._models.make_room_on_device(share)
             held = self._place(recipe.without_loras)
             self._models.add(held)
             logger.info("rank %d holds %s", run.rank, recipe.name)

@@ -43,6 +43,12 @@ class Patcher:
     def get_free_memory(self, _: torch.device) -> int:
         return self.machine.gpu
 
+    def detach(self) -> None:
+        self.on_gpu = False
+        self.machine.gpu += self.size
+        self.machine.host -= self.size
+        self.machine.moved.append(self.name)
+
     def is_clone(self, other: object) -> bool:
         return self is other
 
@@ -50,14 +56,6 @@ class Patcher:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(gpu=4 * GB, host=100 * GB)
-
-    def unload(patcher: Patcher) -> None:
-        patcher.on_gpu = False
-        machine.gpu += patcher.size
-        machine.host -= patcher.size
-        machine.moved.append(patcher.name)
-
-    monkeypatch.setattr(comfy.model_management, "unload_model_and_clones", unload)
     monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: GB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=machine.host, total=100 * GB))
     return machine
@@ -81,14 +79,20 @@ def test_the_least_recently_used_go_to_the_cpu_until_the_model_fits(machine: Mac
     models, _ = three(machine, "cuda")
     new = resident(machine, "d", 12 * GB, on_gpu=False)
     models.add(new)
-    models.make_room_on_device(new)
+    models.make_room_on_device(12 * GB, new)
     assert machine.moved == ["b", "c"]
     assert [model.recipe.name for model in models.all()] == ["b", "c", "a", "d"]
 
 
+def test_room_for_a_model_that_is_yet_to_come(machine: Machine) -> None:
+    models, _ = three(machine, "cuda")
+    models.make_room_on_device(6 * GB)
+    assert machine.moved == ["b"]
+
+
 def test_what_fits_moves_nothing(machine: Machine) -> None:
     models, entries = three(machine, "cuda")
-    models.make_room_on_device(entries[0])
+    models.make_room_on_device(0, entries[0])
     assert machine.moved == []
 
 
@@ -97,7 +101,7 @@ def test_without_host_memory_models_are_dropped_instead(machine: Machine) -> Non
     machine.host = 12 * GB  # 10 % stay free
     new = resident(machine, "d", 6 * GB, on_gpu=False)
     models.add(new)
-    models.make_room_on_device(new)
+    models.make_room_on_device(6 * GB, new)
     assert "b" not in [model.recipe.name for model in models.all()]
     assert machine.moved == []
 
