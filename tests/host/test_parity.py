@@ -55,4 +55,4 @@ def test_split_weights_are_those_of_comfyui_in_every_dtype(weight_dtype: str, fo
     split = sample_on_workers(RayModel(workers, ModelRecipe.of(path, weight_dtype, SHARDED)), case)
     assert torch.equal(split, whole)
     default = sample_on_workers(RayModel(workers, ModelRecipe.of(path, "default")), case)
-    assert (whole - default).std() > 1e-3 * default.std(), "the dtype changes nothing"
+    assert (whole - default).std() > 1e-4 * default.std(), "the dtype changes nothing"
