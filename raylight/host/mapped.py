@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.model_detection
@@ -22,6 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from raylight.sharding.joined import JoinedRows, JoiningRows
 
+if TYPE_CHECKING:
+    from .gguf import GgmlTensors
+
 # Files carry flags as tensors of a few elements; what is larger and has no place in the model is a weight.
 _LARGEST_FLAG = 16
 
@@ -30,24 +33,30 @@ _LARGEST_FLAG = 16
 class MappedModel:
     """`model` has parameters in the dtype of the file, read from it only when used; `dtypes` are those that they are
     to have, by name. `lora_keys` maps names in LoRA files to the model's weights, and `shapes` has these weights' by
-    their names in the state dict, as ComfyUI's patcher takes them."""
+    their names in the state dict, as ComfyUI's patcher takes them. `ggml` knows quantised weights of a GGUF file."""
 
     model: BaseModel
     dtypes: Mapping[str, torch.dtype]
     load_device: torch.device
     lora_keys: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    ggml: GgmlTensors | None = None
 
 
 def load_mapped(path: str, model_options: dict[str, Any]) -> MappedModel:
-    """Detect and build the model of a file.
+    """Detect and build the model of a file. Raises as `map_with`."""
+    return map_with(lambda options: comfy.sd.load_diffusion_model(path, model_options=options), model_options)
+
+
+def map_with(load: Callable[[dict[str, Any]], Any], model_options: dict[str, Any]) -> MappedModel:
+    """The model that a loader of ComfyUI's makes with these options.
 
     Raises ValueError naming the first tensor that the model needs and the file lacks, or that it has in excess;
     whatever ComfyUI's loader raises for a file that is no diffusion model.
     """
     options = model_options | {"offload_device": torch.device("cpu")}
     with _assigning_patcher(), _joining_conversion(), _WithoutMemory():
-        patcher = comfy.sd.load_diffusion_model(path, model_options=options)
+        patcher = load(options)
     base = patcher.model
     _check_complete(base.diffusion_model)
     shapes = {name: tuple(tensor.shape) for name, tensor in base.named_parameters()}

@@ -13,6 +13,7 @@ import torch
 from comfy.model_base import BaseModel
 from safetensors import SafetensorError
 
+from .gguf import load_gguf
 from .mapped import MappedModel, load_mapped
 from .recipe import ModelRecipe
 
@@ -31,6 +32,8 @@ def map_file(recipe: ModelRecipe) -> MappedModel:
 
     Raises ValueError, naming the file, when it cannot be a diffusion model."""
     with errors_of(recipe):
+        if recipe.gguf_pack:
+            return load_gguf(recipe.path, recipe.gguf_pack)
         return load_mapped(recipe.path, _options(recipe.weight_dtype))
 
 

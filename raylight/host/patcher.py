@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from raylight.parallel.process_group import smallest
-from raylight.sharding.joined import JoinedRows
-
-from .mapped import MappedModel, set_parameter
 
 # As ComfyUI names and makes the entries of `ModelPatcher.backup`.
-_Backup = namedtuple("Dimension", ["weight", "inplace_update"])
+Backup = namedtuple("Dimension", ["weight", "inplace_update"])
 
 
 class RankPatcher(comfy.model_patcher.ModelPatcher):
@@ -42,7 +39,11 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
     def back_up(self) -> None:
         """Let the weights in the file be what ComfyUI goes back to."""
         for key, weight in self.mapped.items():
-            self.backup.setdefault(key, _Backup(weight, False))
+            self.backup.setdefault(key, Backup(self.in_file(weight), False))
+
+    def in_file(self, weight: Tensor) -> Tensor:
+        """A weight of the file as the model can have it in its place."""
+        return weight
 
     def get_free_memory(self, device: torch.device) -> int:
         """Free bytes on the fullest rank. Collective.
@@ -51,21 +52,3 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
         collectives of different shapes.
         """
         return smallest(int(super().get_free_memory(device)))
-
-
-def whole(mapped: MappedModel, offload_device: torch.device) -> tuple[RankPatcher, int]:
-    """A patcher of all the weights of a mapped model. Those that are to have another dtype than in the file become a
-    copy of this rank's own, of so many bytes, and so do those that the file has in several tensors."""
-    diffusion_model = mapped.model.diffusion_model
-    own_bytes = 0
-    for name, parameter in list(diffusion_model.named_parameters()):
-        dtype = mapped.dtypes.get(name, parameter.dtype)
-        if isinstance(parameter, JoinedRows) or parameter.dtype != dtype:
-            own = parameter.detach()[...].to(dtype)
-            own_bytes += own.nbytes
-            set_parameter(diffusion_model, name, own)
-    patcher = RankPatcher(mapped.model, mapped.load_device, offload_device)
-    patcher.mapped = {f"diffusion_model.{name}": parameter.detach()
-                      for name, parameter in diffusion_model.named_parameters()}
-    patcher.back_up()
-    return patcher, own_bytes

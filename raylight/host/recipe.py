@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 # Where a rank's weights are: all of them on each rank's device, or a part of each on the device or on the host.
 WHOLE, SHARDED, OFFLOADED = "whole", "sharded", "offloaded"
+GGUF = ".gguf"
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16")
 
 
@@ -37,7 +38,7 @@ class ModelRecipe:
     weights.
 
     `size` (bytes) and `modified_ns` tell a file from its replacement under the same name. `sharding` is WHOLE, SHARDED
-    or OFFLOADED.
+    or OFFLOADED. `gguf_pack` is the folder of the ComfyUI-GGUF that reads a GGUF file, and empty for any other.
     """
 
     path: str
@@ -46,15 +47,27 @@ class ModelRecipe:
     modified_ns: int
     sharding: str = WHOLE
     loras: tuple[LoraRecipe, ...] = ()
+    gguf_pack: str = ""
 
     @classmethod
-    def of(cls, path: str, weight_dtype: str, sharding: str = WHOLE,
-           loras: tuple[LoraRecipe, ...] = ()) -> ModelRecipe:
-        """The recipe of a file as it is now. Raises FileNotFoundError or ValueError."""
+    def of(cls, path: str, weight_dtype: str, sharding: str = WHOLE, loras: tuple[LoraRecipe, ...] = (),
+           gguf_pack: str = "") -> ModelRecipe:
+        """The recipe of a file as it is now. `gguf_pack` is the folder of ComfyUI-GGUF, if this ComfyUI has it.
+
+        Raises FileNotFoundError, or ValueError for a dtype that is unknown or that the file cannot have, and for a
+        GGUF file without the pack.
+        """
         if weight_dtype not in WEIGHT_DTYPES:
             raise ValueError(f"weight_dtype = {weight_dtype} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}")
+        if is_gguf(path):
+            if weight_dtype != "default":
+                raise ValueError(f"weight_dtype = {weight_dtype} is not for {os.path.basename(path)}: weights of a "
+                                 f"GGUF file stay quantised as they are there. Choose default")
+            if not gguf_pack:
+                raise ValueError(needs_pack(path))
         status = os.stat(path)
-        return cls(os.path.abspath(path), weight_dtype, status.st_size, status.st_mtime_ns, sharding, loras)
+        return cls(os.path.abspath(path), weight_dtype, status.st_size, status.st_mtime_ns, sharding, loras,
+                   gguf_pack if is_gguf(path) else "")
 
     @property
     def name(self) -> str:
@@ -64,3 +77,14 @@ class ModelRecipe:
     def without_loras(self) -> ModelRecipe:
         """The same weights before any LoRA: what has to be read from the file."""
         return replace(self, loras=())
+
+
+def is_gguf(path: str) -> bool:
+    return path.lower().endswith(GGUF)
+
+
+def needs_pack(path: str) -> str:
+    """What a person is told who has a GGUF file and no ComfyUI-GGUF."""
+    return (f"{os.path.basename(path)} is a GGUF file, which needs the custom node ComfyUI-GGUF; this ComfyUI does not "
+            f"have it, or could not start it, which its log tells. Install it by ComfyUI-Manager or from "
+            f"https://github.com/city96/ComfyUI-GGUF and restart ComfyUI, or choose the model as .safetensors")

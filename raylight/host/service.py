@@ -23,10 +23,10 @@ from raylight.plans import plan_for
 from . import attention_door, attention_hook, model, patch_hook, sampling
 from .job import SampleJob
 from .model import ModelInfo
-from .patcher import whole
 from .recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe
 from .residents import Held, Resident, Residents
 from .sharded import shard_over
+from .whole import whole
 
 logger = logging.getLogger(__name__)
 

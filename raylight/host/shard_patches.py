@@ -3,7 +3,7 @@
 What a patch does to a weight is ComfyUI's `calculate_weight` and `stochastic_rounding`, as in its own patcher. A rank
 computes its own rows where rows do not depend on each other; else every rank gathers that one weight, does what ComfyUI
 does to a whole one, and keeps its rows. The rows as they were stay in host memory, one copy over all ranks, so that
-other patches need no file.
+other patches need no file. Weights of GGUF files stay as they are: their layers add patches when they use them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from raylight.sharding import packed
 from raylight.sharding.rows import gather_rows, rows_of
 
+from .gguf import PatchedOnUse
 from .patch_rows import Patch, of_rows
 
 PREFIX = "diffusion_model."
@@ -34,10 +35,12 @@ _ROUNDED_BY_ROW = (torch.float32, torch.float16, torch.bfloat16)
 class ShardPatches:
     """The patches on one split model, and what its weights were before."""
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:
         self._model = model
         self._mesh = mesh
         self._device = device
+        self._dtype = dtype
+        self._on_use = _patched_on_use(model)
         self._before: dict[str, dict[str, Tensor]] = {}
         self._now: Any = None
 
@@ -47,11 +50,12 @@ class ShardPatches:
         Does nothing when `version` is that of the last call. Raises ValueError, naming the weight, for a patch that
         would change its shape.
         """
-        if self._now == version or (not patches and not self._before):
-            self._now = version
+        if self._now == version:
             return
         self._now = None
         wanted = {key.removeprefix(PREFIX): value for key, value in patches.items() if key.startswith(PREFIX)}
+        for name, weight in self._on_use.items():
+            weight.patches = [(wanted.pop(name), PREFIX + name)] if name in wanted else []
         for name in [name for name in self._before if name not in wanted]:
             self._write(name, self._before.pop(name))
         for name, of_weight in wanted.items():
@@ -81,8 +85,7 @@ class ShardPatches:
         return {"": self._calculated(name, self._gathered(before[""], parameter), patches)[rows]}
 
     def _calculated(self, name: str, weight: Tensor, patches: list[Patch]) -> Tensor:
-        dtype = comfy.model_management.lora_compute_dtype(self._device)
-        start = comfy.model_management.cast_to_device(weight, self._device, dtype, copy=True)
+        start = comfy.model_management.cast_to_device(weight, self._device, self._dtype, copy=True)
         key = PREFIX + name
         out = comfy.lora.calculate_weight(patches, start, key)
         return comfy.float.stochastic_rounding(out, weight.dtype, seed=comfy.utils.string_to_seed(key))
@@ -98,8 +101,7 @@ class ShardPatches:
         key = PREFIX + name
         # Its own functions for this, on a stand-in: the layer itself has no whole weight.
         layer = SimpleNamespace(**{leaf: whole}, layout_type=getattr(module, "layout_type", None))
-        start = comfy.model_management.cast_to_device(
-            whole, self._device, comfy.model_management.lora_compute_dtype(self._device), copy=True)
+        start = comfy.model_management.cast_to_device(whole, self._device, self._dtype, copy=True)
         start = getattr(type(module), f"convert_{leaf}")(layer, start, inplace=True)
         out = comfy.lora.calculate_weight(patches, start, key)
         out = getattr(type(module), f"set_{leaf}")(layer, out, seed=comfy.utils.string_to_seed(key), return_weight=True)
@@ -132,3 +134,10 @@ class ShardPatches:
     def _write(self, name: str, parts: dict[str, Tensor]) -> None:
         for part, held in self._held(name).items():
             held.copy_(parts[part])
+
+
+def _patched_on_use(model: nn.Module) -> dict[str, PatchedOnUse]:
+    """What takes the patches of weights that are not changed themselves, by the names of these weights."""
+    return {f"{path}.{leaf}" if path else leaf: maker
+            for path, module in model.named_modules() for leaf in packed.packed_weights(module)
+            if isinstance(maker := packed.maker_of(module, leaf), PatchedOnUse)}

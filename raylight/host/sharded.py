@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.sharding.fsdp import ShardReport, move, shard
-from raylight.sharding.packed import take_apart
+from raylight.sharding.packed import flattened, take_apart
 
 from .mapped import MappedModel, set_parameter
 from .patcher import RankPatcher
@@ -76,7 +76,7 @@ def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple[Sh
     weights = _on_meta(mapped)
     report = shard(model.diffusion_model, weights, mesh, mapped.load_device, offload, METHODS)
     model.shards_stay_on_cpu = offload
-    model.shard_patches = ShardPatches(model.diffusion_model, mesh, mapped.load_device)
+    model.shard_patches = ShardPatches(model.diffusion_model, mesh, mapped.load_device, _patch_dtype(mapped))
     _tell(report, mesh)
     # The same size on every rank, though rows may be uneven: ranks decide alike by it.
     part = 0 if offload else -(-(report.whole_bytes - report.replicated_bytes) // mesh.size())
@@ -89,12 +89,19 @@ def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple[Sh
 def _on_meta(mapped: MappedModel) -> dict[str, Tensor]:
     """Take the weights out of a model and leave parameters on `meta`, of the dtypes that they are to have."""
     diffusion_model = mapped.model.diffusion_model
-    take_apart(diffusion_model)
+    take_apart(diffusion_model, flattened if mapped.ggml is None else mapped.ggml.unpack)
     weights = {name: parameter.detach() for name, parameter in diffusion_model.named_parameters()}
     for name, weight in weights.items():
         dtype = mapped.dtypes.get(name, weight.dtype)
         set_parameter(diffusion_model, name, torch.empty(weight.shape, dtype=dtype, device="meta"))
     return weights
+
+
+def _patch_dtype(mapped: MappedModel) -> torch.dtype:
+    """What patches are computed in: as ComfyUI does, or with GGUF files as ComfyUI-GGUF does."""
+    if mapped.ggml is not None:
+        return torch.float32
+    return comfy.model_management.lora_compute_dtype(mapped.load_device)
 
 
 def _tell(report: ShardReport, mesh: DeviceMesh) -> None:

@@ -7,6 +7,7 @@ Nothing here knows a quantisation: parts are stored rows, and gathering rows giv
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,35 +22,51 @@ HELD_AS = torch.float8_e4m3fn
 _RECIPES = "_packed_weights"
 
 
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A tensor that was taken apart: its parts by name, and what makes such a tensor of such parts."""
+
+    parts: Parts
+    together: Callable[[Parts], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """How a weight is put together: its class, that class's context, and the parts with their dtypes."""
+    """How a weight is put together, and the parts with their dtypes."""
 
-    kind: type
-    context: Any
+    together: Callable[[Parts], Tensor]
     parts: dict[str, torch.dtype]
 
 
-def take_apart(model: nn.Module) -> None:
-    """Replace each parameter that is made of tensors by its parts, as parameters of the same module.
+def flattened(parameter: Tensor) -> Unpacked | None:
+    """The parts of a tensor that PyTorch knows to be made of tensors; None for any other."""
+    value = parameter.data
+    if not is_traceable_wrapper_subclass(value):
+        return None
+    inner, context = value.__tensor_flatten__()
+    return Unpacked({part: getattr(value, part) for part in inner}, functools.partial(_unflatten, type(value), context))
+
+
+def take_apart(model: nn.Module, unpack: Callable[[Tensor], Unpacked | None] = flattened) -> None:
+    """Replace each parameter that `unpack` knows by its parts, as parameters of the same module.
 
     The part `p` of a parameter `w` becomes a parameter `w_p`; 8-bit parts are held as `HELD_AS`. `w` itself turns into
     an attribute that puts the parts together, which fails while they are split.
     """
     for module in list(model.modules()):
-        packed = {name: parameter for name, parameter in module.named_parameters(recurse=False)
-                  if is_traceable_wrapper_subclass(parameter.data)}
+        unpacked = {name: unpack(parameter) for name, parameter in module.named_parameters(recurse=False)}
+        packed = {name: value for name, value in unpacked.items() if value is not None}
         if not packed:
             continue
         recipes = {}
-        for name, parameter in packed.items():
-            value = parameter.data
-            inner, context = value.__tensor_flatten__()
-            parts = {part: getattr(value, part) for part in inner}
-            recipes[name] = _Recipe(type(value), context, {key: part.dtype for key, part in parts.items()})
+        for name, value in packed.items():
+            recipes[name] = _Recipe(value.together, {part: tensor.dtype for part, tensor in value.parts.items()})
             delattr(module, name)
-            for key, held in parts_as_held(value).items():
-                module.register_parameter(_attribute(name, key), nn.Parameter(held, requires_grad=False))
+            for part, held in _as_held(value.parts).items():
+                module.register_parameter(_attribute(name, part), nn.Parameter(held, requires_grad=False))
         setattr(module, _RECIPES, recipes)
         module.__class__ = _assembling(type(module), tuple(packed))
 
@@ -64,18 +81,32 @@ def parts_of(module: nn.Module, name: str) -> dict[str, str]:
     return {part: _attribute(name, part) for part in getattr(module, _RECIPES)[name].parts}
 
 
-def parts_as_held(value: Tensor) -> dict[str, Tensor]:
+def parts_as_held(value: Tensor) -> Parts:
     """The parts of a tensor that is made of tensors, 8-bit ones as `HELD_AS`."""
-    parts = {part: getattr(value, part).detach() for part in value.__tensor_flatten__()[0]}
-    return {name: part.view(HELD_AS) if part.dtype.itemsize == 1 else part for name, part in parts.items()}
+    unpacked = flattened(value)
+    assert unpacked is not None
+    return _as_held(unpacked.parts)
 
 
-def put_together(module: nn.Module, name: str, parts: dict[str, Tensor]) -> Tensor:
+def put_together(module: nn.Module, name: str, parts: Parts) -> Tensor:
     """The parameter made of these parts, which are as the attributes of `parts_of` hold them, but whole."""
     recipe = getattr(module, _RECIPES)[name]
-    typed = {key: part.view(recipe.parts[key]) if part.dtype != recipe.parts[key] else part.detach()
-             for key, part in parts.items()}
-    return recipe.kind.__tensor_unflatten__(typed, recipe.context, None, None)
+    return recipe.together({key: part.view(recipe.parts[key]) if part.dtype != recipe.parts[key] else part.detach()
+                            for key, part in parts.items()})
+
+
+def maker_of(module: nn.Module, name: str) -> Callable[[Parts], Tensor]:
+    """What puts such a parameter together, as `unpack` gave it."""
+    return getattr(module, _RECIPES)[name].together
+
+
+def _as_held(parts: Parts) -> Parts:
+    return {name: part.detach().view(HELD_AS) if part.dtype.itemsize == 1 else part.detach()
+            for name, part in parts.items()}
+
+
+def _unflatten(kind: type, context: Any, parts: Parts) -> Tensor:
+    return kind.__tensor_unflatten__(parts, context, None, None)
 
 
 def _attribute(name: str, part: str) -> str:

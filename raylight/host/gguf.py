@@ -1,0 +1,153 @@
+"""GGUF files: weights that are rows of quantised blocks, which the layers of ComfyUI-GGUF unpack when they are used.
+
+LoRAs come to such a weight when it is used, too, and so leave its bytes alone: these stay in the mapped file, or in the
+rows that a rank holds of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from raylight.sharding.packed import Parts, Unpacked, flattened
+
+from .gguf_pack import GgufPack, open_pack
+from .mapped import MappedModel, map_with, set_parameter
+
+# What a layer adds to a weight when it unpacks it: ComfyUI's patches with the weight's name, as the pack has them.
+Patches = list[tuple[list[Any], str]]
+
+
+class PatchedOnUse:
+    """Puts a quantised weight together, with the patches that it has at that time."""
+
+    def __init__(self, kind: type, tensor_type: Any, shape: Sequence[int]) -> None:
+        self._kind, self._type, self._shape = kind, tensor_type, shape
+        self.patches: Patches = []
+
+    def __call__(self, parts: Parts) -> Tensor:
+        raw = parts["raw"]
+        if raw.device.type == "cpu":
+            # The pack unpacks rare formats by numpy, which on the CPU would not let FSDP free what it gathered.
+            raw = raw.clone()
+        return self._kind(raw, tensor_type=self._type, tensor_shape=self._shape, patches=list(self.patches))
+
+
+class GgmlTensors:
+    """The quantised tensors of a pack: their `shape` is that of the weight, their storage is bytes."""
+
+    def __init__(self, pack: GgufPack) -> None:
+        self._pack = pack
+
+    def is_quantised(self, value: Tensor) -> bool:
+        return self._pack.is_quantized(value)
+
+    def with_patches(self, value: Tensor, patches: Patches) -> Tensor:
+        """Another tensor of the same bytes (moving one does not move the other) with these patches and no others;
+        `value` itself where it is not quantised."""
+        if not self.is_quantised(value):
+            return value
+        return self._pack.tensor(plain(value), tensor_type=value.tensor_type, tensor_shape=value.tensor_shape,
+                                 patches=patches)
+
+    def unpack(self, parameter: Tensor) -> Unpacked | None:
+        """The bytes of a quantised parameter, (rows, bytes of a row), to be split by rows; see `packed`."""
+        if not self.is_quantised(parameter):
+            return flattened(parameter)
+        return Unpacked({"raw": plain(parameter)},
+                        PatchedOnUse(self._pack.tensor, parameter.tensor_type, parameter.tensor_shape))
+
+
+def plain(value: Tensor) -> Tensor:
+    """The storage of a tensor as PyTorch's own class."""
+    with torch._C.DisableTorchFunctionSubclass():  # which would make it one of the pack's again
+        return value.as_subclass(Tensor)
+
+
+def load_gguf(path: str, folder: str) -> MappedModel:
+    """Detect and build the model of a GGUF file by the ComfyUI-GGUF in `folder`; its weights stay in the file.
+
+    Raises ValueError for a file that the pack or ComfyUI does not know, naming the tensor where one is missing, in
+    excess or of another shape; and for a pack that is not there or works in another way.
+    """
+    pack = open_pack(folder)
+    tensors, metadata = pack.read(path)
+    ggml = GgmlTensors(pack)
+    tensors = {name: value if ggml.is_quantised(value) else plain(value) for name, value in tensors.items()}
+    _try_patches(pack, ggml, tensors)
+
+    def load(options: dict[str, Any]) -> Any:
+        patcher = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=options, metadata=metadata)
+        if patcher is None:
+            raise ValueError("ComfyUI knows no diffusion model with such tensors")
+        return patcher
+
+    mapped = map_with(load, {"custom_operations": _operations(pack)()})
+    _unpack_outside_of_layers(mapped, pack)
+    return replace(mapped, ggml=ggml)
+
+
+@functools.cache
+def _operations(pack: GgufPack) -> type:
+    """The pack's layers, of which the linear ones miss what they are not given: its own take any tensor, or none."""
+
+    class Linear(pack.operations.Linear):
+        def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None,
+                     dtype: Any = None) -> None:
+            super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+            self._shapes = {"weight": (out_features, in_features)} | ({"bias": (out_features,)} if bias else {})
+
+        def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+            for leaf, shape in self._shapes.items():
+                value = state_dict.get(prefix + leaf)
+                if value is None:
+                    raise ValueError(f"the tensor {prefix}{leaf} is missing")
+                if tuple(value.shape) != shape:
+                    raise ValueError(f"the tensor {prefix}{leaf} is {tuple(value.shape)}, and the model wants {shape}")
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    return type("Operations", (pack.operations,), {"Linear": Linear})
+
+
+def _unpack_outside_of_layers(mapped: MappedModel, pack: GgufPack) -> None:
+    """Unpack what is quantised and used by something else than the pack's layers: these are small, in each rank."""
+    diffusion_model = mapped.model.diffusion_model
+    for path, module in list(diffusion_model.named_modules()):
+        if isinstance(module, pack.layer):
+            continue
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if pack.is_quantized(parameter):
+                name = f"{path}.{leaf}" if path else leaf
+                value = pack.dequantize(parameter, mapped.dtypes.get(name, torch.float32))
+                set_parameter(diffusion_model, name, plain(value))
+
+
+def _try_patches(pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor]) -> None:
+    """Let a layer of the pack use one row of one weight, with a patch: a version that takes patches in another way
+    would leave LoRAs out without a word."""
+    rows = (value for value in tensors.values() if ggml.is_quantised(value) and value.ndim == 2
+            and plain(value).ndim == 2 and plain(value).shape[0] == value.shape[0])
+    weight = next(rows, None)
+    if weight is None:
+        return
+    width = weight.shape[1]
+    patch = [(1.0, ("diff", (torch.ones(1, width),)), 1.0, None, None)]
+    try:
+        row = pack.tensor(plain(weight)[:1], tensor_type=weight.tensor_type, tensor_shape=torch.Size((1, width)))
+        layer = pack.operations.Linear(width, 1, bias=False)
+        results = []
+        for patches in ([], [(patch, "trial")]):
+            layer.weight = nn.Parameter(ggml.with_patches(row, patches), requires_grad=False)
+            results.append(layer(torch.ones(1, width)).item())
+    except Exception as error:  # of code that is not ours
+        raise ValueError(f"the layers of ComfyUI-GGUF in {pack.folder} cannot be used as Raylight does: {error}; "
+                         f"update both") from error
+    if abs(results[1] - results[0] - width) > 0.01 * width + 0.01 * abs(results[0]):
+        raise ValueError(f"the layers of ComfyUI-GGUF in {pack.folder} take LoRAs in a way that Raylight does not "
+                         f"know: update both")
