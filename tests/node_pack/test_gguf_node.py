@@ -1,0 +1,74 @@
+"""The loader node with and without ComfyUI-GGUF in the same ComfyUI."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import folder_paths
+import pytest
+
+import nodes as comfy_nodes
+from raylight.host import gguf_pack
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK = ROOT / "tests" / "support" / "gguf_pack"
+
+
+@pytest.fixture(scope="module")
+def loader() -> Any:
+    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
+    return comfy_nodes.NODE_CLASS_MAPPINGS["RayUNETLoader"]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A GGUF file in a folder of models."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for name, extensions in (("diffusion_models", {".safetensors"}), ("checkpoints", {".safetensors"})):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path)], extensions))
+    monkeypatch.delitem(comfy_nodes.NODE_CLASS_MAPPINGS, gguf_pack.NODE, raising=False)
+    return "model.gguf"
+
+
+@pytest.fixture
+def installed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = importlib.import_module(f"{gguf_pack.open_pack(str(PACK)).name}.nodes")
+    monkeypatch.setitem(comfy_nodes.NODE_CLASS_MAPPINGS, gguf_pack.NODE, nodes.UnetLoaderGGUF)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "unet_gguf", ([str(tmp_path)], {".gguf"}))
+
+
+def options(loader: Any) -> list[str]:
+    return loader.INPUT_TYPES()["required"]["unet_name"][1]["options"]
+
+
+def test_a_saved_graph_without_the_pack_is_told_what_it_needs(loader: Any, model: str) -> None:
+    assert gguf_pack.find() == ""
+    assert model not in options(loader)
+    message = loader.validate_inputs(unet_name=model)
+    assert "model.gguf is a GGUF file, which needs the custom node ComfyUI-GGUF" in message
+    with pytest.raises(ValueError, match="needs the custom node ComfyUI-GGUF"):
+        loader.execute(model, "default", SimpleNamespace(sharding="whole"))
+
+
+def test_files_are_listed_with_the_pack(loader: Any, model: str, installed: None) -> None:
+    assert gguf_pack.find() == str(PACK)
+    assert options(loader) == [model]
+    assert loader.validate_inputs(unet_name=model) is True
+    with pytest.raises(ValueError, match="weight_dtype = fp8_e4m3fn is not for model.gguf"):
+        loader.execute(model, "fp8_e4m3fn", SimpleNamespace(sharding="whole"))
+
+
+def test_names_that_are_linked_or_unknown(loader: Any, installed: None) -> None:
+    assert loader.validate_inputs() is True
+    assert loader.validate_inputs(unet_name="gone.gguf") == "there is no model file gone.gguf"
+    assert loader.validate_inputs(unet_name="gone.safetensors") == "there is no model file gone.safetensors"
+
+
+def test_a_node_of_another_pack_is_not_the_pack(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(comfy_nodes.NODE_CLASS_MAPPINGS, gguf_pack.NODE, type("UnetLoaderGGUF", (), {
+        "__module__": __name__}))
+    assert gguf_pack.find() == ""

@@ -1,0 +1,112 @@
+"""GGUF files loaded by ranks, whole and split, against ComfyUI with the pack's own loader in the same process."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy.cli_args import args
+
+args.cpu = True  # before ComfyUI picks a device
+
+import comfy.sd  # noqa: E402
+from gguf_files import PACK  # noqa: E402
+from loaded_cases import CPU, wan_inputs  # noqa: E402
+from loras import KINDS, lora_for  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from raylight.host import lora  # noqa: E402
+from raylight.host.gguf import load_gguf  # noqa: E402
+from raylight.host.gguf_pack import open_pack  # noqa: E402
+from raylight.host.mapped import MappedModel  # noqa: E402
+from raylight.host.patcher import RankPatcher  # noqa: E402
+from raylight.host.sharded import shard_over  # noqa: E402
+from raylight.host.whole import whole  # noqa: E402
+from raylight.parallel.mesh import build_mesh, world_axis  # noqa: E402
+from raylight.parallel.shape import MeshShape  # noqa: E402
+
+Loras = tuple[tuple[dict[str, Tensor], float], ...]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one rank measured, in standard deviations of ComfyUI's output: the difference from it without and with two
+    LoRAs, their effect, and after other LoRAs, after removal and after leaving the device the difference from weights
+    that never were otherwise. `own` counts the bytes that are this rank's alone."""
+
+    error: float
+    patched: float
+    effect: float
+    changed: float
+    removed: float
+    back: float
+    own: int
+
+
+def stock(path: Path) -> Any:
+    """ComfyUI's patcher as the pack's loader node makes it."""
+    pack = open_pack(PACK)
+    tensors, metadata = pack.read(str(path))
+    model = comfy.sd.load_diffusion_model_state_dict(tensors, {"custom_operations": pack.operations()}, metadata)
+    return importlib.import_module(f"{pack.name}.nodes").GGUFModelPatcher.clone(model)
+
+
+def two_loras(shapes: dict[str, tuple[int, ...]]) -> Loras:
+    return (lora_for(shapes, ["lora"], 1), 0.8), (lora_for(shapes, KINDS, 2), -0.6)
+
+
+def compare_gguf(rank: int, world: int, path: Path, modes: tuple[str, ...], like: Path) -> dict[str, Compared]:
+    """A Wan file in each of the modes, held by `world` ranks, against ComfyUI with the file `like`, which has the same
+    weights. It is gone before LoRAs change."""
+    mesh = world_axis(build_mesh(MeshShape(batch=world), CPU))
+    with torch.no_grad():
+        expected = _expected(like)
+        return {mode: _compare(rank, mesh, path, mode, *expected) for mode in modes}
+
+
+def _expected(path: Path) -> tuple[Tensor, Tensor, Loras]:
+    patcher = stock(path)
+    loras = two_loras({name: tuple(one.shape) for name, one in patcher.model.named_parameters()})
+    base = patcher.model.apply_model(**wan_inputs())
+    for tensors, strength in loras:
+        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, dict(tensors), strength, 0)
+    patcher.patch_model(CPU)
+    return base, patcher.model.apply_model(**wan_inputs()), loras
+
+
+def _compare(rank: int, mesh: Any, path: Path, mode: str, base: Tensor, expected: Tensor, loras: Loras) -> Compared:
+    mine = Path(shutil.copy(path, path.with_suffix(f".{rank}.gguf")))
+
+    def load() -> tuple[MappedModel, RankPatcher, int]:
+        mapped = load_gguf(str(mine), PACK)
+        if mode == "whole":
+            return mapped, *whole(mapped, CPU)
+        patcher, report = shard_over(mapped, mesh, mode == "offloaded")
+        return mapped, patcher, report.bytes
+
+    def result(held: tuple[MappedModel, RankPatcher, int], loras: Loras) -> Tensor:
+        mapped, patcher, _ = held
+        patcher = patcher.clone()
+        for tensors, strength in loras:
+            patcher.add_patches(lora.fitting("lora", tensors, mapped.lora_keys, mapped.shapes), strength)
+        patcher.partially_load(CPU, 10**12)
+        return patcher.model.apply_model(**wan_inputs())
+
+    untouched = result(load(), ())
+    other = ((loras[1][0], 0.3),)
+    fresh = result(load(), other)
+    held = load()
+    mine.unlink()
+    both = result(held, loras)
+    changed = result(held, other)
+    removed = result(held, ())
+    held[1].detach()
+    back = result(held, ())
+    deviation = base.std()
+    return Compared(*(((one - other).abs().max() / deviation).item() for one, other in (
+        (untouched, base), (both, expected), (expected, base), (changed, fresh), (removed, untouched),
+        (back, untouched))), held[2])
