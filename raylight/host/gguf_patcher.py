@@ -37,12 +37,12 @@ class GgufPatcher(RankPatcher):
             return
         weight, patches = comfy.utils.get_attr(self.model, key), self.patches[key]
         device = weight.device if device_to is None else device_to
-        if key in self.mapped:
-            self.backup.setdefault(key, Backup(self.in_file(self.mapped[key]), False))
+        self.backup.setdefault(key, Backup(self.in_file(self.mapped[key]), False))
         if self.ggml.is_quantised(weight):
             patched = self.ggml.with_patches(weight.to(device), [(patches, key)])
         else:
-            start = comfy.model_management.cast_to_device(weight, device, torch.float32, copy=True)
+            # Not from the weight in the model: one that comes to the GPU late has its patches already.
+            start = comfy.model_management.cast_to_device(self.mapped[key], device, torch.float32, copy=True)
             patched = comfy.lora.calculate_weight(patches, start, key)
             patched = comfy.float.stochastic_rounding(patched, weight.dtype)
         comfy.utils.set_attr_param(self.model, key, patched)

@@ -51,7 +51,7 @@ def test_gives_what_comfyui_gives(world: int, mode: str, measured, report_parity
         assert rank.error == 0.0
         assert rank.patched <= 1e-4
         assert rank.effect > 0.1
-        assert rank.changed == rank.removed == rank.back == 0.0
+        assert rank.changed == rank.removed == rank.back == rank.in_parts == 0.0
         # Whole weights are in the file, but for a convolution that the model wants in its own dtype.
         assert rank.own <= (0.05 * whole if mode == "whole" else 1.1 * whole / world)
 

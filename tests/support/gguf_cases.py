@@ -35,8 +35,8 @@ Loras = tuple[tuple[dict[str, Tensor], float], ...]
 @dataclass(frozen=True)
 class Compared:
     """What one rank measured, in standard deviations of ComfyUI's output: the difference from it without and with two
-    LoRAs, their effect, and after other LoRAs, after removal and after leaving the device the difference from weights
-    that never were otherwise. `own` counts the bytes that are this rank's alone."""
+    LoRAs, their effect, and after other LoRAs, after removal, after leaving the device and after coming to it in two
+    parts the difference from weights that never were otherwise. `own` counts the bytes that are this rank's alone."""
 
     error: float
     patched: float
@@ -44,6 +44,7 @@ class Compared:
     changed: float
     removed: float
     back: float
+    in_parts: float
     own: int
 
 
@@ -88,11 +89,14 @@ def _compare(rank: int, mesh: Any, path: Path, mode: str, base: Tensor, expected
         patcher, report = shard_over(mapped, mesh, mode == "offloaded")
         return mapped, patcher, report.bytes
 
-    def result(held: tuple[MappedModel, RankPatcher, int], loras: Loras) -> Tensor:
+    def result(held: tuple[MappedModel, RankPatcher, int], loras: Loras, in_parts: bool = False) -> Tensor:
         mapped, patcher, _ = held
         patcher = patcher.clone()
         for tensors, strength in loras:
             patcher.add_patches(lora.fitting("lora", tensors, mapped.lora_keys, mapped.shapes), strength)
+        if in_parts:
+            patcher.unpatch_model(CPU)
+            patcher.load(CPU, lowvram_model_memory=patcher.model_size() // 2)
         patcher.partially_load(CPU, 10**12)
         return patcher.model.apply_model(**wan_inputs())
 
@@ -106,7 +110,8 @@ def _compare(rank: int, mesh: Any, path: Path, mode: str, base: Tensor, expected
     removed = result(held, ())
     held[1].detach()
     back = result(held, ())
+    in_parts = result(held, loras, in_parts=True)
     deviation = base.std()
     return Compared(*(((one - other).abs().max() / deviation).item() for one, other in (
         (untouched, base), (both, expected), (expected, base), (changed, fresh), (removed, untouched),
-        (back, untouched))), held[2])
+        (back, untouched), (in_parts, both))), held[2])
