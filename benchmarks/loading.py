@@ -158,6 +158,7 @@ def _stock(path: str, results: Any) -> None:
 
 def workers(path: Path, ranks: int, sharding: str, step: bool) -> Row:
     """`ranks` workers of a session of their own, which do one step if asked to."""
+    import comfy.sample
     import torch
 
     from raylight.cluster import current
@@ -174,14 +175,14 @@ def workers(path: Path, ranks: int, sharding: str, step: bool) -> Row:
     try:
         with Memory([place.pid for place in session.places.values()]) as memory:
             began = time.perf_counter()
-            driver.load(model)
+            patcher = driver.load(model)
             seconds = time.perf_counter() - began
             grown = memory.grown()
         if step:
             prompt = random_prompt(8, TEXT_WIDTH, 1)
-            driver.sample(model, {"samples": torch.zeros(LATENT)}, prompt, prompt, seed=1, steps=1, cfg=1.0,
-                          sampler_name="euler", scheduler="simple", denoise=1.0, disable_noise=False, start_step=None,
-                          last_step=None, force_full_denoise=True)
+            latent = torch.zeros(LATENT)
+            comfy.sample.sample(patcher, comfy.sample.prepare_noise(latent, 1), 1, 1.0, "euler", "simple", prompt,
+                                prompt, latent, disable_pbar=True, seed=1)
         return Row(seconds, grown, memory.peak, memory.grown(), session.run("held")[0].host_bytes)
     finally:
         current.close()

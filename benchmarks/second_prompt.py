@@ -24,6 +24,7 @@ from comfy.cli_args import args as comfy_args  # noqa: E402
 
 comfy_args.cpu = True  # before ComfyUI's modules choose a device
 
+import comfy.sample  # noqa: E402
 import torch  # noqa: E402
 from loras import lora_for  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -46,10 +47,10 @@ def seconds(model: RayModel, seed: int, steps: int) -> float:
     """A prompt, from the sampler node's call to the latent."""
     prompt = random_prompt(32, 4096, 1)
     began = time.perf_counter()
-    driver.load(model)  # as the loader node does
-    driver.sample(model, {"samples": torch.zeros(LATENT)}, prompt, prompt, seed=seed, steps=steps, cfg=1.0,
-                  sampler_name="euler", scheduler="simple", denoise=1.0, disable_noise=False, start_step=None,
-                  last_step=None, force_full_denoise=True)
+    patcher = driver.load(model)  # as the loader node does
+    latent = torch.zeros(LATENT)
+    comfy.sample.sample(patcher, comfy.sample.prepare_noise(latent, seed), steps, 1.0, "euler", "simple", prompt,
+                        prompt, latent, disable_pbar=True, seed=seed)
     return time.perf_counter() - began
 
 

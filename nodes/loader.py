@@ -1,4 +1,4 @@
-"""Ray UNET loader: a diffusion model on the workers."""
+"""Ray loaders: a diffusion model file on the workers, for Ray nodes or as a MODEL for every node."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from inspect import cleandoc
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from raylight.host import gguf_pack
@@ -13,6 +14,7 @@ from raylight.host.handles import RayModel, Workers
 from raylight.host.recipe import WEIGHT_DTYPES, LoraRecipe, ModelRecipe, is_gguf, needs_pack
 
 from .engine import driver
+from .options import all_workers
 from .types import CATEGORY, RayActors, RayActorsInit, RayLora
 
 FOLDERS = ("diffusion_models", "checkpoints")
@@ -34,38 +36,99 @@ class RayUNETLoader(io.ComfyNode):
             description=cleandoc(cls.__doc__),
             search_aliases=["ray unet loader", "multi gpu model"],
             inputs=[
-                io.Combo.Input("unet_name", options=_files(),
-                               tooltip="A model file in models/diffusion_models or models/checkpoints; .gguf files "
-                                       "where ComfyUI-GGUF is installed."),
-                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default",
-                               tooltip="The type that weights are kept in. 'default' takes what the file has, as "
-                                       "far as the GPU can use it. GGUF files take no other."),
+                *_file_inputs(),
                 RayActorsInit.Input("ray_actors_init", tooltip="The workers, from a Ray initializer."),
-                RayLora.Input("lora", optional=True, tooltip="LoRAs for the model, from a Ray LoRA loader."),
+                _lora_input(),
             ],
             outputs=[RayActors.Output(display_name="ray_actors", tooltip="The model on its workers.")],
         )
 
     @classmethod
     def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
-        # Without this ComfyUI would only say that a GGUF file is not in a list.
-        if unet_name is None or unet_name in _files():
-            return True
-        if is_gguf(unet_name) and not gguf_pack.find():
-            return needs_pack(unet_name)
-        return f"there is no model file {unet_name}"
+        return _check(unet_name)
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int]:
-        # A file replaced under the same name is another model.
-        status = os.stat(_path(unet_name))
-        return status.st_size, status.st_mtime_ns
+        return _fingerprint(unet_name)
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, ray_actors_init: Workers,
                 lora: tuple[LoraRecipe, ...] = ()) -> io.NodeOutput:
-        recipe = ModelRecipe.of(_path(unet_name), weight_dtype, ray_actors_init.sharding, lora, gguf_pack.find())
-        return io.NodeOutput(driver().load(RayModel(ray_actors_init, recipe)))
+        return io.NodeOutput(_load(unet_name, weight_dtype, ray_actors_init, lora))
+
+
+class RayModelLoader(io.ComfyNode):
+    """Loads a diffusion model on every worker and gives a MODEL for all of ComfyUI's nodes.
+
+    Samplers, guiders, LoRA loaders and nodes that patch a model work with it as with any other; the workers do the
+    work. It takes the place of Load Diffusion Model in any workflow.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RayModelLoader",
+            display_name="Load Diffusion Model as MODEL (Ray)",
+            category=CATEGORY,
+            description=cleandoc(cls.__doc__),
+            search_aliases=["multi gpu model loader", "ray unet loader", "parallel model"],
+            inputs=[
+                *_file_inputs(),
+                RayActorsInit.Input("ray_actors_init", optional=True,
+                                    tooltip="The workers, from a Ray initializer. Without it: one for each GPU."),
+                _lora_input(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model, for any node that takes a MODEL.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
+        return _check(unet_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int]:
+        return _fingerprint(unet_name)
+
+    @classmethod
+    def execute(cls, unet_name: str, weight_dtype: str, ray_actors_init: Workers | None = None,
+                lora: tuple[LoraRecipe, ...] = ()) -> io.NodeOutput:
+        return io.NodeOutput(_load(unet_name, weight_dtype, ray_actors_init or all_workers(), lora))
+
+
+def _file_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input("unet_name", options=_files(),
+                       tooltip="A model file in models/diffusion_models or models/checkpoints; .gguf files where "
+                               "ComfyUI-GGUF is installed."),
+        io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default",
+                       tooltip="The type that weights are kept in. 'default' takes what the file has, as far as the "
+                               "GPU can use it. GGUF files take no other."),
+    ]
+
+
+def _lora_input() -> io.Input:
+    return RayLora.Input("lora", optional=True, tooltip="LoRAs for the model, from a Ray LoRA loader.")
+
+
+def _load(name: str, weight_dtype: str, workers: Workers, loras: tuple[LoraRecipe, ...]) -> ModelPatcher:
+    recipe = ModelRecipe.of(_path(name), weight_dtype, workers.sharding, loras, gguf_pack.find())
+    return driver().load(RayModel(workers, recipe))
+
+
+def _check(name: str | None) -> bool | str:
+    """True, or what is wrong; a linked input is None and is judged when the node runs."""
+    # Without this ComfyUI would only say that a GGUF file is not in a list.
+    if name is None or name in _files():
+        return True
+    if is_gguf(name) and not gguf_pack.find():
+        return needs_pack(name)
+    return f"there is no model file {name}"
+
+
+def _fingerprint(name: str) -> tuple[int, int]:
+    """A file replaced under the same name is another model."""
+    status = os.stat(_path(name))
+    return status.st_size, status.st_mtime_ns
 
 
 def _folders() -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from raylight.parallel.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
+WITHOUT_GPU = 2  # workers, to try things out
 _UNAVAILABLE_DEGREES = ("cfg_degree", "dp_degree")
 _IGNORED = {"sync_ulysses": False, "skip_comm_test": False, "use_mmap": False, "ray_dashboard_address": "None",
             "torch_dist_address": "127.0.0.1:29500"}
@@ -51,6 +52,13 @@ def workers_from(inputs: Mapping[str, Any]) -> Workers:
     )
     return Workers(config, inputs["XFuser_attention"], bool(inputs.get("clear_vram_after_sampling")),
                    inputs.get("sequence_attention", long_context.OURS), _sharding(inputs))
+
+
+def all_workers() -> Workers:
+    """One worker for each GPU of this machine, which split the tokens; without a GPU, two workers."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else WITHOUT_GPU
+    config = SessionConfig(MeshShape(ulysses=count), "cuda" if torch.cuda.is_available() else "cpu")
+    return Workers(config, kernels.AUTO)
 
 
 def _validate_product(workers: int, ulysses: int, ring: int) -> None:

@@ -8,9 +8,6 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from raylight.host.handles import RayModel
-
-from .engine import driver
 from .types import CATEGORY, RayActors
 
 
@@ -56,13 +53,15 @@ class XFuserKSamplerAdvanced(io.ComfyNode):
 
     @classmethod
     def execute(cls, add_noise: str, noise_seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
-                ray_actors: RayModel, positive: list[Any], negative: list[Any], latent_image: dict[str, Any],
+                ray_actors: Any, positive: list[Any], negative: list[Any], latent_image: dict[str, Any],
                 start_at_step: int, end_at_step: int, return_with_leftover_noise: str,
                 denoise: float = 1.0) -> io.NodeOutput:
-        latent = driver().sample(
-            ray_actors, latent_image, positive, negative, seed=noise_seed, steps=steps, cfg=cfg,
-            sampler_name=sampler_name, scheduler=scheduler, denoise=denoise, disable_noise=add_noise == "disable",
-            start_step=start_at_step, last_step=end_at_step,
+        # ComfyUI's module of that name; Raylight's own is never imported by its plain one.
+        from nodes import common_ksampler
+
+        latent, = common_ksampler(
+            ray_actors, noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
+            denoise=denoise, disable_noise=add_noise == "disable", start_step=start_at_step, last_step=end_at_step,
             force_full_denoise=return_with_leftover_noise == "disable",
         )
         return io.NodeOutput(latent, ray_actors)

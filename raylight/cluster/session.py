@@ -15,9 +15,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from . import local_ray, placement
 from .actor import Place, RankActor
 from .config import ServiceSpec, SessionConfig
+from .shared import SharedObjects
 from .waiting import conclude, is_refusal, wait_for_all
 
 logger = logging.getLogger(__name__)
+
+_SHARED_OBJECTS = 8  # in the object store for as long as nothing takes their place
 
 
 class Session:
@@ -29,6 +32,7 @@ class Session:
         self.places: dict[int, Place] = {}
         self._actors: list[Any] = []
         self._group: Any = None
+        self.shared = SharedObjects(_SHARED_OBJECTS)
         self._broken = False
         started = time.monotonic()
         try:

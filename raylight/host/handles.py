@@ -29,7 +29,7 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class RayModel:
-    """A model on workers: what the loader node hands to the sampler node."""
+    """A model on workers, by what it is made of."""
 
     workers: Workers
     recipe: ModelRecipe

@@ -1,4 +1,4 @@
-"""What travels to the workers for one run of a sampler, and what comes back while it runs."""
+"""What travels to the workers for one run or one forward, and what comes back."""
 
 from __future__ import annotations
 
@@ -7,45 +7,79 @@ from typing import Any
 
 from torch import Tensor
 
+from raylight.cluster.parcel import Parcel
+from raylight.cluster.shared import Shared
+from raylight.cluster.tensor_stream import Message
+
 from .recipe import ModelRecipe
 
 
 @dataclass(frozen=True, slots=True)
-class SampleJob:
-    """One run of ComfyUI's KSampler (Advanced). Tensors are on the CPU; latents are (B, C, [T,] H, W).
-
-    `rng_state` is the driver's CPU generator after it drew `noise`: samplers that draw more noise from
-    the global generator go on from there, as they do in one process.
-    """
+class ModelJob:
+    """The model that a job is for. `patches` are those of weights that nodes have put on it besides the LoRAs of the
+    recipe: a Parcel by ComfyUI's `patches_uuid`, fetched by a worker that has not got these on."""
 
     recipe: ModelRecipe
     attention: str
     strategy: str
-    noise: Tensor
-    latent_image: Tensor
-    noise_mask: Tensor | None
-    positive: list[Any]
-    negative: list[Any]
-    seed: int
-    steps: int
-    cfg: float
-    sampler_name: str
-    scheduler: str
-    denoise: float
-    disable_noise: bool
-    start_step: int | None
-    last_step: int | None
-    force_full_denoise: bool
-    rng_state: Tensor
+    patches: Shared | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """The global generators: the CPU's, and the GPU's where there is one."""
+
+    cpu: Tensor
+    cuda: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunJob:
+    """A whole run: a guider, a sampler, and what ComfyUI's `outer_sample` takes, packed by `travel.send`.
+
+    Samplers that draw noise from the global generators go on from `random`, as they do in one process. `every_step`
+    asks for all of x0 and x after every step, else rank 0 sends what a previewer looks at if `wants_preview`.
+    """
+
+    model: ModelJob
+    content: Parcel
+    random: RandomState
     free_memory_after: bool
     wants_preview: bool
+    every_step: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardJob:
+    """One call of a method of the diffusion model. `call` are its arguments, whose tensors come in `tensors`; `extras`
+    are what nodes have put into the model and its options, as a Parcel."""
+
+    model: ModelJob
+    method: str
+    call: Parcel
+    tensors: Message
+    extras: Shared
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """Step `step` (from 0) of `total` has ended. `preview` is what a previewer looks at: the first image of the batch
-    and, of a video, its first frame; None when no preview is wanted."""
+    """Step `step` (from 0) of `total` has ended. `x0` and `x` are as ComfyUI gives them to a callback, on the CPU; or
+    `x0` is the first image of the batch, of a video its first frame, and `x` None; or both are None."""
 
     step: int
     total: int
-    preview: Tensor | None
+    x0: Tensor | None
+    x: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """The latent of a run, (B, C, [T,] H, W) or packed, on the CPU; `last` is its last step with all of x0 and x, where
+    that was not sent before."""
+
+    samples: Tensor
+    random: RandomState
+    last: StepDone | None
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]

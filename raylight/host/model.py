@@ -6,25 +6,14 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comfy.model_base import BaseModel
 from safetensors import SafetensorError
 
 from .gguf import load_gguf
 from .mapped import MappedModel, load_mapped
-from .recipe import ModelRecipe
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What the driver must know of a model whose weights it does not have."""
-
-    name: str
-    class_name: str
-    latent_format: Any
+from .recipe import WEIGHT_DTYPES, ModelRecipe
 
 
 def map_file(recipe: ModelRecipe) -> MappedModel:
@@ -35,11 +24,6 @@ def map_file(recipe: ModelRecipe) -> MappedModel:
         if recipe.gguf_pack:
             return load_gguf(recipe.path, recipe.gguf_pack)
         return load_mapped(recipe.path, _options(recipe.weight_dtype))
-
-
-def info(recipe: ModelRecipe, model: BaseModel) -> ModelInfo:
-    """The description of a model as ComfyUI built it."""
-    return ModelInfo(recipe.name, type(model.diffusion_model).__name__, model.latent_format)
 
 
 @contextmanager
@@ -60,6 +44,11 @@ def errors_of(recipe: ModelRecipe) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: {error}") from error
+
+
+def weight_dtype_of(options: dict[str, Any]) -> str | None:
+    """The weight dtype of which ComfyUI's loaders make these model options; None where no choice of theirs does."""
+    return next((name for name in WEIGHT_DTYPES if _options(name) == options), None)
 
 
 def _options(weight_dtype: str) -> dict[str, Any]:

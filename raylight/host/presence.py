@@ -40,10 +40,14 @@ def announce(free: Callable[[], None]) -> None:
         comfy.model_management.load_models_gpu([_presence])
 
 
-def unload_others() -> None:
-    """Have ComfyUI unload its own models, and not those on workers."""
+def make_room(missing: int) -> None:
+    """Have ComfyUI unload models of its own, those that it would unload first, until its GPU has so many bytes more;
+    none where nothing is missing, so that the text encoder and the VAE stay as long as all fit."""
+    if missing <= 0:
+        return
     keep = [] if _presence is None else _loaded(_presence)
-    comfy.model_management.free_memory(1e30, comfy.model_management.get_torch_device(), keep)
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(comfy.model_management.get_free_memory(device) + missing, device, keep)
     comfy.model_management.soft_empty_cache()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,14 @@ import comfy.model_management
 import psutil
 import torch
 
+from raylight.cluster.shared import Shared
 from raylight.parallel.process_group import smallest
 from raylight.parallel.tokens import TokenState
 
 from . import lora
-from .model import ModelInfo
 from .patcher import RankPatcher
-from .recipe import LoraRecipe, ModelRecipe
+from .recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
+from .travel import receive
 
 logger = logging.getLogger(__name__)
 
@@ -40,27 +42,31 @@ class Resident:
 
     recipe: ModelRecipe
     patcher: RankPatcher
-    info: ModelInfo
     tokens: TokenState | None
     lora_keys: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     host_bytes: int
-    _loras: tuple[LoraRecipe, ...] = ()
+    _worn: tuple[tuple[LoraRecipe, ...], str | None] = ((), None)
     _patched: RankPatcher | None = field(default=None)
 
-    def with_loras(self, loras: tuple[LoraRecipe, ...]) -> RankPatcher:
-        """The patcher with these LoRAs and no others; the same object for the same LoRAs, whose weights ComfyUI then
-        leaves as they are. Raises ValueError for a LoRA that does not fit."""
-        if not loras:
-            patched = self.patcher
-        elif self._patched is not None and loras == self._loras:
-            patched = self._patched
-        else:
-            patched = self.patcher.clone()
-            for one in loras:
-                patched.add_patches(lora.read(one, self.lora_keys, self.shapes), one.strength)
-        self._loras, self._patched = loras, patched
-        return patched
+    def patched(self, loras: tuple[LoraRecipe, ...], patches: Shared | None = None) -> RankPatcher:
+        """The patcher with these LoRAs, then these patches, and no others; the same object for the same ones, whose
+        weights ComfyUI then leaves as they are. Raises ValueError for a LoRA that does not fit."""
+        wanted = loras, None if patches is None else patches.key
+        if self._patched is None or wanted != self._worn:
+            self._patched = self.patcher if wanted == ((), None) else self._with(loras, patches)
+            self._worn = wanted
+        return self._patched
+
+    def _with(self, loras: tuple[LoraRecipe, ...], patches: Shared | None) -> RankPatcher:
+        patcher = self.patcher.clone()
+        for one in loras:
+            patcher.add_patches(lora.read(one, self.lora_keys, self.shapes), one.strength)
+        for key, of_weight in ({} if patches is None else receive(patches.get(), patcher, copies=False)).items():
+            if key in self.shapes:
+                patcher.patches[key] = [*patcher.patches.get(key, []), *of_weight]
+                patcher.patches_uuid = uuid.uuid4()
+        return patcher
 
 
 class Residents:
@@ -104,6 +110,22 @@ class Residents:
                 logger.info("%s is moved to the CPU to make room for another model", other.recipe.name)
                 self._forget_as_loaded(other)
                 other.patcher.detach()
+
+    def shortfall(self, recipe: ModelRecipe, latent_shape: tuple[int, ...] | None) -> int:
+        """See `ModelService.shortfall`. Collective."""
+        if self._device.type == "cpu":
+            return 0
+        found = self._models.get(recipe.without_loras)
+        needed = comfy.model_management.minimum_inference_memory()
+        if found is None:
+            needed += {WHOLE: recipe.size, SHARDED: recipe.size // self._world_size, OFFLOADED: 0}[recipe.sharding]
+        else:
+            needed += found.patcher.model_size() - found.patcher.loaded_size()
+            if latent_shape is not None:
+                needed += int(found.patcher.model.memory_required(list(latent_shape)))
+        movable = sum(other.patcher.loaded_size() for other in self._models.values() if other is not found)
+        free = comfy.model_management.get_free_memory(self._device)
+        return -smallest(int(free + movable - needed))
 
     def drop(self, model: Resident) -> None:
         """Forget a model and give its memory back."""

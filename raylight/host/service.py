@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.model_base import BaseModel
-from torch import Tensor
 
 from raylight.attention.kernels import kernel
 from raylight.cluster.actor import RankContext, Run
+from raylight.cluster.parcel import Parcel
 from raylight.parallel.attention import SequenceAttention, Strategy
 from raylight.parallel.hooks import SequenceHooks
 from raylight.parallel.long_context import OURS, LongContextAttention
@@ -20,9 +21,11 @@ from raylight.parallel.tokens import TokenState
 from raylight.parallel.whole import WholeTokens
 from raylight.plans import plan_for
 
-from . import attention_door, attention_hook, model, patch_hook, sampling
-from .job import SampleJob
-from .model import ModelInfo
+from . import attention_door, attention_hook, model, patch_hook
+from .forwards import Forwards, answer
+from .guided import GuidedRun
+from .job import ForwardJob, ModelJob, RunJob, RunResult
+from .patcher import RankPatcher
 from .recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe
 from .residents import Held, Resident, Residents
 from .sharded import shard_over
@@ -37,42 +40,63 @@ class ModelService:
     def __init__(self, context: RankContext) -> None:
         self._context = context
         self._models = Residents(context.device, context.world_size)
+        self._forwards = Forwards(context.device)
 
-    def load(self, run: Run, recipe: ModelRecipe) -> ModelInfo:
+    def load(self, run: Run, recipe: ModelRecipe) -> None:
         """Hold the model of `recipe`, split over the ranks; reads nothing of it when it is held already.
 
         Raises ValueError for a file that is no such model, a model without a plan, too few heads, or a LoRA that
         does not fit. Other models stay, and the session stays usable.
         """
-        held = self._hold(run, recipe)
-        held.with_loras(recipe.loras)
-        return held.info
+        self._hold(run, recipe).patched(recipe.loras)
 
-    def sample(self, run: Run, job: SampleJob) -> Tensor | None:
-        """Run a sampler; rank 0 returns the latent (B, C, [T,] H, W) on the CPU, the others None.
+    def sample(self, run: Run, job: RunJob) -> RunResult | None:
+        """Do a whole run; rank 0 returns its result, the others None.
 
         Emits `StepDone` after every step, and can be cancelled there.
         """
-        held = self._hold(run, job.recipe)
-        patcher = held.with_loras(job.recipe.loras).clone()
-        self._models.make_room_on_device(patcher.model_size() - patcher.loaded_size(), held)
-        if held.tokens is not None:
-            attention = SequenceAttention(held.tokens, self._strategy(job.strategy),
-                                          sequence_axis(self._context.mesh).get_group())
-            attention_hook.install(patcher.model_options, attention, kernel(job.attention, self._context.device))
-        samples = sampling.sample(run, patcher, job)
+        held, patcher = self._ready(run, job.model)
+        guided = GuidedRun(run, patcher, job, self._context.device)
+        self._install(held, job.model, guided.model_options)
+        result = guided.sample()
         if job.free_memory_after:
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
-        return samples if run.rank == 0 else None
+        return result if run.rank == 0 else None
+
+    def forward(self, run: Run, job: ForwardJob) -> Parcel | None:
+        """Do one call of the diffusion model; rank 0 returns what it does, the others None."""
+        held, patcher = self._ready(run, job.model)
+        output = self._forwards.call(patcher, job, lambda options: self._install(held, job.model, options))
+        return answer(output) if run.rank == 0 else None
 
     def free(self, run: Run) -> None:
         """Let go of every model."""
+        self._forwards.clear()
         self._models.clear()
+
+    def shortfall(self, run: Run, recipe: ModelRecipe, latent_shape: tuple[int, ...] | None) -> int:
+        """How many bytes the fullest GPU lacks for a model and, with a latent's shape, for sampling it, when the
+        workers have made what room they can. Collective."""
+        return self._models.shortfall(recipe, latent_shape)
 
     def held(self, run: Run) -> tuple[Held, ...]:
         """The models that this rank holds, the least recently used first."""
         return tuple(Held(model.recipe.name, model.host_bytes) for model in self._models.all())
+
+    def _ready(self, run: Run, job: ModelJob) -> tuple[Resident, RankPatcher]:
+        """The model of a job with its patches, and room for it where it runs; the patcher is for this job alone."""
+        held = self._hold(run, job.recipe)
+        patcher = held.patched(job.recipe.loras, job.patches).clone()
+        self._models.make_room_on_device(patcher.model_size() - patcher.loaded_size(), held)
+        return held, patcher
+
+    def _install(self, held: Resident, job: ModelJob, model_options: dict[str, Any]) -> None:
+        """Have what is sampled with these options share its work among the ranks."""
+        if held.tokens is not None:
+            attention = SequenceAttention(held.tokens, self._strategy(job.strategy),
+                                          sequence_axis(self._context.mesh).get_group())
+            attention_hook.install(model_options, attention, kernel(job.attention, self._context.device))
 
     def _hold(self, run: Run, recipe: ModelRecipe) -> Resident:
         held = self._models.get(recipe)
@@ -93,14 +117,13 @@ class ModelService:
             mapped = model.map_file(recipe)
             # Before weights are split: FSDP changes the class by which a plan is found.
             tokens = self._split(mapped.model)
-            info = model.info(recipe, mapped.model)
             with model.errors_of(recipe):
                 if recipe.sharding == WHOLE:
                     patcher, host_bytes = whole(mapped, comfy.model_management.unet_offload_device())
                 else:
                     patcher, report = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
                     host_bytes = report.bytes
-        return Resident(recipe, patcher, info, tokens, mapped.lora_keys, mapped.shapes, host_bytes)
+        return Resident(recipe, patcher, tokens, mapped.lora_keys, mapped.shapes, host_bytes)
 
     def _split(self, base: BaseModel) -> TokenState | None:
         mesh = self._context.mesh

@@ -140,12 +140,6 @@ def test_rejects_fewer_tokens_than_workers(folder: Path) -> None:
         sample_on_workers(model_of(checkpoint(folder, tiny)), tiny)
 
 
-def test_rejects_conditioning_that_cannot_travel(folder: Path) -> None:
-    case = ParityCase("flux-schnell", (1, 16, 8, 8), 160, 96, options={"control": object()})
-    with pytest.raises(ValueError, match="the positive conditioning holds a ControlNet"):
-        sample_on_workers(model_of(checkpoint(folder, case)), case)
-
-
 def test_a_file_that_vanishes_after_loading_is_named(folder: Path) -> None:
     path = folder / "gone.safetensors"
     path.write_bytes(checkpoint(folder, CASES["Flux"]).read_bytes())

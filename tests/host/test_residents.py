@@ -63,7 +63,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def resident(machine: Machine, name: str, size: int, on_gpu: bool = True) -> Resident:
     recipe = ModelRecipe(f"/models/{name}", "default", size, 0, "sharded")
-    return Resident(recipe, Patcher(name, size, machine, on_gpu), None, None, {}, {}, size)
+    return Resident(recipe, Patcher(name, size, machine, on_gpu), None, {}, {}, size)
 
 
 def three(machine: Machine, device: str) -> tuple[Residents, list[Resident]]:

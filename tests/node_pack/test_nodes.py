@@ -28,6 +28,8 @@ INPUTS = {
         "torch_dist_address", "sequence_attention",
     ],
     "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
+    "RayModelLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
+    "RayParallelizeModel": ["model", "ray_actors_init"],
     "RayLoraLoader": ["lora_name", "strength_model", "prev_ray_lora"],
     "XFuserKSamplerAdvanced": [
         "add_noise", "noise_seed", "steps", "cfg", "sampler_name", "scheduler", "ray_actors", "positive", "negative",

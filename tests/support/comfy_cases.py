@@ -12,6 +12,7 @@ import comfy.sample
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from raylight.demo.prompts import random_prompt
@@ -118,6 +119,12 @@ def sample_stock(path: Path, case: ParityCase, steps: int = 4, seed: int = 42,
     patcher = comfy.sd.load_diffusion_model(str(path))
     for lora, strength in loras:
         patcher, _ = comfy.sd.load_lora_for_models(patcher, None, comfy.utils.load_torch_file(str(lora)), strength, 0)
+    return sample(patcher, case, steps, seed)
+
+
+@torch.inference_mode()
+def sample(patcher: ModelPatcher, case: ParityCase, steps: int = 4, seed: int = 42) -> Tensor:
+    """A case, as ComfyUI's KSampler samples any MODEL."""
     positive, negative = case.conditioning()
     latent = case.latent()
     samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
@@ -129,11 +136,5 @@ def sample_stock(path: Path, case: ParityCase, steps: int = 4, seed: int = 42,
 
 
 def sample_on_workers(model: RayModel, case: ParityCase, steps: int = 4, seed: int = 42) -> Tensor:
-    """The same on workers, through what the sampler node calls."""
-    positive, negative = case.conditioning()
-    latent = driver.sample(
-        model, case.latent(), positive, negative, seed=seed, steps=steps, cfg=case.cfg, sampler_name=case.sampler,
-        scheduler="simple", denoise=1.0, disable_noise=False, start_step=None, last_step=None,
-        force_full_denoise=True,
-    )
-    return latent["samples"]
+    """The same on workers."""
+    return sample(driver.load(model), case, steps, seed)

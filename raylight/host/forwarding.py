@@ -1,0 +1,170 @@
+"""Single calls of a diffusion model's methods, done by the workers, for loops that stay in ComfyUI."""
+
+from __future__ import annotations
+
+import inspect
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.patcher_extension
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from torch import Tensor, nn
+
+from raylight.cluster.parcel import Parcel, unpack
+from raylight.cluster.session import Session
+from raylight.cluster.tensor_stream import Sender
+
+from . import dress
+from . import workers as at_workers
+from .job import ForwardJob
+from .model_job import model_job
+from .remote_patcher import RemotePatcher
+from .travel import CannotTravel, origin, send
+
+OPTIONS = "transformer_options"
+FORWARD = "forward"
+_KEPT_BYTES = 128 * 2**20
+# These run in this process, around the call.
+_OUTSIDE = ("wrappers", "callbacks")
+_PLAIN = (bool, int, float, str, bytes, Tensor, torch.dtype, torch.device, torch.Size, uuid.UUID)
+# What is called inside of the model.
+_CODE = ("patches", "patches_replace", "optimized_attention_override")
+
+
+class _Line:
+    """What this process keeps between the calls that it sends to one session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.sender = Sender(uuid.uuid4().hex, _KEPT_BYTES)
+        self.extras_key = ""
+        self.extras_of: list[Any] = []
+
+
+_line: _Line | None = None
+
+
+def forward(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `method` of the model's diffusion model returns, with tensors where those of the arguments are.
+
+    Wrappers around the diffusion model run in this process, as they do without workers. Raises ValueError, naming the
+    node, for what nodes have put into the model and cannot be sent; and what `workers.ask` raises.
+    """
+    device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)),
+                  patcher.load_device)
+    if method != FORWARD:
+        return _send(patcher, method, args, kwargs, device)
+    diffusion_model = patcher.model.diffusion_model
+    wrappers = comfy.patcher_extension.get_all_wrappers(WrappersMP.DIFFUSION_MODEL, kwargs.get(OPTIONS) or {})
+    if not wrappers:
+        return _send(patcher, method, args, kwargs, device)
+    # Wrappers look for arguments at the places where models put them.
+    call = inspect.signature(type(diffusion_model).forward).bind(diffusion_model, *args, **kwargs)
+    call.apply_defaults()
+    executor = WrapperExecutor.new_class_executor(
+        lambda *inner, **named: _send(patcher, method, inner, named, device), diffusion_model, wrappers)
+    return executor.execute(*call.args[1:], **call.kwargs)
+
+
+def _send(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any],
+          device: torch.device) -> Any:
+    global _line
+    if _line is None or not _line.session.alive:
+        shape = next((value.shape for value in args if isinstance(value, Tensor)), None)
+        _line = _Line(at_workers.session(patcher.workers, patcher.recipe, shape))
+    line = _line
+    diffusion_model = patcher.model.diffusion_model
+    args, kwargs, options = _without_options(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
+    try:
+        extras = line.session.shared.of(*_extras(line, patcher, options))
+        data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
+        call = send((args, kwargs, data), patcher, foreign_code=True, also=_taking(line.sender))
+        job = ForwardJob(model_job(line.session, patcher), method, call, line.sender.message(), extras)
+        answer: Parcel = at_workers.ask(line.session, "forward", job)
+    except BaseException:
+        _line = None  # what the workers have of this stream is not known any more
+        raise
+    return _on(unpack(answer, _no_reference, device), device)
+
+
+def _without_options(method: Any, diffusion_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                     ) -> tuple[tuple[Any, ...], dict[str, Any], Mapping[str, Any]]:
+    """The arguments as ComfyUI's `BaseModel` passes them, the first two by position; `transformer_options` apart."""
+    signature = inspect.signature(method)
+    if not any(one.kind is one.VAR_POSITIONAL for one in signature.parameters.values()):
+        call = signature.bind(diffusion_model, *args, **kwargs).arguments
+        rest = next((one.name for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD), None)
+        named = call | call.pop(rest, {})
+        named.pop(next(iter(signature.parameters)))
+        first = list(named)[:2]
+        args, kwargs = tuple(named[name] for name in first), {k: v for k, v in named.items() if k not in first}
+    else:
+        kwargs = dict(kwargs)
+    return args, kwargs, kwargs.pop(OPTIONS, None) or {}
+
+
+def _extras(line: _Line, patcher: RemotePatcher, options: Mapping[str, Any]) -> tuple[str, Any]:
+    """A key, and a function that makes the Parcel, of what nodes have put into the model: made once as long as these
+    are the same objects."""
+    code = {name: options[name] for name in _CODE if options.get(name)}
+    if code:  # which may look at anything in the options
+        code |= {name: value for name, value in options.items() if name not in _OUTSIDE and not _is_plain(value)}
+    inner = dress.of_forward(patcher)
+    objects = list(_leaves((code, inner, str(patcher.patches_uuid))))
+    if not line.extras_key or len(objects) != len(line.extras_of) or any(
+            now is not before and now != before for now, before in zip(objects, line.extras_of, strict=True)):
+        line.extras_key, line.extras_of = f"extras-{uuid.uuid4().hex}", objects
+    return line.extras_key, lambda: _packed(patcher, code, inner)
+
+
+def _packed(patcher: RemotePatcher, code: dict[str, Any], inner: dress.Dress) -> Parcel:
+    try:
+        return send((inner, code), patcher, foreign_code=True)
+    except CannotTravel as error:
+        for part in _leaves((code, inner)):
+            try:
+                send(part, patcher, foreign_code=True)
+            except CannotTravel as reason:
+                raise ValueError(f"{origin(part)} changes the inside of the model in a way that cannot be sent to the "
+                                 f"workers ({reason}): remove it, or take the model from one of ComfyUI's loaders"
+                                 ) from error
+        raise ValueError(f"what nodes have put into the model cannot be sent to the workers: {error}") from error
+
+
+def _leaves(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, _PLAIN)
+
+
+def _taking(sender: Sender) -> Any:
+    def refer(value: Any) -> Any:
+        return sender.slot(value) if type(value) is Tensor else None
+
+    return refer
+
+
+def _no_reference(reference: Any) -> Any:
+    raise RuntimeError(f"a worker answered with {reference}, which this process cannot resolve")
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return type(value)(_on(item, device) for item in value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,79 @@
+"""Single calls of a diffusion model's methods, done in a worker for a loop that runs elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from raylight.cluster.parcel import Parcel, pack
+from raylight.cluster.tensor_stream import Receiver, Slot
+
+from . import dress
+from .job import ForwardJob
+from .recipe import WHOLE
+from .travel import receive
+
+
+class Forwards:
+    """What a rank keeps between calls: tensors that come again, and what nodes have put into the model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tensors = Receiver(device)
+        self._extras: tuple[str, Any, Any] | None = None
+
+    def clear(self) -> None:
+        """Let go of what nodes have put into a model."""
+        self._extras = None
+
+    def call(self, patcher: ModelPatcher, job: ForwardJob, install: Callable[[dict[str, Any]], None]) -> Any:
+        """What the method returns. `install` gets the model's options to add what this rank needs."""
+        worn, code = self._unpacked(patcher, job)
+        dress.put_on(patcher, worn, job.model.recipe.sharding)
+        tensors = self._tensors.receive(job.tensors)
+
+        def resolve(slot: Any) -> Tensor:
+            assert isinstance(slot, Slot)
+            return tensors[slot.number]
+
+        args, kwargs, data = receive(job.call, patcher, resolve)
+        patcher.model_options = {"transformer_options": data | _copied(code)}
+        install(patcher.model_options)
+        comfy.model_management.load_models_gpu([patcher], memory_required=_memory(patcher, args))
+        patcher.pre_run()
+        diffusion_model = patcher.model.diffusion_model
+        try:
+            with torch.inference_mode() if job.model.recipe.sharding == WHOLE else torch.no_grad():
+                if job.method == "forward":
+                    return diffusion_model(*args, **kwargs, **patcher.model_options)
+                return getattr(diffusion_model, job.method)(*args, **kwargs)
+        finally:
+            patcher.model.current_patcher = None
+
+    def _unpacked(self, patcher: ModelPatcher, job: ForwardJob) -> tuple[Any, Any]:
+        # Unpacked once: some patches keep what they have computed.
+        if self._extras is None or self._extras[0] != job.extras.key or self._extras[1] is not patcher.model:
+            self._extras = job.extras.key, patcher.model, receive(job.extras.get(), patcher)
+        return self._extras[2]
+
+
+def answer(output: Any) -> Parcel:
+    """What a call returned, as it goes back."""
+    return pack(output, lambda _: None)
+
+
+def _copied(code: dict[str, Any]) -> dict[str, Any]:
+    """Dicts and lists anew, as models and hooks may change them in place."""
+    if isinstance(code, dict):
+        return {name: _copied(value) for name, value in code.items()}
+    return list(code) if isinstance(code, list) else code
+
+
+def _memory(patcher: ModelPatcher, args: tuple[Any, ...]) -> float:
+    first = next((value for value in args if isinstance(value, Tensor)), None)
+    return 0 if first is None else patcher.model.memory_required(list(first.shape))

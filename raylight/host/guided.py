@@ -1,0 +1,83 @@
+"""A whole run of ComfyUI's sampling, done in a worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from torch import Tensor
+
+from raylight.cluster.actor import Run
+
+from . import dress
+from .hand_over import random_state, set_random_state
+from .job import RunJob, RunResult, StepDone
+from .recipe import WHOLE
+from .remote_patcher import KEY
+from .travel import receive
+
+
+class GuidedRun:
+    """One job on this rank, ready to be done with `patcher`."""
+
+    def __init__(self, run: Run, patcher: ModelPatcher, job: RunJob, device: torch.device) -> None:
+        self._run = run
+        self._job = job
+        self._device = device
+        self._last: StepDone | None = None
+        worn, self._guider, self._call, self._positional, self._wrappers = receive(job.content, patcher)
+        dress.put_on(patcher, worn, job.model.recipe.sharding)
+        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # those of ComfyUI's process
+            for holder in ("transformer_options", "to_load_options"):
+                self.model_options.get(holder, {}).get("wrappers", {}).get(kind, {}).pop(KEY, None)
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """The options with which the model is sampled."""
+        return self._guider.model_options
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return tuple(self._call["latent_image"].shape)
+
+    def sample(self) -> RunResult:
+        """The result, the same on every rank of the sequence.
+
+        In inference mode as ComfyUI does, but for split weights: not every version of FSDP2 can be used in it. Raises
+        RunCancelled at the first step boundary after a cancel.
+        """
+        call = self._call | {"callback": self._after_step, "disable_pbar": True}
+        mask = call.get("denoise_mask")
+        if isinstance(mask, Tensor):  # the one tensor that `outer_sample` takes for being where the model is
+            call["denoise_mask"] = mask.to(self._device)
+        # Wrappers look for arguments at the places where ComfyUI puts them.
+        positional = [call.pop(name) for name in list(call)[:self._positional]]
+        set_random_state(self._job.random)
+        executor = WrapperExecutor.new_class_executor(self._guider.outer_sample, self._guider, self._wrappers)
+        with torch.inference_mode() if self._job.model.recipe.sharding == WHOLE else torch.no_grad():
+            samples = executor.execute(*positional, **call)
+        return RunResult(samples.cpu(), random_state(self._device), self._last)
+
+    def _after_step(self, step: int, x0: Any, x: Any, total: int) -> None:
+        job = self._job
+        if job.every_step or step + 1 == total:
+            event, self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x)), None
+        else:
+            event = StepDone(step, total, _for_preview(x0) if job.wants_preview else None, None)
+            self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x))
+        if self._run.rank == 0:
+            self._run.emit(event)
+        self._run.check_cancelled()
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy on the CPU, of packed latents of several kinds too."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value.cpu()
+
+
+def _for_preview(x0: Tensor) -> Tensor:
+    """(1, C, 1, H, W) or (1, C, H, W), float32 on the CPU."""
+    first = x0[:1, :, :1] if x0.ndim == 5 else x0[:1]
+    return first.detach().to("cpu", torch.float32, copy=True)

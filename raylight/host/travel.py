@@ -1,0 +1,187 @@
+"""What can go from ComfyUI's process to the workers, and what stands there for what cannot.
+
+A run refers to its model in many places: guiders, patches, closures of nodes. Wherever the weightless model of this
+process appears, in whole or in part, the worker's own takes its place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from raylight.cluster.parcel import Parcel, Referrer, by_value, pack, unpack
+
+from .settings import PACK_ROOT, comfy_root
+
+EXTRAS = "comfy_extras"
+
+
+class CannotTravel(ValueError):
+    """Something has no way to the workers; the message says what and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the model, by its name in it: the model itself (""), a module, or a parameter."""
+
+    kind: str
+    name: str = ""
+
+
+def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | None = None) -> Parcel:
+    """Pack what a run of `model` needs, for workers that hold the weights of it.
+
+    `foreign_code` tells whether code of custom node packs may go along; it is sent by value, as workers load no packs.
+    `also` names further parts as `pack`'s `refer` does. Raises CannotTravel.
+    """
+    parts: dict[int, _Part] = {}
+    for one in _ancestry(model):  # of several models where this one was taken over from another
+        parts = _parts(one.model) | parts
+
+    def refer(part: Any) -> Any:
+        if isinstance(part, ModelPatcher):
+            if any(part is one for one in _ancestry(model)):
+                return _Part("patcher")
+            raise CannotTravel(f"another model ({type(part.model).__name__}) takes part")
+        found = parts.get(id(part)) if isinstance(part, (nn.Module, nn.Parameter)) else None
+        return also(part) if found is None and also is not None else found
+
+    def reduce(part: Any) -> Any:
+        return _reduced(part, foreign_code)
+
+    try:
+        with by_value(_foreign_modules()) if foreign_code else _nothing():
+            return pack(value, refer, reduce)
+    except CannotTravel:
+        raise
+    except Exception as error:  # of whatever objects people's nodes put there
+        raise CannotTravel(f"{type(error).__name__}: {error}") from error
+
+
+def receive(parcel: Parcel, patcher: ModelPatcher, also: Callable[[Any], Any] | None = None,
+            copies: bool = True) -> Any:
+    """What `send` packed, on the device of this rank's patcher; `also` resolves what its `also` named, and `copies` is
+    as for `unpack`."""
+    base = patcher.model
+
+    def resolve(reference: Any) -> Any:
+        if not isinstance(reference, _Part):
+            return also(reference) if also is not None else reference
+        if reference.kind == "patcher":
+            return patcher
+        return base.get_submodule(reference.name) if reference.kind == "module" else base.get_parameter(reference.name)
+
+    return unpack(parcel, resolve, patcher.load_device, copies)
+
+
+def origin(code: Any) -> str:
+    """Which node made this function or object, for a message to the person who uses it."""
+    code = code if isinstance(code, (type, FunctionType)) else getattr(code, "__func__", type(code))
+    module, qualname = getattr(code, "__module__", "?"), getattr(code, "__qualname__", "?")
+    comfy_nodes = sys.modules.get("nodes")
+    of_module = {}
+    for node_id, node in getattr(comfy_nodes, "NODE_CLASS_MAPPINGS", {}).items():
+        if node.__module__ == module:
+            of_module[node.__qualname__] = comfy_nodes.NODE_DISPLAY_NAME_MAPPINGS.get(node_id) or node_id
+    own = of_module.get(qualname.split(".")[0])
+    if own is not None:
+        return f"the node {own}"
+    if of_module:
+        return f"one of the nodes {', '.join(sorted(of_module.values())[:5])}"
+    return f"{module}.{qualname}"
+
+
+def _ancestry(model: ModelPatcher) -> Iterator[ModelPatcher]:
+    """The patcher, and those it was cloned from, which nodes before may still refer to."""
+    one: ModelPatcher | None = model
+    while one is not None:
+        yield one
+        one = one.parent
+
+
+def _parts(base: BaseModel) -> dict[int, _Part]:
+    parts = {id(module): _Part("module", name) for name, module in base.named_modules()}
+    parts |= {id(parameter): _Part("parameter", name) for name, parameter in base.named_parameters()}
+    return parts
+
+
+def _reduced(part: Any, foreign_code: bool) -> Any:
+    """How a worker gets code that has no importable name here, and devices."""
+    if isinstance(part, torch.device):
+        return (torch.device, ("cpu",)) if part.type == "cpu" else (_device_here, ())
+    if isinstance(part, ModuleType):
+        name = _extras_name(part)
+        return NotImplemented if name is None else (importlib.import_module, (name,))
+    if not isinstance(part, (type, FunctionType)):
+        return NotImplemented
+    module = sys.modules.get(getattr(part, "__module__", None) or "")
+    if module is None:
+        return NotImplemented
+    if not foreign_code and _is_foreign(module):
+        raise CannotTravel(f"code of another node pack takes part ({origin(part)})")
+    name = _extras_name(module)
+    if name is not None and _attribute(module, part.__qualname__) is part:
+        return _named, (name, part.__qualname__)
+    return NotImplemented
+
+
+def _named(module: str, qualname: str) -> Any:
+    return _attribute(importlib.import_module(module), qualname)
+
+
+def _attribute(owner: Any, qualname: str) -> Any:
+    for name in qualname.split("."):
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def _device_here() -> torch.device:
+    import comfy.model_management
+
+    return comfy.model_management.get_torch_device()
+
+
+def _extras_name(module: ModuleType) -> str | None:
+    """The importable name of one of ComfyUI's own node modules, which ComfyUI imports under their paths."""
+    path = getattr(module, "__file__", None)
+    if path is None or Path(path).parent != Path(comfy_root()) / EXTRAS:
+        return None
+    return f"{EXTRAS}.{Path(path).stem}"
+
+
+def _is_foreign(module: ModuleType) -> bool:
+    import folder_paths
+
+    path = getattr(module, "__file__", None)
+    if path is None:
+        return False
+    real = os.path.realpath(path)
+    if real.startswith(str(PACK_ROOT) + os.sep):
+        return False
+    return any(_within(one, folder) for one in (real, path) for folder in folder_paths.get_folder_paths("custom_nodes"))
+
+
+def _within(path: str, folder: str) -> bool:
+    return os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
+
+
+def _foreign_modules() -> list[ModuleType]:
+    return [module for name, module in list(sys.modules.items())
+            if isinstance(module, ModuleType) and module.__name__ == name and _is_foreign(module)]
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,113 @@
+"""The drop-in MODEL in ComfyUI's own nodes, against a MODEL of ComfyUI's loader: same inputs, float32, on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.sd
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_cases import CASES, checkpoint
+from dropin_cases import MORE_SETUPS, SAMPLERS, SETUPS, sample
+from loras import lora_for
+
+from raylight.cluster.config import SessionConfig
+from raylight.host import driver
+from raylight.host.handles import RayModel, Workers
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
+from raylight.parallel.shape import MeshShape
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-4
+WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
+
+
+@pytest.fixture(scope="module")
+def stock(path: Path) -> ModelPatcher:
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+@pytest.fixture(scope="module")
+def dropin(path: Path) -> ModelPatcher:
+    return driver.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default")))
+
+
+@pytest.fixture(autouse=True)
+def as_comfyui_runs_nodes() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize(("sampler", "set_up"), [*itertools.product(SAMPLERS, SETUPS),
+                                                 *itertools.product(SAMPLERS[:1], MORE_SETUPS)])
+def test_equals_comfyui(sampler: str, set_up: str, stock: ModelPatcher, dropin: ModelPatcher,
+                        caplog: pytest.LogCaptureFixture) -> None:
+    make = (SETUPS | MORE_SETUPS)[set_up]
+    masked = sampler in ("heun", "euler_ancestral")
+    expected, shown = sample(make(stock), sampler, masked)
+    assert expected.std() > 0.1
+    for stays_here in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "raylight"):
+            actual, seen = sample(make(dropin), sampler, masked, stays_here)
+        assert ("the sampling loop stays in ComfyUI" in caplog.text) == stays_here
+        assert _error(actual, expected) <= TOLERANCE
+        assert len(seen) == len(shown)
+        assert max(_error(*pair) for pair in zip(seen, shown, strict=True)) <= TOLERANCE
+
+
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.std()).item()
+
+
+@pytest.mark.parametrize("stays_here", [False, True])
+def test_a_model_of_comfyui_is_taken_over_with_what_is_on_it(stays_here: bool, stock: ModelPatcher,
+                                                             tmp_path: Path) -> None:
+    shapes = {name: tuple(weight.shape) for name, weight in stock.model.named_parameters()}
+    lora = lora_for(shapes, ["lora", "loha", "lokr"], 1)
+    dressed, _ = comfy.sd.load_lora_for_models(stock, None, lora, 0.7, 0)
+    guider = SETUPS["skipped_layers"](dressed)
+    expected, _ = sample(guider)
+    plain, _ = sample(SETUPS["skipped_layers"](stock))
+    assert (expected - plain).std() > 1e-2 * plain.std(), "the LoRA changes nothing"
+    before = driver.parallelize(dressed, WORKERS)
+    actual, _ = sample(SETUPS["skipped_layers"](before), stays_here=stays_here)
+    assert _error(actual, expected) <= TOLERANCE
+    after = driver.parallelize(guider.model_patcher, WORKERS)
+    guider.model_patcher, guider.model_options = after, after.model_options
+    actual, _ = sample(guider, stays_here=stays_here)
+    assert _error(actual, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+def test_a_lora_by_comfyuis_loader_reaches_the_workers(sharding: str, stock: ModelPatcher, path: Path) -> None:
+    dropin = driver.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding)))
+    shapes = {name: tuple(weight.shape) for name, weight in stock.model.named_parameters()}
+    lora = lora_for(shapes, ["lora", "dora"], 2)
+    for strength in (0.7, -0.4, 0.0):
+        expected, actual = (sample(SETUPS["plain"](comfy.sd.load_lora_for_models(
+            model, None, lora, strength, 0)[0] if strength else model))[0] for model in (stock, dropin))
+        assert _error(actual, expected) <= TOLERANCE
+
+
+def test_rejects_a_model_whose_loader_left_no_recipe(stock: ModelPatcher) -> None:
+    nameless = stock.clone()
+    nameless.cached_patcher_init = None
+    with pytest.raises(ValueError, match="Flux model comes from a loader that does not tell which file"):
+        driver.parallelize(nameless, WORKERS)
+
+
+def test_rejects_merging_and_saving_what_is_not_here(dropin: ModelPatcher) -> None:
+    for use in (lambda: dropin.get_key_patches("diffusion_model."), lambda: dropin.state_dict_for_saving()):
+        with pytest.raises(ValueError, match="are on Raylight's workers and not in ComfyUI"):
+            use()

@@ -1,0 +1,101 @@
+"""Set-ups of samplers, guiders and patches, made by ComfyUI's own nodes on any MODEL."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_extras import (
+    nodes_cfg,
+    nodes_custom_sampler,
+    nodes_easycache,
+    nodes_model_advanced,
+    nodes_perpneg,
+    nodes_slg,
+)
+from torch import Tensor
+
+from raylight.demo.prompts import random_prompt
+
+SHAPE = (1, 16, 13, 14)
+STEPS = 4
+SAMPLERS = ("euler", "heun", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "uni_pc")
+
+SetUp = Callable[[ModelPatcher], Any]
+
+
+def prompt(seed: int, tokens: int = 24) -> list[Any]:
+    return random_prompt(tokens, 160, seed, 96)
+
+
+def plain(model: ModelPatcher) -> Any:
+    return _cfg(model, 3.0)
+
+
+def basic_shifted(model: ModelPatcher) -> Any:
+    model, = nodes_model_advanced.ModelSamplingFlux().patch(model, 1.15, 0.5, 256, 256)
+    return nodes_custom_sampler.BasicGuider.execute(model, prompt(1)).result[0]
+
+
+def zero_star_rescaled(model: ModelPatcher) -> Any:
+    model = nodes_cfg.CFGZeroStar.execute(model).result[0]
+    model, = nodes_model_advanced.RescaleCFG().patch(model, 0.7)
+    return _cfg(model, 3.0)
+
+
+def dual_cfg(model: ModelPatcher) -> Any:
+    execute = nodes_custom_sampler.DualCFGGuider.execute
+    return execute(model, prompt(1), prompt(2), prompt(3), 3.0, 2.0, "regular").result[0]
+
+
+def perp_neg(model: ModelPatcher) -> Any:
+    return nodes_perpneg.PerpNegGuider.execute(model, prompt(1), prompt(2), prompt(3), 3.0, 1.0).result[0]
+
+
+def skipped_layers(model: ModelPatcher) -> Any:
+    """Replaces blocks of the transformer, for a third forward of each step."""
+    model = nodes_slg.SkipLayerGuidanceDiT.execute(
+        model, double_layers="0", single_layers="0", scale=2.0, start_percent=0.0, end_percent=1.0).result[0]
+    return _cfg(model, 3.0)
+
+
+def easy_cache(model: ModelPatcher) -> Any:
+    model = nodes_easycache.EasyCacheNode.execute(model, 10.0, 0.0, 1.0, False).result[0]
+    return _cfg(model, 3.0)
+
+
+def lazy_cache(model: ModelPatcher) -> Any:
+    model = nodes_easycache.LazyCacheNode.execute(model, 10.0, 0.0, 1.0, False).result[0]
+    return _cfg(model, 3.0)
+
+
+SETUPS: dict[str, SetUp] = {one.__name__: one for one in (plain, basic_shifted, zero_star_rescaled, skipped_layers)}
+MORE_SETUPS: dict[str, SetUp] = {one.__name__: one for one in (dual_cfg, perp_neg, easy_cache, lazy_cache)}
+
+
+def _cfg(model: ModelPatcher, cfg: float) -> Any:
+    # Prompts of different length, which ComfyUI cannot put into one batch.
+    return nodes_custom_sampler.CFGGuider.execute(model, prompt(1), prompt(2, 17), cfg).result[0]
+
+
+def sample(guider: Any, sampler: str = "euler", masked: bool = False, stays_here: bool = False, seed: int = 5,
+           shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, list[Tensor]]:
+    """As SamplerCustomAdvanced samples: the latent, and what each step showed. With `stays_here` the sampler holds
+    something that no other process can have."""
+    kind = comfy.samplers.sampler_object(sampler)
+    if stays_here:
+        kind.held = threading.Lock()
+    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", STEPS)
+    generator = torch.Generator().manual_seed(3)
+    latent = torch.randn(shape, generator=generator) if masked else torch.zeros(shape)
+    mask = (torch.rand(shape[0], 1, *shape[-2:], generator=generator) > 0.5).float() if masked else None
+    noise = comfy.sample.prepare_noise(latent, seed)
+    shown = []
+    samples = guider.sample(noise, latent, kind, sigmas, denoise_mask=mask, disable_pbar=True, seed=seed,
+                            callback=lambda step, x0, x, total: shown.append(x0.clone()))
+    return samples, shown
