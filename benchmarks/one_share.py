@@ -84,9 +84,9 @@ def measure(name: str, degrees: Sequence[int], layers: int | None, repeats: int)
             tokens, share = TokenState(0, degree), OneShare(degree)
             hooks = None
             if degree > 1:
-                hooks = ShareHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens, None)
+                hooks = ShareHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens)
             options: dict[str, Any] = {}
-            attention = SequenceAttention(tokens, share, None)
+            attention = SequenceAttention(tokens, share)
             attention_hook.install(options, attention, kernel("auto", device))
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with torch.inference_mode():

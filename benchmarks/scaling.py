@@ -75,11 +75,11 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
     options: dict[str, Any] = {"transformer_options": {}}
     if world > 1:
         mesh = build_mesh(MeshShape(ring=ring, ulysses=world // ring), torch.device("cpu"))
-        tokens, group = TokenState(rank, world), sequence_axis(mesh).get_group()
-        raylight.parallel.hooks.SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens, group,
+        tokens = TokenState(rank, world, sequence_axis(mesh).get_group())
+        raylight.parallel.hooks.SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens,
                                               world // ring)
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        attention_hook.install(options, SequenceAttention(tokens, strategy, group), kernel("TORCH_FLASH"))
+        attention_hook.install(options, SequenceAttention(tokens, strategy), kernel("TORCH_FLASH"))
     else:
         attention_hook.install(options, lambda k, q, key, v, mask, scale: k(q, key, v, mask, scale),
                                kernel("TORCH_FLASH"))

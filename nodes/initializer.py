@@ -47,17 +47,18 @@ def _ulysses() -> io.Input:
 
 def _ring() -> io.Input:
     return _degree("ring_degree", 1, 1, "Workers that pass keys and values around in a ring and split no heads: for "
-                                        "more workers than the model has heads. GPU is ulysses x ring.")
+                                        "more workers than the model has heads.")
 
 
 def _cfg() -> io.Input:
-    return _degree("cfg_degree", 1, 1, "Workers that share positive and negative prompt between them. "
-                                       "Only 1 is available in this version.")
+    return _degree("cfg_degree", 1, 1, "Groups of workers that share positive and negative prompt between them, or "
+                                       "any other batch. A batch too small for it is split by tokens instead.")
 
 
 def _dp() -> io.Input:
-    return _degree("dp_degree", 1, 0, "Workers that each make images of their own; 0 takes what is left over. "
-                                      "Only 1 is available in this version.")
+    return _degree("dp_degree", 1, 0, "Groups of workers that share the images of a batch between them, or each make "
+                                      "one of several (DP KSampler); 0 takes what is left over. GPU is ulysses x ring "
+                                      "x cfg x dp.")
 
 
 def _flag(name: str, tooltip: str) -> io.Input:
@@ -107,9 +108,10 @@ class RayInitializer(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, GPU: int | None = None, ulysses_degree: int | None = None,  # noqa: N803
-                        ring_degree: int | None = None) -> bool | str:
+                        ring_degree: int | None = None, cfg_degree: int | None = None,
+                        dp_degree: int | None = None) -> bool | str:
         # ComfyUI repeats the answer at every input named here, so only those of the product are.
-        return check_product(GPU, ulysses_degree, ring_degree)
+        return check_product(GPU, ulysses_degree, ring_degree, cfg_degree, dp_degree)
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
@@ -150,9 +152,10 @@ class RayInitializerAdvanced(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, GPU: int | None = None, ulysses_degree: int | None = None,  # noqa: N803
-                        ring_degree: int | None = None) -> bool | str:
+                        ring_degree: int | None = None, cfg_degree: int | None = None,
+                        dp_degree: int | None = None) -> bool | str:
         # ComfyUI repeats the answer at every input named here, so only those of the product are.
-        return check_product(GPU, ulysses_degree, ring_degree)
+        return check_product(GPU, ulysses_degree, ring_degree, cfg_degree, dp_degree)
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:

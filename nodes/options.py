@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,17 +19,17 @@ from raylight.parallel.shape import MeshShape
 logger = logging.getLogger(__name__)
 
 WITHOUT_GPU = 2  # workers, to try things out
-_UNAVAILABLE_DEGREES = ("cfg_degree", "dp_degree")
 _IGNORED = {"sync_ulysses": False, "skip_comm_test": False, "use_mmap": False, "ray_dashboard_address": "None",
             "torch_dist_address": "127.0.0.1:29500"}
 
 
-def check_product(workers: int | None, ulysses: int | None, ring: int | None) -> bool | str:
-    """True, or why these numbers do not fit together; a linked input is None and is judged when the node runs."""
-    if workers is None or ulysses is None or ring is None:
+def check_product(*degrees: int | None) -> bool | str:
+    """True, or why GPU and the degrees of Ulysses, ring, CFG and data parallelism do not fit together; a linked input
+    is None and is judged when the node runs."""
+    if None in degrees:
         return True
     try:
-        _validate_product(workers, ulysses, ring)
+        _validate_product(*degrees)
     except ValueError as error:
         return str(error)
     return True
@@ -43,7 +44,7 @@ def workers_from(inputs: Mapping[str, Any]) -> Workers:
     address = (inputs["ray_cluster_address"] or LOCAL).strip()
     store_gb = inputs.get("ray_object_store_gb")
     config = SessionConfig(
-        mesh=MeshShape(ring=inputs["ring_degree"], ulysses=inputs["ulysses_degree"]),
+        mesh=MeshShape(batch_degree(inputs), inputs["ring_degree"], inputs["ulysses_degree"]),
         device_type="cuda" if torch.cuda.is_available() else "cpu",
         address=address,
         namespace=inputs["ray_cluster_namespace"] or "default",
@@ -61,24 +62,35 @@ def all_workers() -> Workers:
     return Workers(config, kernels.AUTO)
 
 
-def _validate_product(workers: int, ulysses: int, ring: int) -> None:
-    for name, value in (("GPU", workers), ("ulysses_degree", ulysses), ("ring_degree", ring)):
+def batch_degree(inputs: Mapping[str, Any]) -> int:
+    """How many groups of workers share out a batch: cfg_degree x dp_degree, where a dp_degree of 0 is what is left."""
+    cfg, dp = inputs.get("cfg_degree", 1), inputs.get("dp_degree", 1)
+    return cfg * (dp or max(1, inputs["GPU"] // (inputs["ulysses_degree"] * inputs["ring_degree"] * cfg)))
+
+
+def _validate_product(workers: int, ulysses: int, ring: int, cfg: int = 1, dp: int = 1) -> None:
+    """Raises ValueError naming the product that is wrong, and degrees that would fit; a `dp` of 0 is what is left."""
+    for name, value in (("GPU", workers), ("ulysses_degree", ulysses), ("ring_degree", ring), ("cfg_degree", cfg)):
         if value < 1:
             raise ValueError(f"{name} = {value}: at least 1")
-    if workers != ulysses * ring:
-        fitting = " or ".join(f"{workers // n} and {n}" for n in range(1, workers + 1) if workers % n == 0)
-        raise ValueError(
-            f"ulysses_degree = {ulysses} x ring_degree = {ring} makes {ulysses * ring} workers, but GPU = {workers}: "
-            f"set ulysses_degree and ring_degree to {fitting}, or GPU to {ulysses * ring}"
-        )
+    degrees = {"ulysses_degree": ulysses, "ring_degree": ring}
+    degrees |= {name: value for name, value in (("cfg_degree", cfg), ("dp_degree", dp)) if value > 1}
+    product = math.prod(degrees.values())
+    if workers == product or (dp == 0 and workers % product == 0):
+        return
+    written = " x ".join(f"{name} = {value}" for name, value in degrees.items())
+    if len(degrees) > 2 or dp == 0:
+        raise ValueError(f"{written} makes {product} workers, but GPU = {workers}: change the degrees so that their "
+                         f"product {'divides' if dp == 0 else 'is'} {workers}, or GPU to {product}")
+    fitting = " or ".join(f"{workers // n} and {n}" for n in range(1, workers + 1) if workers % n == 0)
+    raise ValueError(f"{written} makes {product} workers, but GPU = {workers}: set ulysses_degree and ring_degree to "
+                     f"{fitting}, or GPU to {product}. Or let cfg_degree or dp_degree take the others")
 
 
 def _validate(inputs: Mapping[str, Any]) -> None:
     workers = inputs["GPU"]
-    _validate_product(workers, inputs["ulysses_degree"], inputs["ring_degree"])
-    for name in _UNAVAILABLE_DEGREES:
-        if inputs[name] not in (0, 1) or (inputs[name] == 0 and name != "dp_degree"):
-            raise ValueError(f"{name} = {inputs[name]} is not available in this version of Raylight: set it to 1")
+    _validate_product(workers, inputs["ulysses_degree"], inputs["ring_degree"], inputs.get("cfg_degree", 1),
+                      inputs.get("dp_degree", 1))
     _sharding(inputs)
     if inputs.get("XFuser_attention") is not None:
         local = inputs.get("ray_cluster_address", LOCAL) == LOCAL

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.patcher_extension
 import torch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
-from torch import Tensor, nn
+from torch import Tensor
 
 from raylight.cluster.parcel import Parcel, unpack
 from raylight.cluster.session import Session
@@ -20,10 +17,10 @@ from . import dress
 from . import workers as at_workers
 from .job import ForwardJob
 from .model_job import model_job
+from .model_wrappers import OPTIONS, named, wrapped
 from .remote_patcher import RemotePatcher
 from .travel import CannotTravel, origin, send
 
-OPTIONS = "transformer_options"
 FORWARD = "forward"
 _KEPT_BYTES = 128 * 2**20
 # These run in this process, around the call.
@@ -56,16 +53,8 @@ def forward(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: 
                   patcher.load_device)
     if method != FORWARD:
         return _send(patcher, method, args, kwargs, device)
-    diffusion_model = patcher.model.diffusion_model
-    wrappers = comfy.patcher_extension.get_all_wrappers(WrappersMP.DIFFUSION_MODEL, kwargs.get(OPTIONS) or {})
-    if not wrappers:
-        return _send(patcher, method, args, kwargs, device)
-    # Wrappers look for arguments at the places where models put them.
-    call = inspect.signature(type(diffusion_model).forward).bind(diffusion_model, *args, **kwargs)
-    call.apply_defaults()
-    executor = WrapperExecutor.new_class_executor(
-        lambda *inner, **named: _send(patcher, method, inner, named, device), diffusion_model, wrappers)
-    return executor.execute(*call.args[1:], **call.kwargs)
+    return wrapped(patcher.model.diffusion_model,
+                   lambda *inner, **by_name: _send(patcher, method, inner, by_name, device), args, kwargs)
 
 
 def _send(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -76,7 +65,8 @@ def _send(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: di
         _line = _Line(at_workers.session(patcher.workers, patcher.recipe, shape))
     line = _line
     diffusion_model = patcher.model.diffusion_model
-    args, kwargs, options = _without_options(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
+    args, kwargs = named(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
+    options = kwargs.pop(OPTIONS, None) or {}
     try:
         extras = line.session.shared.of(*_extras(line, patcher, options))
         data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
@@ -87,22 +77,6 @@ def _send(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: di
         _line = None  # what the workers have of this stream is not known any more
         raise
     return _on(unpack(answer, _no_reference, device), device)
-
-
-def _without_options(method: Any, diffusion_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                     ) -> tuple[tuple[Any, ...], dict[str, Any], Mapping[str, Any]]:
-    """The arguments as ComfyUI's `BaseModel` passes them, the first two by position; `transformer_options` apart."""
-    signature = inspect.signature(method)
-    if not any(one.kind is one.VAR_POSITIONAL for one in signature.parameters.values()):
-        call = signature.bind(diffusion_model, *args, **kwargs).arguments
-        rest = next((one.name for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD), None)
-        named = call | call.pop(rest, {})
-        named.pop(next(iter(signature.parameters)))
-        first = list(named)[:2]
-        args, kwargs = tuple(named[name] for name in first), {k: v for k, v in named.items() if k not in first}
-    else:
-        kwargs = dict(kwargs)
-    return args, kwargs, kwargs.pop(OPTIONS, None) or {}
 
 
 def _extras(line: _Line, patcher: RemotePatcher, options: Mapping[str, Any]) -> tuple[str, Any]:

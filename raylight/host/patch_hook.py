@@ -57,7 +57,7 @@ def wrap(kind: str, patch: Patch, plan: SequencePlan, whole: WholeTokens, replac
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if rules is None:
-            if whole.is_cut or replaces:
+            if whole.is_cut or (replaces and whole.is_shared):
                 raise ValueError(
                     f"{plan.model.rpartition('.')[2]} is split over workers, and there a '{kind}' patch is not "
                     f"supported: remove the node that patches the model this way, or use GPU = 1"

@@ -15,11 +15,11 @@ import torch
 
 from raylight.cluster.shared import Shared
 from raylight.parallel.process_group import smallest
-from raylight.parallel.tokens import TokenState
 
 from . import lora
 from .patcher import RankPatcher
 from .recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
+from .split import SplitModel
 from .travel import receive
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Resident:
 
     recipe: ModelRecipe
     patcher: RankPatcher
-    tokens: TokenState | None
+    split: SplitModel
     lora_keys: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     host_bytes: int

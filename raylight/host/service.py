@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import comfy.model_management
 import torch
-from comfy.model_base import BaseModel
 
-from raylight.attention.kernels import kernel
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.parcel import Parcel
-from raylight.parallel.attention import SequenceAttention, Strategy
-from raylight.parallel.hooks import SequenceHooks
-from raylight.parallel.long_context import OURS, LongContextAttention
-from raylight.parallel.mesh import sequence_axis, world_axis
-from raylight.parallel.ring import HybridAttention
-from raylight.parallel.tokens import TokenState
-from raylight.parallel.whole import WholeTokens
-from raylight.plans import plan_for
+from raylight.parallel.mesh import world_axis
 
-from . import attention_door, attention_hook, model, patch_hook
+from . import model
 from .forwards import Forwards, answer
 from .guided import GuidedRun
 from .job import ForwardJob, ModelJob, RunJob, RunResult
@@ -29,6 +19,7 @@ from .patcher import RankPatcher
 from .recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe
 from .residents import Held, Resident, Residents
 from .sharded import shard_over
+from .split import SplitModel
 from .whole import whole
 
 logger = logging.getLogger(__name__)
@@ -57,7 +48,7 @@ class ModelService:
         """
         held, patcher = self._ready(run, job.model)
         guided = GuidedRun(run, patcher, job, self._context.device)
-        self._install(held, job.model, guided.model_options)
+        held.split.install(guided.model_options, job.model.attention, job.model.strategy)
         result = guided.sample()
         if job.free_memory_after:
             comfy.model_management.unload_all_models()
@@ -67,7 +58,8 @@ class ModelService:
     def forward(self, run: Run, job: ForwardJob) -> Parcel | None:
         """Do one call of the diffusion model; rank 0 returns what it does, the others None."""
         held, patcher = self._ready(run, job.model)
-        output = self._forwards.call(patcher, job, lambda options: self._install(held, job.model, options))
+        output = self._forwards.call(patcher, job, lambda options: held.split.install(
+            options, job.model.attention, job.model.strategy))
         return answer(output) if run.rank == 0 else None
 
     def free(self, run: Run) -> None:
@@ -91,13 +83,6 @@ class ModelService:
         self._models.make_room_on_device(patcher.model_size() - patcher.loaded_size(), held)
         return held, patcher
 
-    def _install(self, held: Resident, job: ModelJob, model_options: dict[str, Any]) -> None:
-        """Have what is sampled with these options share its work among the ranks."""
-        if held.tokens is not None:
-            attention = SequenceAttention(held.tokens, self._strategy(job.strategy),
-                                          sequence_axis(self._context.mesh).get_group())
-            attention_hook.install(model_options, attention, kernel(job.attention, self._context.device))
-
     def _hold(self, run: Run, recipe: ModelRecipe) -> Resident:
         held = self._models.get(recipe)
         if held is None:
@@ -115,36 +100,11 @@ class ModelService:
         # ComfyUI's quantised tensors can only be used in the mode that they were made in.
         with torch.inference_mode(recipe.sharding == WHOLE):
             mapped = model.map_file(recipe)
-            # Before weights are split: FSDP changes the class by which a plan is found.
-            tokens = self._split(mapped.model)
+            split = SplitModel(mapped.model, self._context.mesh, self._context.device)
             with model.errors_of(recipe):
                 if recipe.sharding == WHOLE:
                     patcher, host_bytes = whole(mapped, comfy.model_management.unet_offload_device())
                 else:
                     patcher, report = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
                     host_bytes = report.bytes
-        return Resident(recipe, patcher, tokens, mapped.lora_keys, mapped.shapes, host_bytes)
-
-    def _split(self, base: BaseModel) -> TokenState | None:
-        mesh = self._context.mesh
-        sequence = sequence_axis(mesh)
-        if sequence.size() == 1:
-            return None
-        diffusion_model = base.diffusion_model
-        tokens = TokenState(sequence.get_local_rank(), sequence.size())
-        plan = plan_for(diffusion_model, type(base.model_config).__name__)
-        SequenceHooks(diffusion_model, plan, tokens, sequence.get_group(), mesh["ulysses"].size())
-        attention_door.open_for(diffusion_model, plan.unhooked)
-        patch_hook.install(diffusion_model, plan, WholeTokens(tokens, sequence.get_group()))
-        return tokens
-
-    def _strategy(self, name: str) -> Strategy:
-        """What exchanges tokens around attention. Raises ValueError where its library does not work here."""
-        ulysses, ring = (self._context.mesh.get_group(axis) for axis in ("ulysses", "ring"))
-        ours = HybridAttention(ulysses, ring)
-        if name == OURS:
-            return ours
-        try:
-            return LongContextAttention(name, ulysses, ring, ours)
-        except ImportError as error:
-            raise ValueError(f"sequence_attention = {name} cannot be used: {error}; choose {OURS}") from error
+        return Resident(recipe, patcher, split, mapped.lora_keys, mapped.shapes, host_bytes)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import all_gather
@@ -49,11 +48,9 @@ class AttentionCounts:
 class SequenceAttention:
     """Routes each attention call of a forward by what its module's plan says."""
 
-    def __init__(self, tokens: TokenState, strategy: Strategy, group: dist.ProcessGroup) -> None:
-        """`group` are the ranks of the sequence, in the order of its tokens."""
+    def __init__(self, tokens: TokenState, strategy: Strategy) -> None:
         self._tokens = tokens
-        self._strategy = strategy
-        self._group = group
+        self.strategy = strategy
         self.counts = AttentionCounts()
 
     def __call__(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -80,7 +77,7 @@ class SequenceAttention:
         if scope.mask is not None:
             mask = scope.mask(sum(lengths), q)
         whole_mask = None if mask is None else self._whole_mask(_four_dims(mask), streams, lengths)
-        return self._strategy(kernel, q, k, v, lengths, whole_mask, scale)
+        return self.strategy(kernel, q, k, v, lengths, whole_mask, scale)
 
     def _kind(self, scope: Attention, q: Tensor, k: Tensor) -> SelfAttention | CrossAttention:
         """What the plan says of this call, checked against its queries and keys."""
@@ -98,7 +95,7 @@ class SequenceAttention:
         """The mask over all tokens in rank order. One that a model made of its local tokens is joined; it can only
         be one of keys, since no rank knows another's queries."""
         if mask.shape[-2] == 1 and mask.shape[-1] == lengths[self._tokens.rank] != sum(lengths):
-            return all_gather(mask, lengths, mask.ndim - 1, self._group)
+            return all_gather(mask, lengths, mask.ndim - 1, self._tokens.group)
         return self._tokens.gathered_mask(mask, streams)
 
 

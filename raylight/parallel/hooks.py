@@ -16,7 +16,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,13 +27,14 @@ from .tokens import TokenState
 class SequenceHooks:
     """The hooks of one plan on one model. `remove` leaves the model as it was."""
 
-    def __init__(self, model: nn.Module, plan: SequencePlan, tokens: TokenState, group: dist.ProcessGroup,
+    def __init__(self, model: nn.Module, plan: SequencePlan, tokens: TokenState,
                  ulysses_degree: int | None = None) -> None:
-        """`group` are the ranks of the sequence; `ulysses_degree` of them split heads, all where it is None.
+        """`ulysses_degree` of the ranks split heads, all where it is None. They do nothing while `tokens` is of one
+        rank.
 
         Raises ValueError where the model does not have what the plan names, has too few heads, or cannot be split.
         """
-        self._plan, self._tokens, self._group = plan, tokens, group
+        self._plan, self._tokens = plan, tokens
         self._handles: list[RemovableHandle] = []
         heads, degree = attrgetter(plan.heads)(model), ulysses_degree or tokens.degree
         if heads < degree:
@@ -68,6 +68,8 @@ class SequenceHooks:
         ordered = sorted(rules.items(), key=lambda item: not isinstance(item[1], Stream))
 
         def localize(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+            if self._tokens.degree == 1:
+                return args, kwargs
             values = list(args)
             for name, rule in ordered:
                 if name in kwargs:
@@ -80,13 +82,14 @@ class SequenceHooks:
         for rule in rules.values():
             if isinstance(rule, Whole):
                 self._mark_attention(module, rule)
-                self._handles.append(module.register_forward_hook(
-                    lambda _, __, output, rule=rule: self._tokens.part(output, rule.stream, rule.dim)
-                ))
+                self._handles.append(module.register_forward_hook(partial(self._part, rule)))
+
+    def _part(self, rule: Whole, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output if self._tokens.degree == 1 else self._tokens.part(output, rule.stream, rule.dim)
 
     def _localize(self, value: Any, rule: Input) -> Any:
         if isinstance(rule, (Whole, Joined)):
-            return all_gather(value, self._tokens.sizes(rule.stream), rule.dim, self._group)
+            return all_gather(value, self._tokens.sizes(rule.stream), rule.dim, self._tokens.group)
         return self._tokens.localize(value, rule)
 
     def _mark_attention(self, module: nn.Module, attention: Attention | Whole) -> None:
@@ -113,7 +116,7 @@ class SequenceHooks:
     def _join(self, local: Tensor, gather: Gather) -> Tensor:
         before = self._tokens.lengths(gather.after)[self._tokens.rank]
         head, tail = local.split([before, local.shape[gather.dim] - before], gather.dim)
-        whole = all_gather(tail, self._tokens.sizes(gather.stream), gather.dim, self._group)
+        whole = all_gather(tail, self._tokens.sizes(gather.stream), gather.dim, self._tokens.group)
         self._tokens.leave(gather.stream)
         whole = self._tokens.on_grid(whole, gather.stream, gather.dim)
         return torch.cat([head, whole], gather.dim) if before else whole

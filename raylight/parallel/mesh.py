@@ -23,6 +23,11 @@ def world_axis(mesh: DeviceMesh) -> DeviceMesh:
     return mesh._flatten("world")
 
 
+def outer_axis(mesh: DeviceMesh) -> DeviceMesh:
+    """The rows of the mesh: ranks of the same place in their Ulysses group."""
+    return mesh["batch", "ring"]._flatten("outer")
+
+
 def sequence_axis(mesh: DeviceMesh) -> DeviceMesh:
     """The axis over which one sequence is split: ring and Ulysses together, Ulysses ranks next to each other."""
     return mesh["ring", "ulysses"]._flatten("sequence")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .partition import offsets, partition
@@ -26,15 +27,20 @@ from .plan import (
 
 
 class TokenState:
-    """Token bookkeeping of rank `rank` of `degree` ranks that split a sequence.
+    """Token bookkeeping of rank `rank` of the `degree` ranks of `group` that split a sequence.
 
     Streams are cut when they are first met after `begin`, so every size is known on every rank
     without being exchanged. `patched` are the kinds of patches that this forward calls.
     """
 
-    def __init__(self, rank: int, degree: int) -> None:
+    def __init__(self, rank: int, degree: int, group: dist.ProcessGroup | None = None) -> None:
+        self.share(rank, degree, group)
+
+    def share(self, rank: int, degree: int, group: dist.ProcessGroup | None) -> None:
+        """From the next forward on, split among these ranks; a degree of 1 leaves tokens whole."""
         self.rank = rank
         self.degree = degree
+        self.group = group
         self.begin()
 
     def begin(self) -> None:

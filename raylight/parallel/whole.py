@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import all_gather
@@ -17,13 +16,17 @@ from .tokens import TokenState
 class WholeTokens:
     """For code that was written for whole tokens and runs where they are split. Every rank must make the same calls."""
 
-    def __init__(self, tokens: TokenState, group: dist.ProcessGroup) -> None:
-        """`group` are the ranks of the sequence."""
-        self._tokens, self._group = tokens, group
+    def __init__(self, tokens: TokenState) -> None:
+        self._tokens = tokens
 
     @property
     def is_cut(self) -> bool:
         return self._tokens.is_cut
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether this forward's tokens are split at all."""
+        return self._tokens.degree > 1
 
     def expect(self, kinds: Iterable[str]) -> None:
         """Say at the start of a forward which kinds of patches it will call."""
@@ -39,7 +42,8 @@ class WholeTokens:
             return value
         sizes = [self._tokens.sizes(name) for name in rule.streams]
         pieces = value.split([size[self._tokens.rank] for size in sizes], rule.dim)
-        whole = [all_gather(piece, size, rule.dim, self._group) for piece, size in zip(pieces, sizes, strict=True)]
+        whole = [all_gather(piece, size, rule.dim, self._tokens.group)
+                 for piece, size in zip(pieces, sizes, strict=True)]
         return torch.cat(whole, rule.dim)
 
     def cut(self, value: Tensor, rule: Aligned) -> Tensor:

@@ -31,13 +31,13 @@ class Forgetful(torch.nn.Module):
 
 
 def install(plan=TOY_PLAN, heads: int = 5, degree: int = 2) -> SequenceHooks:
-    return SequenceHooks(Toy(heads, heads), plan, TokenState(0, degree), None)
+    return SequenceHooks(Toy(heads, heads), plan, TokenState(0, degree))
 
 
 def test_remove_leaves_the_model_as_it_was() -> None:
     model = Toy()
     before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    hooks = SequenceHooks(model, TOY_PLAN, TokenState(0, 2), None)
+    hooks = SequenceHooks(model, TOY_PLAN, TokenState(0, 2))
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] != before
     hooks.remove()
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == before
@@ -65,7 +65,7 @@ def test_an_argument_may_go_into_kwargs() -> None:
     inner = model.blocks[0].forward
     for block in model.blocks:
         block.forward = lambda txt, img, **kwargs: inner(txt, img, **kwargs)
-    SequenceHooks(model, TOY_PLAN, TokenState(0, 2), None).remove()
+    SequenceHooks(model, TOY_PLAN, TokenState(0, 2)).remove()
 
 
 def test_rejects_a_stream_that_never_enters() -> None:
@@ -81,7 +81,7 @@ def test_rejects_tokens_before_a_gather_that_never_enter() -> None:
 def test_rejects_attention_that_no_plan_covers() -> None:
     tokens = TokenState(0, 2)
     tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
-    attention = SequenceAttention(tokens, None, None)
+    attention = SequenceAttention(tokens, None)
     with pytest.raises(RuntimeError, match="does not say over which tokens"):
         attention(plain_kernel, *(torch.zeros(1, 2, 3, 4) for _ in range(3)), None, None)
 
@@ -90,14 +90,14 @@ def test_rejects_attention_over_other_tokens_than_planned() -> None:
     tokens = TokenState(0, 2)
     tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
     tokens.push(SelfAttention(("x",)))
-    attention = SequenceAttention(tokens, None, None)
+    attention = SequenceAttention(tokens, None)
     with pytest.raises(RuntimeError, match="6 queries on rank 0 where the plan expects 3"):
         attention(plain_kernel, *(torch.zeros(1, 2, 6, 4) for _ in range(3)), None, None)
 
 
 def test_attention_before_the_split_is_left_alone() -> None:
     q = torch.randn(1, 2, 5, 4)
-    attention = SequenceAttention(TokenState(0, 2), None, None)
+    attention = SequenceAttention(TokenState(0, 2), None)
     assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
 
 
@@ -106,7 +106,7 @@ def test_attention_in_a_module_that_runs_whole_is_left_alone() -> None:
     tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
     tokens.push(Whole("x"))
     q = torch.randn(1, 2, 6, 4)
-    attention = SequenceAttention(tokens, None, None)
+    attention = SequenceAttention(tokens, None)
     assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
     assert attention.counts.exchanged == 0
 
@@ -115,6 +115,6 @@ def test_rejects_a_model_whose_tokens_stay_split() -> None:
     plan = dataclasses.replace(TOY_PLAN, inputs={"blocks.0": {"img": Stream("img")}}, attention={},
                                outputs={"blocks.1": Gather("img")})
     model = Forgetful()
-    SequenceHooks(model, plan, TokenState(0, 2), None)
+    SequenceHooks(model, plan, TokenState(0, 2))
     with pytest.raises(RuntimeError, match=r"tokens still split: \['img'\]"):
         model(torch.zeros(1, 4, 8))

@@ -37,6 +37,10 @@ def plain(model: ModelPatcher) -> Any:
     return _cfg(model, 3.0)
 
 
+def equal_lengths(model: ModelPatcher) -> Any:
+    return nodes_custom_sampler.CFGGuider.execute(model, prompt(1), prompt(2), 3.0).result[0]
+
+
 def basic_shifted(model: ModelPatcher) -> Any:
     model, = nodes_model_advanced.ModelSamplingFlux().patch(model, 1.15, 0.5, 256, 256)
     return nodes_custom_sampler.BasicGuider.execute(model, prompt(1)).result[0]
@@ -84,13 +88,13 @@ def _cfg(model: ModelPatcher, cfg: float) -> Any:
 
 
 def sample(guider: Any, sampler: str = "euler", masked: bool = False, stays_here: bool = False, seed: int = 5,
-           shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, list[Tensor]]:
+           shape: tuple[int, ...] = SHAPE, steps: int = STEPS) -> tuple[Tensor, list[Tensor]]:
     """As SamplerCustomAdvanced samples: the latent, and what each step showed. With `stays_here` the sampler holds
     something that no other process can have."""
     kind = comfy.samplers.sampler_object(sampler)
     if stays_here:
         kind.held = threading.Lock()
-    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", STEPS)
+    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", steps)
     generator = torch.Generator().manual_seed(3)
     latent = torch.randn(shape, generator=generator) if masked else torch.zeros(shape)
     mask = (torch.rand(shape[0], 1, *shape[-2:], generator=generator) > 0.5).float() if masked else None

@@ -119,16 +119,15 @@ class Split:
 def split(model: torch.nn.Module, mesh: Any) -> Split:
     """Split a diffusion model's tokens by its plan, as a worker does, and count what is exchanged."""
     sequence = sequence_axis(mesh)
-    group = sequence.get_group()
-    tokens = TokenState(sequence.get_local_rank(), sequence.size())
+    tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
     plan = plan_for(model)
-    hooks = SequenceHooks(model, plan, tokens, group, mesh["ulysses"].size())
+    hooks = SequenceHooks(model, plan, tokens, mesh["ulysses"].size())
     attention_door.open_for(model, plan.unhooked)
-    patches = patch_hook.install(model, plan, WholeTokens(tokens, group))
+    patches = patch_hook.install(model, plan, WholeTokens(tokens))
     heads: list[int] = []
     exchange = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
 
     def counted(inner, *rest):
         return exchange(CountingKernel(inner, heads), *rest)
 
-    return Split(SequenceAttention(tokens, counted, group), heads, (hooks, patches))
+    return Split(SequenceAttention(tokens, counted), heads, (hooks, patches))

@@ -107,10 +107,10 @@ def split_toy(rank: int, world: int, ring: int = 1, kernel_name: str = "") -> di
         copies = {key: t.clone() if torch.is_tensor(t) else t for key, t in inputs.items()}
         expected = model(**copies, attend=plain_kernel)
 
-        tokens = TokenState(rank, world)
-        hooks = SequenceHooks(model, TOY_PLAN, tokens, group)
+        tokens = TokenState(rank, world, group)
+        hooks = SequenceHooks(model, TOY_PLAN, tokens)
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        attention = SequenceAttention(tokens, strategy, group)
+        attention = SequenceAttention(tokens, strategy)
         kernel = Counting(kernel_name)
 
         def attend(q, k, v, mask, scale, attention=attention, kernel=kernel):

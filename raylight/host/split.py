@@ -1,0 +1,87 @@
+"""A model whose work is split over a mesh: its hooks, and what each job chooses of them."""
+
+from __future__ import annotations
+
+import logging
+from operator import attrgetter
+from typing import Any
+
+import torch
+from comfy.model_base import BaseModel
+from torch.distributed.device_mesh import DeviceMesh
+
+from raylight.attention.kernels import kernel
+from raylight.parallel.attention import SequenceAttention, Strategy
+from raylight.parallel.batch import BatchAxis
+from raylight.parallel.crews import Crews
+from raylight.parallel.hooks import SequenceHooks
+from raylight.parallel.long_context import OURS, LongContextAttention
+from raylight.parallel.mesh import sequence_axis
+from raylight.parallel.ring import HybridAttention
+from raylight.parallel.tokens import TokenState
+from raylight.parallel.whole import WholeTokens
+from raylight.plans import plan_for
+
+from . import attention_door, attention_hook, patch_hook
+from .sharing import Sharing
+
+logger = logging.getLogger(__name__)
+
+
+class SplitModel:
+    """The split of one model. Must be made before weights are split: FSDP changes the class by which a plan is found.
+
+    Raises ValueError for a model without a plan, or one that cannot be split by its plan, where tokens are to be split.
+    """
+
+    def __init__(self, base: BaseModel, mesh: DeviceMesh, device: torch.device) -> None:
+        self._mesh, self._device = mesh, device
+        sequence, batch = sequence_axis(mesh), BatchAxis(mesh.get_group("batch"))
+        self._crews: Crews | None = None
+        self._tokens: TokenState | None = None
+        self._sharing: Sharing | None = None
+        if sequence.size() > 1:
+            self._split_tokens(base)
+        elif batch.degree > 1:
+            try:
+                self._split_tokens(base)
+            except ValueError as error:
+                logger.info("%s: workers can only share out its batch", error)
+                self._crews = self._tokens = None
+        if batch.degree > 1:
+            self._sharing = Sharing(base.diffusion_model, batch, self._tokens)
+
+    def install(self, model_options: dict[str, Any], attention: str, strategy: str, shares_batch: bool = True) -> None:
+        """Have what is sampled with these options share its work, with this kernel and exchange of tokens. Without
+        `shares_batch` each group of the batch axis works for itself.
+
+        Raises ValueError where the library of `strategy` does not work here.
+        """
+        if self._tokens is None or self._crews is None:
+            return
+        local = kernel(attention, self._device)
+        sequence = self._crews.sequence(self._strategy(strategy))
+        split = SequenceAttention(self._tokens, sequence.strategy)
+        attention_hook.install(model_options, split, local)
+        sequence.take(self._tokens, split)
+        if self._sharing is not None:
+            self._sharing.use(split, sequence, self._crews.everyone(local))
+
+    def _split_tokens(self, base: BaseModel) -> None:
+        diffusion_model, sequence = base.diffusion_model, sequence_axis(self._mesh)
+        plan = plan_for(diffusion_model, type(base.model_config).__name__)
+        tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
+        SequenceHooks(diffusion_model, plan, tokens, self._mesh["ulysses"].size())
+        attention_door.open_for(diffusion_model, plan.unhooked)
+        patch_hook.install(diffusion_model, plan, WholeTokens(tokens))
+        self._tokens, self._crews = tokens, Crews(self._mesh, attrgetter(plan.heads)(diffusion_model))
+
+    def _strategy(self, name: str) -> Strategy:
+        ulysses, ring = (self._mesh.get_group(axis) for axis in ("ulysses", "ring"))
+        ours = HybridAttention(ulysses, ring)
+        if name == OURS:
+            return ours
+        try:
+            return LongContextAttention(name, ulysses, ring, ours)
+        except ImportError as error:
+            raise ValueError(f"sequence_attention = {name} cannot be used: {error}; choose {OURS}") from error

@@ -1,0 +1,73 @@
+"""The batch axis: any batch on any number of groups of workers, against ComfyUI in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.sd
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_cases import CASES, checkpoint
+from dropin_cases import SETUPS, easy_cache, equal_lengths, sample
+
+from raylight.cluster.config import SessionConfig
+from raylight.host import driver
+from raylight.host.handles import RayModel, Workers
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
+from raylight.parallel.shape import MeshShape
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
+
+
+@pytest.fixture(scope="module")
+def stock(path: Path) -> ModelPatcher:
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+@pytest.fixture(autouse=True)
+def as_comfyui_runs_nodes() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def dropin(path: Path, mesh: MeshShape, sharding: str = WHOLE, kernel: str = "TORCH_FLASH") -> ModelPatcher:
+    return driver.load(RayModel(Workers(SessionConfig(mesh, "cpu"), kernel),
+                                ModelRecipe.of(str(path), "default", sharding)))
+
+
+SETS = {"same length": equal_lengths, "other length": SETUPS["plain"], "one prompt": SETUPS["basic_shifted"],
+        "replaced blocks": SETUPS["skipped_layers"], "cached": easy_cache}
+
+# The mesh changes slowest, so that all tests of one mesh share its workers.
+CHOICES = [(mesh, sharding, batch, name)
+           for mesh in (MeshShape(batch=2), MeshShape(batch=3))
+           for sharding in (WHOLE, SHARDED)
+           for batch in ((1, 2, 3, 5) if sharding == WHOLE else (1, 3))
+           for name in (list(SETS) if batch == 3 and sharding == WHOLE else list(SETS)[:2])]
+CHOICES += [(MeshShape(batch=2, ulysses=2), WHOLE, batch, "same length") for batch in (1, 2)]
+CHOICES += [(MeshShape(batch=2, ulysses=2), SHARDED, 1, "other length")]
+
+
+@pytest.mark.parametrize(("mesh", "sharding", "batch", "name"), CHOICES)
+def test_equals_comfyui(mesh: MeshShape, sharding: str, batch: int, name: str, path: Path, stock: ModelPatcher,
+                        results: dict) -> None:
+    shape = (batch, 16, 10, 13)
+    if (batch, name) not in results:
+        results[batch, name] = sample(SETS[name](stock), "euler_ancestral", shape=shape, steps=2)[0]
+    expected = results[batch, name]
+    actual, _ = sample(SETS[name](dropin(path, mesh, sharding)), "euler_ancestral", shape=shape, steps=2)
+    assert actual.shape == expected.shape
+    assert ((actual - expected).abs().max() / expected.std()).item() <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    return {}
