@@ -2,9 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .custom_sampler import XFuserSamplerCustom, XFuserSamplerCustomAdvanced
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loader import RayModelLoader, RayUNETLoader
 from .lora import RayLoraLoader
+from .parallel_lists import DPConditioningList, DPLatentList, DPNoiseList
+from .parallel_samplers import DPKSamplerAdvanced, UnifiedParallelSampler
 from .parallelize import RayParallelizeModel
 from .sampler import XFuserKSamplerAdvanced
 
@@ -14,7 +17,8 @@ class RaylightExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [RayInitializer, RayInitializerAdvanced, RayUNETLoader, RayLoraLoader, RayModelLoader,
-                RayParallelizeModel, XFuserKSamplerAdvanced]
+                RayParallelizeModel, XFuserKSamplerAdvanced, XFuserSamplerCustom, XFuserSamplerCustomAdvanced,
+                DPKSamplerAdvanced, UnifiedParallelSampler, DPNoiseList, DPConditioningList, DPLatentList]
 
 
 async def comfy_entrypoint() -> RaylightExtension:

@@ -68,7 +68,12 @@ class Session:
 
     def run(self, method: str, *args: Any, on_event: Callable[[Any], None] | None = None,
             wants_cancel: Callable[[], bool] | None = None) -> Any:
-        """Call a method of the service on every rank and return rank 0's result.
+        """Call a method of the service on every rank and return rank 0's result, as `run_all`."""
+        return self.run_all(method, *args, on_event=on_event, wants_cancel=wants_cancel)[0]
+
+    def run_all(self, method: str, *args: Any, on_event: Callable[[Any], None] | None = None,
+                wants_cancel: Callable[[], bool] | None = None) -> dict[int, Any]:
+        """Call a method of the service on every rank and return the results by rank.
 
         `args` are put into the object store once. Events of rank 0 are given to `on_event` in this thread.
         Raises what `conclude` raises; a failure that is no refusal of all ranks ends the workers.

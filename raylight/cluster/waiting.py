@@ -85,8 +85,8 @@ def is_refusal(outcome: Outcome, places: dict[int, Place]) -> bool:
     )
 
 
-def conclude(outcome: Outcome, places: dict[int, Place]) -> Any:
-    """Rank 0's result. Raises RunCancelled, a ValueError that all ranks agree on, or WorkerError."""
+def conclude(outcome: Outcome, places: dict[int, Place]) -> dict[int, Any]:
+    """The results by rank. Raises RunCancelled, a ValueError that all ranks agree on, or WorkerError."""
     if outcome.failures:
         # A rank that died is the cause of what its peers then met; otherwise the first to fail is.
         died = [rank for rank, error in outcome.failures.items() if isinstance(error, RayActorError)]
@@ -99,7 +99,7 @@ def conclude(outcome: Outcome, places: dict[int, Place]) -> Any:
         raise WorkerError(f"{places[rank]} {what}: {_cause(error)}")
     if any(isinstance(result, Cancelled) for result in outcome.results.values()):
         raise RunCancelled
-    return outcome.results[0]
+    return outcome.results
 
 
 def _cause(error: BaseException) -> BaseException:

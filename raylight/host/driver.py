@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 from comfy.model_patcher import ModelPatcher
 
 from . import workers as at_workers
 from .forwarding import forward
-from .hand_over import hand_over
+from .hand_over import finish, hand_over
 from .handles import RayModel, Workers
+from .nodes_sampling import guided_by, ksampler
 from .parallelized import recipe_of, take_over
 from .recipe import ModelRecipe
 from .remote_patcher import Engine, RemotePatcher
+from .together import all_of
 
+__all__ = ["at_once", "guided_by", "ksampler", "load", "parallelize"]
+
+T = TypeVar("T")
 _ENGINE = Engine(hand_over, forward)
 
 
@@ -32,6 +40,12 @@ def parallelize(model: ModelPatcher, workers: Workers) -> RemotePatcher:
     patcher = _load(workers, recipe_of(model, workers))
     take_over(model, patcher)
     return patcher
+
+
+def at_once(runs: Sequence[Callable[[], T]]) -> list[T]:
+    """What each of these samplings of models on workers returns; groups of workers do them at the same time, where
+    there are several groups."""
+    return all_of(runs, finish)
 
 
 def _load(workers: Workers, recipe: ModelRecipe) -> RemotePatcher:

@@ -20,10 +20,11 @@ from .travel import receive
 
 
 class GuidedRun:
-    """One job on this rank, ready to be done with `patcher`."""
+    """The job at `place` among several, ready to be done with `patcher` on this rank."""
 
-    def __init__(self, run: Run, patcher: ModelPatcher, job: RunJob, device: torch.device) -> None:
+    def __init__(self, run: Run, patcher: ModelPatcher, place: int, job: RunJob, device: torch.device) -> None:
         self._run = run
+        self._place = place
         self._job = job
         self._device = device
         self._last: StepDone | None = None
@@ -37,10 +38,6 @@ class GuidedRun:
     def model_options(self) -> dict[str, Any]:
         """The options with which the model is sampled."""
         return self._guider.model_options
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return tuple(self._call["latent_image"].shape)
 
     def sample(self) -> RunResult:
         """The result, the same on every rank of the sequence.
@@ -68,7 +65,7 @@ class GuidedRun:
             event = StepDone(step, total, _for_preview(x0) if job.wants_preview else None, None)
             self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x))
         if self._run.rank == 0:
-            self._run.emit(event)
+            self._run.emit((self._place, event))
         self._run.check_cancelled()
 
 

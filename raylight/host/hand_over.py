@@ -5,9 +5,10 @@ ComfyUI's own guider and sampler do it there as they would here: nothing of eith
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.utils
@@ -16,11 +17,15 @@ from comfy.cli_args import LatentPreviewMethod, args
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from raylight.cluster import current
+from raylight.cluster.session import Session
+
 from . import dress
 from . import workers as at_workers
 from .job import RandomState, RunJob, RunResult, StepDone
 from .model_job import model_job
 from .remote_patcher import RemotePatcher
+from .together import Handed, meet
 from .travel import CannotTravel, send
 
 logger = logging.getLogger(__name__)
@@ -44,7 +49,6 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     except CannotTravel as reason:
         logger.info("the sampling loop stays in ComfyUI, and each forward goes to the workers: %s", reason)
         return executor(*arguments, **named)
-    logger.info("the workers do the whole run")
     session = at_workers.session(patcher.workers, patcher.recipe, call["noise"].shape)
     # Of ComfyUI's own callback it is known what it looks at.
     every_step = callback is not None and getattr(callback, "__module__", None) != "latent_preview"
@@ -53,8 +57,35 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
         wants_preview=callback is not None and args.preview_method != LatentPreviewMethod.NoPreviews,
         every_step=every_step,
     )
-    with tqdm(disable=call.get("disable_pbar") or not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
-        result: RunResult = at_workers.ask(session, "sample", job, on_event=_teller(bar, callback))
+    shows_bar = comfy.utils.PROGRESS_BAR_ENABLED and not call.get("disable_pbar")
+    handed = Handed(job, _Teller(callback, shows_bar), functools.partial(_concluded, callback))
+    result = meet(handed)
+    if result is not None:
+        return result
+    logger.info("the workers do the whole run")
+    return handed.conclude(_finished(session, [handed])[0])
+
+
+def finish(handed: Sequence[Handed]) -> list[RunResult]:
+    """Have the workers do several runs at once. Raises what `workers.ask_all` raises."""
+    running = current.running()
+    if running is None:
+        raise RuntimeError("the workers have ended: run the prompt again")
+    logger.info("the workers do %d runs at once", len(handed))
+    return _finished(running, handed)
+
+
+def _finished(session: Session, handed: Sequence[Handed]) -> list[RunResult]:
+    def on_event(event: tuple[int, StepDone]) -> None:
+        handed[event[0]].tell(event[1])
+
+    answers = at_workers.ask_all(session, "sample", tuple(one.job for one in handed), on_event=on_event)
+    by_place = {place: result for of_rank in answers.values() for place, result in of_rank.items()}
+    return [by_place[place] for place in range(len(handed))]
+
+
+def _concluded(callback: Callable[..., Any] | None, result: RunResult) -> Tensor:
+    """The latent of a run; what it leaves behind is as if it had been done here."""
     if callback is not None and result.last is not None:
         _tell(callback, result.last)
     set_random_state(result.random)
@@ -74,14 +105,22 @@ def set_random_state(state: RandomState) -> None:
         torch.cuda.set_rng_state(state.cuda.clone())
 
 
-def _teller(bar: tqdm, callback: Callable[..., Any] | None) -> Callable[[StepDone], None]:
-    def on_event(event: StepDone) -> None:
-        bar.total = event.total
-        bar.update(event.step + 1 - bar.n)
-        if callback is not None:
-            _tell(callback, event)
+class _Teller:
+    """Tells ComfyUI's callback, and the terminal, of each step."""
 
-    return on_event
+    def __init__(self, callback: Callable[..., Any] | None, shows_bar: bool) -> None:
+        self._callback = callback
+        self._shows_bar = shows_bar
+        self._bar: tqdm | None = None
+
+    def __call__(self, event: StepDone) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=event.total, disable=not self._shows_bar)
+        self._bar.update(event.step + 1 - self._bar.n)
+        if event.step + 1 == event.total:
+            self._bar.close()
+        if self._callback is not None:
+            _tell(self._callback, event)
 
 
 def _tell(callback: Callable[..., Any], event: StepDone) -> None:

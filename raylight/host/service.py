@@ -9,7 +9,7 @@ import torch
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.parcel import Parcel
-from raylight.parallel.mesh import world_axis
+from raylight.parallel.mesh import sequence_axis, world_axis
 
 from . import model
 from .forwards import Forwards, answer
@@ -41,19 +41,31 @@ class ModelService:
         """
         self._hold(run, recipe).patched(recipe.loras)
 
-    def sample(self, run: Run, job: RunJob) -> RunResult | None:
-        """Do a whole run; rank 0 returns its result, the others None.
+    def sample(self, run: Run, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
+        """Do whole runs of one model, which the groups of the batch axis deal out among them; a single run is shared by
+        all. The first rank of each group returns the results of its runs by their place among the jobs.
 
-        Emits `StepDone` after every step, and can be cancelled there.
+        Rank 0 emits `(place, StepDone)` after every step of its runs; all can be cancelled at each step.
         """
-        held, patcher = self._ready(run, job.model)
-        guided = GuidedRun(run, patcher, job, self._context.device)
-        held.split.install(guided.model_options, job.model.attention, job.model.strategy)
-        result = guided.sample()
-        if job.free_memory_after:
+        first = jobs[0]
+        held, patcher = self._ready(run, first.model)
+        if len(jobs) == 1:
+            results = {0: self._one(run, held, patcher, 0, first)}
+        else:
+            batch = self._context.mesh["batch"]
+            mine = list(range(batch.get_local_rank(), len(jobs), batch.size()))
+            with held.split.groups_apart(in_step=first.model.recipe.sharding != WHOLE):
+                # A group without a run of its own does the first one too: what it does not do, it would wait for.
+                results = {place: self._one(run, held, patcher.clone(), place, jobs[place]) for place in mine or [0]}
+        if first.free_memory_after:
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
-        return result if run.rank == 0 else None
+        return results if sequence_axis(self._context.mesh).get_local_rank() == 0 else {}
+
+    def _one(self, run: Run, held: Resident, patcher: RankPatcher, place: int, job: RunJob) -> RunResult:
+        guided = GuidedRun(run, patcher, place, job, self._context.device)
+        held.split.install(guided.model_options, job.model.attention, job.model.strategy)
+        return guided.sample()
 
     def forward(self, run: Run, job: ForwardJob) -> Parcel | None:
         """Do one call of the diffusion model; rank 0 returns what it does, the others None."""
@@ -107,4 +119,5 @@ class ModelService:
                 else:
                     patcher, report = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
                     host_bytes = report.bytes
+        split.begin()
         return Resident(recipe, patcher, split, mapped.lora_keys, mapped.shapes, host_bytes)

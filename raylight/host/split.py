@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -17,6 +19,7 @@ from raylight.parallel.crews import Crews
 from raylight.parallel.hooks import SequenceHooks
 from raylight.parallel.long_context import OURS, LongContextAttention
 from raylight.parallel.mesh import sequence_axis
+from raylight.parallel.process_group import among
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.tokens import TokenState
 from raylight.parallel.whole import WholeTokens
@@ -51,9 +54,21 @@ class SplitModel:
         if batch.degree > 1:
             self._sharing = Sharing(base.diffusion_model, batch, self._tokens)
 
-    def install(self, model_options: dict[str, Any], attention: str, strategy: str, shares_batch: bool = True) -> None:
-        """Have what is sampled with these options share its work, with this kernel and exchange of tokens. Without
-        `shares_batch` each group of the batch axis works for itself.
+    def begin(self) -> None:
+        """To be called when the model's weights are where they will be, and it has all its other hooks."""
+        if self._sharing is not None:
+            self._sharing.begin()
+
+    @contextmanager
+    def groups_apart(self, in_step: bool) -> Iterator[None]:
+        """Within it each group of the batch axis does runs of its own; `in_step` is as for `Sharing.alone`."""
+        with among(sequence_axis(self._mesh).get_group()), ExitStack() as stack:
+            if self._sharing is not None:
+                stack.enter_context(self._sharing.alone(in_step))
+            yield
+
+    def install(self, model_options: dict[str, Any], attention: str, strategy: str) -> None:
+        """Have what is sampled with these options share its work, with this kernel and exchange of tokens.
 
         Raises ValueError where the library of `strategy` does not work here.
         """

@@ -30,12 +30,18 @@ def session(workers: Workers, recipe: ModelRecipe, latent_shape: Sequence[int] |
     return found
 
 
-def ask(session: Session, method: str, *arguments: Any, on_event: Callable[[Any], None] | None = None) -> Any:
-    """Call a method of the service on all workers; rank 0's result.
+def ask(session: Session, method: str, *arguments: Any) -> Any:
+    """Call a method of the service on all workers; rank 0's result. Raises as `ask_all`."""
+    return ask_all(session, method, *arguments)[0]
+
+
+def ask_all(session: Session, method: str, *arguments: Any,
+            on_event: Callable[[Any], None] | None = None) -> dict[int, Any]:
+    """Call a method of the service on all workers; the results by rank.
 
     Raises what `Session.run` raises, and ComfyUI's interrupt when the person cancels."""
     try:
-        return session.run(
+        return session.run_all(
             method, *arguments, on_event=on_event, wants_cancel=comfy.model_management.processing_interrupted
         )
     except RunCancelled:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,19 +59,33 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def any_rank(flag: bool) -> bool:
+_among: list[dist.ProcessGroup] = []
+
+
+@contextmanager
+def among(group: dist.ProcessGroup) -> Iterator[None]:
+    """Within it, ranks that agree by `any_rank` and `smallest` are those of `group`, which work for themselves."""
+    _among.append(group)
+    try:
+        yield
+    finally:
+        _among.pop()
+
+
+def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """True on every rank if `flag` is true on one of them. Collective, on the CPU."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    votes = torch.tensor([int(flag)])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return bool(_agreed(int(flag), dist.ReduceOp.MAX, group))
 
 
 def smallest(value: int) -> int:
     """The smallest `value` of all ranks. Collective, on the CPU."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    return _agreed(value, dist.ReduceOp.MIN, None)
+
+
+def _agreed(value: int, by: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> int:
+    group = group or (_among[-1] if _among else None)
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return value
-    least = torch.tensor([value], dtype=torch.int64)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least.item())
+    votes = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(votes, op=by, group=group)
+    return int(votes.item())

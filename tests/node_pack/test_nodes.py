@@ -15,6 +15,8 @@ import nodes as comfy_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 
+_EACH = ["add_noise", "steps", "cfg", "sampler_name", "scheduler", "ray_actors", "noise_list", "positive", "negative",
+         "latent_image", "start_at_step", "end_at_step", "return_with_leftover_noise", "denoise"]
 INPUTS = {
     "RayInitializer": [
         "ray_cluster_address", "ray_cluster_namespace", "GPU", "ulysses_degree", "ring_degree", "cfg_degree",
@@ -30,6 +32,14 @@ INPUTS = {
     "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
     "RayModelLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
     "RayParallelizeModel": ["model", "ray_actors_init"],
+    "XFuserSamplerCustom": ["ray_actors", "add_noise", "noise_seed", "cfg", "positive", "negative", "sampler", "sigmas",
+                            "latent_image"],
+    "XFuserSamplerCustomAdvanced": ["ray_actors", "noise", "guider", "sampler", "sigmas", "latent_image"],
+    "DPKSamplerAdvanced": _EACH,
+    "UnifiedParallelSampler": _EACH,
+    "DPNoiseList": [f"noise_{slot}" for slot in range(1, 9)],
+    "DPConditioningList": [f"conditioning_{slot}" for slot in range(1, 9)],
+    "DPLatentList": [f"latent_{slot}" for slot in range(1, 9)],
     "RayLoraLoader": ["lora_name", "strength_model", "prev_ray_lora"],
     "XFuserKSamplerAdvanced": [
         "add_noise", "noise_seed", "steps", "cfg", "sampler_name", "scheduler", "ray_actors", "positive", "negative",
@@ -84,7 +94,7 @@ def test_link_types(pack: dict[str, Any]) -> None:
     ({"ring_degree": 0}, "ring_degree = 0: at least 1"),
     ({"cfg_degree": 2}, "ulysses_degree = 2 x ring_degree = 1 x cfg_degree = 2 makes 4 workers, but GPU = 2"),
     ({"dp_degree": 0, "GPU": 3}, "makes 2 workers, but GPU = 3: change the degrees so that their product divides 3"),
-    ({"dp_degree": 2}, "dp_degree = 2 is not available"),
+    ({"dp_degree": 2}, "x dp_degree = 2 makes 4 workers, but GPU = 2"),
     ({"FSDP_CPU_OFFLOAD": True}, "switch FSDP on, or FSDP_CPU_OFFLOAD off"),
     ({"XFuser_attention": "SPARSE_SAGE"}, "SPARSE_SAGE needs parameters .* choose one of auto, TORCH"),
     ({"XFuser_attention": "SAGE_FP8"}, "SAGE_FP8: the Python package sageattention is not installed: install"),
@@ -92,7 +102,7 @@ def test_link_types(pack: dict[str, Any]) -> None:
 def test_rejects(pack: dict[str, Any], node_id: str, change: dict[str, Any], message: str) -> None:
     node, names = pack[node_id], set(INPUTS[node_id])
     known = {k: v for k, v in (GOOD | change).items() if k in names}
-    judged = {k: known[k] for k in ("GPU", "ulysses_degree", "ring_degree")}
+    judged = {k: known[k] for k in ("GPU", "ulysses_degree", "ring_degree", "cfg_degree", "dp_degree")}
     if judged.keys() & change.keys():
         assert re.search(message, node.validate_inputs(**judged)), "known before anything runs"
     with pytest.raises(ValueError, match=message):
@@ -112,10 +122,14 @@ def test_rejects_gpu_select(pack: dict[str, Any], text: str, message: str) -> No
 
 def test_accepts_and_leaves_what_is_linked(pack: dict[str, Any]) -> None:
     node = pack["RayInitializer"]
-    assert node.validate_inputs(GPU=2, ulysses_degree=2, ring_degree=1) is True
-    assert node.validate_inputs(GPU=None, ulysses_degree=2, ring_degree=1) is True
+    degrees = {"ulysses_degree": 2, "ring_degree": 1, "cfg_degree": 1, "dp_degree": 1}
+    assert node.validate_inputs(GPU=2, **degrees) is True
+    assert node.validate_inputs(GPU=None, **degrees) is True
+    assert node.validate_inputs(GPU=12, **(degrees | {"cfg_degree": 2, "dp_degree": 0})) is True
     known = {k: v for k, v in GOOD.items() if k in INPUTS["RayInitializer"]}
     assert node.execute(**(known | {"dp_degree": 0})).result[0] == node.execute(**known).result[0]
+    mesh = node.execute(**(known | {"GPU": 12, "cfg_degree": 2, "dp_degree": 0})).result[0].config.mesh
+    assert (mesh.batch, mesh.ring, mesh.ulysses) == (6, 1, 2)
 
 
 def test_equal_inputs_describe_equal_workers(pack: dict[str, Any]) -> None:
