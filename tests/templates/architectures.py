@@ -1,0 +1,74 @@
+"""Diffusion models for official file names: few layers, narrow where ComfyUI's detection allows, of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_detection
+import comfy.supported_models
+import torch
+from official_names import DIFFUSION_MODELS, UnknownFile, by_name
+from torch import Tensor
+
+from raylight.zoo import families
+from raylight.zoo.family import Family, randomize
+
+_LIMIT = 1_200_000_000  # weights: what a small machine can hold three times as float32
+_WIDE = 200_000_000
+
+
+class TooLarge(UnknownFile):
+    """ComfyUI takes this architecture only at a size that the tests' machine cannot hold."""
+
+
+def diffusion_model(name: str) -> dict[str, Tensor]:
+    """The tensors of a file with this name: what ComfyUI detects in them is what the official file is."""
+    family, hints = by_name(DIFFUSION_MODELS, name, "diffusion model")
+    zoo = families()[family]
+    unet_config = settled(zoo, hints)
+    model = _build(zoo.config, unet_config, zoo.weights())
+    randomize(model.diffusion_model, seed=_seed(name))
+    zoo.prepare(model)
+    tensors = model.diffusion_model.state_dict()
+    # Wide ones are kept small on disk; ComfyUI makes them float32 again.
+    wide = sum(t.numel() for t in tensors.values()) > _WIDE
+    return {key: (t.to(torch.bfloat16) if wide and t.is_floating_point() and t.ndim > 1 else t).contiguous().clone()
+            for key, t in tensors.items()}
+
+
+def settled(zoo: Family, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that ComfyUI's detection finds in a file that is made from it.
+
+    What detection does not read from a file is as it is for the official one, so much of what makes the zoo's family
+    small is lost where ComfyUI takes a width for granted.
+    """
+    unet_config = dict(zoo.unet_config) | dict(hints)
+    for _ in range(4):
+        with torch.device("meta"):
+            tensors = _build(zoo.config, unet_config, zoo.weights()).diffusion_model.state_dict()
+        size = sum(tensor.numel() for tensor in tensors.values())
+        if size > _LIMIT:
+            raise TooLarge(f"{zoo.name} as ComfyUI detects it has {size / 1e9:.1f} billion weights, whatever is done")
+        found = comfy.model_detection.detect_unet_config(tensors, "")
+        if found is None:
+            raise UnknownFile(f"ComfyUI sees no diffusion model in what is made of {zoo.name}")
+        kind = comfy.model_detection.model_config_from_unet_config(dict(found), tensors)
+        if type(kind).__name__ != zoo.config:
+            raise UnknownFile(f"ComfyUI takes what is made of {zoo.name} for {type(kind).__name__}")
+        if found == unet_config:
+            return unet_config
+        unet_config = found
+    raise UnknownFile(f"ComfyUI's detection does not settle for {zoo.name}")
+
+
+def _build(config: str, unet_config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+    made = getattr(comfy.supported_models, config)(dict(unet_config))
+    made.unet_config.update(unet_config)  # some classes set their width themselves
+    made.set_inference_dtype(torch.float32, None)
+    return made.get_model(dict(weights), "").eval().requires_grad_(False)
+
+
+def _seed(name: str) -> int:
+    """Two files of a template are two models."""
+    return sum(name.encode())

@@ -1,0 +1,72 @@
+"""Files for what surrounds the diffusion model: enough for ComfyUI to see what they are (see `packs/stand_ins`)."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from official_names import IMAGE_ENCODERS, TEXT_ENCODERS, VAES, WITH_PIECES, WITH_TEKKEN, Shapes, by_name
+from safetensors.torch import save_file
+from torch import Tensor
+
+MARK = "raylight.weightless"
+TEXT_ENCODER = "raylight.text_encoder"
+
+
+def text_encoder(name: str) -> dict[str, Tensor]:
+    """A text encoder's file, with the tokenizer where the official one holds it."""
+    import comfy.sd
+
+    kind = by_name(TEXT_ENCODERS, name, "text encoder")
+    tensors = {MARK: torch.ones(1), TEXT_ENCODER: torch.tensor(comfy.sd.TEModel[kind].value)}
+    if re.search(WITH_PIECES, name, re.IGNORECASE):
+        tensors["spiece_model"] = _pieces()
+    if re.search(WITH_TEKKEN, name, re.IGNORECASE):
+        tensors["tekken_model"] = _tekken()
+    return tensors
+
+
+def vae(name: str) -> dict[str, Tensor]:
+    return _only_shapes(by_name(VAES, name, "VAE"))
+
+
+def image_encoder(name: str) -> dict[str, Tensor]:
+    return _only_shapes(by_name(IMAGE_ENCODERS, name, "image encoder"))
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), path)
+
+
+def _only_shapes(shapes: Shapes) -> dict[str, Tensor]:
+    return {MARK: torch.ones(1)} | {key: torch.zeros(shape) for key, shape in shapes.items()}
+
+
+def _pieces() -> Tensor:
+    """A sentencepiece model of a few hundred pieces. Words that it lacks become bytes."""
+    import sentencepiece
+
+    words = ["a quick brown fox jumps over the lazy dog", "the light of the evening on a street in the rain",
+             "sphinx of black quartz, judge my vow", "0123456789 .,;:!?()[]<>\"'"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words * 4), model_writer=model, vocab_size=330, byte_fallback=True, pad_id=0, eos_id=1,
+        bos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2)
+    return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
+
+
+def _tekken() -> Tensor:
+    import base64
+
+    vocabulary = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None}
+                  for i in range(256)]
+    content = {"config": {"pattern": r"\S+|\s+", "default_vocab_size": 1256, "default_num_special_tokens": 1000,
+                          "num_vocab_tokens": 256, "version": "v3"},
+               "vocab": vocabulary, "special_tokens": [{"rank": i, "token_str": f"<SPECIAL_{i}>", "is_control": True}
+                                                       for i in range(1000)]}
+    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)

@@ -1,0 +1,164 @@
+"""Every file that a prompt's nodes ask for, made under the name that they ask for."""
+
+from __future__ import annotations
+
+import re
+import wave
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from architectures import diffusion_model
+from around import image_encoder, text_encoder, vae, write
+from loras import lora_for
+from official_names import UnknownFile
+from PIL import Image
+from torch import Tensor
+
+from raylight.demo.graphs import Graph
+
+# ComfyUI's folder, by the names that its loaders' inputs have.
+FOLDERS = (
+    ("unet_name", "diffusion_models"), ("ckpt_name", "checkpoints"), ("vae_name", "vae"), ("lora_name", "loras"),
+    (r"clip_name\d?", "text_encoders"), ("text_encoder", "text_encoders"), ("control_net_name", "controlnet"),
+    ("style_model_name", "style_models"),
+)
+MODEL = re.compile(r"\.(safetensors|sft|ckpt|pt|pth|gguf)$")
+PICTURE = (96, 64)
+
+
+@dataclass(frozen=True)
+class Asked:
+    node: str
+    folder: str
+    name: str
+
+
+def asked(graph: Graph) -> Iterator[Asked]:
+    """The model files that a prompt's nodes name."""
+    for node, entry in graph.items():
+        for key, value in entry["inputs"].items():
+            if not isinstance(value, str) or not MODEL.search(value):
+                continue
+            folder = next((folder for pattern, folder in FOLDERS if re.fullmatch(pattern, key)), None)
+            if entry["class_type"] == "CLIPVisionLoader":
+                folder = "clip_vision"
+            if folder is None:
+                raise UnknownFile(f"{entry['class_type']}: what {key} = {value} is is not known here")
+            yield Asked(node, folder, value)
+
+
+def write_models(graph: Graph, models: Path) -> list[Path]:
+    """Write what a prompt asks for below `models`, and return what was written. Raises UnknownFile."""
+    wanted = sorted(set(asked(graph)), key=lambda a: (a.folder == "loras", a.folder, a.name))
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    written = []
+    for item in wanted:
+        path = models / item.folder / item.name
+        if path in written:
+            continue
+        if item.folder == "loras":
+            made = _lora(graph, item, shapes)
+        else:
+            made = _make(item)
+        if item.folder in ("diffusion_models", "checkpoints"):
+            shapes[item.name] = {name: tuple(tensor.shape) for name, tensor in made.items()}
+        write(path, made)
+        written.append(path)
+    return written
+
+
+def _make(item: Asked) -> dict[str, Tensor]:
+    makers = {"diffusion_models": diffusion_model, "text_encoders": text_encoder, "vae": vae,
+              "clip_vision": image_encoder, "checkpoints": _checkpoint}
+    if item.folder not in makers:
+        raise UnknownFile(f"files for {item.folder} ({item.name}) are not made here")
+    return makers[item.folder](item.name)
+
+
+def _checkpoint(name: str) -> dict[str, Tensor]:
+    """A diffusion model, and a VAE and a text encoder to be filled."""
+    tensors = {f"model.diffusion_model.{key}": tensor for key, tensor in diffusion_model(name).items()}
+    tensors |= {f"vae.{key}": tensor for key, tensor in vae(name).items()}
+    encoders = {"clip_l": "text_model.encoder.layers.0.mlp.fc1.weight",
+                "clip_g": "text_model.encoder.layers.30.mlp.fc1.weight",
+                "t5xxl": "encoder.final_layer_norm.weight"}
+    widths = {"clip_l": (64, 768), "clip_g": (64, 1280), "t5xxl": (4096,)}
+    for encoder, key in encoders.items():
+        tensors[f"text_encoders.{encoder}.transformer.{key}"] = torch.ones(widths[encoder]) * 0.01
+    return tensors
+
+
+def _lora(graph: Graph, item: Asked, shapes: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """A LoRA for the model that comes to its loader; where none is found, one for any of the prompt's."""
+    file = _source(graph, item.node) or next(iter(shapes), None)
+    if file is None or file not in shapes:
+        raise UnknownFile(f"which model the LoRA {item.name} is for is not known here")
+    prefix = "" if any(name.startswith("model.diffusion_model.") for name in shapes[file]) else "diffusion_model."
+    named = {prefix + name.removeprefix("model."): shape for name, shape in shapes[file].items()
+             if "vae." not in name and "text_encoders." not in name}
+    return lora_for(named, ["lora"], sum(item.name.encode()), 0.03)
+
+
+def _source(graph: Graph, node: str) -> str | None:
+    """The diffusion model file at the other end of a node's `model`, through whatever stands between."""
+    seen, open_nodes = set(), [node]
+    while open_nodes:
+        node = open_nodes.pop(0)
+        if node in seen or node not in graph:
+            continue
+        seen.add(node)
+        inputs = graph[node]["inputs"]
+        if isinstance(file := inputs.get("unet_name", inputs.get("ckpt_name")), str):
+            return file
+        open_nodes += [value[0] for key, value in inputs.items() if isinstance(value, list) and value]
+    return None
+
+
+def write_media(graph: Graph, folder: Path) -> None:
+    """Pictures, videos and sounds that a prompt loads from ComfyUI's input folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, entry in enumerate(graph.values()):
+        for value in entry["inputs"].values():
+            if not isinstance(value, str):
+                continue
+            path = folder / value.removesuffix(" [input]")
+            if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _picture(seed).save(path)
+            elif path.suffix.lower() in (".mp4", ".webm", ".mov"):
+                _video(path, seed)
+            elif path.suffix.lower() in (".wav", ".mp3", ".flac", ".m4a", ".ogg"):
+                _sound(path)
+
+
+def _picture(seed: int) -> Image.Image:
+    """Coarse noise: of fine noise, nothing is left when a node makes it smaller."""
+    coarse = numpy.random.default_rng(seed).integers(0, 255, (PICTURE[1] // 8, PICTURE[0] // 8, 4), dtype=numpy.uint8)
+    coarse[..., 3] = 255
+    return Image.fromarray(coarse).convert("RGB").resize(PICTURE, Image.Resampling.BICUBIC)
+
+
+def _video(path: Path, seed: int, frames: int = 33) -> None:
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = *PICTURE, "yuv420p"
+        for index in range(frames):
+            frame = av.VideoFrame.from_image(_picture(seed).rotate(index))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _sound(path: Path, seconds: int = 3) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tone = (8000 * numpy.sin(numpy.arange(16000 * seconds) / 20)).astype(numpy.int16)
+    with wave.open(str(path), "wb") as file:  # readers go by the content, not by the name
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(tone.tobytes())

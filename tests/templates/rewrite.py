@@ -1,0 +1,107 @@
+"""What is done to a template's prompt: the same for both runs, and then the loader for one of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from raylight.demo.graphs import Graph
+
+SIDE, FRAMES, STEPS = 96, 9, 4
+_STEPS = ("steps", "start_at_step", "end_at_step")
+_SIDES = ("width", "height")
+_PRIMITIVES = ("PrimitiveInt", "INTConstant", "PrimitiveFloat")
+
+
+def shrunk(graph: Graph) -> Graph:
+    """The prompt with small pictures, few frames and few steps, whichever of its nodes hold these numbers."""
+    graph = copy.deepcopy(graph)
+    _scale(graph, _STEPS, lambda value, most: math.ceil(value * STEPS / most) if most > STEPS else value, low=1,
+           ignored=1000)
+    _scale(graph, _SIDES, lambda value, most: max(64, round(value * SIDE / most / 32) * 32), low=64, ignored=16384)
+    for entry in graph.values():
+        inputs = entry["inputs"]
+        if isinstance(inputs.get("length"), (int, list)) and not isinstance(inputs.get("length"), bool):
+            inputs["length"] = FRAMES
+        if isinstance(inputs.get("megapixels"), (int, float, list)):
+            inputs["megapixels"] = 0.01
+        if isinstance(inputs.get("batch_size"), int):
+            inputs["batch_size"] = 1
+    return graph
+
+
+def _scale(graph: Graph, names: tuple[str, ...], rule: Any, *, low: int, ignored: int) -> None:
+    """Apply a rule to inputs of these names, and to the primitive nodes that such inputs come from."""
+    places = {}
+    for node, entry in graph.items():
+        for key in names:
+            value = entry["inputs"].get(key)
+            if isinstance(value, int) and not isinstance(value, bool):
+                places[node, key] = value
+            elif isinstance(value, list):
+                places |= {(source, "value"): graph[source]["inputs"]["value"] for source in _upstream(graph, value[0])
+                           if graph[source]["class_type"] in _PRIMITIVES
+                           and isinstance(graph[source]["inputs"].get("value"), int)}
+    numbers = [value for value in places.values() if low <= value < ignored]
+    for (node, key), value in places.items():
+        if low <= value < ignored:
+            graph[node]["inputs"][key] = rule(value, max(numbers))
+
+
+def _upstream(graph: Graph, node: str) -> Iterator[str]:
+    seen, open_nodes = set(), [node]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in seen or node not in graph:
+            continue
+        seen.add(node)
+        yield node
+        # Through switches and sums only: beyond, numbers are of other things.
+        if any(word in graph[node]["class_type"] for word in ("Switch", "Primitive", "Math", "Reroute")):
+            open_nodes += [value[0] for value in graph[node]["inputs"].values() if isinstance(value, list) and value]
+
+
+def probed(graph: Graph, description: Mapping[str, Any], prefix: str) -> Graph:
+    """The prompt with a probe on every latent that a sampler gives."""
+    graph = copy.deepcopy(graph)
+    for node, entry in list(graph.items()):
+        info = description.get(entry["class_type"], {})
+        inputs = info.get("input", {})
+        kinds = {spec[0] for group in ("required", "optional") for spec in inputs.get(group, {}).values()
+                 if isinstance(spec, (list, tuple)) and isinstance(spec[0], str)}
+        if "LATENT" not in info.get("output", ()) or not kinds & {"MODEL", "GUIDER"} or "LATENT" not in kinds:
+            continue
+        graph[f"probe {node}"] = {"class_type": "TemplateProbe", "inputs": {
+            "samples": [node, info["output"].index("LATENT")], "name": f"{prefix}-{node.replace(':', '_')}"}}
+    return graph
+
+
+def on_workers(graph: Graph, workers: int = 2) -> Graph:
+    """The prompt with its loaders of diffusion models replaced, and nothing else."""
+    graph = copy.deepcopy(graph)
+    graph["ray workers"] = {"class_type": "RayInitializer", "inputs": {
+        "ray_cluster_address": "local", "ray_cluster_namespace": "default", "GPU": workers,
+        "ulysses_degree": workers, "ring_degree": 1, "cfg_degree": 1, "dp_degree": 1, "sync_ulysses": False,
+        "clear_vram_after_sampling": False, "FSDP": False, "FSDP_CPU_OFFLOAD": False, "XFuser_attention": "TORCH",
+        "skip_comm_test": False, "use_mmap": False,
+    }}
+    for node, entry in list(graph.items()):
+        if entry["class_type"] == "UNETLoader":
+            entry["class_type"] = "RayModelLoader"
+            entry["inputs"]["ray_actors_init"] = ["ray workers", 0]
+        elif entry["class_type"] == "CheckpointLoaderSimple":
+            _parallelize(graph, node)
+    return graph
+
+
+def _parallelize(graph: Graph, loader: str) -> None:
+    """A checkpoint loader gives text encoder and VAE too, so a node behind it takes its model only."""
+    behind = f"{loader} on workers"
+    for entry in graph.values():
+        for key, value in entry["inputs"].items():
+            if value == [loader, 0]:
+                entry["inputs"][key] = [behind, 0]
+    graph[behind] = {"class_type": "RayParallelizeModel", "inputs": {
+        "model": [loader, 0], "ray_actors_init": ["ray workers", 0]}}

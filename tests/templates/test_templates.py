@@ -1,0 +1,123 @@
+"""Official workflow templates: converted by ComfyUI's frontend, run as they are and with the loader replaced."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from raylight.demo.comfy_replies import History
+from raylight.demo.comfy_server import ComfyServer
+from raylight.demo.graphs import Graph
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))
+
+import browser  # noqa: E402
+import official  # noqa: E402
+from files import write_media, write_models  # noqa: E402
+from official_names import UnknownFile  # noqa: E402
+from rewrite import on_workers, probed, shrunk  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+DEFAULT = "video_wan2_2_14B_t2v flux_dev_full_text_to_image image_qwen_image hunyuan_video_text_to_video"
+# Any others: RAYLIGHT_TEST_TEMPLATES="flux_kontext_dev_basic video_wan2_2_14B_i2v"
+NAMES = os.environ.get("RAYLIGHT_TEST_TEMPLATES", DEFAULT).split()
+BOTH = os.environ.get("RAYLIGHT_TEST_TEMPLATES_STOCK")  # to test the tests: both runs by stock nodes
+TOLERANCE = 1e-4
+IN_PIXELS = 2
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    found = browser.find()
+    if found is None:
+        pytest.skip("ComfyUI's frontend needs a browser: install Chromium, or name one in " + browser.VARIABLE)
+    work = tmp_path_factory.mktemp("templates")
+    kinds = ("diffusion_models", "checkpoints", "vae", "loras", "text_encoders", "clip_vision")
+    paths = {kind: work / "models" / kind for kind in kinds}
+    for path in paths.values():
+        path.mkdir(parents=True)
+    with ComfyServer(work, model_paths=paths | {"custom_nodes": HERE / "packs"},
+                     extra_args=["--cpu", "--force-fp32", "--fp32-vae", "--fp32-text-enc"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prompts(server: ComfyServer) -> dict[str, Graph]:
+    """All templates at once: a page that shows one draws it over and over, which takes a core from the runs."""
+    with browser.Page(browser.find()) as page:
+        frontend = official.Frontend(server, page)
+        return {name: frontend.prompt(official.workflow(name)) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_on_workers(name: str, server: ComfyServer, prompts: dict[str, Graph],
+                             report_parity: Callable[[str], None]) -> None:
+    description = server.object_info()
+    template = shrunk(prompts[name])
+    strangers = {entry["class_type"] for entry in template.values()} - set(description)
+    if strangers:
+        pytest.skip(f"this ComfyUI has no {', '.join(sorted(strangers))}")
+    written: list[Path] = []
+    try:
+        written += write_models(template, server.work_dir / "models")
+    except UnknownFile as error:
+        pytest.skip(str(error))
+    write_media(template, server.directory("input"))
+    try:
+        expected = run(server, probed(template, description, f"{name}-stock"))
+        server.free()
+        ours = template if BOTH else on_workers(template)
+        actual = run(server, probed(ours, description, f"{name}-ray"))
+    finally:
+        server.free()
+        for path in written:
+            path.unlink()
+    assert expected and [kind for kind, _ in actual] == [kind for kind, _ in expected]
+    both = zip(actual, expected, strict=True)
+    report_parity(f"{name:40} " + "  ".join(compare(kind, a, e) for (kind, a), (_, e) in both))
+
+
+def run(server: ComfyServer, graph: Graph) -> list[tuple[str, Any]]:
+    """What a prompt gave: its latents and its pictures, in the order of their nodes."""
+    history: History = server.run(graph, timeout=420)
+    outputs = []
+    for node in sorted(history.outputs):
+        for path in server.output_files(history, node):
+            if path.suffix == ".pt":
+                outputs.append((node, torch.load(path)))
+            elif path.suffix in (".png", ".mp4", ".webm", ".webp"):
+                outputs.append((node, frames(path)))
+    return outputs
+
+
+def frames(path: Path) -> list[torch.Tensor]:
+    import av
+    import numpy
+
+    if path.suffix == ".png":
+        return [torch.from_numpy(numpy.array(Image.open(path))).float()]
+    with av.open(str(path)) as container:
+        return [torch.from_numpy(frame.to_ndarray(format="rgb24")).float() for frame in container.decode(video=0)]
+
+
+def compare(node: str, actual: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
+    """Raise where two runs differ; a line of how close they are otherwise."""
+    assert [part.shape for part in actual] == [part.shape for part in expected], node
+    distance = max((a - e).abs().max().item() for a, e in zip(actual, expected, strict=True))
+    spread = max(part.std().item() for part in expected)
+    assert all(part.isfinite().all() for part in expected) and spread > 0, f"{node}: the stock run says nothing"
+    if node.startswith("probe"):
+        assert distance / spread <= TOLERANCE, f"{node}: latents differ by {distance / spread:.1e}"
+        return f"{node} {distance / spread:.1e}"
+    # Videos are compressed, which can make more of a difference of one.
+    assert distance <= IN_PIXELS, f"{node}: pictures differ by {distance:.0f} of 255"
+    return f"{node} {distance:.0f}/255"
