@@ -93,7 +93,9 @@ def conclude(outcome: Outcome, places: dict[int, Place]) -> dict[int, Any]:
         rank = next(iter(died or outcome.failures))
         error = outcome.failures[rank]
         if is_refusal(outcome, places):
-            raise ValueError(str(_cause(error)))
+            cause = _cause(error)
+            # Of the same kind where that is made as a ValueError is, so that callers can tell refusals apart.
+            raise (type(cause) if type(cause).__init__ is ValueError.__init__ else ValueError)(str(cause))
         logger.error("%s failed: %s", places[rank], error)
         what = "died" if died else f"failed: {type(_cause(error)).__name__}"
         raise WorkerError(f"{places[rank]} {what}: {_cause(error)}")

@@ -47,7 +47,7 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     try:
         content = send((dress.of_run(patcher), guider, call, len(arguments), inner), patcher, foreign_code=False)
     except CannotTravel as reason:
-        logger.info("the sampling loop stays in ComfyUI, and each forward goes to the workers: %s", reason)
+        _tell_why(reason)
         return executor(*arguments, **named)
     session = at_workers.session(patcher.workers, patcher.recipe, call["noise"].shape)
     # Of ComfyUI's own callback it is known what it looks at.
@@ -63,7 +63,16 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     if result is not None:
         return result
     logger.info("the workers do the whole run")
-    return handed.conclude(_finished(session, [handed])[0])
+    try:
+        result = _finished(session, [handed])[0]
+    except CannotTravel as reason:
+        _tell_why(reason)
+        return executor(*arguments, **named)
+    return handed.conclude(result)
+
+
+def _tell_why(reason: CannotTravel) -> None:
+    logger.info("the sampling loop stays in ComfyUI, and each forward goes to the workers: %s", reason)
 
 
 def finish(handed: Sequence[Handed]) -> list[RunResult]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .job import RunJob, RunResult
+from .travel import CannotTravel
 
 T = TypeVar("T")
 
@@ -57,7 +58,10 @@ def all_of(runs: Sequence[Callable[[], T]], finish: Finish) -> list[T]:
                 _together.seen.append(ended.handed)
         handed = _together.seen
         if handed and all(one.job.model == handed[0].job.model for one in handed):
-            _together.results = finish(handed)
+            try:
+                _together.results = finish(handed)
+            except CannotTravel:  # each finds another way
+                _together = None
         else:
             _together = None
         return [done[place] if place in done else run() for place, run in enumerate(runs)]

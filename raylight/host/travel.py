@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 from torch import nn
 
 from raylight.cluster.parcel import Parcel, Referrer, by_value, pack, unpack
@@ -43,7 +44,8 @@ class _Part:
 def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | None = None) -> Parcel:
     """Pack what a run of `model` needs, for workers that hold the weights of it.
 
-    `foreign_code` tells whether code of custom node packs may go along; it is sent by value, as workers load no packs.
+    `foreign_code` tells whether code of custom node packs, and small networks of patches, may go along; they are sent
+    by value, as workers load no packs.
     `also` names further parts as `pack`'s `refer` does. Raises CannotTravel.
     """
     parts: dict[int, _Part] = {}
@@ -54,7 +56,10 @@ def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | N
         if isinstance(part, ModelPatcher):
             if any(part is one for one in _ancestry(model)):
                 return _Part("patcher")
-            raise CannotTravel(f"another model ({type(part.model).__name__}) takes part")
+            if not foreign_code:
+                raise CannotTravel(f"another model ({type(part.model).__name__}) takes part")
+            if isinstance(part.model, BaseModel):
+                raise CannotTravel(f"it holds another diffusion model ({type(part.model).__name__})")
         found = parts.get(id(part)) if isinstance(part, (nn.Module, nn.Parameter)) else None
         return also(part) if found is None and also is not None else found
 
@@ -73,7 +78,7 @@ def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | N
 def receive(parcel: Parcel, patcher: ModelPatcher, also: Callable[[Any], Any] | None = None,
             copies: bool = True) -> Any:
     """What `send` packed, on the device of this rank's patcher; `also` resolves what its `also` named, and `copies` is
-    as for `unpack`."""
+    as for `unpack`. Raises CannotTravel."""
     base = patcher.model
 
     def resolve(reference: Any) -> Any:
@@ -83,7 +88,12 @@ def receive(parcel: Parcel, patcher: ModelPatcher, also: Callable[[Any], Any] | 
             return patcher
         return base.get_submodule(reference.name) if reference.kind == "module" else base.get_parameter(reference.name)
 
-    return unpack(parcel, resolve, patcher.load_device, copies)
+    try:
+        return unpack(parcel, resolve, patcher.load_device, copies)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of whatever objects people's nodes put there
+        raise CannotTravel(f"it could not be unpacked by the workers: {type(error).__name__}: {error}") from error
 
 
 def origin(code: Any) -> str:
@@ -121,11 +131,15 @@ def _reduced(part: Any, foreign_code: bool) -> Any:
     """How a worker gets code that has no importable name here, and devices."""
     if isinstance(part, torch.device):
         return (torch.device, ("cpu",)) if part.type == "cpu" else (_device_here, ())
+    if isinstance(part, ModelPatcher):
+        return _patcher_here, (part.model, part.patches)
     if isinstance(part, ModuleType):
         name = _extras_name(part)
         return NotImplemented if name is None else (importlib.import_module, (name,))
     if not isinstance(part, (type, FunctionType)):
         return NotImplemented
+    if isinstance(part, type) and issubclass(part, io.ComfyNode) and (node := _declared(part)) is not part:
+        return _same, (node,)
     module = sys.modules.get(getattr(part, "__module__", None) or "")
     if module is None:
         return NotImplemented
@@ -137,6 +151,16 @@ def _reduced(part: Any, foreign_code: bool) -> Any:
     return NotImplemented
 
 
+def _declared(node: type) -> type:
+    """The class that a pack declares, of one that ComfyUI has cloned from it and locked to run it once."""
+    return next((one for one in node.__mro__ if issubclass(one, io.ComfyNode)
+                 and _attribute(sys.modules.get(one.__module__), one.__qualname__) is one), node)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
 def _named(module: str, qualname: str) -> Any:
     return _attribute(importlib.import_module(module), qualname)
 
@@ -145,6 +169,15 @@ def _attribute(owner: Any, qualname: str) -> Any:
     for name in qualname.split("."):
         owner = getattr(owner, name, None)
     return owner
+
+
+def _patcher_here(model: nn.Module, patches: dict[str, Any]) -> ModelPatcher:
+    """The patcher of a small network that takes part in a patch: a copy for this worker."""
+    import comfy.model_management
+
+    patcher = ModelPatcher(model, _device_here(), comfy.model_management.unet_offload_device())
+    patcher.patches = patches
+    return patcher
 
 
 def _device_here() -> torch.device:
@@ -167,6 +200,8 @@ def _is_foreign(module: ModuleType) -> bool:
     path = getattr(module, "__file__", None)
     if path is None:
         return False
+    if os.sep in module.__name__:  # ComfyUI names packs by their path, and no process imports such a name
+        return _extras_name(module) is None
     real = os.path.realpath(path)
     if real.startswith(str(PACK_ROOT) + os.sep):
         return False

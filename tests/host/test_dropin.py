@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_cases import CASES, checkpoint
-from dropin_cases import MORE_SETUPS, SAMPLERS, SETUPS, sample
+from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, STAYING, sample
 from loras import lora_for
 
 from raylight.cluster.config import SessionConfig
@@ -68,6 +68,14 @@ def test_equals_comfyui(sampler: str, set_up: str, stock: ModelPatcher, dropin: 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     assert actual.shape == expected.shape
     return ((actual - expected).abs().max() / expected.std()).item()
+
+
+@pytest.mark.parametrize("set_up", STAYING)
+def test_networks_of_other_nodes_take_part(set_up: str, stock: ModelPatcher, dropin: ModelPatcher) -> None:
+    expected, _ = sample(STAYING[set_up](stock), shape=EVEN)
+    assert (expected - sample(SETUPS["plain"](stock), shape=EVEN)[0]).std() > 1e-2, "it changes nothing"
+    actual, _ = sample(STAYING[set_up](dropin), shape=EVEN)
+    assert _error(actual, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("stays_here", [False, True])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import comfy.controlnet
+import comfy.ops
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.ldm.flux.controlnet import ControlNetFlux
 from comfy.model_patcher import ModelPatcher
 from comfy_extras import (
     nodes_cfg,
@@ -23,6 +29,7 @@ from torch import Tensor
 from raylight.demo.prompts import random_prompt
 
 SHAPE = (1, 16, 13, 14)
+EVEN = (1, 16, 12, 14)  # ComfyUI's ControlNet of Flux takes no other
 STEPS = 4
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "uni_pc")
 
@@ -78,8 +85,35 @@ def lazy_cache(model: ModelPatcher) -> Any:
     return _cfg(model, 3.0)
 
 
+def controlled(model: ModelPatcher) -> Any:
+    """A ControlNet that stays in this process and adds to every block of the model."""
+    config = {name: value for name, value in model.model.model_config.unet_config.items()
+              if name not in ("image_model", "disable_unet_model_creation", "dtype")}
+    torch.manual_seed(9)
+    network = ControlNetFlux(**config, operations=comfy.ops.manual_cast, dtype=torch.float32)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    control = comfy.controlnet.ControlNet(network, extra_conds=["y", "guidance"], load_device=torch.device("cpu"))
+    hint = torch.rand(1, 3, EVEN[-2] * 8, EVEN[-1] * 8)
+    prompts = [[[one[0][0], {**one[0][1], "control": control.copy().set_cond_hint(hint, 0.8, (0.0, 1.0)),
+                             "control_apply_to_uncond": False}]] for one in (prompt(1), prompt(2))]
+    return nodes_custom_sampler.CFGGuider.execute(model, *prompts, 3.0).result[0]
+
+
+def with_a_network(model: ModelPatcher) -> Any:
+    model = model.clone()
+    # Imported by its path, as ComfyUI imports packs.
+    path = Path(__file__).parent / "foreign_pack" / "network.py"
+    spec = importlib.util.spec_from_file_location(str(path.with_suffix("")), path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model.set_model_post_input_patch(module.Scaled(model.model.diffusion_model.hidden_size))
+    return _cfg(model, 3.0)
+
+
 SETUPS: dict[str, SetUp] = {one.__name__: one for one in (plain, basic_shifted, zero_star_rescaled, skipped_layers)}
 MORE_SETUPS: dict[str, SetUp] = {one.__name__: one for one in (dual_cfg, perp_neg, easy_cache, lazy_cache)}
+STAYING: dict[str, SetUp] = {one.__name__: one for one in (controlled, with_a_network)}
 
 
 def _cfg(model: ModelPatcher, cfg: float) -> Any:

@@ -1,0 +1,148 @@
+"""Graphs of ComfyUI's own nodes, and of another pack's, through a real server: only the loader is replaced."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loras import lora_for
+from safetensors.torch import load_file, save_file
+
+from raylight.demo.comfy_replies import PromptFailed
+from raylight.demo.comfy_server import ComfyServer
+from raylight.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.demo.prompts import random_prompt, write_prompt
+from raylight.demo.tiny import write_checkpoint
+
+pytestmark = pytest.mark.slow
+
+JOB = Sampling("wan.safetensors", width=112, height=80, frames=9, steps=3)
+WORKERS = on_workers(JOB, 2)["workers"]
+PACK = Path(__file__).resolve().parents[1] / "support" / "foreign_pack"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    work = tmp_path_factory.mktemp("comfyui")
+    models, prompts, packs = work / "models", work / "datasets", work / "packs"
+    write_checkpoint(models / "wan.safetensors", "wan-t2v", heads=3)
+    write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
+    write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
+    shapes = {f"diffusion_model.{name}": tuple(tensor.shape)
+              for name, tensor in load_file(models / "wan.safetensors").items()}
+    save_file(lora_for(shapes, ["lora", "loha", "dora"], 1), models / "lora.safetensors")
+    shutil.copytree(PACK, packs / "foreign_pack")
+    with ComfyServer(work, model_paths={"diffusion_models": models, "loras": models, "datasets": prompts,
+                                        "custom_nodes": packs}) as running:
+        yield running
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def plain(**sampler: Any) -> Graph:
+    graph = stock(JOB)
+    graph["sample"]["inputs"] |= sampler
+    return graph
+
+
+def behind_the_model(**nodes: dict[str, Any]) -> Graph:
+    """Nodes one after the other between the loader and the sampler."""
+    graph, last = plain(), "model"
+    for name, one in nodes.items():
+        graph[name] = {**one, "inputs": one["inputs"] | {"model": [last, 0]}}
+        last = name
+    graph["sample"]["inputs"]["model"] = [last, 0]
+    return graph
+
+
+def custom(sampler: dict[str, Any]) -> Graph:
+    graph = plain()
+    graph |= {
+        "sampler": sampler, "noise": node("RandomNoise", noise_seed=5),
+        "sigmas": node("BasicScheduler", model=["model", 0], scheduler="simple", steps=3, denoise=1.0),
+        "guider": node("CFGGuider", model=["model", 0], positive=["positive", 1], negative=["negative", 1], cfg=3.0),
+        "sample": node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["sampler", 0],
+                       sigmas=["sigmas", 0], latent_image=["latent", 0])}
+    graph["save"]["inputs"]["samples"] = ["sample", 1]  # what the last step showed
+    return graph
+
+
+def in_two_parts() -> Graph:
+    graph = plain(end_at_step=2, return_with_leftover_noise="enable")
+    second = copy.deepcopy(graph["sample"])
+    second["inputs"] |= {"add_noise": "disable", "start_at_step": 2, "end_at_step": 10000,
+                         "return_with_leftover_noise": "disable", "latent_image": ["sample", 0]}
+    graph |= {"second": second}
+    graph["save"]["inputs"]["samples"] = ["second", 0]
+    return graph
+
+
+def inpainted() -> Graph:
+    graph = behind_the_model(different=node("DifferentialDiffusion", strength=0.8))
+    graph |= {"mask": node("SolidMask", value=0.6, width=112, height=80),
+              "masked": node("SetLatentNoiseMask", samples=["latent", 0], mask=["mask", 0])}
+    graph["sample"]["inputs"]["latent_image"] = ["masked", 0]
+    return graph
+
+
+GRAPHS: dict[str, Callable[[], Graph]] = {
+    "KSampler Advanced in two parts": in_two_parts,
+    "shift, CFGZeroStar, RescaleCFG": lambda: behind_the_model(
+        shift=node("ModelSamplingSD3", shift=5.0), zero=node("CFGZeroStar"), rescale=node("RescaleCFG",
+                                                                                          multiplier=0.6)),
+    "SkipLayerGuidanceDiT": lambda: behind_the_model(skip=node(
+        "SkipLayerGuidanceDiT", double_layers="1", single_layers="", scale=2.0, start_percent=0.0, end_percent=1.0,
+        rescaling_scale=0.0)),
+    "EasyCache": lambda: behind_the_model(cache=node("EasyCache", reuse_threshold=3.0, start_percent=0.0,
+                                                     end_percent=1.0, verbose=False)),
+    "context windows": lambda: behind_the_model(windows=node(
+        "WanContextWindowsManual", context_length=5, context_overlap=1, context_schedule="standard_static",
+        context_stride=1, closed_loop=False, fuse_method="pyramid", freenoise=False,
+        split_conds_to_windows=False, retain_first_frame=False)),
+    "LoraLoaderModelOnly twice": lambda: behind_the_model(
+        first=node("LoraLoaderModelOnly", lora_name="lora.safetensors", strength_model=0.7),
+        second=node("LoraLoaderModelOnly", lora_name="lora.safetensors", strength_model=-0.3)),
+    "inpainting": inpainted,
+    "SamplerCustomAdvanced": lambda: custom(node("KSamplerSelect", sampler_name="res_multistep")),
+    "another pack's sampler": lambda: custom(node("ForeignSampler")),
+    "another pack's patch": lambda: behind_the_model(patch=node("ForeignPatch", secret=False)),
+}
+
+
+def on_ray(graph: Graph, parallelize: bool = False) -> Graph:
+    graph = copy.deepcopy(graph) | {"workers": WORKERS}
+    if parallelize:  # after the loader
+        for one in graph.values():
+            one["inputs"] = {name: ["parallel", 0] if value == ["model", 0] else value
+                             for name, value in one["inputs"].items()}
+        return graph | {"parallel": node("RayParallelizeModel", model=["model", 0], ray_actors_init=["workers", 0])}
+    graph["model"] = node("RayModelLoader", **graph["model"]["inputs"], ray_actors_init=["workers", 0])
+    return graph
+
+
+def latent(server: ComfyServer, graph: Graph) -> torch.Tensor:
+    return load_file(server.output_files(server.run(graph, timeout=120), "save")[0])["latent_tensor"]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_equals_the_untouched_graph(server: ComfyServer, name: str) -> None:
+    graph = GRAPHS[name]()
+    expected = latent(server, graph)
+    for parallelize in (False, True):
+        actual = latent(server, on_ray(graph, parallelize))
+        assert ((actual - expected).abs().max() / expected.std()).item() <= 1e-4
+
+
+def test_rejects_a_patch_that_cannot_be_sent_and_names_its_node(server: ComfyServer) -> None:
+    graph = behind_the_model(patch=node("ForeignPatch", secret=True))
+    with pytest.raises(PromptFailed, match=r"the node Foreign Patch changes the inside of the model in a way that "
+                                           r"cannot be sent to the workers \(.*lock"):
+        server.run(on_ray(graph), timeout=120)
+    latent(server, on_ray(plain()))

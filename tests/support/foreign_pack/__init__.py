@@ -1,0 +1,60 @@
+"""A node pack of somebody else, as far as Raylight goes: a sampler, and patches of a transformer's inside."""
+
+import threading
+
+import comfy.samplers
+
+from .strength import Strength
+
+
+class ForeignSampler:
+    RETURN_TYPES = ("SAMPLER",)
+    FUNCTION = "make"
+    CATEGORY = "foreign"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {}}
+
+    def make(self):
+        return (comfy.samplers.KSAMPLER(sample_halfway),)
+
+
+def sample_halfway(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Two looks at the model for each step, the second halfway."""
+    ones = x.new_ones([x.shape[0]])
+    for step in range(len(sigmas) - 1):
+        first = model(x, sigmas[step] * ones, **extra_args)
+        middle = (sigmas[step] + sigmas[step + 1]) / 2
+        x = x + (x - first) / sigmas[step] * (middle - sigmas[step])
+        second = model(x, middle * ones, **extra_args)
+        x = x + (x - second) / middle * (sigmas[step + 1] - middle)
+        if callback is not None:
+            callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": second})
+    return x
+
+
+class ForeignPatch:
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "foreign"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "secret": ("BOOLEAN", {"default": False})}}
+
+    def patch(self, model, secret):
+        strength, held = Strength(0.5), threading.Lock() if secret else None
+
+        def around(args, extra):
+            out = extra["original_block"](args)
+            assert held is None or held
+            return {"img": args["img"] + strength.of(out["img"] - args["img"])}
+
+        model = model.clone()
+        model.set_model_patch_replace(around, "dit", "double_block", 0)
+        return (model,)
+
+
+NODE_CLASS_MAPPINGS = {"ForeignSampler": ForeignSampler, "ForeignPatch": ForeignPatch}
+NODE_DISPLAY_NAME_MAPPINGS = {"ForeignPatch": "Foreign Patch"}
