@@ -1,0 +1,24 @@
+"""What a rank of a batch axis computes and gets back."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from raylight.parallel.batch import BatchAxis, Rows
+
+
+def doubled(rank: int, world: int, totals: list[int]) -> list[tuple[int, bool, bool]]:
+    """For each batch: the rows that this rank computed, whether its result is that of all rows, also in a list."""
+    axis, report = BatchAxis(dist.group.WORLD), []
+    for total in totals:
+        whole, seen = torch.arange(total * 6.0).view(total, 2, 3), []
+
+        def double(rows: Rows, whole: torch.Tensor = whole, seen: list[int] = seen) -> list[torch.Tensor]:
+            mine = rows.of(whole)
+            seen.append(len(mine))
+            return [mine * 2, mine[:, :1] + 1]
+
+        first, second = axis.call(double, total)
+        report.append((seen[0], torch.equal(first, whole * 2), torch.equal(second, whole[:, :1] + 1)))
+    return report
