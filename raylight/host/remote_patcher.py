@@ -18,6 +18,7 @@ from .handles import Workers
 from .recipe import ModelRecipe
 
 KEY = "raylight"
+_FIRST = "raylight_patcher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +43,16 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         """The model of a recipe on these workers. Raises what `skeleton.of` raises."""
 
         base = skeleton.of(recipe, engine.forward)
-        patcher = cls(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(),
-                      size=1)
-        patcher.workers, patcher.recipe, patcher.engine = workers, recipe, engine
-        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, engine.hand_over)
-        patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare)
+        if not hasattr(base, _FIRST):
+            first = cls(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(),
+                        size=1)
+            first.workers, first.recipe, first.engine = workers, recipe, engine
+            first.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, engine.hand_over)
+            first.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare)
+            # Kept as long as the model: ComfyUI takes a model without a patcher for a leak, and says so.
+            object.__setattr__(base, _FIRST, first)
+        patcher = getattr(base, _FIRST).clone()
+        patcher.workers, patcher.recipe = workers, recipe
         return patcher
 
     def clone(self, *args: Any, **kwargs: Any) -> RemotePatcher:

@@ -6,6 +6,7 @@ process appears, in whole or in part, the worker's own takes its place.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -49,8 +50,6 @@ def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | N
     `also` names further parts as `pack`'s `refer` does. Raises CannotTravel.
     """
     parts: dict[int, _Part] = {}
-    for one in _ancestry(model):  # of several models where this one was taken over from another
-        parts = _parts(one.model) | parts
 
     def refer(part: Any) -> Any:
         if isinstance(part, ModelPatcher):
@@ -60,7 +59,11 @@ def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | N
                 raise CannotTravel(f"another model ({type(part.model).__name__}) takes part")
             if isinstance(part.model, BaseModel):
                 raise CannotTravel(f"it holds another diffusion model ({type(part.model).__name__})")
-        found = parts.get(id(part)) if isinstance(part, (nn.Module, nn.Parameter)) else None
+        found = None
+        if isinstance(part, (nn.Module, nn.Parameter)):
+            if not parts:  # looked for only now: most of what is sent has none
+                parts.update(_parts_of_all(model))
+            found = parts.get(id(part))
         return also(part) if found is None and also is not None else found
 
     def reduce(part: Any) -> Any:
@@ -119,6 +122,13 @@ def _ancestry(model: ModelPatcher) -> Iterator[ModelPatcher]:
     while one is not None:
         yield one
         one = one.parent
+
+
+def _parts_of_all(model: ModelPatcher) -> dict[int, _Part]:
+    found: dict[int, _Part] = {}
+    for one in _ancestry(model):  # of several models where this one was taken over from another
+        found = _parts(one.model) | found
+    return found
 
 
 def _parts(base: BaseModel) -> dict[int, _Part]:
@@ -213,6 +223,12 @@ def _within(path: str, folder: str) -> bool:
 
 
 def _foreign_modules() -> list[ModuleType]:
+    return _foreign_among(len(sys.modules))
+
+
+@functools.lru_cache(maxsize=1)
+def _foreign_among(_: int) -> list[ModuleType]:
+    """Looked for anew only when modules were imported since."""
     return [module for name, module in list(sys.modules.items())
             if isinstance(module, ModuleType) and module.__name__ == name and _is_foreign(module)]
 
