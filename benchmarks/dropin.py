@@ -118,14 +118,14 @@ def values_only(func: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, he
 
 
 def sample(model: ModelPatcher, way: str, seed: int, shape: tuple[int, ...], cfg: float, prompts: list[Any],
-           steps: int) -> None:
+           steps: int) -> torch.Tensor:
     sampler = comfy.samplers.sampler_object("euler")
     if way == WAYS[2]:
         sampler.held = threading.Lock()  # which no other process can have
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     latent = torch.zeros(shape)
-    comfy.sample.sample_custom(model, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas, *prompts, latent,
-                               disable_pbar=True, seed=seed)
+    return comfy.sample.sample_custom(model, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas, *prompts,
+                                      latent, disable_pbar=True, seed=seed)
 
 
 @torch.inference_mode()
@@ -133,7 +133,7 @@ def main() -> None:
     traffic = Traffic()
     workers = Workers(SessionConfig(MeshShape(), OPTIONS.device), "auto")
     print(f"{'':<26} {'way':<14} {'ms a step':>10} {'over stock':>11} {'sent a run':>11} {'sent a step':>12} "
-          f"{'back a step':>12}   (bytes)")
+          f"{'back a step':>12} (bytes) {'relative L2':>11}")
     with tempfile.TemporaryDirectory() as folder:
         for name, (family, *run) in cases().items():
             path = Path(folder) / f"{family}.safetensors"
@@ -148,6 +148,7 @@ def main() -> None:
 def _report(name: str, models: dict[str, ModelPatcher], run: list[Any], traffic: Traffic) -> None:
     steps, seconds = OPTIONS.steps, defaultdict(list)
     sent: dict[str, tuple[int, int, int]] = {}
+    latents: dict[str, torch.Tensor] = {}
     for turn in range(OPTIONS.repeats + 1):
         for way, model in models.items():
             model = model if OPTIONS.attention else without_attention(model)
@@ -156,7 +157,7 @@ def _report(name: str, models: dict[str, ModelPatcher], run: list[Any], traffic:
                 traffic.reset()
                 began = time.perf_counter()
                 # Other noise each time: of latents that come again nothing would be sent.
-                sample(model, way, 2 * turn + len(taken), *run, count)
+                latents[way] = sample(model, way, 2 * turn + len(taken), *run, count).float().cpu()
                 taken.append(time.perf_counter() - began)
                 moved.append((traffic.sent, traffic.received))
             (once, back_once), (often, back_often) = moved
@@ -167,9 +168,13 @@ def _report(name: str, models: dict[str, ModelPatcher], run: list[Any], traffic:
     for way in models:
         step = statistics.median(seconds[way])
         once, more, back = sent[way]
-        print(f"{name:<26} {way:<14} {1e3 * step:10.1f} {1e3 * (step - stock):11.1f} {once:11,} {more:12,} {back:12,}",
-              flush=True)
+        print(f"{name:<26} {way:<14} {1e3 * step:10.1f} {1e3 * (step - stock):11.1f} {once:11,} {more:12,} {back:12,}"
+              f" {_relative(latents[way], latents[WAYS[0]]):19.1e}", flush=True)
         name = ""
+
+
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 if __name__ == "__main__":

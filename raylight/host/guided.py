@@ -27,7 +27,7 @@ class GuidedRun:
         self._place = place
         self._job = job
         self._device = device
-        self._last: StepDone | None = None
+        self._last: tuple[int, int, Any, Any] | None = None
         worn, self._guider, self._call, self._positional, self._wrappers = receive(job.content, patcher)
         dress.put_on(patcher, worn, job.model.recipe.sharding)
         for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # those of ComfyUI's process
@@ -55,15 +55,22 @@ class GuidedRun:
         executor = WrapperExecutor.new_class_executor(self._guider.outer_sample, self._guider, self._wrappers)
         with torch.inference_mode() if self._job.model.recipe.sharding == WHOLE else torch.no_grad():
             samples = executor.execute(*positional, **call)
-        return RunResult(samples.cpu(), random_state(self._device), self._last)
+        return RunResult(samples.cpu(), random_state(self._device), self._last_step())
+
+    def _last_step(self) -> StepDone | None:
+        if self._last is None or not self._job.wants_last:
+            return None
+        step, total, x0, x = self._last
+        return StepDone(step, total, _on_cpu(x0), _on_cpu(x))
 
     def _after_step(self, step: int, x0: Any, x: Any, total: int) -> None:
         job = self._job
-        if job.every_step or step + 1 == total:
+        if job.every_step or (job.wants_last and step + 1 == total):
             event, self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x)), None
         else:
             event = StepDone(step, total, _for_preview(x0) if job.wants_preview else None, None)
-            self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x))
+            # The last of a run whose steps are not known before; copied then, and kept as ComfyUI's callback does.
+            self._last = (step, total, x0, x)
         if self._run.rank == 0:
             self._run.emit((self._place, event))
         self._run.check_cancelled()

@@ -55,7 +55,7 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     job = RunJob(
         model_job(session, patcher), content, random_state(patcher.load_device), patcher.workers.free_memory_after,
         wants_preview=callback is not None and args.preview_method != LatentPreviewMethod.NoPreviews,
-        every_step=every_step,
+        every_step=every_step, wants_last=callback is not None and not every_step,
     )
     shows_bar = comfy.utils.PROGRESS_BAR_ENABLED and not call.get("disable_pbar")
     handed = Handed(job, _Teller(callback, shows_bar), functools.partial(_concluded, callback))

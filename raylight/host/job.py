@@ -38,7 +38,8 @@ class RunJob:
     """A whole run: a guider, a sampler, and what ComfyUI's `outer_sample` takes, packed by `travel.send`.
 
     Samplers that draw noise from the global generators go on from `random`, as they do in one process. `every_step`
-    asks for all of x0 and x after every step, else rank 0 sends what a previewer looks at if `wants_preview`.
+    asks for all of x0 and x after every step, else rank 0 sends what a previewer looks at if `wants_preview`, and all
+    of the last step's if `wants_last`.
     """
 
     model: ModelJob
@@ -47,6 +48,7 @@ class RunJob:
     free_memory_after: bool
     wants_preview: bool
     every_step: bool
+    wants_last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class StepDone:
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """The latent of a run, (B, C, [T,] H, W) or packed, on the CPU; `last` is its last step with all of x0 and x, where
-    that was not sent before."""
+    these were not sent before."""
 
     samples: Tensor
     random: RandomState
