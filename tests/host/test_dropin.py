@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_cases import CASES, checkpoint
-from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, STAYING, sample
+from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, STAYING, OnlyHere, sample
 from loras import lora_for
 
 from raylight.cluster.config import SessionConfig
@@ -68,6 +68,16 @@ def test_equals_comfyui(sampler: str, set_up: str, stock: ModelPatcher, dropin: 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     assert actual.shape == expected.shape
     return ((actual - expected).abs().max() / expected.std()).item()
+
+
+def test_what_workers_cannot_unpack_stays_here(stock: ModelPatcher, dropin: ModelPatcher,
+                                               caplog: pytest.LogCaptureFixture) -> None:
+    expected, _ = sample(SETUPS["plain"](stock))
+    with caplog.at_level(logging.INFO, "raylight"):
+        actual, _ = sample(SETUPS["plain"](dropin), held=OnlyHere())
+    assert "stays in ComfyUI, and each forward goes to the workers: it could not be unpacked" in caplog.text
+    assert "ending the workers" not in caplog.text
+    assert _error(actual, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("set_up", STAYING)

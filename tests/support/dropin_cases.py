@@ -33,6 +33,10 @@ EVEN = (1, 16, 12, 14)  # ComfyUI's ControlNet of Flux takes no other
 STEPS = 4
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "uni_pc")
 
+class OnlyHere:
+    """Of a module that workers do not have, though its name is a plain one."""
+
+
 SetUp = Callable[[ModelPatcher], Any]
 
 
@@ -121,13 +125,13 @@ def _cfg(model: ModelPatcher, cfg: float) -> Any:
     return nodes_custom_sampler.CFGGuider.execute(model, prompt(1), prompt(2, 17), cfg).result[0]
 
 
-def sample(guider: Any, sampler: str = "euler", masked: bool = False, stays_here: bool = False, seed: int = 5,
-           shape: tuple[int, ...] = SHAPE, steps: int = STEPS) -> tuple[Tensor, list[Tensor]]:
+def sample(guider: Any, sampler: str = "euler", masked: bool = False, stays_here: bool = False, held: Any = None,
+           seed: int = 5, shape: tuple[int, ...] = SHAPE, steps: int = STEPS) -> tuple[Tensor, list[Tensor]]:
     """As SamplerCustomAdvanced samples: the latent, and what each step showed. With `stays_here` the sampler holds
     something that no other process can have."""
     kind = comfy.samplers.sampler_object(sampler)
-    if stays_here:
-        kind.held = threading.Lock()
+    if stays_here or held is not None:
+        kind.held = held or threading.Lock()
     sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", steps)
     generator = torch.Generator().manual_seed(3)
     latent = torch.randn(shape, generator=generator) if masked else torch.zeros(shape)
