@@ -37,6 +37,12 @@ def diffusion_model(name: str) -> dict[str, Tensor]:
             for key, t in tensors.items()}
 
 
+def prefix_of_vae(name: str) -> str:
+    """How ComfyUI expects the names of a checkpoint's VAE to begin."""
+    family, _ = by_name(DIFFUSION_MODELS, name, "diffusion model")
+    return getattr(comfy.supported_models, families()[family].config).vae_key_prefix[0]
+
+
 def settled(zoo: Family, hints: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration that ComfyUI's detection finds in a file that is made from it.
 

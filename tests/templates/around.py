@@ -38,6 +38,15 @@ def image_encoder(name: str) -> dict[str, Tensor]:
     return _only_shapes(by_name(IMAGE_ENCODERS, name, "image encoder"))
 
 
+def style_model(name: str) -> dict[str, Tensor]:
+    """Flux Redux, which is the only one that ComfyUI knows beside Stable Diffusion 1's."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"redux_up.weight": (12288, 1152), "redux_up.bias": (12288,), "redux_down.weight": (4096, 12288),
+              "redux_down.bias": (4096,)}
+    return {key: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(torch.bfloat16)
+            for key, shape in shapes.items()}
+
+
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), path)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy
 import torch
-from architectures import diffusion_model
-from around import image_encoder, text_encoder, vae, write
+from architectures import diffusion_model, prefix_of_vae
+from around import image_encoder, style_model, text_encoder, vae, write
 from loras import lora_for
 from official_names import UnknownFile
 from PIL import Image
@@ -72,7 +72,7 @@ def write_models(graph: Graph, models: Path) -> list[Path]:
 
 def _make(item: Asked) -> dict[str, Tensor]:
     makers = {"diffusion_models": diffusion_model, "text_encoders": text_encoder, "vae": vae,
-              "clip_vision": image_encoder, "checkpoints": _checkpoint}
+              "clip_vision": image_encoder, "style_models": style_model, "checkpoints": _checkpoint}
     if item.folder not in makers:
         raise UnknownFile(f"files for {item.folder} ({item.name}) are not made here")
     return makers[item.folder](item.name)
@@ -81,13 +81,13 @@ def _make(item: Asked) -> dict[str, Tensor]:
 def _checkpoint(name: str) -> dict[str, Tensor]:
     """A diffusion model, and a VAE and a text encoder to be filled."""
     tensors = {f"model.diffusion_model.{key}": tensor for key, tensor in diffusion_model(name).items()}
-    tensors |= {f"vae.{key}": tensor for key, tensor in vae(name).items()}
-    encoders = {"clip_l": "text_model.encoder.layers.0.mlp.fc1.weight",
-                "clip_g": "text_model.encoder.layers.30.mlp.fc1.weight",
-                "t5xxl": "encoder.final_layer_norm.weight"}
-    widths = {"clip_l": (64, 768), "clip_g": (64, 1280), "t5xxl": (4096,)}
-    for encoder, key in encoders.items():
-        tensors[f"text_encoders.{encoder}.transformer.{key}"] = torch.ones(widths[encoder]) * 0.01
+    tensors |= {prefix_of_vae(name) + key: tensor for key, tensor in vae(name).items()}
+    for key, shape in (
+        ("clip_l.transformer.text_model.final_layer_norm.weight", (768,)),
+        ("clip_g.transformer.text_model.final_layer_norm.weight", (1280,)),
+        ("t5xxl.transformer.encoder.final_layer_norm.weight", (4096,)),
+    ):
+        tensors[f"text_encoders.{key}"] = torch.ones(shape)
     return tensors
 
 
@@ -127,7 +127,8 @@ def write_media(graph: Graph, folder: Path) -> None:
             path = folder / value.removesuffix(" [input]")
             if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _picture(seed).save(path)
+                picture = _picture(seed)
+                (picture if path.suffix.lower() in (".png", ".webp") else picture.convert("RGB")).save(path)
             elif path.suffix.lower() in (".mp4", ".webm", ".mov"):
                 _video(path, seed)
             elif path.suffix.lower() in (".wav", ".mp3", ".flac", ".m4a", ".ogg"):
@@ -138,7 +139,8 @@ def _picture(seed: int) -> Image.Image:
     """Coarse noise: of fine noise, nothing is left when a node makes it smaller."""
     coarse = numpy.random.default_rng(seed).integers(0, 255, (PICTURE[1] // 8, PICTURE[0] // 8, 4), dtype=numpy.uint8)
     coarse[..., 3] = 255
-    return Image.fromarray(coarse).convert("RGB").resize(PICTURE, Image.Resampling.BICUBIC)
+    coarse[2:6, 4:10, 3] = 0  # what is to be painted anew, where a node takes the picture's mask
+    return Image.fromarray(coarse).resize(PICTURE, Image.Resampling.BICUBIC)
 
 
 def _video(path: Path, seed: int, frames: int = 33) -> None:
@@ -149,7 +151,7 @@ def _video(path: Path, seed: int, frames: int = 33) -> None:
         stream = container.add_stream("h264", rate=16)
         stream.width, stream.height, stream.pix_fmt = *PICTURE, "yuv420p"
         for index in range(frames):
-            frame = av.VideoFrame.from_image(_picture(seed).rotate(index))
+            frame = av.VideoFrame.from_image(_picture(seed).convert("RGB").rotate(index))
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

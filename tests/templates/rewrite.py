@@ -9,13 +9,13 @@ from typing import Any
 
 from raylight.demo.graphs import Graph
 
-SIDE, FRAMES, STEPS = 96, 9, 4
+SIDE, FRAMES, STEPS, MEGAPIXELS = 96, 9, 4, 0.01
 _STEPS = ("steps", "start_at_step", "end_at_step")
 _SIDES = ("width", "height")
 _PRIMITIVES = ("PrimitiveInt", "INTConstant", "PrimitiveFloat")
 
 
-def shrunk(graph: Graph) -> Graph:
+def shrunk(graph: Graph, description: Mapping[str, Any]) -> Graph:
     """The prompt with small pictures, few frames and few steps, whichever of its nodes hold these numbers."""
     graph = copy.deepcopy(graph)
     _scale(graph, _STEPS, lambda value, most: math.ceil(value * STEPS / most) if most > STEPS else value, low=1,
@@ -26,10 +26,19 @@ def shrunk(graph: Graph) -> Graph:
         if isinstance(inputs.get("length"), (int, list)) and not isinstance(inputs.get("length"), bool):
             inputs["length"] = FRAMES
         if isinstance(inputs.get("megapixels"), (int, float, list)):
-            inputs["megapixels"] = 0.01
+            inputs["megapixels"] = max(MEGAPIXELS, _least(description, entry["class_type"], "megapixels"))
         if isinstance(inputs.get("batch_size"), int):
             inputs["batch_size"] = 1
     return graph
+
+
+def _least(description: Mapping[str, Any], kind: str, key: str) -> float:
+    """The least that a node takes for an input."""
+    for group in ("required", "optional"):
+        spec = description.get(kind, {}).get("input", {}).get(group, {}).get(key)
+        if spec and len(spec) > 1:
+            return spec[1].get("min", 0.0)
+    return 0.0
 
 
 def _scale(graph: Graph, names: tuple[str, ...], rule: Any, *, low: int, ignored: int) -> None:
@@ -64,18 +73,25 @@ def _upstream(graph: Graph, node: str) -> Iterator[str]:
 
 
 def probed(graph: Graph, description: Mapping[str, Any], prefix: str) -> Graph:
-    """The prompt with a probe on every latent that a sampler gives."""
+    """The prompt with a probe on every latent that a sampler gives, and on every picture that is decoded."""
     graph = copy.deepcopy(graph)
     for node, entry in list(graph.items()):
         info = description.get(entry["class_type"], {})
-        inputs = info.get("input", {})
-        kinds = {spec[0] for group in ("required", "optional") for spec in inputs.get(group, {}).values()
-                 if isinstance(spec, (list, tuple)) and isinstance(spec[0], str)}
-        if "LATENT" not in info.get("output", ()) or not kinds & {"MODEL", "GUIDER"} or "LATENT" not in kinds:
-            continue
-        graph[f"probe {node}"] = {"class_type": "TemplateProbe", "inputs": {
-            "samples": [node, info["output"].index("LATENT")], "name": f"{prefix}-{node.replace(':', '_')}"}}
+        inputs, outputs = _inputs(info), info.get("output", ())
+        name = f"{prefix}-{node.replace(':', '_')}"
+        if "LATENT" in outputs and "LATENT" in inputs and {"MODEL", "GUIDER"} & inputs:
+            graph[f"latent {node}"] = {"class_type": "TemplateProbe", "inputs": {
+                "samples": [node, outputs.index("LATENT")], "name": name}}
+        elif "IMAGE" in outputs and {"LATENT", "VAE"} <= inputs:
+            graph[f"image {node}"] = {"class_type": "TemplateImageProbe", "inputs": {
+                "images": [node, outputs.index("IMAGE")], "name": name}}
     return graph
+
+
+def _inputs(info: Mapping[str, Any]) -> set[str]:
+    """The types of a node's inputs."""
+    return {spec[0] for group in ("required", "optional") for spec in info.get("input", {}).get(group, {}).values()
+            if isinstance(spec, (list, tuple)) and isinstance(spec[0], str)}
 
 
 def on_workers(graph: Graph, workers: int = 2) -> Graph:

@@ -1,4 +1,7 @@
-"""A node that writes latents to a file as they are: ComfyUI's own takes one tensor, and a latent may be several."""
+"""Nodes that write latents and pictures to files as they are.
+
+ComfyUI's own take a latent of one tensor only, and round or compress pictures.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,29 @@ class TemplateProbe:
 
     def save(self, samples: dict[str, Any], name: str) -> dict[str, Any]:
         latent = samples["samples"]
-        parts = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
-        path = os.path.join(folder_paths.get_output_directory(), f"{name}.pt")
-        torch.save([part.float().cpu().clone() for part in parts], path)
-        return {"ui": {"latents": [{"filename": f"{name}.pt", "subfolder": "", "type": "output"}]}}
+        return _save(latent.unbind() if getattr(latent, "is_nested", False) else [latent], name)
 
 
-NODE_CLASS_MAPPINGS = {"TemplateProbe": TemplateProbe}
+class TemplateImageProbe:
+    """Saves an IMAGE."""
+
+    CATEGORY = "tests"
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"images": ("IMAGE",), "name": ("STRING",)}}
+
+    def save(self, images: torch.Tensor, name: str) -> dict[str, Any]:
+        return _save([images], name)
+
+
+def _save(tensors: list[torch.Tensor], name: str) -> dict[str, Any]:
+    path = os.path.join(folder_paths.get_output_directory(), f"{name}.pt")
+    torch.save([tensor.float().cpu().clone() for tensor in tensors], path)
+    return {"ui": {"tensors": [{"filename": f"{name}.pt", "subfolder": "", "type": "output"}]}}
+
+
+NODE_CLASS_MAPPINGS = {"TemplateProbe": TemplateProbe, "TemplateImageProbe": TemplateImageProbe}
