@@ -140,6 +140,40 @@ def test_equals_the_untouched_graph(server: ComfyServer, name: str) -> None:
         assert ((actual - expected).abs().max() / expected.std()).item() <= 1e-4
 
 
+@pytest.mark.parametrize("kind", ["DPKSamplerAdvanced", "UnifiedParallelSampler"])
+def test_several_images_at_once(server: ComfyServer, kind: str) -> None:
+    graph = plain() | {
+        "workers": node("RayInitializer", **(WORKERS["inputs"] | {"ulysses_degree": 1, "dp_degree": 0})),
+        "first": node("RandomNoise", noise_seed=7), "second": node("RandomNoise", noise_seed=8),
+        "noises": node("DPNoiseList", noise_1=["first", 0], noise_2=["second", 0]),
+        "prompts": node("DPConditioningList", conditioning_1=["positive", 1], conditioning_2=["negative", 1])}
+    inputs = {name: value for name, value in graph["sample"]["inputs"].items() if name not in ("model", "noise_seed")}
+    graph["model"] = node("RayUNETLoader", **graph["model"]["inputs"], ray_actors_init=["workers", 0])
+    graph["sample"] = node(kind, **inputs | {"ray_actors": ["model", 0], "noise_list": ["noises", 0],
+                                             "positive": ["prompts", 0], "denoise": 1.0})
+    files = server.output_files(server.run(graph, timeout=120), "save")
+    for file, seed, prompt in zip(sorted(files), (7, 8), ("positive", "negative"), strict=True):
+        expected = latent(server, plain(noise_seed=seed, positive=[prompt, 1]))
+        actual = load_file(file)["latent_tensor"]
+        assert ((actual - expected).abs().max() / expected.std()).item() <= 1e-4
+
+
+def test_custom_samplers_of_saved_workflows(server: ComfyServer) -> None:
+    graph = custom(node("KSamplerSelect", sampler_name="heun"))
+    graph["save"]["inputs"]["samples"] = ["sample", 0]
+    expected = latent(server, graph)
+    ours = copy.deepcopy(graph) | {"workers": WORKERS, "ray": node(
+        "RayUNETLoader", **graph["model"]["inputs"], ray_actors_init=["workers", 0])}
+    ours["sample"] = node("XFuserSamplerCustomAdvanced", **graph["sample"]["inputs"], ray_actors=["ray", 0])
+    plain_one = copy.deepcopy(ours)
+    plain_one["sample"] = node(
+        "XFuserSamplerCustom", ray_actors=["ray", 0], add_noise=True, noise_seed=5, cfg=3.0, positive=["positive", 1],
+        negative=["negative", 1], sampler=["sampler", 0], sigmas=["sigmas", 0], latent_image=["latent", 0])
+    for one in (ours, plain_one):
+        actual = latent(server, one)
+        assert ((actual - expected).abs().max() / expected.std()).item() <= 1e-4
+
+
 def test_rejects_a_patch_that_cannot_be_sent_and_names_its_node(server: ComfyServer) -> None:
     graph = behind_the_model(patch=node("ForeignPatch", secret=True))
     with pytest.raises(PromptFailed, match=r"the node Foreign Patch changes the inside of the model in a way that "
