@@ -148,6 +148,8 @@ def as_bytes(value: Tensor) -> np.ndarray:
 
 def from_bytes(data: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor of `as_bytes`, on the CPU, in the memory of `data`, which may be read only."""
+    if data.size == 0:  # has no memory to look at as another dtype
+        return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writ.*able")
         return torch.from_numpy(data).view(dtype).view(shape)
