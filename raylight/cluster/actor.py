@@ -1,14 +1,16 @@
 """The actor of one rank. Its methods are all that a session calls across processes.
 
-Ray imports this module by its plain name in the worker. Work is done by one thread; cancel and the
-event stream run beside it.
+Ray imports this module by its plain name in the worker. Work is done by one thread; cancel, the event stream and
+reports run beside it.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,27 +19,32 @@ from typing import Any
 import ray
 import torch
 
+from raylight.parallel import links, pulse
 from raylight.parallel.mesh import build_mesh
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
 from raylight.parallel.shape import MeshShape
 
+from . import worker_logs
 from .config import ServiceSpec
-from .errors import RunCancelled
+from .errors import OutOfMemory, RunCancelled, is_out_of_memory
+from .status import IDLE, Report, Status
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank runs."""
+    """Where a rank runs. `gpu` is the index of its GPU on that machine, None without one."""
 
     rank: int
     host: str
     pid: int
     device: str
+    gpu: int | None = None
 
     def __str__(self) -> str:
-        return f"rank {self.rank} ({self.device}, pid {self.pid} on {self.host})"
+        device = self.device if self.gpu is None else f"{self.device}, GPU {self.gpu}"
+        return f"rank {self.rank} ({device}, pid {self.pid} on {self.host})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +67,13 @@ class Run:
     """One call that streams events and can be cancelled."""
 
     rank: int
+    _status: Status
     _events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     _cancel: threading.Event = field(default_factory=threading.Event)
+
+    def enter(self, phase: str) -> None:
+        """Say what this rank begins now, for people to read where it fails; it must read well behind "while"."""
+        self._status.enter(phase)
 
     def emit(self, event: Any) -> None:
         """Send an event to the driver, which listens to rank 0."""
@@ -80,9 +92,12 @@ _END = object()
 class RankActor:
     """Rank `rank` of a world, in a process of its own."""
 
-    def __init__(self, rank: int, world_size: int, device_type: str) -> None:
+    def __init__(self, rank: int, world_size: int, device_type: str, log_level: int) -> None:
         # Only arguments are kept here: the GPU and the peers are known later, in `join`.
         self._rank = rank
+        self._status = Status()
+        faulthandler.enable(sys.__stderr__)  # a crash leaves its stack in the file of this worker's output
+        worker_logs.forward(self._status, rank, log_level)
         self._world_size = world_size
         self._device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
         self._runs: dict[str, Run] = {}
@@ -92,12 +107,14 @@ class RankActor:
 
     def place(self) -> Place:
         """Where this rank is. Raises RuntimeError when it should have a GPU and sees none."""
-        device = self._device.type
+        device, gpu = self._device.type, None
         if device == "cuda":
             if not torch.cuda.is_available():
                 raise RuntimeError(f"the worker of rank {self._rank} sees no GPU")
             device = torch.cuda.get_device_name(0)
-        return Place(self._rank, ray.util.get_node_ip_address(), os.getpid(), device)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            gpu = int(visible) if visible.isdigit() else None
+        return Place(self._rank, ray.util.get_node_ip_address(), os.getpid(), device, gpu)
 
     def open_store(self, host: str, timeout_s: float) -> Rendezvous:
         """Rank 0 only: open the store at which the ranks meet."""
@@ -112,16 +129,41 @@ class RankActor:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._world_size))
         join_world(rendezvous, self._rank, self._device, self._store)
         context = RankContext(self._rank, self._world_size, self._device, build_mesh(mesh, self._device))
-        self._service = service.factory(context, service.settings)
+        with worker_logs.briefly():
+            self._service = service.factory(context, service.settings)
+        self._status.enter(IDLE)
+
+    def try_links(self) -> links.Links:
+        """What the ways between the ranks do. Collective."""
+        self._status.enter("trying the ways between the workers")
+        measured = links.measure(self._device)
+        self._status.enter(IDLE)
+        return measured
 
     def run(self, run_id: str, method: str, *args: Any) -> Any:
-        """Call `method(run, *args)` of the service; returns its result, or `Cancelled`."""
+        """Call `method(run, *args)` of the service; returns its result, or `Cancelled`.
+
+        Raises what it raises; OutOfMemory, with what the service holds, where memory was exhausted.
+        """
         run = self._run(run_id)
+        run.enter(f"beginning to {method}")
         try:
-            return getattr(self._service, method)(run, *args)
+            with pulse.checked_by(run.check_cancelled):
+                result = getattr(self._service, method)(run, *args)
+            run.enter(IDLE)
+            return result
         except RunCancelled:
-            logger.info("rank %d: cancelled", self._rank)
+            logger.info("cancelled")
+            run.enter(IDLE)
             return Cancelled()
+        except ValueError:
+            run.enter(IDLE)  # a refusal, after which this rank goes on; after all else it ends
+            raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise OutOfMemory(f"{first.rstrip('.')}. It held {self._service.inventory()}") from error
         finally:
             run._events.put(_END)
             if self._rank != 0:
@@ -134,6 +176,11 @@ class RankActor:
         while (event := events.get()) is not _END:
             yield event
         self._forget(run_id)
+
+    @ray.method(concurrency_group="watch")
+    def report(self, patience_s: float) -> Report:
+        """What is new on this rank, see `Status.report`."""
+        return self._status.report(patience_s)
 
     @ray.method(concurrency_group="control")
     def cancel(self, run_id: str) -> None:
@@ -149,4 +196,4 @@ class RankActor:
 
     def _run(self, run_id: str) -> Run:
         with self._lock:
-            return self._runs.setdefault(run_id, Run(self._rank))
+            return self._runs.setdefault(run_id, Run(self._rank, self._status))

@@ -15,9 +15,9 @@ LOCAL = "local"
 class ServiceSpec:
     """What each worker runs once it has joined its world.
 
-    `factory(context, settings)` returns the object whose methods a session calls. It is named by
-    reference, so its module must be importable in a worker under a plain name: `python_path` holds the
-    folders for that, in order.
+    `factory(context, settings)` returns the object whose methods a session calls; its `inventory()` says in words what
+    it holds in memory. It is named by reference, so its module must be importable in a worker under a plain name:
+    `python_path` holds the folders for that, in order.
     """
 
     factory: Callable[..., Any]
@@ -31,6 +31,8 @@ class SessionConfig:
 
     `address` is "local" for a Ray of one's own, else that of a running cluster. `gpu_select` are indices of
     this machine's GPUs, empty for any. Times in seconds, memory in bytes; `object_store_bytes` None leaves it to Ray.
+    `check_links` has the ways between the workers tried before they are used for the first time. A rank that does not
+    answer for `heartbeat_timeout_s` has hung, and so have ranks that do not get on for `stall_timeout_s`.
     """
 
     mesh: MeshShape
@@ -41,6 +43,9 @@ class SessionConfig:
     object_store_bytes: int | None = None
     start_timeout_s: float = 180.0
     collective_timeout_s: float = 600.0
+    heartbeat_timeout_s: float = 60.0
+    stall_timeout_s: float = 600.0
+    check_links: bool = True
 
     def __post_init__(self) -> None:
         if self.gpu_select and len(self.gpu_select) != self.world_size:

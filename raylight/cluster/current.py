@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from . import local_ray
 from .config import ServiceSpec, SessionConfig
@@ -15,8 +16,11 @@ _lock = threading.Lock()
 _session: Session | None = None
 
 
-def session(config: SessionConfig, service: ServiceSpec) -> Session:
-    """The session of `config`: the running one if it is of this configuration and alive, else a new one."""
+def session(config: SessionConfig, service: ServiceSpec,
+            wants_cancel: Callable[[], bool] = lambda: False) -> Session:
+    """The session of `config`: the running one if it is of this configuration and alive, else a new one.
+
+    Raises what `Session` raises."""
     global _session
     with _lock:
         if _session is not None and (_session.config != config or not _session.alive):
@@ -25,7 +29,7 @@ def session(config: SessionConfig, service: ServiceSpec) -> Session:
             _stop(_session, config)
             _session = None
         if _session is None:
-            _session = Session(config, service)
+            _session = Session(config, service, wants_cancel)
         return _session
 
 
@@ -35,13 +39,20 @@ def running() -> Session | None:
         return _session if _session is not None and _session.alive else None
 
 
-def close() -> None:
-    """End the running session and, if it is ours, Ray."""
+def peek() -> Session | None:
+    """The session, alive or not, without waiting for one that is being started; for looking only."""
+    return _session
+
+
+def close(keep_ray: bool = False) -> None:
+    """End the running session and, if it is ours and not to be kept, Ray."""
     global _session
     with _lock:
         if _session is not None:
-            _stop(_session, None)
+            _stop(_session, _session.config if keep_ray else None)
             _session = None
+        elif not keep_ray:
+            local_ray.disconnect()
 
 
 def _stop(old: Session, successor: SessionConfig | None) -> None:

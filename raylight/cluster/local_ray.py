@@ -1,52 +1,93 @@
-"""Starting a Ray of one's own, or joining a running cluster."""
+"""Starting a Ray of one's own, or joining a running cluster; leaving it, also when it no longer answers."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 import subprocess
+import tempfile
+from collections.abc import Callable
 
+import psutil
 import ray
 from ray._private import ray_constants
 
-from . import reaper
+from . import knock, reaper
+from .bounded import Pending, bounded
 from .config import SessionConfig
 
 logger = logging.getLogger(__name__)
 
+_START_S = 60.0
+_SHUTDOWN_S = 20.0
+_NEEDED = ("gcs_server", "raylet")
+
 _ours = False
+_thread: Pending | None = None  # that has started Ray
+_is_starting = False
 _guard: subprocess.Popen | None = None
 _not_rays: frozenset[str] = frozenset()  # what ComfyUI and other packs had started before
+_rays: frozenset[str] = frozenset()
+_needed: dict[str, psutil.Process] = {}
+_folder: str | None = None
 
 
-def connect(config: SessionConfig) -> None:
+def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
     """Have Ray up for this session; keeps what is already up in this process.
 
-    Raises ConnectionError when the cluster at `config.address` does not answer.
+    Raises ConnectionError when the cluster at `config.address` does not answer, RuntimeError when Ray does not start
+    here, and RunCancelled; a start that was cancelled goes on, and the next call finds it.
     """
-    global _ours, _not_rays
-    if ray.is_initialized():
+    global _ours, _thread, _is_starting, _guard, _not_rays
+    if not _is_starting and ray.is_initialized():
         return
-    _ours = True
-    _not_rays = reaper.family()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _bind_to_loopback(config.is_local)
+    if not _is_starting:
+        _ours = _is_starting = True
+        _not_rays = reaper.family()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # By default workers give way to every other program of the machine.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        _bind_to_loopback(config.is_local)
+        _thread = Pending(lambda: _start(config) if config.is_local else _join(config), stays=True)
+    try:
+        _thread.wait(_START_S, "the start of Ray", wants_cancel)
+    except ConnectionError:
+        _forget()
+        raise
+    except Exception as error:
+        abandon()
+        raise RuntimeError(f"Ray does not start on this machine: {error}. Its temporary files go to "
+                           f"{_temporary_root()}; is there room, and may this user write there?") from error
+    _is_starting = False
     if config.is_local:
-        logger.info("starting Ray on this machine for %d workers", config.world_size)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            namespace=config.namespace,
-            num_cpus=max(config.world_size, os.cpu_count() or 1),
-            object_store_memory=config.object_store_bytes,
-            logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
-        )
-        return
+        _note_processes()
+        _guard = reaper.guard(_not_rays, _folder)
+
+
+def _start(config: SessionConfig) -> None:
+    global _folder
+    logger.info("starting Ray on this machine for %d workers", config.world_size)
+    _folder = tempfile.mkdtemp(prefix="raylight-", dir=_temporary_root())  # for this user alone
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        namespace=config.namespace,
+        num_cpus=max(config.world_size, os.cpu_count() or 1),
+        object_store_memory=config.object_store_bytes,
+        log_to_driver=False,  # workers send their own, see worker_logs
+        logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
+        _temp_dir=_folder,
+    )
+
+
+def _join(config: SessionConfig) -> None:
     logger.info("joining the Ray cluster at %s", config.address)
     try:
-        _knock(config.address)
-        ray.init(address=config.address, namespace=config.namespace, logging_level=logging.WARNING)
+        knock.at(config.address)
+        ray.init(address=config.address, namespace=config.namespace, log_to_driver=False,
+                 logging_level=logging.WARNING)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"no Ray cluster answers at ray_cluster_address = {config.address}: {error}. "
@@ -55,11 +96,16 @@ def connect(config: SessionConfig) -> None:
         ) from error
 
 
-def _knock(address: str) -> None:
-    """Raises OSError at once where nobody listens; Ray would try for minutes."""
-    host, separator, port = address.rpartition(":")
-    if separator and port.isdigit() and "//" not in address:
-        socket.create_connection((host, int(port)), timeout=5).close()
+def _temporary_root() -> str:
+    """Where Ray's files go. The paths of its sockets must be short, so on POSIX it is not TMPDIR."""
+    return os.environ.get("RAY_TMPDIR") or ("/tmp" if os.name == "posix" else tempfile.gettempdir())
+
+
+def _note_processes() -> None:
+    global _rays, _needed
+    children = psutil.Process().children(recursive=True)
+    _needed = {_name(child): child for child in children if _name(child).startswith(_NEEDED)}
+    _rays = frozenset(reaper.names_of(children)) - _not_rays
 
 
 def _bind_to_loopback(local: bool) -> None:
@@ -74,28 +120,83 @@ def _bind_to_loopback(local: bool) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = not local
 
 
+def lost() -> str | None:
+    """Which of the processes that the local Ray cannot do without is gone; None while all are there.
+
+    Ray ends this whole process a minute after that, so somebody has to ask, and to `abandon` it.
+    """
+    for name, process in _needed.items():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                continue
+        except psutil.NoSuchProcess:
+            pass
+        return f"{name} (pid {process.pid})"
+    return None
+
+
 def disconnect() -> None:
     """Leave Ray, and end it where it is a Ray of our own. Leaves alone what another pack has started."""
-    global _ours, _guard
-    if _ours and ray.is_initialized():
-        ray.shutdown()
-    _ours = False
+    if _is_starting:
+        try:
+            _thread.wait(_START_S, "the start of Ray")
+        except Exception as error:
+            logger.debug("the start of Ray had failed: %s", error)
+    if _ours and ray.is_initialized() and lost() is None:
+        try:
+            bounded(ray.shutdown, _SHUTDOWN_S, "the end of Ray")
+        except TimeoutError as error:
+            logger.warning("%s: its processes are ended", error)
+            abandon()
+    elif _ours:
+        abandon()
+    _forget()
+
+
+def abandon() -> None:
+    """End a Ray of our own that no longer answers: its processes first, as it would wait for them."""
+    running = psutil.Process().children(recursive=True)
+    workers = [child for child in running if _name(child).startswith(("ray::", *_NEEDED))]
+    for process in reaper.find({*_rays, *reaper.names_of(workers)}):
+        process.kill()
+    if ray.is_initialized():
+        try:
+            bounded(ray.shutdown, _SHUTDOWN_S, "the end of Ray")
+        except Exception as error:
+            logger.warning("Ray could not be ended in order: %s", error)
+    _forget()
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
+
+
+def _forget() -> None:
+    global _ours, _thread, _is_starting, _guard, _rays, _needed, _folder
+    _ours, _is_starting, _rays, _needed = False, False, frozenset(), {}
+    if _thread is not None:
+        _thread.let_go()
+        _thread = None
     if _guard is not None:
         _guard.stdin.close()
         _guard.wait(timeout=30)
         _guard = None
+    if _folder is not None:
+        shutil.rmtree(_folder, ignore_errors=True)
+        _folder = None
 
 
-def guard() -> None:
-    """Have everything that the local Ray has started by now end with this process, even when it is killed."""
-    global _guard
-    if _ours and _guard is None:
-        _guard = reaper.guard(_not_rays)
+def log_folder() -> str | None:
+    """Where the processes of the local Ray write their logs."""
+    return None if _folder is None else os.path.join(_folder, "session_latest", "logs")
 
 
 def has_room(config: SessionConfig) -> bool:
     """Whether the local Ray that is up was started with enough processors for this session."""
-    return ray.is_initialized() and ray.cluster_resources().get("CPU", 0) >= config.world_size
+    return ray.is_initialized() and lost() is None and ray.cluster_resources().get("CPU", 0) >= config.world_size
 
 
 def loopback_interface() -> str | None:

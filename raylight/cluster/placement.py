@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from .config import ServiceSpec, SessionConfig
+from .errors import RunCancelled
 from .local_ray import loopback_interface
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_LOCAL_S, _POLL_S = 30.0, 0.5
 
 
-def reserve(config: SessionConfig) -> PlacementGroup:
-    """Reserve one bundle per rank. Raises RuntimeError, with what is free, when they cannot be had."""
+def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> PlacementGroup:
+    """Reserve one bundle per rank.
+
+    Raises RuntimeError, with what is free, when they cannot be had, and RunCancelled."""
     bundle = {"CPU": 1.0}
     if config.device_type == "cuda" and not config.gpu_select:
         bundle["GPU"] = 1.0
     group = placement_group([dict(bundle) for _ in range(config.world_size)], strategy="PACK")
-    if not group.wait(timeout_seconds=config.start_timeout_s if not config.is_local else 30):
+    deadline = time.monotonic() + (_LOCAL_S if config.is_local else config.start_timeout_s)
+    while not group.wait(timeout_seconds=_POLL_S):
+        if wants_cancel():
+            remove_placement_group(group)
+            raise RunCancelled
+        if time.monotonic() < deadline:
+            continue
         free = ray.available_resources()
         remove_placement_group(group)
         raise RuntimeError(

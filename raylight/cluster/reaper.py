@@ -6,35 +6,43 @@ gets no chance to shut down. The guard is a child that waits for the other end o
 
 from __future__ import annotations
 
-import logging
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 
 import psutil
-
-logger = logging.getLogger(__name__)
 
 GRACE_S = 3.0
 
 
 def family() -> frozenset[str]:
     """The processes that this one has started, and theirs, by number and time of birth."""
-    return frozenset(f"{child.pid}:{child.create_time()}" for child in psutil.Process().children(recursive=True))
+    return frozenset(names_of(psutil.Process().children(recursive=True)))
 
 
-def guard(others: frozenset[str]) -> subprocess.Popen:
-    """Start a guard over the processes that this one has started but for `others`, which are not Ray's; they end when
-    it ends, however it ends.
+def names_of(processes: Iterable[psutil.Process]) -> Iterator[str]:
+    """The numbers and times of birth of those that run."""
+    for process in processes:
+        try:
+            yield f"{process.pid}:{process.create_time()}"
+        except psutil.NoSuchProcess:
+            continue
+
+
+def guard(others: frozenset[str], folder: str | None) -> subprocess.Popen:
+    """Start a guard over the processes that this one has started but for `others`, which are not Ray's; they and what
+    they start end when it ends, however it ends, and the folder of their files goes.
 
     The guard goes by itself when its standard input is closed.
     """
     return subprocess.Popen(
-        [sys.executable, __file__, *sorted(family() - others)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
+        [sys.executable, __file__, folder or "", *sorted(family() - others)], stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )
 
 
-def _find(names: list[str]) -> list[psutil.Process]:
+def find(names: Iterable[str]) -> list[psutil.Process]:
     """The processes of those names that still run; a number that was given to another process is not one."""
     found = []
     for name in names:
@@ -48,12 +56,25 @@ def _find(names: list[str]) -> list[psutil.Process]:
     return found
 
 
-def _main(names: list[str]) -> None:
+def _with_children(processes: list[psutil.Process]) -> list[psutil.Process]:
+    found = dict.fromkeys(processes)
+    for process in processes:
+        try:
+            found |= dict.fromkeys(process.children(recursive=True))
+        except psutil.NoSuchProcess:
+            continue
+    return list(found)
+
+
+def _main(folder: str, names: list[str]) -> None:
     sys.stdin.buffer.read()  # returns when the last holder of the pipe is gone
-    _, left = psutil.wait_procs(_find(names), timeout=GRACE_S)
+    _, left = psutil.wait_procs(_with_children(find(names)), timeout=GRACE_S)
     for process in left:
         process.kill()
+    psutil.wait_procs(left, timeout=GRACE_S)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    _main(sys.argv[1], sys.argv[2:])

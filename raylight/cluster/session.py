@@ -3,68 +3,101 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from . import local_ray, placement
+from raylight.parallel.links import Links
+
+from . import endings, link_check, local_ray, placement
 from .actor import Place, RankActor
+from .bounded import bounded
 from .config import ServiceSpec, SessionConfig
+from .errors import RAY_LOST, RunCancelled, WorkerError
+from .faults import Fault, Scene, is_store_full, store_full, told
 from .shared import SharedObjects
-from .waiting import conclude, is_refusal, wait_for_all
+from .status import STARTING
+from .waiting import Listening, conclude, is_refusal, wait_for_all
+from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 _SHARED_OBJECTS = 8  # in the object store for as long as nothing takes their place
+_PUT_S = 120.0
+_END_S = 10.0
 
 
 class Session:
     """The workers of one configuration. Use `raylight.cluster.current.session` to share one between prompts."""
 
-    def __init__(self, config: SessionConfig, service: ServiceSpec) -> None:
-        """Start the workers. Raises ConnectionError, RuntimeError or WorkerError; nothing is left running then."""
+    def __init__(self, config: SessionConfig, service: ServiceSpec,
+                 wants_cancel: Callable[[], bool] = lambda: False) -> None:
+        """Start the workers. Raises ConnectionError, RuntimeError, WorkerError or RunCancelled; no worker is left
+        then."""
         self.config = config
         self.places: dict[int, Place] = {}
+        self.shared = SharedObjects(_SHARED_OBJECTS, self._put)
         self._actors: list[Any] = []
         self._group: Any = None
-        self.shared = SharedObjects(_SHARED_OBJECTS)
-        self._broken = False
+        self._watchdog: Watchdog | None = None
+        self._ready, self._broken = False, False
+        self._running = threading.Lock()
         started = time.monotonic()
         try:
-            local_ray.connect(config)
-            self._group = placement.reserve(config)
-            self._start(service)
-            if config.is_local:
-                local_ray.guard()
+            local_ray.connect(config, wants_cancel)
+            self._group = placement.reserve(config, wants_cancel)
+            self._start(service, wants_cancel)
         except BaseException:
             self.close()
             raise
+        self._ready = True
         logger.info(
             "%d workers ready in %.1f s: %s", config.world_size, time.monotonic() - started,
             "; ".join(str(place) for place in self.places.values()),
         )
 
-    def _start(self, service: ServiceSpec) -> None:
+    def _start(self, service: ServiceSpec, wants_cancel: Callable[[], bool]) -> None:
         config = self.config
-        actor = ray.remote(max_restarts=0, concurrency_groups={"control": 2})(RankActor)
+        actor = ray.remote(max_restarts=0, concurrency_groups={"control": 2, "watch": 1})(RankActor)
         for rank in range(config.world_size):
             self._actors.append(actor.options(
                 num_cpus=1,
                 num_gpus=1 if config.device_type == "cuda" and not config.gpu_select else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
                 runtime_env={"env_vars": placement.environment(config, service, rank)},
-            ).remote(rank, config.world_size, config.device_type))
-        timeout = config.start_timeout_s
-        self.places = dict(enumerate(ray.get([a.place.remote() for a in self._actors], timeout=timeout)))
-        store = self._actors[0].open_store.remote(self.places[0].host, config.collective_timeout_s)
-        rendezvous = ray.get(store, timeout=timeout)
-        joins = {rank: a.join.remote(rendezvous, config.mesh, service) for rank, a in enumerate(self._actors)}
-        conclude(wait_for_all(joins, None, _ignore, _never, _nothing), self.places)
+            ).remote(rank, config.world_size, config.device_type, logging.getLogger().level))
+        self._watchdog = Watchdog(config, dict(enumerate(self._actors)), self._on_fault)
+
+        def of_each(ask: Callable[[Any], Any], timeout_s: float = config.start_timeout_s,
+                    actors: Sequence[Any] = self._actors) -> dict[int, Any]:
+            refs = {rank: ask(actor) for rank, actor in enumerate(actors)}
+            heed = Listening(wants_cancel=wants_cancel, cancel=_raise_cancelled, fault=self._fault, timeout_s=timeout_s)
+            return conclude(wait_for_all(refs, heed=heed), config.world_size, self._scene())
+
+        self.places = dict(sorted(of_each(lambda actor: actor.place.remote()).items()))
+        self._watchdog.know(self.places)
+        host = self.places[0].host
+        rendezvous = of_each(lambda actor: actor.open_store.remote(host, config.collective_timeout_s),
+                             actors=self._actors[:1])[0]
+        of_each(lambda actor: actor.join.remote(rendezvous, config.mesh, service))
+        if config.check_links and config.world_size > 1 and self.links is None:
+            try:
+                links = of_each(lambda actor: actor.try_links.remote(), link_check.TIMEOUT_S)[0]
+            except WorkerError as error:
+                raise WorkerError(f"the workers started, but cannot talk to each other: {error} On NVIDIA GPUs, "
+                                  f"{link_check.REMEDY}.", error.kind) from error
+            link_check.keep(self.places, links)
+
+    @property
+    def links(self) -> Links | None:
+        """What is known of the ways between these workers."""
+        return link_check.known(self.places.values())
 
     def run(self, method: str, *args: Any, on_event: Callable[[Any], None] | None = None,
             wants_cancel: Callable[[], bool] | None = None) -> Any:
@@ -76,48 +109,99 @@ class Session:
         """Call a method of the service on every rank and return the results by rank.
 
         `args` are put into the object store once. Events of rank 0 are given to `on_event` in this thread.
-        Raises what `conclude` raises; a failure that is no refusal of all ranks ends the workers.
+        Raises what `conclude` raises; a failure that is no refusal of all ranks ends the workers, and so does a cancel
+        that they do not heed.
         """
+        if not self.alive:
+            raise WorkerError("the workers have ended: run the prompt again", RAY_LOST)
         run_id = uuid.uuid4().hex
-        shared = [ray.put(argument) for argument in args]
-        refs = {rank: a.run.remote(run_id, method, *shared) for rank, a in enumerate(self._actors)}
-        stream = self._actors[0].events.remote(run_id)
+        shared = [self._put(argument) for argument in args]
+        with self._running:
+            refs = {rank: a.run.remote(run_id, method, *shared) for rank, a in enumerate(self._actors)}
+            stream = self._actors[0].events.remote(run_id)
 
-        def cancel() -> None:
-            for actor in self._actors:
-                actor.cancel.remote(run_id)
+            def cancel() -> None:
+                for actor in self._actors:
+                    actor.cancel.remote(run_id)
 
-        outcome = wait_for_all(refs, stream, on_event or _ignore, wants_cancel or _never, cancel)
-        if outcome.failures and not is_refusal(outcome, self.places):
+            outcome = wait_for_all(refs, stream, Listening(
+                on_event or (lambda _: None), wants_cancel or (lambda: False), cancel,
+                lambda since_s: endings.is_overdue(since_s, self._watchdog.phases.values()), self._fault))
+        scene = Scene(self.places) if outcome.is_clean else self._scene()
+        if not outcome.is_clean and not is_refusal(outcome, self.config.world_size):
             # A rank that failed alone leaves the others inside a collective that never ends.
-            logger.warning("ending the workers: they cannot go on after a failure")
+            logger.warning("ending the workers, which start anew with the next prompt")
             self.close()
-        return conclude(outcome, self.places)
+        return conclude(outcome, self.config.world_size, scene)
+
+    @property
+    def phases(self) -> dict[int, str]:
+        """What each rank was at when it was last heard of."""
+        return {} if self._watchdog is None else self._watchdog.phases
 
     @property
     def alive(self) -> bool:
-        return not self._broken and ray.is_initialized()
+        """Whether the workers can be called."""
+        return not self._broken and ray.is_initialized() and self._fault() is None
 
     def close(self) -> None:
-        """End the workers. Harmless when repeated."""
+        """End the workers, and wait until they have gone. Harmless when repeated; does not hang on a broken Ray."""
         self._broken = True
-        if not ray.is_initialized():
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        actors, self._actors = list(self._actors), []
+        group, self._group = self._group, None
+        if not actors and group is None:
             return
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors.clear()
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group = None
+        if self.config.is_local and local_ray.lost() is not None:
+            local_ray.abandon()
+        elif ray.is_initialized():
+            try:
+                bounded(lambda: _give_back(actors, group), _END_S, "the end of the workers")
+            except Exception as error:
+                logger.warning("%s", error)
+        if self.config.is_local:
+            endings.kill(place.pid for place in self.places.values())
+
+    def _put(self, value: Any) -> ray.ObjectRef:
+        """A reference to an object in Ray's store. Raises StoreFull."""
+        try:
+            return bounded(lambda: ray.put(value), _PUT_S, "sending to the workers")
+        except Exception as error:
+            if not isinstance(error, TimeoutError) and not is_store_full(error):
+                raise
+            raise store_full("what goes to the workers", getattr(value, "nbytes", None), error) from error
+
+    def _fault(self) -> Fault | None:
+        return None if self._watchdog is None else self._watchdog.fault
+
+    def _on_fault(self, fault: Fault) -> None:
+        """Called by the watchdog. A run that is under way sees the fault itself."""
+        if not self._running.acquire(blocking=False):
+            return
+        try:
+            if self._ready and not self._broken:
+                logger.error("%s", told(fault, self._scene()))
+                logger.error("the workers have ended, and start anew with the next prompt")
+                self.close()
+        finally:
+            self._running.release()
+
+    def _scene(self) -> Scene:
+        if self._watchdog is None:
+            return Scene(self.places)
+        lines = {rank: self._watchdog.last_lines(rank) or endings.last_output(place)
+                 for rank, place in self.places.items()}
+        phases = dict.fromkeys(range(self.config.world_size), STARTING) | self._watchdog.phases
+        return Scene(self.places, phases, lines)
 
 
-def _ignore(_: Any) -> None:
-    """No listener."""
+def _give_back(actors: list[Any], group: Any) -> None:
+    for actor in actors:
+        ray.kill(actor)
+    if group is not None:
+        remove_placement_group(group)
 
 
-def _never() -> bool:
-    return False
-
-
-def _nothing() -> None:
-    """Starting cannot be cancelled yet."""
+def _raise_cancelled() -> Any:
+    raise RunCancelled

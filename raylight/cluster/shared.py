@@ -8,6 +8,8 @@ from typing import Any
 
 import ray
 
+_GET_S = 120.0
+
 
 @dataclass(frozen=True, slots=True)
 class Shared:
@@ -17,22 +19,23 @@ class Shared:
     _reference: ray.ObjectRef
 
     def get(self) -> Any:
-        """The object; arrays in it lie in memory that is shared and read only."""
-        return ray.get(self._reference)
+        """The object; arrays in it lie in memory that is shared and read only. Raises ray's GetTimeoutError."""
+        return ray.get(self._reference, timeout=_GET_S)
 
 
 class SharedObjects:
-    """The objects that this process has put for one session, the least recently used first."""
+    """The objects that this process has put, by `put`, for one session, the least recently used first."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, put: Callable[[Any], ray.ObjectRef]) -> None:
         self._limit = limit
+        self._put = put
         self._held: dict[str, Shared] = {}
 
     def of(self, key: str, make: Callable[[], Any]) -> Shared:
         """The object of a key, made only when it is not there."""
         found = self._held.pop(key, None)
         if found is None:
-            found = Shared(key, ray.put(make()))
+            found = Shared(key, self._put(make()))
             while len(self._held) >= self._limit:
                 del self._held[next(iter(self._held))]
         self._held[key] = found

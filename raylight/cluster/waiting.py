@@ -1,108 +1,138 @@
-"""Waiting for all ranks of a run at once: events, cancel, and the first failure."""
+"""Waiting for all ranks at once: events, cancel, faults, and the first failure."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
-from .actor import Cancelled, Place
-from .errors import RunCancelled, WorkerError
-
-logger = logging.getLogger(__name__)
+from .actor import Cancelled
+from .errors import HUNG, RunCancelled
+from .faults import Fault, Scene, cause_of, is_store_full, root_of, store_full, told
 
 POLL_S = 0.1
 # How long the other ranks get to end after the first failure. A ValueError is most likely a refusal, to which
 # every rank comes in its own time; after anything else they may be stuck in a collective for good.
-GRACE_S = 5.0
+GRACE_S = 3.0
 REFUSAL_GRACE_S = 60.0
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How each rank ended, in the order in which they did."""
+    """How each rank ended, in the order in which they did.
+
+    `fault` was found by the watchdog; `overdue` tells that ranks did not end after a cancel; `interruption` is what the
+    listener raised."""
 
     results: dict[int, Any] = field(default_factory=dict)
     failures: dict[int, BaseException] = field(default_factory=dict)
     unfinished: set[int] = field(default_factory=set)
+    fault: Fault | None = None
+    overdue: bool = False
+    interruption: BaseException | None = None
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every rank has ended as it should, so that they can work again."""
+        return not (self.failures or self.unfinished or self.fault or self.overdue)
 
 
-def wait_for_all(refs: dict[int, ray.ObjectRef], stream: Any, on_event: Callable[[Any], None],
-                 wants_cancel: Callable[[], bool], cancel: Callable[[], None]) -> Outcome:
-    """Wait until every rank has ended, or until a grace after the first that failed.
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """What a wait heeds besides the ranks. `is_overdue` is asked, with the seconds since, after a cancel."""
+
+    on_event: Callable[[Any], None] = lambda _: None
+    wants_cancel: Callable[[], bool] = lambda: False
+    cancel: Callable[[], None] = lambda: None
+    is_overdue: Callable[[float], bool] = lambda _: False
+    fault: Callable[[], Fault | None] = lambda: None
+    timeout_s: float = math.inf
+
+
+def wait_for_all(refs: Mapping[int, ray.ObjectRef], stream: Any = None, heed: Listening = Listening()) -> Outcome:
+    """Wait until every rank has ended, or a grace after the first that failed, a fault, or `timeout_s`.
 
     `on_event` gets each event of `stream`; `wants_cancel` is polled, and so is an exception from `on_event`
-    (ComfyUI interrupts in its progress hook) a wish to cancel: it is raised again once all ranks have stopped.
+    (ComfyUI interrupts in its progress hook) a wish to cancel: it is for the caller to raise again, once all ranks have
+    stopped. What `cancel` raises passes at once.
     """
     outcome, pending = Outcome(), {ref: rank for rank, ref in refs.items()}
-    cancelled, interruption, deadline = False, None, None
+    cancelled_at, deadline = None, time.monotonic() + heed.timeout_s
     while pending or stream is not None:
         waiting = [*pending, *([] if stream is None else [stream])]
         ready, _ = ray.wait(waiting, num_returns=1, timeout=POLL_S)
         for item in ready:
             if item is stream:
-                try:
-                    event = ray.get(next(stream))
-                except (StopIteration, RayError):
-                    stream = None  # a failure is told by the run itself
-                    continue
-                if interruption is None:
-                    try:
-                        on_event(event)
-                    except BaseException as error:  # the workers must stop before it may pass
-                        interruption = error
+                stream = _next_event(stream, outcome, heed.on_event)
                 continue
             rank = pending.pop(item)
             try:
                 outcome.results[rank] = ray.get(item)
             except RayError as error:
                 outcome.failures[rank] = error
-                grace = REFUSAL_GRACE_S if isinstance(_cause(error), ValueError) else GRACE_S
-                deadline = min(deadline or math.inf, time.monotonic() + grace)
-        if not cancelled and (interruption is not None or wants_cancel()):
-            cancelled = True
-            cancel()
-        if deadline is not None and time.monotonic() > deadline:
+                grace = REFUSAL_GRACE_S if isinstance(cause_of(error), ValueError) else GRACE_S
+                deadline = min(deadline, time.monotonic() + grace)
+        now = time.monotonic()
+        if cancelled_at is None and (outcome.interruption is not None or heed.wants_cancel()):
+            cancelled_at = now
+            heed.cancel()
+        outcome.fault = heed.fault()
+        outcome.overdue = cancelled_at is not None and heed.is_overdue(now - cancelled_at)
+        if outcome.fault is not None or outcome.overdue:
+            break
+        if now > deadline:
+            if not outcome.failures:
+                outcome.fault = Fault(HUNG, min(pending.values()), f"it has not ended within {heed.timeout_s:g} s")
             break
     outcome.unfinished = set(pending.values())
-    if interruption is not None and not outcome.failures:
-        raise interruption
     return outcome
 
 
-def is_refusal(outcome: Outcome, places: dict[int, Place]) -> bool:
+def is_refusal(outcome: Outcome, world_size: int) -> bool:
     """Whether every rank raised the same ValueError: that is about the input, and the workers are as they were."""
-    causes = [_cause(error) for error in outcome.failures.values()]
+    causes = [cause_of(error) for error in outcome.failures.values()]
     return (
-        len(causes) == len(places) and all(isinstance(cause, ValueError) for cause in causes)
+        len(causes) == world_size and all(isinstance(cause, ValueError) for cause in causes)
         and len({str(cause) for cause in causes}) == 1
     )
 
 
-def conclude(outcome: Outcome, places: dict[int, Place]) -> dict[int, Any]:
-    """The results by rank. Raises RunCancelled, a ValueError that all ranks agree on, or WorkerError."""
+def conclude(outcome: Outcome, world_size: int, scene: Scene) -> dict[int, Any]:
+    """The results by rank. Raises what the listener raised, RunCancelled, a ValueError that all ranks agree on,
+    StoreFull, or WorkerError."""
+    if outcome.overdue or (outcome.interruption is not None and not outcome.failures and outcome.fault is None):
+        raise outcome.interruption or RunCancelled
+    if outcome.failures and is_refusal(outcome, world_size):
+        cause = cause_of(next(iter(outcome.failures.values())))
+        # Of the same kind where that is made as a ValueError is, so that callers can tell refusals apart.
+        raise (type(cause) if type(cause).__init__ is ValueError.__init__ else ValueError)(str(cause))
+    if outcome.fault is not None:
+        raise told(outcome.fault, scene)
     if outcome.failures:
-        # A rank that died is the cause of what its peers then met; otherwise the first to fail is.
-        died = [rank for rank, error in outcome.failures.items() if isinstance(error, RayActorError)]
-        rank = next(iter(died or outcome.failures))
-        error = outcome.failures[rank]
-        if is_refusal(outcome, places):
-            cause = _cause(error)
-            # Of the same kind where that is made as a ValueError is, so that callers can tell refusals apart.
-            raise (type(cause) if type(cause).__init__ is ValueError.__init__ else ValueError)(str(cause))
-        logger.error("%s failed: %s", places[rank], error)
-        what = "died" if died else f"failed: {type(_cause(error)).__name__}"
-        raise WorkerError(f"{places[rank]} {what}: {_cause(error)}")
+        for error in outcome.failures.values():
+            if is_store_full(error):
+                raise store_full("what a worker returns", None, error) from error
+        fault = root_of(outcome.failures)
+        raise told(fault, scene) from outcome.failures[fault.rank]
     if any(isinstance(result, Cancelled) for result in outcome.results.values()):
         raise RunCancelled
     return outcome.results
 
 
-def _cause(error: BaseException) -> BaseException:
-    return error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+def _next_event(stream: Any, outcome: Outcome, on_event: Callable[[Any], None]) -> Any:
+    """Take the next event; returns the stream, or None when it has ended."""
+    try:
+        event = ray.get(next(stream))
+    except (StopIteration, RayError):
+        return None  # a failure is told by the run itself
+    if outcome.interruption is None:
+        try:
+            on_event(event)
+        except BaseException as error:  # the workers must stop before it may pass
+            outcome.interruption = error
+    return stream

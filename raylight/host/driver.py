@@ -7,17 +7,20 @@ from typing import TypeVar
 
 from comfy.model_patcher import ModelPatcher
 
+from raylight.cluster import current
+
 from . import workers as at_workers
 from .forwarding import forward
 from .hand_over import finish, hand_over
 from .handles import RayModel, Workers
 from .nodes_sampling import guided_by, ksampler
+from .overview import overview
 from .parallelized import recipe_of, take_over
 from .recipe import ModelRecipe
 from .remote_patcher import Engine, RemotePatcher
 from .together import all_of
 
-__all__ = ["at_once", "guided_by", "ksampler", "load", "parallelize"]
+__all__ = ["at_once", "end_workers", "guided_by", "ksampler", "load", "overview", "parallelize"]
 
 T = TypeVar("T")
 _ENGINE = Engine(hand_over, forward)
@@ -48,7 +51,12 @@ def at_once(runs: Sequence[Callable[[], T]]) -> list[T]:
     return all_of(runs, finish)
 
 
+def end_workers(with_ray: bool) -> None:
+    """End the workers, and Ray too if it is ours and `with_ray`. The next model that is loaded starts them again."""
+    current.close(keep_ray=not with_ray)
+
+
 def _load(workers: Workers, recipe: ModelRecipe) -> RemotePatcher:
     patcher = RemotePatcher.of(workers, recipe, _ENGINE)
-    at_workers.ask(at_workers.session(workers, recipe), "load", recipe)
+    at_workers.ask(at_workers.session(workers, recipe), "load", recipe, about=recipe)
     return patcher

@@ -72,7 +72,7 @@ def _send(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: di
         data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
         call = send((args, kwargs, data), patcher, foreign_code=True, also=_taking(line.sender))
         job = ForwardJob(model_job(line.session, patcher), method, call, line.sender.message(), extras)
-        answer: Parcel = at_workers.ask(line.session, "forward", job)
+        answer: Parcel = at_workers.ask(line.session, "forward", job, about=patcher.recipe)
     except BaseException:
         _line = None  # what the workers have of this stream is not known any more
         raise

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from raylight.cluster.actor import Run
@@ -28,6 +28,7 @@ class GuidedRun:
         self._job = job
         self._device = device
         self._last: tuple[int, int, Any, Any] | None = None
+        self._steps = 0
         worn, self._guider, self._call, self._positional, self._wrappers = receive(job.content, patcher)
         dress.put_on(patcher, worn, job.model.recipe.sharding)
         for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # those of ComfyUI's process
@@ -49,6 +50,9 @@ class GuidedRun:
         mask = call.get("denoise_mask")
         if isinstance(mask, Tensor):  # the one tensor that `outer_sample` takes for being where the model is
             call["denoise_mask"] = mask.to(self._device)
+        self._steps = len(call["sigmas"]) - 1
+        self._run.enter("bringing the model to its device")
+        self._guider.model_patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda _: self._enter_step(1))
         # Wrappers look for arguments at the places where ComfyUI puts them.
         positional = [call.pop(name) for name in list(call)[:self._positional]]
         set_random_state(self._job.random)
@@ -56,6 +60,9 @@ class GuidedRun:
         with torch.inference_mode() if self._job.model.recipe.sharding == WHOLE else torch.no_grad():
             samples = executor.execute(*positional, **call)
         return RunResult(samples.cpu(), random_state(self._device), self._last_step())
+
+    def _enter_step(self, number: int) -> None:
+        self._run.enter(f"step {number} of {self._steps}" if number <= self._steps else "ending the last step")
 
     def _last_step(self) -> StepDone | None:
         if self._last is None or not self._job.wants_last:
@@ -73,6 +80,7 @@ class GuidedRun:
             self._last = (step, total, x0, x)
         if self._run.rank == 0:
             self._run.emit((self._place, event))
+        self._enter_step(step + 2)
         self._run.check_cancelled()
 
 

@@ -88,7 +88,12 @@ def _finished(session: Session, handed: Sequence[Handed]) -> list[RunResult]:
     def on_event(event: tuple[int, StepDone]) -> None:
         handed[event[0]].tell(event[1])
 
-    answers = at_workers.ask_all(session, "sample", tuple(one.job for one in handed), on_event=on_event)
+    try:
+        answers = at_workers.ask_all(session, "sample", tuple(one.job for one in handed),
+                                     about=handed[0].job.model.recipe, on_event=on_event)
+    finally:
+        for one in handed:
+            one.tell.close()
     by_place = {place: result for of_rank in answers.values() for place, result in of_rank.items()}
     return [by_place[place] for place in range(len(handed))]
 
@@ -126,10 +131,14 @@ class _Teller:
         if self._bar is None:
             self._bar = tqdm(total=event.total, disable=not self._shows_bar)
         self._bar.update(event.step + 1 - self._bar.n)
-        if event.step + 1 == event.total:
-            self._bar.close()
         if self._callback is not None:
             _tell(self._callback, event)
+
+    def close(self) -> None:
+        """No more steps will be told."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def _tell(callback: Callable[..., Any], event: StepDone) -> None:

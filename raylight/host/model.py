@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from raylight.cluster.errors import is_out_of_memory
+
 from .gguf import load_gguf
 from .mapped import MappedModel, load_mapped
 from .recipe import WEIGHT_DTYPES, ModelRecipe
@@ -41,7 +43,7 @@ def errors_of(recipe: ModelRecipe) -> Iterator[None]:
         raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: the tensor {error.args[0]} is "
                          f"missing") from error
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: {error}") from error
 

@@ -132,6 +132,11 @@ class Residents:
         del self._models[model.recipe.without_loras]
         self._forget_as_loaded(model)  # to unload it would first make a copy on the CPU
         model.patcher = model._patched = None
+        self.sweep()
+
+    @staticmethod
+    def sweep() -> None:
+        """Give back the memory of what nobody holds any more."""
         gc.collect()  # hooks, and FSDP's states, refer to the modules that hold them
         comfy.model_management.soft_empty_cache()
 

@@ -11,9 +11,10 @@ from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.parcel import Parcel
 from raylight.parallel.mesh import sequence_axis, world_axis
 
-from . import model
+from . import inventory, model
 from .forwards import Forwards, answer
 from .guided import GuidedRun
+from .inventory import RankMemory
 from .job import ForwardJob, ModelJob, RunJob, RunResult
 from .patcher import RankPatcher
 from .recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe
@@ -39,7 +40,9 @@ class ModelService:
         Raises ValueError for a file that is no such model, a model without a plan, too few heads, or a LoRA that
         does not fit. Other models stay, and the session stays usable.
         """
-        self._hold(run, recipe).patched(recipe.loras)
+        held = self._hold(run, recipe)
+        run.enter("reading LoRAs")
+        held.patched(recipe.loras)
 
     def sample(self, run: Run, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
         """Do whole runs of one model, which the groups of the batch axis deal out among them; a single run is shared by
@@ -57,6 +60,7 @@ class ModelService:
             with held.split.groups_apart(in_step=first.model.recipe.sharding != WHOLE):
                 # A group without a run of its own does the first one too: what it does not do, it would wait for.
                 results = {place: self._one(run, held, patcher.clone(), place, jobs[place]) for place in mine or [0]}
+        run.enter("handing over the result")
         if first.free_memory_after:
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
@@ -70,6 +74,7 @@ class ModelService:
     def forward(self, run: Run, job: ForwardJob) -> Parcel | None:
         """Do one call of the diffusion model; rank 0 returns what it does, the others None."""
         held, patcher = self._ready(run, job.model)
+        run.enter("step (one forward of the model)")
         output = self._forwards.call(patcher, job, lambda options: held.split.install(
             options, job.model.attention, job.model.strategy))
         return answer(output) if run.rank == 0 else None
@@ -88,9 +93,18 @@ class ModelService:
         """The models that this rank holds, the least recently used first."""
         return tuple(Held(model.recipe.name, model.host_bytes) for model in self._models.all())
 
+    def inventory(self) -> str:
+        """What this rank holds, in words."""
+        return inventory.in_words(self._context.device, self._models.all())
+
+    def memory(self, run: Run) -> RankMemory:
+        """How full this rank is, and of what."""
+        return inventory.memory(self._context.device, self._models.all())
+
     def _ready(self, run: Run, job: ModelJob) -> tuple[Resident, RankPatcher]:
         """The model of a job with its patches, and room for it where it runs; the patcher is for this job alone."""
         held = self._hold(run, job.recipe)
+        run.enter(f"putting LoRAs and patches on {job.recipe.name}")
         patcher = held.patched(job.recipe.loras, job.patches).clone()
         self._models.make_room_on_device(patcher.model_size() - patcher.loaded_size(), held)
         return held, patcher
@@ -98,14 +112,19 @@ class ModelService:
     def _hold(self, run: Run, recipe: ModelRecipe) -> Resident:
         held = self._models.get(recipe)
         if held is None:
+            run.enter(f"loading {recipe.name}")
             if recipe.sharding != WHOLE:
                 share = recipe.size // self._context.world_size
                 self._models.make_room_on_host(share)
                 if recipe.sharding == SHARDED:
                     self._models.make_room_on_device(share)
-            held = self._place(recipe.without_loras)
+            try:
+                held = self._place(recipe.without_loras)
+            except BaseException:
+                self._models.sweep()  # what was read already
+                raise
             self._models.add(held)
-            logger.info("rank %d holds %s", run.rank, recipe.name)
+            logger.info("holds %s", recipe.name)
         return held
 
     def _place(self, recipe: ModelRecipe) -> Resident:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from raylight.parallel.pulse import checkpoint
 from raylight.sharding import packed
 from raylight.sharding.rows import gather_rows, rows_of
 
@@ -59,6 +60,7 @@ class ShardPatches:
         for name in [name for name in self._before if name not in wanted]:
             self._write(name, self._before.pop(name))
         for name, of_weight in wanted.items():
+            checkpoint()
             if name not in self._before:
                 self._before[name] = {part: held.cpu().clone() for part, held in self._held(name).items()}
             self._write(name, self._patched(name, of_weight))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .job import RunJob, RunResult
 from .travel import CannotTravel
@@ -16,12 +16,20 @@ from .travel import CannotTravel
 T = TypeVar("T")
 
 
+class Teller(Protocol):
+    """Who is told of a run's steps, and of their end."""
+
+    def __call__(self, step: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Handed:
     """What a run has handed over: its job, who is told of its steps, and how its result is made of theirs."""
 
     job: RunJob
-    tell: Callable[[Any], None]
+    tell: Teller
     conclude: Callable[[RunResult], Any]
 
 

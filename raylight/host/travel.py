@@ -23,6 +23,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import nn
 
+from raylight.cluster.errors import is_out_of_memory
 from raylight.cluster.parcel import Parcel, Referrer, by_value, pack, unpack
 
 from .settings import PACK_ROOT, comfy_root
@@ -93,9 +94,9 @@ def receive(parcel: Parcel, patcher: ModelPatcher, also: Callable[[Any], Any] | 
 
     try:
         return unpack(parcel, resolve, patcher.load_device, copies)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of whatever objects people's nodes put there
+        if is_out_of_memory(error):
+            raise
         raise CannotTravel(f"it could not be unpacked by the workers: {type(error).__name__}: {error}") from error
 
 

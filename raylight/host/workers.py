@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_management
 
@@ -13,6 +13,7 @@ from raylight.cluster.errors import RunCancelled, WorkerError
 from raylight.cluster.session import Session
 
 from . import boot, presence
+from .advice import advised
 from .handles import Workers
 from .recipe import ModelRecipe
 
@@ -22,31 +23,44 @@ logger = logging.getLogger(__name__)
 def session(workers: Workers, recipe: ModelRecipe, latent_shape: Sequence[int] | None = None) -> Session:
     """The workers' session, started now if it is not running, with room for a model and, where its latent's shape is
     known, for what sampling takes."""
-    found = current.session(workers.config, boot.service_spec())
+    try:
+        found = current.session(workers.config, boot.service_spec(), comfy.model_management.processing_interrupted)
+    except RunCancelled:
+        _interrupt()
+    except WorkerError as error:
+        raise advised(error, workers.config, workers.sharding) from error.__cause__
     presence.announce(free)
     if workers.config.device_type == "cuda":
         # Workers share these GPUs with ComfyUI; neither sees what the other could give back.
-        presence.make_room(ask(found, "shortfall", recipe, None if latent_shape is None else tuple(latent_shape)))
+        shape = None if latent_shape is None else tuple(latent_shape)
+        presence.make_room(ask(found, "shortfall", recipe, shape, about=recipe))
     return found
 
 
-def ask(session: Session, method: str, *arguments: Any) -> Any:
+def ask(session: Session, method: str, *arguments: Any, about: ModelRecipe | None = None) -> Any:
     """Call a method of the service on all workers; rank 0's result. Raises as `ask_all`."""
-    return ask_all(session, method, *arguments)[0]
+    return ask_all(session, method, *arguments, about=about)[0]
 
 
-def ask_all(session: Session, method: str, *arguments: Any,
+def ask_all(session: Session, method: str, *arguments: Any, about: ModelRecipe | None = None,
             on_event: Callable[[Any], None] | None = None) -> dict[int, Any]:
-    """Call a method of the service on all workers; the results by rank.
+    """Call a method of the service on all workers, for the model `about`; the results by rank.
 
-    Raises what `Session.run` raises, and ComfyUI's interrupt when the person cancels."""
+    Raises what `Session.run` raises, errors with what to try, and ComfyUI's interrupt when the person cancels."""
     try:
         return session.run_all(
             method, *arguments, on_event=on_event, wants_cancel=comfy.model_management.processing_interrupted
         )
     except RunCancelled:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        raise comfy.model_management.InterruptProcessingException() from None
+        _interrupt()
+    except WorkerError as error:
+        raise advised(error, session.config, None if about is None else about.sharding) from error.__cause__
+
+
+def _interrupt() -> NoReturn:
+    """End the prompt as ComfyUI does when a person cancels it."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    raise comfy.model_management.InterruptProcessingException() from None
 
 
 def free() -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .pulse import beat
+
 # torch 2.14 has the new name and warns of the old one; earlier versions have the old one only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -20,6 +22,7 @@ def exchange(pieces: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple
     `pieces[d]` are the tensors for rank d of the group; `shapes[s]` are the shapes of those that rank s sends here.
     Returns the received tensors, by sender. All tensors have one dtype and device.
     """
+    beat()
     flat = [torch.cat([t.reshape(-1) for t in row]) for row in pieces]
     send_counts = [t.numel() for t in flat]
     counts = [[math.prod(shape) for shape in row] for row in shapes]
@@ -38,6 +41,7 @@ def all_gather(local: Tensor, sizes: Sequence[int], dim: int, group: dist.Proces
     Shorter pieces travel padded to the longest, because an all-gather of equal pieces is the one
     form that every backend has.
     """
+    beat()
     longest = max(sizes)
     rows = local.movedim(dim, 0)
     if rows.shape[0] < longest:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from .pulse import beat
+
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
@@ -83,6 +85,7 @@ def smallest(value: int) -> int:
 
 
 def _agreed(value: int, by: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> int:
+    beat()
     group = group or (_among[-1] if _among else None)
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return value

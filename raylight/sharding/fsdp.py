@@ -24,6 +24,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from raylight.parallel.pulse import checkpoint
+
 from .byte_gather import ByteAllGather
 from .rows import rows_of
 from .units import units
@@ -117,6 +119,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, dev
     for name, parameter in list(model.named_parameters()):
         if not isinstance(parameter, DTensor):
             continue
+        checkpoint()
         rows = weights[name][rows_of(parameter.shape[0], mesh.size(), mesh.get_local_rank())]
         local = _copy(rows, parameter.dtype, device)
         whole = DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=parameter.shape,

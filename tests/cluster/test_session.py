@@ -107,8 +107,9 @@ def test_a_refusal_that_all_ranks_agree_on_is_told_plainly(method: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "message"), [
-    ("fail_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) failed: RuntimeError: rank 1 is unwell"),
-    ("die_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died"),
+    ("fail_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) failed while beginning to fail_alone: "
+                   r"RuntimeError: rank 1 is unwell"),
+    ("die_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while beginning to die_alone: its process ended"),
 ])
 def test_a_failing_rank_is_named_and_the_next_session_works(method: str, message: str) -> None:
     session = current.session(config(), SERVICE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 import time
 from typing import Any
@@ -10,11 +12,15 @@ import torch
 import torch.distributed as dist
 
 from raylight.cluster.actor import RankContext, Run
+from raylight.parallel.process_group import any_rank
 
 
 class EchoService:
     def __init__(self, context: RankContext, settings: Any) -> None:
         self.context, self.settings = context, settings
+
+    def inventory(self) -> str:
+        return "nothing but echoes"
 
     def count(self, run: Run, steps: int) -> tuple:
         for step in range(steps):
@@ -44,6 +50,30 @@ class EchoService:
         if self.context.rank == 1:
             raise RuntimeError("rank 1 is unwell")
         dist.barrier()
+
+    def stand_still(self, run: Run) -> None:
+        """Rank 1 does not come to where rank 0 waits for it."""
+        if self.context.rank == 1:
+            time.sleep(60)
+        any_rank(False)
+
+    def hold_the_interpreter(self, run: Run) -> None:
+        """Rank 1 cannot answer: no other thread of its process runs."""
+        if self.context.rank == 1:
+            ctypes.PyDLL(None).sleep(60)
+
+    def exhaust_memory(self, run: Run) -> None:
+        torch.empty(1 << 50, dtype=torch.uint8)
+
+    def say(self, run: Run, text: str) -> None:
+        logging.getLogger("raylight.echo").info("%s, softly", text)
+        logging.getLogger("raylight.echo").warning("%s, from rank %d", text, self.context.rank)
+        print(text, "printed")  # noqa: T201
+
+    def refuse_cancel(self, run: Run) -> None:
+        """Does not look whether it was cancelled."""
+        run.enter("deep in thought")
+        time.sleep(60)
 
     def die_alone(self, run: Run) -> None:
         if self.context.rank == 1:

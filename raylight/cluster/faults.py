@@ -1,0 +1,117 @@
+"""What went wrong with the workers, in words: which rank, in what, by which cause, and what it said last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError, RayTaskError
+
+from .errors import DIED, FAILED, OUT_OF_MEMORY, StoreFull, WorkerError, is_out_of_memory
+
+# How errors read that a rank meets because another is gone: no causes.
+_OF_PEERS = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl",
+             "timed out waiting", "processgroup", "socket", "store->get", "wait timeout")
+_NO_TRACE = ("its process ended without a trace: it was killed, or crashed. The system ends the process that takes "
+             "most when memory runs out")
+_OOM_COUNT = Path("/proc/vmstat")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault: `rank` is None where it is of no single rank. `cause` is a sentence without its full stop."""
+
+    kind: str
+    rank: int | None
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What is known of the ranks, each by number: their place, what they were at, and the last lines of their logs."""
+
+    places: Mapping[int, object] = field(default_factory=dict)
+    phases: Mapping[int, str] = field(default_factory=dict)
+    last_lines: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    def place(self, rank: int) -> str:
+        return str(self.places.get(rank, f"rank {rank}"))
+
+
+def told(fault: Fault, scene: Scene) -> WorkerError:
+    """The error of a fault, as a person reads it."""
+    if fault.rank is None:
+        return WorkerError(f"{fault.cause}.", fault.kind)
+    verb = {DIED: "died", OUT_OF_MEMORY: "ran out of memory"}.get(fault.kind, "failed")
+    phase = scene.phases.get(fault.rank)
+    text = f"{scene.place(fault.rank)} {verb}{f' while {phase}' if phase else ''}: {fault.cause}."
+    lines = scene.last_lines.get(fault.rank, ())
+    if lines:
+        text += "\nIt said last:\n" + "\n".join(f"  {line}" for line in lines)
+    return WorkerError(text, fault.kind)
+
+
+def root_of(failures: Mapping[int, BaseException]) -> Fault:
+    """The cause among what the ranks failed of, in the order in which they did: a rank that died, else the first whose
+    error is its own and not one that it met because another was gone."""
+    for rank, error in failures.items():
+        if isinstance(error, RayActorError):
+            return Fault(DIED, rank, _how_it_died(error))
+    causes = {rank: cause_of(error) for rank, error in failures.items()}
+    rank = next((rank for rank, cause in causes.items() if not _is_of_peers(cause)), next(iter(causes)))
+    cause = causes[rank]
+    if is_out_of_memory(cause):
+        return Fault(OUT_OF_MEMORY, rank, _sentence(str(cause)))
+    return Fault(FAILED, rank, _sentence(f"{type(cause).__name__}: {cause}"))
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised in the worker."""
+    return error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+
+
+def store_full(what: str, nbytes: int | None, error: BaseException | None) -> StoreFull:
+    """The error of an object that found no room in Ray's store."""
+    size = "" if nbytes is None else f" ({nbytes / 1e9:.2f} GB)"
+    if isinstance(cause_of(error) if error else None, OutOfDiskError):
+        return StoreFull(f"{what}{size} finds no room: Ray's object store is full, and so is the disk that it falls "
+                         f"back on. Free space on the disk of the temporary folder, or give the store more memory by "
+                         f"ray_object_store_gb of the advanced initializer")
+    return StoreFull(f"{what}{size} finds no room in Ray's object store: raise ray_object_store_gb of the advanced "
+                     f"initializer")
+
+
+def is_store_full(error: BaseException) -> bool:
+    return isinstance(cause_of(error), (ObjectStoreFullError, OutOfDiskError))
+
+
+def oom_kills() -> int:
+    """How many processes the system has ended for want of memory since it started; 0 where it does not say."""
+    try:
+        fields = dict(line.split() for line in _OOM_COUNT.read_text().splitlines())
+    except OSError:
+        return 0
+    return int(fields.get("oom_kill", 0))
+
+
+def death(killed_for_memory: bool) -> str:
+    """What to say of a process that is gone."""
+    if killed_for_memory:
+        return "the system ran out of memory and ended its process"
+    return _NO_TRACE
+
+
+def _how_it_died(error: RayActorError) -> str:
+    text = str(error)
+    marker = "OOM" if "OOM killer" in text and "killed due to" in text else ""
+    return death(bool(marker))
+
+
+def _is_of_peers(error: BaseException) -> bool:
+    text = f"{type(error).__name__}: {error}".lower()
+    return isinstance(error, RuntimeError) and not is_out_of_memory(error) and any(mark in text for mark in _OF_PEERS)
+
+
+def _sentence(text: str) -> str:
+    return text.strip().rstrip(".")

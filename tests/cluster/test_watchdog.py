@@ -1,0 +1,98 @@
+"""Workers that stand still, fall silent or do not heed a cancel; what they log; the ways between them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import echo_service
+import pytest
+import ray
+
+from raylight.cluster import current
+from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.cluster.errors import OUT_OF_MEMORY, RunCancelled, WorkerError
+from raylight.parallel.shape import MeshShape
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICE = ServiceSpec(echo_service.open_service, "settings", (str(ROOT), str(ROOT / "tests" / "support")))
+
+
+def session(**changes: object):
+    return current.session(SessionConfig(MeshShape(ulysses=2), "cpu", **changes), SERVICE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_of_module():
+    yield
+    current.close()
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(("limit", "method", "message"), [
+    ({"stall_timeout_s": 4.0}, "stand_still", "rank 1 .* it has not got on for 4 s, and the others wait for it"),
+    ({"heartbeat_timeout_s": 5.0}, "hold_the_interpreter", "rank 1 .* its process has not answered for 5 s"),
+])
+def test_a_rank_that_hangs_is_named(limit: dict[str, float], method: str, message: str) -> None:
+    hung = session(**limit)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=message):
+        hung.run(method)
+    assert time.monotonic() - began < 20
+    assert not hung.alive
+    assert session(**limit).run("count", 2)[2] == 2
+
+
+def test_a_cancel_that_is_not_heeded_ends_the_workers() -> None:
+    deaf, asked = session(), threading.Event()
+    threading.Timer(1.0, asked.set).start()
+    began = time.monotonic()
+    with pytest.raises(RunCancelled):
+        deaf.run("refuse_cancel", wants_cancel=asked.is_set)
+    assert time.monotonic() - began < 8
+    assert not deaf.alive
+    assert session().run("count", 1)[2] == 1
+
+
+def test_a_start_is_cancelled() -> None:
+    began = time.monotonic()
+    with pytest.raises(RunCancelled):
+        current.session(SessionConfig(MeshShape(ulysses=2), "cpu", collective_timeout_s=599.0), SERVICE,
+                        wants_cancel=lambda: time.monotonic() - began > 1)
+    assert time.monotonic() - began < 8
+    assert session().run("count", 1)[2] == 1
+
+
+def test_what_ran_out_of_memory_tells_what_it_held() -> None:
+    with pytest.raises(WorkerError, match="ran out of memory .* It held nothing but echoes") as error:
+        session().run("exhaust_memory")
+    assert error.value.kind == OUT_OF_MEMORY
+
+
+def test_workers_log_to_this_process_once(caplog: pytest.LogCaptureFixture) -> None:
+    current.close()  # workers take the level of the moment when they start
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.INFO)
+    try:
+        session().run("say", "hello")
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and "hello printed" not in caplog.text:
+            time.sleep(0.1)
+        time.sleep(0.5)
+    finally:
+        root.setLevel(before)
+    lines = [record.getMessage() for record in caplog.records if "hello" in record.getMessage()]
+    assert sorted(lines) == ["rank 0: hello printed", "rank 0: hello, from rank 0", "rank 0: hello, softly",
+                             "rank 1: hello, from rank 1"]
+
+
+def test_the_ways_between_workers_are_tried_once_for_a_set_of_them() -> None:
+    links = session().links
+    assert links.exact and set(links.bytes_per_s) == {(0, 1)} and 0 < links.latency_s < 1
+    current.close()
+    assert session().links is links
