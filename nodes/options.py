@@ -19,7 +19,7 @@ from raylight.parallel.shape import MeshShape
 logger = logging.getLogger(__name__)
 
 WITHOUT_GPU = 2  # workers, to try things out
-_IGNORED = {"sync_ulysses": False, "skip_comm_test": False, "use_mmap": False, "ray_dashboard_address": "None",
+_IGNORED = {"sync_ulysses": False, "use_mmap": False, "ray_dashboard_address": "None",
             "torch_dist_address": "127.0.0.1:29500"}
 
 
@@ -50,6 +50,7 @@ def workers_from(inputs: Mapping[str, Any]) -> Workers:
         namespace=inputs["ray_cluster_namespace"] or "default",
         gpu_select=_gpu_select(inputs),
         object_store_bytes=None if store_gb is None else int(store_gb * 1e9),
+        check_links=not inputs.get("skip_comm_test", False),
     )
     return Workers(config, inputs["XFuser_attention"], bool(inputs.get("clear_vram_after_sampling")),
                    inputs.get("sequence_attention", long_context.OURS), _sharding(inputs))
