@@ -1,0 +1,114 @@
+"""Memory on a GPU over many runs, and what a run that does not fit leaves behind.
+
+One worker on the GPU, a small Wan at 480x832 with 33 frames: 50 runs, with the memory of the whole device and of both
+processes after each; then the device is filled up but for a little, so that a run fails in the worker; then, with the
+room given back, the first run again. Exits with 1 where memory grows by 1 % or more after the fifth run, where the
+failure is not told as one of memory, or where the last run differs from the first by more than a relative L2 of 1e-2.
+
+    COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/endurance.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [os.environ["COMFYUI_PATH"]]
+sys.path.append(str(ROOT))
+
+PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+PARSER.add_argument("--runs", type=int, default=50)
+PARSER.add_argument("--left-mib", type=int, default=600, help="what the run that is to fail finds free")
+OPTIONS = PARSER.parse_args()
+
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from comfy.model_patcher import ModelPatcher  # noqa: E402
+
+from raylight.cluster import current  # noqa: E402
+from raylight.cluster.config import SessionConfig  # noqa: E402
+from raylight.cluster.errors import OUT_OF_MEMORY, WorkerError  # noqa: E402
+from raylight.demo.prompts import random_prompt  # noqa: E402
+from raylight.demo.tiny import write_checkpoint  # noqa: E402
+from raylight.host import driver  # noqa: E402
+from raylight.host.handles import RayModel, Workers  # noqa: E402
+from raylight.host.recipe import ModelRecipe  # noqa: E402
+from raylight.parallel.shape import MeshShape  # noqa: E402
+
+SHAPE, LARGE = (1, 16, 9, 60, 104), (1, 16, 41, 120, 208)
+
+
+def sample(model: ModelPatcher, seed: int, shape: tuple[int, ...], prompts: list) -> torch.Tensor:
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    latent = torch.zeros(shape)
+    noise, euler = comfy.sample.prepare_noise(latent, seed), comfy.samplers.sampler_object("euler")
+    return comfy.sample.sample_custom(model, noise, 4.0, euler, sigmas, *prompts, latent, disable_pbar=True,
+                                      seed=seed).float().cpu()
+
+
+def taken() -> dict[str, int]:
+    """Bytes: of the device by all programs, and of system memory by this process and the worker alone."""
+    free, total = torch.cuda.mem_get_info()
+    worker = psutil.Process(current.running().places[0].pid)
+    return {"device": total - free, "ComfyUI": psutil.Process().memory_full_info().uss,
+            "worker": worker.memory_full_info().uss}
+
+
+@torch.inference_mode()
+def main() -> int:
+    prompts = [random_prompt(512, 4096, seed) for seed in (1, 2)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "wan.safetensors"
+        write_checkpoint(path, "wan-t2v", heads=12, layers=4)
+        workers = Workers(SessionConfig(MeshShape(), "cuda"), "auto")
+        model = driver.load(RayModel(workers, ModelRecipe.of(str(path), "bf16")))
+        first, history = None, []
+        for seed in range(OPTIONS.runs):
+            result = sample(model, seed, SHAPE, prompts)
+            first = result if first is None else first
+            history.append(taken())
+        grown = _report(history)
+        told = _fail(model, prompts)
+        again = sample(model, 0, SHAPE, prompts)
+        difference = ((again - first).norm() / first.norm()).item()
+        print(f"after that, the first run again: relative L2 {difference:.1e}")
+        current.close()
+    return int(grown or not told or difference > 1e-2)
+
+
+def _report(history: list[dict[str, int]]) -> bool:
+    grown = False
+    for name in history[0]:
+        series = [of_run[name] for of_run in history]
+        settled, last = max(series[5:10]), max(series[-5:])
+        grown |= last >= 1.01 * settled
+        print(f"{name:<8} after run 1, 6, {len(series)}: {series[0] / 1e6:.1f} {series[5] / 1e6:.1f} "
+              f"{series[-1] / 1e6:.1f} MB; growth after the fifth {100 * (last / settled - 1):+.2f} %")
+    return grown
+
+
+def _fail(model: ModelPatcher, prompts: list) -> bool:
+    """Fill the device, and have a run fail. Returns whether it did, and was told as what it is."""
+    current.running().run("free")
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(free - (OPTIONS.left_mib << 20), dtype=torch.uint8, device="cuda")
+    try:
+        sample(model, 0, LARGE, prompts)
+    except WorkerError as error:
+        print(f"the run that does not fit: {error}")
+        return error.kind == OUT_OF_MEMORY
+    finally:
+        del ballast
+        torch.cuda.empty_cache()
+    print("the run that should not fit did")
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
