@@ -1,0 +1,41 @@
+"""A real ComfyUI whose workers are hurt, and the graphs that it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fault_server import JOB, FaultServer, write_files
+
+from raylight.demo.graphs import stock
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, LoRAs, prompts and packs for the servers of these tests."""
+    work = tmp_path_factory.mktemp("faults")
+    write_files(work)
+    return work
+
+
+@pytest.fixture(scope="package")
+def server(folder: Path) -> Iterator[FaultServer]:
+    with FaultServer(folder, "server") as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def reference(server: FaultServer) -> torch.Tensor:
+    """What one process of ComfyUI makes of JOB."""
+    return server.latent(stock(JOB))
+
+
+@pytest.fixture(autouse=True)
+def log_of_a_failure(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "server" in request.fixturenames:
+        running = request.getfixturevalue("server")
+        sys.stdout.write("ComfyUI's log:\n" + running.log_tail(60))

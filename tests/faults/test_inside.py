@@ -1,0 +1,55 @@
+"""What goes wrong inside of one worker while it computes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from fault_server import JOB, FaultServer, assert_same, dropin
+
+from raylight.demo.graphs import on_workers
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_an_exception(workers: int, server: FaultServer, reference: torch.Tensor) -> None:
+    prompt = server.submit(dropin(JOB, workers, {"what": "raise", "call": 3}))
+    server.wait_for_phase("step")
+    before = server.workers()
+    server.fails(prompt, r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) failed while step \d of 4: ArithmeticError: the inj")
+    server.lose(before)
+    assert_same(server.latent(on_workers(JOB, workers)), reference)
+
+
+def test_memory_that_runs_out(server: FaultServer, reference: torch.Tensor) -> None:
+    prompt = server.submit(dropin(JOB, 2, {"what": "allocate", "call": 3}))
+    server.wait_for_phase("step")
+    before = server.workers()
+    message = server.fails(prompt, r"rank 1 .* ran out of memory while step \d of 4: .*allocate")
+    assert "It held wan.safetensors (whole, 0.02 GB on cpu" in message
+    assert "switch FSDP on" in message and "a smaller size" in message
+    server.lose(before)
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+
+
+def test_a_stopped_process(server: FaultServer, reference: torch.Tensor) -> None:
+    prompt = server.submit(dropin(replace(JOB, steps=20), 2, {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}))
+    server.wait_for_phase("step 2 of 20")
+    before, since = server.workers(), time.monotonic()
+    server.worker(1).suspend()
+    server.fails(prompt, r"rank 1 .* failed while step \d+ of 20: its process was stopped", since)
+    server.lose(before)
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+
+
+def test_fifty_prompts_leave_memory_as_it_is(server: FaultServer, reference: torch.Tensor) -> None:
+    sizes = []
+    for seed in range(50):
+        server.latent(on_workers(replace(JOB, seed=seed, steps=1), 2))
+        sizes.append(sum(process.memory_full_info().uss for process in (*server.workers(), server.process())))
+    settled = sizes[5:15]
+    assert max(sizes[40:]) < 1.01 * max(settled), [f"{size / 1e6:.1f}" for size in sizes]
+    assert_same(server.latent(on_workers(JOB, 2)), reference)

@@ -1,0 +1,71 @@
+"""A worker that is killed, at any time: the prompt ends with its name, and the next one works."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from fault_server import BIG, JOB, FaultServer, assert_same, dropin
+
+from raylight.demo.graphs import on_workers
+
+pytestmark = pytest.mark.slow
+
+SLOW = {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}
+
+
+def test_while_starting(server: FaultServer, reference: torch.Tensor) -> None:
+    prompt = server.submit(on_workers(JOB, 2, ray_cluster_namespace="anew"))
+    victim = server.wait_until(lambda: len(found := server.workers()) == 2 and found)[1]
+    others = server.workers()
+    victim.kill()
+    server.fails(prompt, r"rank \d.* died while starting: its process ended without a trace")
+    server.lose(others)
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_in_a_step(workers: int, server: FaultServer, reference: torch.Tensor) -> None:
+    prompt = server.submit(dropin(replace(JOB, steps=20), workers, SLOW))
+    server.wait_for_phase("step 2 of 20")
+    before, since = server.workers(), time.monotonic()
+    assert len(before) == workers
+    server.worker(1).kill()
+    message = server.fails(prompt, r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while step \d+ of 20: its process",
+                           since)
+    assert "Connection" not in message, "what its peers met is not the cause"
+    server.lose(before)
+    assert_same(server.latent(on_workers(JOB, workers)), reference)
+
+
+def test_while_loading(server: FaultServer, reference: torch.Tensor) -> None:
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+    prompt = server.submit(on_workers(replace(JOB, model=BIG), 2))
+    server.wait_for_phase(f"loading {BIG}")
+    before, since = server.workers(), time.monotonic()
+    server.worker(0).kill()
+    server.fails(prompt, r"rank 0 .* died while (loading|reading|putting|bringing|step).*: its process", since)
+    server.lose(before)
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+
+
+def test_while_gathering(server: FaultServer, reference: torch.Tensor) -> None:
+    end = {"rank": -1, "what": "sleep", "where": "end", "seconds": 4.0}
+    prompt = server.submit(dropin(JOB, 2, end))
+    server.wait_for_phase("ending the last step")
+    before, since = server.workers(), time.monotonic()
+    server.worker(1).kill()
+    server.fails(prompt, r"rank 1 .* died while ending the last step: its process", since)
+    server.lose(before)
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+
+
+def test_while_idle(server: FaultServer, reference: torch.Tensor) -> None:
+    assert_same(server.latent(on_workers(replace(JOB, seed=1), 2)), server.latent(on_workers(replace(JOB, seed=1), 3)))
+    before = server.workers()
+    server.worker(1).kill()
+    server.wait_until(lambda: "died while waiting for work" in server.log_tail(5), timeout_s=10)
+    server.lose(before)
+    assert_same(server.latent(on_workers(JOB, 2)), reference)

@@ -1,0 +1,95 @@
+"""What goes wrong with Ray itself, with ports, and with the room for what travels."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from fault_server import JOB, FaultServer, assert_same, dropin
+
+from raylight.demo.graphs import on_workers, stock
+
+pytestmark = pytest.mark.slow
+
+SLOW = {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}
+
+
+def process_of(server: FaultServer, name: str) -> psutil.Process:
+    return next(child for child in server.process().children(recursive=True) if child.name() == name)
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_ray_is_killed(name: str, server: FaultServer, reference: torch.Tensor) -> None:
+    prompt = server.submit(dropin(replace(JOB, steps=20), 2, SLOW))
+    server.wait_for_phase("step 2 of 20")
+    before, since = server.workers(), time.monotonic()
+    process_of(server, name).kill()
+    server.fails(prompt, rf"Ray's process {name} \(pid \d+\) has ended", since)
+    server.lose(before)
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+
+
+def test_ray_is_killed_while_idle(server: FaultServer, reference: torch.Tensor) -> None:
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+    before = server.workers()
+    process_of(server, "gcs_server").kill()
+    server.wait_until(lambda: "Ray's process gcs_server" in server.log_tail(20), timeout_s=10)
+    server.lose(before)
+    assert_same(server.latent(on_workers(replace(JOB, steps=3), 2)), server.latent(stock(replace(JOB, steps=3))))
+
+
+def test_ports_that_are_taken(server: FaultServer, reference: torch.Tensor) -> None:
+    """Those that Ray and PyTorch would take by default, and one of which a person says that Ray is there."""
+    with contextlib.ExitStack() as stack:
+        for port in (6379, 8265, 10001, 29500):
+            listener = stack.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+        assert_same(server.latent(on_workers(JOB, 2, ray_cluster_namespace="ports")), reference)
+        prompt = server.submit(on_workers(JOB, 2, ray_cluster_address="127.0.0.1:29500"))
+        server.wait_until(lambda: "joining the Ray cluster" in server.log_tail(20))
+        server.fails(prompt, "no Ray cluster answers at ray_cluster_address = 127.0.0.1:29500: another program")
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+
+
+def test_a_full_object_store_on_a_full_disk(folder: Path, reference: torch.Tensor) -> None:
+    # Ray takes the disk for full at this share of it, and so does not fall back on it.
+    with FaultServer(folder, "full", RAY_local_fs_capacity_threshold="0.000001") as full:
+        small = {"GPU_SELECT": "", "ray_object_store_gb": 0.1, "ray_dashboard_address": "None",
+                 "torch_dist_address": "127.0.0.1:29500"}
+
+        def advanced(job):
+            graph = on_workers(job, 2)
+            graph["workers"]["class_type"] = "RayInitializerAdvanced"
+            graph["workers"]["inputs"] |= small
+            return graph
+
+        assert_same(full.latent(advanced(JOB)), reference)
+        before = full.workers()
+        prompt = full.submit(advanced(replace(JOB, width=4096, height=4096, frames=81, steps=1)))
+        with_room = r"what goes to the workers \(.* GB\) finds no room: Ray's object store is full"
+        full.fails(prompt, with_room)
+        assert_same(full.latent(advanced(JOB)), reference)
+        assert full.workers() == before, "nothing was lost"
+
+
+def test_a_full_temporary_folder(folder: Path, reference: torch.Tensor, tmp_path: Path) -> None:
+    unwritable = tmp_path / "none"
+    unwritable.write_text("a file where a folder should be")
+    with FaultServer(folder, "no-room", RAY_TMPDIR=str(unwritable)) as server:
+        prompt = server.submit(on_workers(JOB, 2))
+        server.wait_until(lambda: "starting Ray" in server.log_tail(20))
+        server.fails(prompt, rf"Ray does not start on this machine: .*Its temporary files go to {unwritable}")
+        unwritable.unlink()
+        unwritable.mkdir()
+        assert_same(server.latent(on_workers(JOB, 2)), reference)
+        inside = list(unwritable.iterdir())
+        assert [path.stat().st_mode & 0o777 for path in inside] == [0o700], "for this user alone"
+    assert not list(unwritable.iterdir()), "left behind"

@@ -1,0 +1,53 @@
+"""Faults that happen inside of a worker: on one rank, at one call of the model or after the last step.
+
+Workers import this module by its plain name, so what it makes travels as ComfyUI's own objects do.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+AT_MODEL, AT_END = "model", "end"
+
+
+@dataclass
+class Fault:
+    """What is to happen on `rank` (-1: on all): "raise", "allocate", "kill", "stop" or "sleep", at call `call` of the
+    model (from 1; 0: at every call)."""
+
+    rank: int
+    what: str
+    call: int = 1
+    seconds: float = 0.0
+    calls: int = 0
+
+    def around_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.call in (0, self.calls):
+            self._happen()
+        return executor(*args, **kwargs)
+
+    def around_run(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        result = executor(*args, **kwargs)
+        self._happen()
+        return result
+
+    def _happen(self) -> None:
+        if not dist.is_initialized() or self.rank not in (-1, dist.get_rank()):
+            return
+        if self.what == "raise":
+            raise ArithmeticError("the injected fault")
+        if self.what == "allocate":
+            torch.empty(1 << 50, dtype=torch.uint8)  # a petabyte: PyTorch's own allocator refuses
+        if self.what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(self.seconds)

@@ -1,0 +1,139 @@
+"""A ComfyUI server for tests of faults: who its workers are, what they are at, and that they are gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from loras import lora_for
+from safetensors.torch import load_file, save_file
+
+from raylight.demo.comfy_replies import ComfyError, PromptFailed
+from raylight.demo.comfy_server import ComfyServer
+from raylight.demo.graphs import Graph, Sampling, on_workers
+from raylight.demo.prompts import random_prompt, write_prompt
+from raylight.demo.tiny import write_checkpoint
+
+SUPPORT = Path(__file__).resolve().parent
+JOB = Sampling("wan.safetensors", width=112, height=80, frames=5, steps=4)
+BIG = "big.safetensors"  # takes a while to read
+TOLD_S = 10.0  # by then a fault has to be told
+GONE_S = 10.0
+
+
+def write_files(folder: Path) -> None:
+    """Models, good and bad, LoRAs, prompts and the pack that hurts workers."""
+    models, prompts = folder / "models", folder / "datasets"
+    write_checkpoint(models / JOB.model, "wan-t2v", heads=3)
+    write_checkpoint(models / "other.safetensors", "wan-t2v", heads=3, seed=1)
+    write_checkpoint(models / BIG, "wan-t2v", heads=8, layers=8)
+    write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
+    write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
+    whole = (models / JOB.model).read_bytes()
+    (models / "truncated.safetensors").write_bytes(whole[:100_000])
+    (models / "corrupt.safetensors").write_bytes(bytes(200) + whole[200:])
+    save_file({"a": torch.zeros(3)}, models / "architecture.safetensors")
+    for name, like in (("lora.safetensors", JOB.model), ("big-lora.safetensors", BIG), ("unfit.safetensors", BIG)):
+        shapes = {f"diffusion_model.{key}": tuple(tensor.shape) for key, tensor in load_file(models / like).items()}
+        save_file(lora_for(shapes, ["lora"], 1), folder / "models" / name)
+    shutil.copytree(SUPPORT / "fault_pack", folder / "packs" / "fault_pack")
+
+
+class FaultServer(ComfyServer):
+    """ComfyUI with the files of `write_files`, in a folder `name` of its own."""
+
+    def __init__(self, files: Path, name: str, **environ: str) -> None:
+        paths = {"diffusion_models": files / "models", "loras": files / "models", "datasets": files / "datasets",
+                 "custom_nodes": files / "packs"}
+        search = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+        super().__init__(files / name, model_paths=paths, environ={"PYTHONPATH": search, **environ})
+
+    def latent(self, graph: Graph) -> torch.Tensor:
+        """What a graph saves."""
+        return load_file(self.output_files(self.run(graph, timeout=180), "save")[0])["latent_tensor"]
+
+    def phases(self) -> dict[int, str]:
+        """What each worker is at; empty when there are none, or they are being started."""
+        return {int(rank): phase for rank, phase in self._get("/faults/phases").items()}
+
+    def process(self) -> psutil.Process:
+        """ComfyUI's own process."""
+        return psutil.Process(self.pid)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of workers."""
+        return [child for child in self.process().children(recursive=True) if is_worker(child)]
+
+    def worker(self, rank: int) -> psutil.Process:
+        """The process of a rank, by the last line of the log that tells."""
+        line = [line for line in self.log_tail(10_000).splitlines() if "workers ready in" in line][-1]
+        return psutil.Process(int(line.split(f"rank {rank} (")[1].split("pid ")[1].split(" ")[0]))
+
+    def wait_until(self, condition: Callable[[], Any], timeout_s: float = 180.0) -> Any:
+        """The first true value of `condition`, asked often."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := condition()):
+            assert time.monotonic() < deadline, f"waited in vain. The log:\n{self.log_tail(60)}"
+            time.sleep(0.01)
+        return value
+
+    def wait_for_phase(self, start: str, rank: int = 1) -> None:
+        """Wait until a worker is at something."""
+        self.wait_until(lambda: self.phases().get(rank, "").startswith(start))
+
+    def fails(self, prompt: str, match: str, since: float | None = None) -> str:
+        """That a prompt ends with an error, within TOLD_S of `since` (now); returns the message."""
+        since = time.monotonic() if since is None else since
+        with pytest.raises(PromptFailed, match=match) as error:
+            self.wait(prompt, timeout=60)
+        took = time.monotonic() - since
+        assert took < TOLD_S, f"the error came after {took:.1f} s:\n{error.value}"
+        return str(error.value)
+
+    def lose(self, processes: list[psutil.Process]) -> None:
+        """That processes are gone by themselves."""
+        _, left = psutil.wait_procs(processes, timeout=GONE_S)
+        left = [process for process in left if is_running(process)]
+        assert not left, f"left: {left}"
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith("ray::RankActor") and is_running(process)
+    except psutil.Error:
+        return False
+
+
+def dropin(job: Sampling, workers: int, fault: dict[str, Any] | None = None, **initializer: Any) -> Graph:
+    """The graph of a job on the drop-in MODEL, with a fault put into it."""
+    graph = on_workers(job, workers, **initializer)
+    graph["model"]["class_type"] = "RayModelLoader"
+    sampler = graph["sample"]
+    sampler["class_type"] = "KSamplerAdvanced"
+    sampler["inputs"]["model"] = sampler["inputs"].pop("ray_actors")
+    if fault is not None:
+        inputs = {"rank": 1, "what": "raise", "where": "model", "call": 1, "seconds": 0.0} | fault
+        graph["fault"] = {"class_type": "InjectFault", "inputs": inputs | {"model": ["model", 0]}}
+        sampler["inputs"]["model"] = ["fault", 0]
+    return graph
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert ((actual - expected).abs().max() / expected.std()).item() <= 1e-4
+
+
+__all__ = ["BIG", "JOB", "ComfyError", "FaultServer", "assert_same", "dropin", "is_running", "write_files"]
