@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,14 @@ def server(folder: Path) -> Iterator[FaultServer]:
 def reference(server: FaultServer) -> torch.Tensor:
     """What one process of ComfyUI makes of JOB."""
     return server.latent(stock(JOB))
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for Ray's files, whose sockets allow no long path."""
+    path = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

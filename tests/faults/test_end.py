@@ -11,12 +11,12 @@ from fault_server import JOB, FaultServer, dropin
 pytestmark = pytest.mark.slow
 
 
-def test_comfyui_is_killed_in_a_step(folder: Path, tmp_path: Path) -> None:
-    with FaultServer(folder, "killed", RAY_TMPDIR=str(tmp_path)) as server:
+def test_comfyui_is_killed_in_a_step(folder: Path, short_folder: Path) -> None:
+    with FaultServer(folder, "killed", RAY_TMPDIR=str(short_folder)) as server:
         server.submit(dropin(replace(JOB, steps=30), 2, {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}))
         server.wait_for_phase("step 2 of 30")
         family = server.process().children(recursive=True)
         assert len(server.workers()) == 2 and len(family) > 4
         server.process().kill()
         server.lose(family)
-        server.wait_until(lambda: not list(tmp_path.iterdir()), timeout_s=10)
+        server.wait_until(lambda: not list(short_folder.iterdir()), timeout_s=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -80,16 +81,20 @@ def test_a_full_object_store_on_a_full_disk(folder: Path, reference: torch.Tenso
         assert full.workers() == before, "nothing was lost"
 
 
-def test_a_full_temporary_folder(folder: Path, reference: torch.Tensor, tmp_path: Path) -> None:
-    unwritable = tmp_path / "none"
-    unwritable.write_text("a file where a folder should be")
-    with FaultServer(folder, "no-room", RAY_TMPDIR=str(unwritable)) as server:
-        prompt = server.submit(on_workers(JOB, 2))
-        server.wait_until(lambda: "starting Ray" in server.log_tail(20))
-        server.fails(prompt, rf"Ray does not start on this machine: .*Its temporary files go to {unwritable}")
-        unwritable.unlink()
-        unwritable.mkdir()
-        assert_same(server.latent(on_workers(JOB, 2)), reference)
-        inside = list(unwritable.iterdir())
-        assert [path.stat().st_mode & 0o777 for path in inside] == [0o700], "for this user alone"
-    assert not list(unwritable.iterdir()), "left behind"
+def test_a_full_disk_under_the_temporary_folder(folder: Path, reference: torch.Tensor, short_folder: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", short_folder]
+    full = subprocess.run(mount, capture_output=True, text=True)
+    if full.returncode != 0:
+        pytest.skip(f"this user may not mount a small disk: {full.stderr.strip()}")
+    try:
+        with FaultServer(folder, "no-room", RAY_TMPDIR=str(short_folder)) as server:
+            prompt = server.submit(on_workers(JOB, 2))
+            server.wait_until(lambda: "starting Ray" in server.log_tail(20))
+            server.fails(prompt, rf"Ray does not start on this machine: .*Its temporary files go to {short_folder}")
+            subprocess.run(["mount", "-o", "remount,size=256m", short_folder], check=True)
+            assert_same(server.latent(on_workers(JOB, 2)), reference)
+            inside = list(short_folder.iterdir())
+            assert [path.stat().st_mode & 0o777 for path in inside] == [0o700], "for this user alone"
+        assert not list(short_folder.iterdir()), "left behind"
+    finally:
+        subprocess.run(["umount", "--lazy", short_folder], check=True)
