@@ -10,7 +10,9 @@ from comfy_api.latest import io
 from raylight.attention import kernels
 from raylight.parallel import long_context
 
-from .options import check_product, workers_from
+from .caption import show
+from .degrees import AUTOMATIC, MOST, check_product
+from .options import workers_from
 from .types import CATEGORY, RayActorsInit
 
 
@@ -31,18 +33,20 @@ def _namespace() -> io.Input:
 
 def _workers() -> io.Input:
     return io.Int.Input(
-        "GPU", default=2, min=1, max=64,
-        tooltip="How many workers: one per GPU. On a machine without a GPU this many CPU workers are started.",
+        "GPU", default=AUTOMATIC, min=AUTOMATIC, max=MOST,
+        tooltip="How many workers: one per GPU. 0 takes all GPUs of this machine, or those that GPU_SELECT names. On a "
+                "machine without a GPU this many CPU workers are started, and two for 0.",
     )
 
 
 def _degree(name: str, default: int, minimum: int, tooltip: str) -> io.Input:
-    return io.Int.Input(name, default=default, min=minimum, max=64, tooltip=tooltip)
+    return io.Int.Input(name, default=default, min=minimum, max=MOST, tooltip=tooltip)
 
 
 def _ulysses() -> io.Input:
-    return _degree("ulysses_degree", 2, 1, "Workers that split the tokens of one image or video among them (Ulysses). "
-                                           "Any number up to the model's attention heads.")
+    return _degree("ulysses_degree", AUTOMATIC, AUTOMATIC,
+                   "Workers that split the tokens of one image or video among them (Ulysses). Any number up to the "
+                   "model's attention heads; 0 takes all workers that ring_degree, cfg_degree and dp_degree leave.")
 
 
 def _ring() -> io.Input:
@@ -57,8 +61,8 @@ def _cfg() -> io.Input:
 
 def _dp() -> io.Input:
     return _degree("dp_degree", 1, 0, "Groups of workers that share the images of a batch between them, or each make "
-                                      "one of several (DP KSampler); 0 takes what is left over. GPU is ulysses x ring "
-                                      "x cfg x dp.")
+                                      "one of several (DP KSampler); 0 takes what a given ulysses_degree leaves over. "
+                                      "GPU is ulysses x ring x cfg x dp.")
 
 
 def _flag(name: str, tooltip: str) -> io.Input:
@@ -88,6 +92,7 @@ def _flags() -> dict[str, io.Input]:
 class RayInitializer(io.ComfyNode):
     """Chooses the workers, one per GPU, and how they share the work.
 
+    As it is: all GPUs of this machine split the tokens of one image or video. What was chosen is shown on the node.
     Workers start when a model is loaded on them, and stay for the next prompt.
     """
 
@@ -99,12 +104,14 @@ class RayInitializer(io.ComfyNode):
             display_name="Ray Initializer",
             category=CATEGORY,
             description=cleandoc(cls.__doc__),
-            search_aliases=["multi gpu", "ulysses", "sequence parallel", "workers"],
+            search_aliases=["multi gpu", "multigpu", "ulysses", "ring attention", "sequence parallel", "fsdp",
+                            "workers", "raylight", "xdit"],
             inputs=[
                 _address(), _namespace(), _workers(), _ulysses(), _ring(), _cfg(), _dp(), flags["sync_ulysses"],
                 flags["clear"], flags["fsdp"], flags["offload"], flags["attention"], flags["skip"], flags["mmap"],
             ],
             outputs=[RayActorsInit.Output(display_name="ray_actors_init", tooltip="The workers, for a Ray loader.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -116,7 +123,8 @@ class RayInitializer(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        return io.NodeOutput(workers_from(inputs))
+        workers, degrees = workers_from(inputs)
+        return io.NodeOutput(workers, ui=show(cls, str(degrees)))
 
 
 class RayInitializerAdvanced(io.ComfyNode):
@@ -130,7 +138,7 @@ class RayInitializerAdvanced(io.ComfyNode):
             display_name="Ray Initializer (Advanced)",
             category=CATEGORY,
             description=cleandoc(cls.__doc__),
-            search_aliases=["multi gpu", "select gpu", "sequence parallel"],
+            search_aliases=["multi gpu", "select gpu", "sequence parallel", "ray cluster", "raylight"],
             inputs=[
                 _address(), _namespace(), _workers(),
                 io.String.Input("GPU_SELECT", default="",
@@ -149,6 +157,7 @@ class RayInitializerAdvanced(io.ComfyNode):
                                        "without masks; Raylight's own does the calls that they do not take."),
             ],
             outputs=[RayActorsInit.Output(display_name="ray_actors_init", tooltip="The workers, for a Ray loader.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -160,4 +169,5 @@ class RayInitializerAdvanced(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        return io.NodeOutput(workers_from(inputs))
+        workers, degrees = workers_from(inputs)
+        return io.NodeOutput(workers, ui=show(cls, str(degrees)))

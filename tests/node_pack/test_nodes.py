@@ -88,9 +88,13 @@ def test_link_types(pack: dict[str, Any]) -> None:
 @pytest.mark.parametrize("node_id", ["RayInitializer", "RayInitializerAdvanced"])
 @pytest.mark.parametrize(("change", "message"), [
     ({"GPU": 3}, "ulysses_degree = 2 x ring_degree = 1 makes 2 workers, but GPU = 3: "
-                 "set ulysses_degree and ring_degree to 3 and 1 or 1 and 3, or GPU to 2"),
+                 r"set ulysses_degree to 0 \(automatic\), or ulysses_degree and ring_degree to 3 and 1 or 1 and 3, "
+                 "or GPU to 2"),
     ({"ring_degree": 2}, "ulysses_degree = 2 x ring_degree = 2 makes 4 workers, but GPU = 2"),
-    ({"GPU": 0, "ulysses_degree": 0}, "GPU = 0: at least 1"),
+    ({"GPU": -1}, "GPU = -1: at least 1 and at most 64, or 0 for automatic"),
+    ({"GPU": 65}, "GPU = 65: at least 1 and at most 64"),
+    ({"ulysses_degree": 0, "cfg_degree": 3}, "cfg_degree = 3 makes 3 workers, but GPU = 2: change the degrees so that "
+                                             "their product divides 2, or GPU to 3"),
     ({"ring_degree": 0}, "ring_degree = 0: at least 1"),
     ({"cfg_degree": 2}, "ulysses_degree = 2 x ring_degree = 1 x cfg_degree = 2 makes 4 workers, but GPU = 2"),
     ({"dp_degree": 0, "GPU": 3}, "makes 2 workers, but GPU = 3: change the degrees so that their product divides 3"),

@@ -1,0 +1,136 @@
+"""How many workers, and how they share the work: what an input of 0 leaves open is chosen here, and what does not fit
+together is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raylight.cluster.config import LOCAL
+from raylight.parallel.shape import MeshShape
+
+AUTOMATIC = 0
+MOST = 64
+WITHOUT_GPU = 2  # workers, to try things out
+
+
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """Whole numbers whose product is `workers`; `chosen` names the inputs that were left to Raylight."""
+
+    workers: int
+    ulysses: int
+    ring: int = 1
+    cfg: int = 1
+    dp: int = 1
+    chosen: tuple[str, ...] = ()
+
+    @property
+    def mesh(self) -> MeshShape:
+        return MeshShape(self.cfg * self.dp, self.ring, self.ulysses)
+
+    def __str__(self) -> str:
+        kind = "GPU" if torch.cuda.is_available() else "CPU worker"
+        text = f"{self.workers} {kind}{'' if self.workers == 1 else 's'}: ulysses {self.ulysses}"
+        text += "".join(f" x {name} {getattr(self, name)}" for name in ("ring", "cfg", "dp")
+                        if getattr(self, name) > 1)
+        return text + (f" ({' and '.join(self.chosen)} chosen automatically)" if self.chosen else "")
+
+
+def check_product(*degrees: int | None) -> bool | str:
+    """True, or why GPU and the degrees of Ulysses, ring, CFG and data parallelism do not fit together; a linked input
+    is None and is judged when the node runs, and so is a GPU of 0."""
+    if None in degrees:
+        return True
+    try:
+        _check_ranges(*degrees)
+        if degrees[0] != AUTOMATIC:
+            _settled(*degrees)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def degrees_from(inputs: Mapping[str, Any], selected: tuple[int, ...] = ()) -> Degrees:
+    """The degrees that an initializer's inputs describe; `selected` are the GPUs that it names.
+
+    GPU = 0 takes the selected GPUs, or all of this machine (two workers where it has none). ulysses_degree = 0 takes
+    what ring_degree, cfg_degree and dp_degree leave; dp_degree = 0 what a given ulysses_degree leaves as well. Raises
+    ValueError naming input, value and what would fit.
+    """
+    workers, ulysses, ring, cfg, dp = (inputs[name] if name == "GPU" else inputs.get(name, 1) for name in (
+        "GPU", "ulysses_degree", "ring_degree", "cfg_degree", "dp_degree"))
+    _check_ranges(workers, ulysses, ring, cfg, dp)
+    automatic = workers == AUTOMATIC
+    if automatic:
+        address = (inputs.get("ray_cluster_address") or LOCAL).strip()
+        if address != LOCAL:
+            raise ValueError(f"GPU = 0 takes all GPUs of this machine, but ray_cluster_address = {address} names a "
+                             "cluster: set GPU to the number of workers to start there")
+        workers = len(selected) or gpus_here()
+    return _settled(workers, ulysses, ring, cfg, dp, automatic)
+
+
+def gpus_here() -> int:
+    """The GPUs of this machine; where there is none, how many workers the CPU gets."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else WITHOUT_GPU
+
+
+def _check_ranges(workers: int, ulysses: int, ring: int, cfg: int, dp: int) -> None:
+    # ComfyUI checks no range of an input that a node's own validation names.
+    for name, value, least in (("GPU", workers, AUTOMATIC), ("ulysses_degree", ulysses, AUTOMATIC),
+                               ("ring_degree", ring, 1), ("cfg_degree", cfg, 1), ("dp_degree", dp, AUTOMATIC)):
+        if not least <= value <= MOST:
+            zero = ", or 0 for automatic" if least == AUTOMATIC else ""
+            raise ValueError(f"{name} = {value}: at least 1 and at most {MOST}{zero}")
+
+
+def _settled(workers: int, ulysses: int, ring: int, cfg: int, dp: int, automatic: bool = False) -> Degrees:
+    """Raises ValueError naming the product that is wrong, and degrees that would fit."""
+    open_inputs = ("GPU",) if automatic else ()
+    if ulysses == AUTOMATIC:
+        dp = dp or 1
+        ulysses, left = divmod(workers, ring * cfg * dp)
+        if left or not ulysses:
+            raise ValueError(_does_not_divide({"ring_degree": ring, "cfg_degree": cfg, "dp_degree": dp}, workers,
+                                              automatic))
+        return Degrees(workers, ulysses, ring, cfg, dp, (*open_inputs, "ulysses_degree"))
+    product = ulysses * ring * cfg
+    if dp == AUTOMATIC:
+        if workers % product:
+            raise ValueError(_does_not_divide({"ulysses_degree": ulysses, "ring_degree": ring, "cfg_degree": cfg},
+                                              workers, automatic))
+        return Degrees(workers, ulysses, ring, cfg, workers // product, (*open_inputs, "dp_degree"))
+    if product * dp != workers:
+        raise ValueError(_is_not({"ulysses_degree": ulysses, "ring_degree": ring, "cfg_degree": cfg, "dp_degree": dp},
+                                 workers, automatic))
+    return Degrees(workers, ulysses, ring, cfg, dp, open_inputs)
+
+
+def _does_not_divide(degrees: Mapping[str, int], workers: int, automatic: bool) -> str:
+    return (f"{_product(degrees)}, but {_gpu(workers, automatic)}: change the degrees so that their product divides "
+            f"{workers}, or GPU to {math.prod(degrees.values())}")
+
+
+def _is_not(degrees: Mapping[str, int], workers: int, automatic: bool) -> str:
+    product = math.prod(degrees.values())
+    wrong = f"{_product(degrees)}, but {_gpu(workers, automatic)}: set ulysses_degree to 0 (automatic)"
+    if degrees["cfg_degree"] > 1 or degrees["dp_degree"] > 1:
+        return f"{wrong}, or the degrees so that their product is {workers}, or GPU to {product}"
+    fitting = " or ".join(f"{workers // n} and {n}" for n in range(1, workers + 1) if workers % n == 0)
+    return (f"{wrong}, or ulysses_degree and ring_degree to {fitting}, or GPU to {product}. Or let cfg_degree or "
+            "dp_degree take the others")
+
+
+def _product(degrees: Mapping[str, int]) -> str:
+    kept = {name: value for name, value in degrees.items() if value > 1 or name in ("ulysses_degree", "ring_degree")}
+    return (" x ".join(f"{name} = {value}" for name, value in kept.items())
+            + f" makes {math.prod(kept.values())} workers")
+
+
+def _gpu(workers: int, automatic: bool) -> str:
+    return f"GPU = {workers}" + (" (all that are there)" if automatic else "")

@@ -1,0 +1,95 @@
+"""What the initializers choose for inputs of 0, and that they say so."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import nodes as comfy_nodes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def pack() -> dict[str, Any]:
+    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
+    return comfy_nodes.NODE_CLASS_MAPPINGS
+
+
+@pytest.fixture
+def machine(pack: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module that chooses, on a machine that has as many GPUs as `gpus` says."""
+    # ComfyUI loads the pack under the name of its path.
+    module = sys.modules[pack["RayInitializer"].__module__.rpartition(".")[0] + ".degrees"]
+    monkeypatch.setattr(module, "gpus_here", lambda: 4)
+    return module
+
+
+@pytest.mark.parametrize(("inputs", "expected"), [
+    ({}, (4, 4, 1, 1, 1)),
+    ({"cfg_degree": 2}, (4, 2, 1, 2, 1)),
+    ({"cfg_degree": 2, "ring_degree": 2}, (4, 1, 2, 2, 1)),
+    ({"dp_degree": 4}, (4, 1, 1, 1, 4)),
+    ({"dp_degree": 0}, (4, 4, 1, 1, 1)),
+    ({"ulysses_degree": 1, "dp_degree": 0}, (4, 1, 1, 1, 4)),
+    ({"ulysses_degree": 2, "ring_degree": 2}, (4, 2, 2, 1, 1)),
+    ({"GPU": 8}, (8, 8, 1, 1, 1)),
+    ({"GPU": 6, "cfg_degree": 2}, (6, 3, 1, 2, 1)),
+    ({"GPU": 1}, (1, 1, 1, 1, 1)),
+])
+def test_chooses(machine: ModuleType, inputs: dict[str, int], expected: tuple[int, ...]) -> None:
+    found = machine.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
+    assert (found.workers, found.ulysses, found.ring, found.cfg, found.dp) == expected
+    assert found.mesh.world_size == found.workers
+
+
+def test_takes_the_selected_gpus(machine: ModuleType) -> None:
+    found = machine.degrees_from({"GPU": 0, "ulysses_degree": 0}, selected=(1, 3))
+    assert (found.workers, found.ulysses) == (2, 2)
+
+
+@pytest.mark.parametrize(("inputs", "message"), [
+    ({"ring_degree": 3}, r"ring_degree = 3 makes 3 workers, but GPU = 4 \(all that are there\): change the degrees so "
+                         "that their product divides 4, or GPU to 3"),
+    ({"cfg_degree": 2, "dp_degree": 4}, "cfg_degree = 2 x dp_degree = 4 makes 8 workers"),
+    ({"ulysses_degree": 2}, r"makes 2 workers, but GPU = 4 \(all that are there\): set ulysses_degree to 0"),
+    ({"ulysses_degree": 3, "dp_degree": 0}, "makes 3 workers, but GPU = 4 .*their product divides 4"),
+    ({"ray_cluster_address": "host:6379"}, "ray_cluster_address = host:6379 names a cluster: set GPU to"),
+    ({"ring_degree": 0}, "ring_degree = 0: at least 1"),
+    ({"ulysses_degree": -1}, "ulysses_degree = -1: at least 1 and at most 64, or 0 for automatic"),
+])
+def test_rejects(machine: ModuleType, inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        machine.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
+
+
+def test_says_what_it_has_chosen(machine: ModuleType) -> None:
+    automatic = str(machine.degrees_from({"GPU": 0, "ulysses_degree": 0, "cfg_degree": 2}))
+    assert re.fullmatch(r"4 \w+( worker)?s: ulysses 2 x cfg 2 \(GPU and ulysses_degree chosen automatically\)",
+                        automatic)
+    given = str(machine.degrees_from({"GPU": 2, "ulysses_degree": 2}))
+    assert given.endswith("ulysses 2")
+
+
+@pytest.mark.parametrize("node_id", ["RayInitializer", "RayInitializerAdvanced"])
+def test_the_defaults_are_automatic_and_shown(pack: dict[str, Any], node_id: str) -> None:
+    node = pack[node_id]
+    defaults = {i.id: i.default if i.default is not None else i.options[0] for i in node.GET_SCHEMA().inputs}
+    assert (defaults["GPU"], defaults["ulysses_degree"]) == (0, 0)
+    output = node.execute(**defaults)
+    assert output.result[0].config.world_size == output.result[0].config.mesh.ulysses
+    assert "GPU and ulysses_degree chosen automatically" in output.ui.as_dict()["text"][0]
+    assert "unique_id" in node.INPUT_TYPES()["hidden"]
+
+
+def test_validation_leaves_what_only_the_run_knows(pack: dict[str, Any]) -> None:
+    check = pack["RayInitializerAdvanced"].validate_inputs
+    assert check(GPU=0, ulysses_degree=3, ring_degree=1, cfg_degree=1, dp_degree=1) is True
+    assert check(GPU=4, ulysses_degree=0, ring_degree=1, cfg_degree=2, dp_degree=1) is True
+    assert "divides 4" in check(GPU=4, ulysses_degree=0, ring_degree=3, cfg_degree=1, dp_degree=1)
