@@ -5,15 +5,17 @@ ARGS ?=
 BOOTSTRAP = $(PYTHON) raylight/setup/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint models clean
+.PHONY: help setup demo test lint models workflows screenshots clean
 
 help:
 	@echo "make demo                   sample a small model in a real ComfyUI, by stock nodes and by Ray workers"
 	@echo "make test                   run the tests; fewer of them with ARGS=\"-k parity\""
 	@echo "make lint                   run ruff"
 	@echo "make models                 write docs/models.md from what the parity matrix measures"
+	@echo "make workflows              write example_workflows anew from raylight/workflows"
+	@echo "make screenshots            run the browser test and keep what it saw in screenshots/ (needs Chromium)"
 	@echo "make setup                  only set up what the others need"
-	@echo "make clean                  remove .venv, .comfyui, demo_output and caches"
+	@echo "make clean                  remove .venv, .comfyui, demo_output, screenshots and caches"
 	@echo
 	@echo "COMFYUI_PATH=/my/ComfyUI make demo    with a ComfyUI of yours"
 	@echo "make demo ARGS=\"--help\"               what the demo can do"
@@ -33,6 +35,12 @@ lint:
 models:
 	@$(BOOTSTRAP) test tests/zoo --write-docs
 
+workflows:
+	@$(BOOTSTRAP) workflows $(ARGS)
+
+screenshots:
+	@$(BOOTSTRAP) test tests/browser --screenshots=screenshots $(ARGS)
+
 clean:
-	rm -rf .venv .comfyui demo_output .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .comfyui demo_output screenshots .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

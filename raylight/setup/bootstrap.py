@@ -6,6 +6,7 @@
     demo [...]      set up, then run the demo with these arguments
     test [...]      set up, then run pytest with these arguments
     lint [...]      set up, then run ruff check with these arguments
+    workflows       set up, then write the templates in example_workflows
     comfyui-path    print which ComfyUI is used
 
 ComfyUI is $COMFYUI_PATH, or the one whose custom_nodes/ holds this checkout, or a copy that is downloaded.
@@ -33,6 +34,7 @@ COMMANDS = {
     "demo": ["-m", "raylight.demo"],
     "test": ["-m", "pytest", "-q"],
     "lint": ["-m", "ruff", "check"],
+    "workflows": ["-m", "raylight.workflows"],
 }
 
 

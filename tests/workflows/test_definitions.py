@@ -1,0 +1,203 @@
+"""Every template against the nodes of ComfyUI and of this pack, and against what is committed."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import nodes as comfy_nodes
+from raylight.workflows.__main__ import FOLDER, text
+from raylight.workflows.signatures import SIGNATURES
+from raylight.workflows.table import TEMPLATES
+from raylight.workflows.template import Mode, Template
+from raylight.workflows.thumbnail import MOST_BYTES
+
+ROOT = Path(__file__).resolve().parents[2]
+OF_FRONTEND = {"MarkdownNote"}
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+KINDS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
+# Not in any of ComfyUI's own templates.
+ELSEWHERE = {"instantx_flux_canny.safetensors"}
+
+each_template = pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
+
+
+@pytest.fixture(scope="module")
+def definitions() -> dict[str, Any]:
+    asyncio.run(comfy_nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
+    return comfy_nodes.NODE_CLASS_MAPPINGS
+
+
+def inputs_of(definition: Any) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
+    """Name, type (or the choices of a combo), options and whether it is optional, in order."""
+    declared = definition.INPUT_TYPES()
+    for group in ("required", "optional"):
+        for name, spec in declared.get(group, {}).items():
+            yield name, spec[0], spec[1] if len(spec) > 1 else {}, group == "optional"
+
+
+def is_widget(kind: Any) -> bool:
+    return isinstance(kind, list) or kind in WIDGETS
+
+
+def widgets_of(definition: Any) -> list[tuple[str, Any, dict[str, Any]]]:
+    """What a node saves values of, in order, with the widgets that the frontend adds by itself."""
+    found = []
+    for name, kind, options, _ in inputs_of(definition):
+        if is_widget(kind):
+            found.append((name, kind, options))
+            if options.get("control_after_generate"):
+                found.append(("control_after_generate", ["fixed", "increment", "decrement", "randomize"], {}))
+            if options.get("image_upload"):
+                found.append(("upload", ["image"], {}))
+    return found
+
+
+@each_template
+def test_nodes_are_as_they_are_defined(template: Template, definitions: dict[str, Any]) -> None:
+    for node in template.to_json()["nodes"]:
+        if node["type"] in OF_FRONTEND:
+            continue
+        definition = definitions[node["type"]]
+        where = f"{node['type']} {node['id']}"
+        links = [(name, kind, optional) for name, kind, _, optional in inputs_of(definition) if not is_widget(kind)]
+        places = [place for place in node["inputs"] if "widget" not in place]
+        assert [(place["name"], place["type"], place.get("shape") == 7) for place in places] == links, where
+        assert [place["name"] for place in places if place["link"] is None and place.get("shape") != 7] == [], where
+        types = list(definition.RETURN_TYPES)
+        names = list(getattr(definition, "RETURN_NAMES", None) or types)
+        assert [(output["name"], output["type"]) for output in node["outputs"]] == list(
+            zip(names, types, strict=True)), where
+
+
+@each_template
+def test_widget_values_fit(template: Template, definitions: dict[str, Any]) -> None:
+    for node in template.to_json()["nodes"]:
+        if node["type"] in OF_FRONTEND:
+            continue
+        widgets = widgets_of(definitions[node["type"]])
+        values = node["widgets_values"]
+        assert len(values) == len(widgets), f"{node['type']}: {[name for name, *_ in widgets]} and {values}"
+        files = {file["name"] for file in node["properties"].get("models", ())}
+        for (name, kind, options), value in zip(widgets, values, strict=True):
+            check_value(f"{node['type']}.{name}", kind, options, value, files)
+        linked = {place["name"]: place["type"] for place in node["inputs"] if "widget" in place}
+        assert linked.items() <= {name: kind for name, kind, _ in widgets if isinstance(kind, str)}.items()
+
+
+def check_value(where: str, kind: Any, options: dict[str, Any], value: Any, files: set[str]) -> None:
+    if isinstance(kind, list) or kind in ("COMBO", "COMFY_DYNAMICCOMBO_V3"):
+        choices = kind if isinstance(kind, list) else options["options"]
+        choices = [choice["key"] if isinstance(choice, dict) else choice for choice in choices]
+        known = value in choices or (where == "LoadImage.image" and value == "example.png")
+        assert known or value in files, f"{where} = {value!r}, of {choices[:20]}"
+        return
+    assert isinstance(value, KINDS[kind]) and (kind == "BOOLEAN") == isinstance(value, bool), f"{where} = {value!r}"
+    if kind in ("INT", "FLOAT"):
+        assert options.get("min", value) <= value <= options.get("max", value), f"{where} = {value!r}"
+
+
+@each_template
+def test_links_agree_with_their_ends(template: Template) -> None:
+    content = template.to_json()
+    nodes = {node["id"]: node for node in content["nodes"]}
+    links = {link[0]: link for link in content["links"]}
+    assert len(links) == len(content["links"]) and content["last_link_id"] == max(links)
+    ends = {(link, node["id"], place) for node in nodes.values() for place, slot in enumerate(node["inputs"])
+            if (link := slot["link"]) is not None}
+    starts = {(link, node["id"], place) for node in nodes.values() for place, slot in enumerate(node["outputs"])
+              for link in slot["links"]}
+    assert ends == {(number, target, place) for number, _, _, target, place, _ in links.values()}
+    assert starts == {(number, source, place) for number, source, place, *_ in links.values()}
+    for _, source, start, target, place, kind in links.values():
+        assert nodes[source]["outputs"][start]["type"] == kind == nodes[target]["inputs"][place]["type"]
+        assert source < target, "nodes come in the order in which they run"
+
+
+@each_template
+def test_every_node_has_its_place_in_one_titled_group(template: Template) -> None:
+    content = template.to_json()
+    boxes = [(node["id"], node["pos"][0], node["pos"][1] - 30, node["pos"][0] + node["size"][0],
+              node["pos"][1] + node["size"][1]) for node in content["nodes"]]
+    groups = [(group["title"], x, y, x + width, y + height) for group in content["groups"]
+              for x, y, width, height in [group["bounding"]]]
+    assert all(title for title, *_ in groups)
+    for _, left, top, right, bottom in boxes:
+        around = [g for g in groups if g[1] <= left and g[2] <= top and right <= g[3] and bottom <= g[4]]
+        assert len(around) == 1
+    for kind in (boxes, groups):
+        for number, (_, left, top, right, bottom) in enumerate(kind):
+            for _, left2, top2, right2, bottom2 in kind[number + 1:]:
+                assert right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top
+
+
+@each_template
+def test_the_note_tells_degrees_memory_and_files(template: Template) -> None:
+    content = template.to_json()
+    note, = (node["widgets_values"][0] for node in content["nodes"] if node["type"] == "MarkdownNote")
+    for count in (2, 4, 8):
+        row = next(line for line in note.splitlines() if line.startswith(f"| {count} |"))
+        assert "GiB" in row and "ulysses" in note
+    files = [file for node in content["nodes"] for file in node.get("properties", {}).get("models", ())]
+    assert files and all(file["name"] in note and file["url"] in note for file in files)
+
+
+@each_template
+def test_files_and_pages_are_those_of_comfyuis_own_templates(template: Template) -> None:
+    official = official_files()
+    files = [file for node in template.to_json()["nodes"] for file in node.get("properties", {}).get("models", ())]
+    for file in files:
+        if file["name"] not in ELSEWHERE:
+            assert (file["directory"], file["url"]) in official[file["name"]], file["name"]
+
+
+def official_files() -> dict[str, set[tuple[str, str]]]:
+    """Folder and address of every model file that ComfyUI's own templates name, in metadata or in a note."""
+    import re
+
+    from comfyui_workflow_templates import get_asset_path, iter_templates
+
+    found: dict[str, set[tuple[str, str]]] = {}
+    for entry in iter_templates():
+        try:
+            content = Path(get_asset_path(entry.template_id, f"{entry.template_id}.json")).read_text("utf-8")
+        except KeyError:
+            continue
+        for address in re.findall(r"https://huggingface\.co/[^\s\"')\\?]+\.safetensors", content):
+            parts = address.split("/")
+            folder = parts[-2] if "split_files" in parts else None
+            for directory in (folder,) if folder else ("diffusion_models", "text_encoders", "loras", "vae"):
+                found.setdefault(parts[-1], set()).add((directory, address))
+    return found
+
+
+def test_what_is_committed_is_what_is_described() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == {template.name for template in TEMPLATES}
+    for template in TEMPLATES:
+        committed = (FOLDER / f"{template.name}.json").read_text("utf-8")
+        assert committed == text(template), f"{template.name}: run `make workflows`"
+        assert json.loads(committed)["version"] == 0.4
+
+
+def test_every_template_has_a_small_square_thumbnail() -> None:
+    assert {path.stem for path in FOLDER.glob("*.jpg")} == {template.name for template in TEMPLATES}
+    for path in FOLDER.glob("*.jpg"):
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            assert picture.format == "JPEG" and picture.width == picture.height >= 256
+            assert min(high - low for low, high in picture.getextrema()) > 100, "nothing is drawn"
+        assert len(content) <= MOST_BYTES
+
+
+def test_every_mode_and_every_described_node_is_used() -> None:
+    assert {template.mode for template in TEMPLATES} == set(Mode)
+    used = {node["type"] for template in TEMPLATES for node in template.to_json()["nodes"]}
+    assert used == set(SIGNATURES)
