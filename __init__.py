@@ -11,4 +11,6 @@ if _ROOT not in sys.path:
 
 from .nodes import comfy_entrypoint  # noqa: E402
 
-__all__ = ["comfy_entrypoint"]
+WEB_DIRECTORY = "./nodes/web"  # a help page for each node, in docs/
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

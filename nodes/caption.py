@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io, ui
-
-logger = logging.getLogger(__name__)
 
 
 def show(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
-    """Log `text` and write it on the running node; the result is the node's `ui`, for the history of the prompt.
+    """Write `text` on the running node; the result is the node's `ui`, for the history of the prompt.
 
     The node's schema has to ask for `io.Hidden.unique_id`.
     """
     # ComfyUI's module of that name, which is there only where a server runs.
     from server import PromptServer
 
-    logger.info("%s: %s", node.GET_SCHEMA().display_name, text)
     server = getattr(PromptServer, "instance", None)
     unique_id = None if node.hidden is None else node.hidden.unique_id
     if server is not None and unique_id is not None:

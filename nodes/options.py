@@ -29,6 +29,7 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[Workers, Degrees]:
     """
     selected = _gpu_select(inputs)
     degrees = degrees_from(inputs, selected)
+    logger.info("Ray initializer: %s", degrees)
     _validate(inputs, degrees.workers, selected)
     ignored = [name for name, default in _IGNORED.items() if inputs.get(name, default) != default]
     if ignored:

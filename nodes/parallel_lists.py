@@ -18,6 +18,7 @@ def _schema(node_id: str, display_name: str, description: str, kind: Any, name: 
         display_name=display_name,
         category=CATEGORY,
         description=description,
+        search_aliases=["data parallel list", f"list of {name}s", f"batch {name}", "multi gpu batch"],
         inputs=[kind.Input(f"{name}_{slot}", optional=slot > 1, tooltip=f"{what} {slot}.")
                 for slot in range(1, SLOTS + 1)],
         outputs=[kind.Output(display_name=f"{name}_list", is_output_list=True,

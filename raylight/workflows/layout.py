@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,8 +20,11 @@ _SIZES = {
     "SaveImage": (480, 480), "SaveVideo": (480, 480), "RayInitializer": (330, 430), "RayLoraLoader": (400, 86),
     "RayModelLoader": (400, 106), "RayUNETLoader": (400, 106), "CLIPLoader": (400, 110), "DualCLIPLoader": (400, 134),
     "VAELoader": (400, 62),
+    # With room for the preview.
+    "KSampler": (330, 540), "KSamplerAdvanced": (330, 580), "XFuserKSamplerAdvanced": (330, 640),
+    "SamplerCustomAdvanced": (330, 400),
 }
-_NOTE_WIDTH, _NOTE_LINE, _NOTE_LETTERS = 520, 23, 66
+_NOTE_WIDTH, _NOTE_LETTERS, _NOTE_LINE, _NOTE_ROW, _NOTE_HEADING, _NOTE_SPACE = 520, 84, 15, 22, 36, 7
 _PROMPT_COLORS = {"positive": {"color": "#232", "bgcolor": "#353"}, "negative": {"color": "#322", "bgcolor": "#533"}}
 _OURS = {"color": "#223", "bgcolor": "#335"}
 
@@ -48,13 +52,21 @@ def place(columns: list[list[Group]]) -> list[tuple[Group, Box]]:
 def size(node: Node) -> tuple[int, int]:
     """Width and height without the title."""
     if node.type == "MarkdownNote":
-        return _NOTE_WIDTH, 40 + _NOTE_LINE * sum(
-            1 + len(line) // _NOTE_LETTERS if not line.startswith("|") else 1.5
-            for line in node.inputs["text"].splitlines()).__ceil__()
+        return _NOTE_WIDTH, 60 + sum(_note_line(line) for line in node.inputs["text"].splitlines())
     if node.type in _SIZES:
         return _SIZES[node.type]
     slots = max(len(node.links), len(node.signature.outputs))
     return _WIDTH, _MARGIN + _SLOT * slots + _WIDGET * len(node.values)
+
+
+def _note_line(line: str) -> int:
+    """How high a line of Markdown is shown; of a link, only the text is."""
+    shown = re.sub(r"\]\([^)]*\)", "]", line)
+    if not shown:
+        return _NOTE_SPACE
+    if shown.startswith("|"):
+        return _NOTE_ROW
+    return _NOTE_HEADING if shown.startswith("#") else _NOTE_LINE * -(-len(shown) // _NOTE_LETTERS)
 
 
 def colors(type: str, title: str | None) -> dict[str, str]:
