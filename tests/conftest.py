@@ -32,6 +32,7 @@ _parity_lines: list[str] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write the documents that are made from test results")
+    parser.addoption("--screenshots", type=Path, help="the folder in which browser tests keep what they saw")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -44,11 +45,13 @@ class Page:
         # Chromium does not start its sandbox for root, in whose name containers run tests. It is shown one address of
         # the loopback interface only. And a container's /dev/shm is often too small for a page.
         command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                   "--no-first-run", "--disable-extensions", "--disable-background-networking", "--mute-audio",
+                   "--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-sync",
+                   "--disable-component-update", "--disable-quic", "--mute-audio",
                    f"--user-data-dir={self._profile}", "--remote-debugging-port=0", "--remote-allow-origins=*",
                    "--no-proxy-server", "--window-size=1600,1000", "about:blank"]
         self._process = ComfyProcess(command, cwd=self._profile, environ=dict(os.environ), log=self._log)
         self._socket: websocket.WebSocket | None = None
+        self._session: str | None = None
         self._number = 0
         try:
             self._connect()
@@ -67,21 +70,30 @@ class Page:
     def close(self) -> None:
         """End the browser and remove its profile."""
         if self._socket is not None:
+            self._session = None
+            try:
+                self.call("Browser.close", {}, timeout=5)  # many times faster than by signals
+            except (BrowserError, OSError, websocket.WebSocketException):
+                pass  # it may be gone before it has answered
             self._socket.close()
         self._process.stop()
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def open(self, address: str) -> None:
-        self._call("Page.navigate", {"url": address}, timeout=60)
+        self.call("Page.navigate", {"url": address}, timeout=60)
 
     def evaluate(self, expression: str, timeout: float = 60.0) -> Any:
         """The value, made JSON, of a JavaScript expression; a promise is awaited."""
-        answer = self._call("Runtime.evaluate", {
+        answer = self.call("Runtime.evaluate", {
             "expression": expression, "awaitPromise": True, "returnByValue": True}, timeout)
         if "exceptionDetails" in answer:
             details = answer["exceptionDetails"]
             raise BrowserError(str(details.get("exception", {}).get("description") or details.get("text")))
         return answer["result"].get("value")
+
+    def screenshot(self) -> bytes:
+        """What it shows, as PNG."""
+        return base64.b64decode(self.call("Page.captureScreenshot", {"format": "png"}, timeout=60)["data"])
 
     def wait_for(self, expression: str, timeout: float = 120.0) -> None:
         """Wait until an expression is true."""
@@ -98,22 +110,8 @@ class Page:
                 raise BrowserError(f"the page has not come to {expression!r} in {timeout} s ({problem})")
             time.sleep(_POLL)
 
-    def _connect(self) -> None:
-        port_file = self._profile / "DevToolsActivePort"
-        deadline = time.monotonic() + _START
-        while not port_file.exists() or len(port_file.read_text().splitlines()) < 2:
-            if self._process.exit_code() is not None or time.monotonic() > deadline:
-                raise BrowserError(f"the browser did not start:\n{self._log.read_text(errors='replace')[-2000:]}")
-            time.sleep(_POLL)
-        port, path = port_file.read_text().splitlines()[:2]
-        self._socket = websocket.create_connection(
-            f"ws://127.0.0.1:{port}{path}", timeout=_START, http_no_proxy=["127.0.0.1"])
-        self._session = None
-        target = self._call("Target.createTarget", {"url": "about:blank"}, _START)["targetId"]
-        answer = self._call("Target.attachToTarget", {"targetId": target, "flatten": True}, _START)
-        self._session = answer["sessionId"]
-
-    def _call(self, method: str, params: dict[str, Any], timeout: float) -> dict[str, Any]:
+    def call(self, method: str, params: dict[str, Any], timeout: float = 30.0) -> dict[str, Any]:
+        """One command of the debugging protocol. Raises BrowserError when it fails or is not answered in time."""
         assert self._socket is not None
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
@@ -131,3 +129,18 @@ class Page:
                 if "error" in answer:
                     raise BrowserError(f"{method}: {answer['error'].get('message')}")
                 return answer["result"]
+
+    def _connect(self) -> None:
+        port_file = self._profile / "DevToolsActivePort"
+        deadline = time.monotonic() + _START
+        while not port_file.exists() or len(port_file.read_text().splitlines()) < 2:
+            if self._process.exit_code() is not None or time.monotonic() > deadline:
+                raise BrowserError(f"the browser did not start:\n{self._log.read_text(errors='replace')[-2000:]}")
+            time.sleep(_POLL)
+        port, path = port_file.read_text().splitlines()[:2]
+        self._socket = websocket.create_connection(
+            f"ws://127.0.0.1:{port}{path}", timeout=_START, http_no_proxy=["127.0.0.1"])
+        self._session = None
+        target = self.call("Target.createTarget", {"url": "about:blank"}, _START)["targetId"]
+        answer = self.call("Target.attachToTarget", {"targetId": target, "flatten": True}, _START)
+        self._session = answer["sessionId"]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from browser import Page
+from chromium import Page
 
 from raylight.demo.comfy_server import ComfyServer
 from raylight.demo.graphs import Graph

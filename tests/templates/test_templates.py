@@ -19,7 +19,7 @@ from raylight.demo.graphs import Graph
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 
-import browser  # noqa: E402
+import chromium  # noqa: E402
 import official  # noqa: E402
 from files import write_media, write_models  # noqa: E402
 from official_names import UnknownFile  # noqa: E402
@@ -38,9 +38,9 @@ IN_FILES = 2.0
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    found = browser.find()
+    found = chromium.find()
     if found is None:
-        pytest.skip("ComfyUI's frontend needs a browser: install Chromium, or name one in " + browser.VARIABLE)
+        pytest.skip("ComfyUI's frontend needs a browser: install Chromium, or name one in " + chromium.VARIABLE)
     work = tmp_path_factory.mktemp("templates")
     kinds = ("diffusion_models", "checkpoints", "vae", "loras", "text_encoders", "clip_vision", "style_models")
     paths = {kind: work / "models" / kind for kind in kinds}
@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 @pytest.fixture(scope="module")
 def prompts(server: ComfyServer) -> dict[str, Graph]:
     """All templates at once: a page that shows one draws it over and over, which takes a core from the runs."""
-    with browser.Page(browser.find()) as page:
+    with chromium.Page(chromium.find()) as page:
         frontend = official.Frontend(server, page)
         return {name: frontend.prompt(official.workflow(name)) for name in NAMES}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from definitions import inputs_of, is_widget, widgets_of
 from PIL import Image
 
 import nodes as comfy_nodes
@@ -21,7 +22,6 @@ from raylight.workflows.thumbnail import MOST_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_FRONTEND = {"MarkdownNote"}
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 KINDS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
 # Not in any of ComfyUI's own templates.
 ELSEWHERE = {"instantx_flux_canny.safetensors"}
@@ -34,31 +34,6 @@ def definitions() -> dict[str, Any]:
     asyncio.run(comfy_nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
     assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
     return comfy_nodes.NODE_CLASS_MAPPINGS
-
-
-def inputs_of(definition: Any) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
-    """Name, type (or the choices of a combo), options and whether it is optional, in order."""
-    declared = definition.INPUT_TYPES()
-    for group in ("required", "optional"):
-        for name, spec in declared.get(group, {}).items():
-            yield name, spec[0], spec[1] if len(spec) > 1 else {}, group == "optional"
-
-
-def is_widget(kind: Any) -> bool:
-    return isinstance(kind, list) or kind in WIDGETS
-
-
-def widgets_of(definition: Any) -> list[tuple[str, Any, dict[str, Any]]]:
-    """What a node saves values of, in order, with the widgets that the frontend adds by itself."""
-    found = []
-    for name, kind, options, _ in inputs_of(definition):
-        if is_widget(kind):
-            found.append((name, kind, options))
-            if options.get("control_after_generate"):
-                found.append(("control_after_generate", ["fixed", "increment", "decrement", "randomize"], {}))
-            if options.get("image_upload"):
-                found.append(("upload", ["image"], {}))
-    return found
 
 
 @each_template
@@ -161,8 +136,6 @@ def test_files_and_pages_are_those_of_comfyuis_own_templates(template: Template)
 
 def official_files() -> dict[str, set[tuple[str, str]]]:
     """Folder and address of every model file that ComfyUI's own templates name, in metadata or in a note."""
-    import re
-
     from comfyui_workflow_templates import get_asset_path, iter_templates
 
     found: dict[str, set[tuple[str, str]]] = {}

@@ -1,0 +1,217 @@
+"""ComfyUI's frontend in a headless Chromium: Raylight's templates in its menu, and runs that a person starts there."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import saved
+
+from raylight.demo.comfy_server import ComfyServer
+from raylight.workflows.table import TEMPLATES
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE), str(HERE.parent / "templates")]
+
+import chromium  # noqa: E402
+from events import listen, watch  # noqa: E402
+from files import write_models  # noqa: E402
+from person import Person  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+PACKS = HERE.parent / "templates" / "packs"
+FOLDERS = ("diffusion_models", "text_encoders", "vae", "loras", "controlnet")
+RUN = {"width": 128, "height": 128, "steps": 8}
+PATIENCE = 300.0
+OPEN_MENU = "window.app.extensionManager.command.execute('Comfy.BrowseTemplates')"
+CARD = '[data-testid="template-workflow-{}"]'
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A ComfyUI that has a file for each name in the templates; those of Flux can be run."""
+    if chromium.find() is None:
+        pytest.skip("ComfyUI's frontend needs a browser: install Chromium, or name one in " + chromium.VARIABLE)
+    work = tmp_path_factory.mktemp("browser")
+    paths = {folder: work / "models" / folder for folder in FOLDERS}
+    for path in paths.values():
+        path.mkdir(parents=True)
+    for template in TEMPLATES:
+        for node in template.to_json()["nodes"]:
+            for file in node["properties"].get("models", ()):
+                (paths[file["directory"]] / file["name"]).touch()
+    for folder, name in (("diffusion_models", saved.MODEL), ("loras", saved.LORA), ("text_encoders", saved.CLIP)):
+        (paths[folder] / name).touch()
+    write_models(flux_files(), work / "models")
+    (work / "input").mkdir()
+    example = Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png"
+    shutil.copy(example, work / "input")
+    with ComfyServer(work, model_paths=paths | {"custom_nodes": PACKS}, extra_args=[
+            "--cpu", "--force-fp32", "--fp32-vae", "--fp32-text-enc", "--preview-method", "latent2rgb"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def person(server: ComfyServer, request: pytest.FixtureRequest) -> Iterator[Person]:
+    """Someone in front of ComfyUI, in a browser of its own."""
+    with chromium.Page(chromium.find()) as page:
+        someone = Person(page, request.config.getoption("--screenshots"))
+        someone.open(f"http://127.0.0.1:{server.port}/")
+        yield someone
+
+
+def flux_files() -> dict[str, Any]:
+    """The loaders of the Flux templates, for what writes the files that a prompt asks for."""
+    return {str(node["id"]): {"class_type": node["type"], "inputs": {
+        name: file["name"] for name, file in zip(("clip_name1", "clip_name2") if len(node["properties"]["models"]) > 1
+                                                 else (names[node["type"]],), node["properties"]["models"],
+                                                 strict=True)}}
+            for names in [{"RayUNETLoader": "unet_name", "VAELoader": "vae_name", "DualCLIPLoader": "clip_name1"}]
+            for node in workflow("flux-dev-usp")["nodes"] if node["properties"].get("models")}
+
+
+def workflow(name: str) -> dict[str, Any]:
+    return next(template for template in TEMPLATES if template.name == name).to_json()
+
+
+def open_menu(person: Person) -> None:
+    person.page.evaluate(OPEN_MENU)
+    person.click("[role=dialog] span", "raylight")
+
+
+def test_the_menu_shows_all_templates_with_their_thumbnails(person: Person) -> None:
+    open_menu(person)
+    person.find(CARD.format(TEMPLATES[0].name))
+    person.look("menu")
+    for template in TEMPLATES:
+        card = CARD.format(template.name)
+        person.find(card)
+        person.page.wait_for(f"document.querySelector('{card} img')?.naturalWidth >= 256", timeout=60)
+    person.click('[aria-label="Close dialog"]')
+
+
+def test_every_template_opens_without_missing_nodes_or_red_inputs(person: Person) -> None:
+    for template in TEMPLATES:
+        open_menu(person)
+        person.click(CARD.format(template.name))
+        expected = sorted(node["type"] for node in template.to_json()["nodes"])
+        person.page.wait_for(f"document.title.includes({json.dumps(template.name)})", timeout=60)
+        person.page.wait_for(f"JSON.stringify(window.app.graph.nodes.map((n) => n.type).sort()) === "
+                             f"JSON.stringify({expected})", timeout=60)
+        time.sleep(0.3)  # files are looked for once the graph is there
+        assert person.problems() == [], template.name
+        person.look(f"template-{template.name}")
+
+
+@pytest.mark.parametrize("initializer", saved.MEANING)
+def test_a_workflow_that_was_saved_before_opens(person: Person, initializer: str) -> None:
+    person.load(saved.workflow(initializer), f"old-{initializer}")
+    values = person.page.evaluate(f"""Object.fromEntries(window.app.graph.nodes.find(
+        (n) => n.type === "{initializer}").widgets.map((widget) => [widget.name, widget.value]))""")
+    assert saved.MEANING[initializer].items() <= values.items()
+    assert person.problems() == []
+
+
+def test_what_is_missing_would_have_been_seen(person: Person) -> None:
+    broken = workflow("flux-dev-usp")
+    broken["nodes"][1]["type"] = "NoSuchNode"
+    broken["nodes"][2]["widgets_values"][0] = "no-such-file.safetensors"
+    person.load(broken, "broken")
+    person.find('[data-testid="error-overlay"]')
+    found = person.problems()
+    assert {"no node NoSuchNode", "red: RayUNETLoader", "RayUNETLoader.unet_name = no-such-file.safetensors"} <= set(
+        found)
+    person.click('[data-testid="error-overlay-dismiss"]')
+
+
+def test_a_run_shows_progress_a_preview_and_the_image(person: Person, server: ComfyServer) -> None:
+    person.load(workflow("flux-dev-usp"), "run")
+    person.set_widgets(**RUN)
+    person.view(0.6, (-700, 60))
+    listen(person)
+    person.click('[data-testid="queue-button"]')
+    run = watch(person, PATIENCE, look="run")
+    assert run.end["kind"] == "execution_success", run.end
+    assert [message["value"] for message in run.of("progress")] == list(range(1, RUN["steps"] + 1))
+    assert len(run.bars) >= 3 and run.bars == sorted(run.bars), "the bar in the node moves"
+    assert len([title for title in run.titles if "%" in title and "XFuserKSamplerAdvanced" in title]) >= 3
+    assert run.of("b_preview_with_metadata") and len(run.pictures["XFuserKSamplerAdvanced"]) >= 2
+    person.page.wait_for("window.app.graph.nodes.some((n) => n.type === 'SaveImage' && n.imgs?.[0]?.naturalWidth === "
+                         f"{RUN['width']})", timeout=60)
+    person.view(0.75, (-1050, 60))
+    person.look("image")
+    person.view(0.9, (-560, 60))
+    person.look("initializer")
+    assert list(server.directory("output").glob("raylight/flux-dev*.png"))
+
+
+def test_what_was_chosen_is_written_on_the_initializer(person: Person) -> None:
+    texts = person.page.evaluate("window.app.graph.nodes.find((n) => n.type === 'RayInitializer').widgets.map("
+                                 "(w) => String(w.value))")
+    assert any("ulysses" in text and "GPU and ulysses_degree chosen automatically" in text for text in texts)
+
+
+def test_cancel_ends_a_run(person: Person, server: ComfyServer) -> None:
+    person.set_widgets(steps=2000, noise_seed=5)
+    listen(person)
+    person.click('[data-testid="queue-button"]')
+    watch(person, PATIENCE, until=lambda run: len(run.of("progress")) > 2 or run.end is not None)
+    person.look("before-cancel")
+    person.click('[aria-label="Cancel current run"]')
+    run = watch(person, 60.0)
+    assert run.end["kind"] == "execution_interrupted", run.end
+    assert run.of("progress")[-1]["value"] < 1900
+    queue = server.queue()
+    assert not queue.running and not queue.pending
+    person.look("after-cancel")
+
+
+def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, server: ComfyServer) -> None:
+    stock = copy.deepcopy(workflow("flux-dev-dropin"))
+    for node in stock["nodes"]:
+        if node["type"] == "RayModelLoader":
+            node.update(type="UNETLoader", inputs=[], title="Load Diffusion Model")
+            node["outputs"][0]["name"] = "MODEL"
+    person.load(stock, "stock")
+    person.set_widgets(**RUN, seed=3)
+    person.view(0.7, (-200, 220))
+    person.look("stock")
+
+    title = "window.app.graph.nodes.find((n) => n.type === 'UNETLoader').pos"
+    person.click_at(person.on_canvas(f"[{title}[0] + 120, {title}[1] - 12]"))
+    person.press("Delete", 46)
+    person.page.wait_for("!window.app.graph.nodes.some((n) => n.type === 'UNETLoader')", timeout=60)
+
+    person.click('[aria-label="Node Library (n)"]')
+    person.click(".side-bar-panel input")
+    person.type("as MODEL (Ray)")
+    entry = person.find(".side-bar-panel [role=treeitem]", "Load Diffusion Model as MODEL (Ray)")
+    free = person.on_canvas("window.app.graph.nodes.find((n) => n.type === 'EmptySD3LatentImage').pos")
+    person.drag(entry, (free[0], free[1] + 150))
+    person.page.wait_for("window.app.graph.nodes.some((n) => n.type === 'RayModelLoader')", timeout=60)
+    person.click('[aria-label="Node Library (n)"]')
+
+    start = person.on_canvas("[...window.app.graph.nodes.find((n) => n.type === 'RayModelLoader').getOutputPos(0)]")
+    end = person.on_canvas("[...window.app.graph.nodes.find((n) => n.type === 'KSampler').getInputPos(0)]")
+    person.drag(start, end)
+    person.page.wait_for("window.app.graph.nodes.find((n) => n.type === 'KSampler').inputs[0].link !== null",
+                         timeout=60)
+    person.set_widgets(unet_name="flux1-dev.safetensors")
+    assert person.problems() == []
+
+    listen(person)
+    person.click('[data-testid="queue-button"]')
+    run = watch(person, PATIENCE, look="dropin")
+    assert run.end["kind"] == "execution_success", run.end
+    assert run.of("b_preview_with_metadata"), "previews come from the workers"
+    assert list(server.directory("output").glob("raylight/flux-dropin*.png"))
+    person.look("dropin-image")

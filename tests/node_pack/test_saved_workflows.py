@@ -1,0 +1,64 @@
+"""Workflows that were saved before open with each value at its input, and are valid."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import execution
+import folder_paths
+import pytest
+import saved
+from definitions import widgets_of
+
+import nodes as comfy_nodes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def definitions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    files = tmp_path_factory.mktemp("models")
+    folders = {"diffusion_models": saved.MODEL, "loras": saved.LORA, "text_encoders": saved.CLIP}
+    with pytest.MonkeyPatch.context() as patch:
+        for folder, name in folders.items():
+            (files / folder).mkdir()
+            (files / folder / name).touch()
+            paths, endings = folder_paths.folder_names_and_paths[folder]
+            patch.setitem(folder_paths.folder_names_and_paths, folder, ([*paths, str(files / folder)], endings))
+        asyncio.run(comfy_nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+        assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
+        yield comfy_nodes.NODE_CLASS_MAPPINGS
+
+
+def opened(workflow: dict[str, Any], definitions: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The prompt that the frontend makes: values go to widgets by place, and links to inputs by name."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        names = [name for name, *_ in widgets_of(definitions[node["type"]])]
+        inputs = dict(zip(names, node["widgets_values"], strict=False))
+        defaults = {name: options.get("default") for name, _, options in widgets_of(definitions[node["type"]])}
+        inputs = {name: inputs.get(name, defaults[name]) for name in names if name != "control_after_generate"}
+        inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.mark.parametrize("initializer", saved.MEANING)
+def test_opens_with_each_value_at_its_input_and_is_valid(definitions: dict[str, Any], initializer: str) -> None:
+    prompt = opened(saved.workflow(initializer), definitions)
+    assert saved.MEANING[initializer].items() <= prompt["1"]["inputs"].items()
+    valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt("old", prompt, None))
+    assert valid, (error, node_errors)
+    assert outputs == ["8"]
+
+
+def test_a_value_that_does_not_fit_is_not_valid(definitions: dict[str, Any]) -> None:
+    """Else the test above would say nothing."""
+    prompt = opened(saved.workflow("RayInitializer"), definitions)
+    prompt["1"]["inputs"]["GPU"] = 3
+    valid, _, _, node_errors = asyncio.run(execution.validate_prompt("old", prompt, None))
+    assert not valid and "makes 2 workers, but GPU = 3" in str(node_errors["1"])
