@@ -63,6 +63,7 @@ def watch(person: Person, timeout: float, until: Any = lambda run: run.end is no
             if width:
                 run.pictures.setdefault(node, set()).add(address)
         if look and run.pictures and run.bars:
+            time.sleep(0.3)  # until it is drawn
             person.look(look)
             look = None
         if until(run):

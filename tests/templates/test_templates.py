@@ -6,13 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from PIL import Image
 
-from raylight.demo.comfy_replies import History
 from raylight.demo.comfy_server import ComfyServer
 from raylight.demo.graphs import Graph
 
@@ -21,6 +17,7 @@ sys.path.append(str(HERE))
 
 import chromium  # noqa: E402
 import official  # noqa: E402
+from compared import compare, run  # noqa: E402
 from files import write_media, write_models  # noqa: E402
 from official_names import UnknownFile  # noqa: E402
 from rewrite import on_workers, probed, shrunk  # noqa: E402
@@ -31,9 +28,6 @@ DEFAULT = "video_wan2_2_14B_t2v flux_dev_full_text_to_image image_qwen_image hun
 # Any others: RAYLIGHT_TEST_TEMPLATES="flux_kontext_dev_basic video_wan2_2_14B_i2v"
 NAMES = os.environ.get("RAYLIGHT_TEST_TEMPLATES", DEFAULT).split()
 BOTH = os.environ.get("RAYLIGHT_TEST_TEMPLATES_STOCK")  # to test the tests: both runs by stock nodes
-TOLERANCE = 1e-4
-PIXEL = 1 / 255
-IN_FILES = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -85,46 +79,3 @@ def test_template_on_workers(name: str, server: ComfyServer, prompts: dict[str, 
     assert expected and [kind for kind, _ in actual] == [kind for kind, _ in expected]
     both = zip(actual, expected, strict=True)
     report_parity(f"{name:40} " + "  ".join(compare(kind, a, e) for (kind, a), (_, e) in both))
-
-
-def run(server: ComfyServer, graph: Graph) -> list[tuple[str, Any]]:
-    """What a prompt gave: its latents and its pictures, in the order of their nodes."""
-    history: History = server.run(graph, timeout=420)
-    outputs = []
-    for node in sorted(history.outputs):
-        for path in server.output_files(history, node):
-            if path.suffix == ".pt":
-                outputs.append((node, torch.load(path)))
-            elif path.suffix in (".png", ".mp4", ".webm", ".webp"):
-                outputs.append((node, frames(path)))
-    # What is nearest to the sampler first: later differences follow from earlier ones.
-    order = {"latent": 0, "image": 1}
-    return sorted(outputs, key=lambda output: order.get(output[0].split()[0], 2))
-
-
-def frames(path: Path) -> list[torch.Tensor]:
-    import av
-    import numpy
-
-    if path.suffix == ".png":
-        return [torch.from_numpy(numpy.array(Image.open(path))).float()]
-    with av.open(str(path)) as container:
-        return [torch.from_numpy(frame.to_ndarray(format="rgb24")).float() for frame in container.decode(video=0)]
-
-
-def compare(node: str, actual: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
-    """Raise where two runs differ; a line of how close they are otherwise."""
-    assert [part.shape for part in actual] == [part.shape for part in expected], node
-    distances = [(a - e).abs() for a, e in zip(actual, expected, strict=True)]
-    spread = max(part.std().item() for part in expected)
-    assert all(part.isfinite().all() for part in expected) and spread > 0, f"{node}: the stock run says nothing"
-    distance, mean = max(d.max().item() for d in distances), max(d.mean().item() for d in distances)
-    if node.startswith("latent"):
-        assert distance / spread <= TOLERANCE, f"{node}: latents differ by {distance / spread:.1e}"
-        return f"{node} {distance / spread:.1e}"
-    if node.startswith("image"):
-        assert distance <= PIXEL, f"{node}: decoded pictures differ by {distance:.1e}"
-        return f"{node} {distance:.1e}"
-    # Files: a video's compression makes more of a small difference, in some places.
-    assert mean <= IN_FILES, f"{node}: files differ by {mean:.1f} of 255"
-    return f"{node} {mean:.2f}/255"
