@@ -57,11 +57,17 @@ def prompts(server: ComfyServer) -> dict[str, Graph]:
         return {template.name: frontend.prompt(template.to_json()) for template in TEMPLATES}
 
 
+@pytest.fixture(scope="module")
+def definitions() -> None:
+    """All nodes in this process, for ComfyUI's own validation."""
+    asyncio.run(comfy_nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
+
+
+@pytest.mark.usefixtures("definitions")
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
 def test_what_the_frontend_makes_of_it_is_valid(template: Any, prompts: dict[str, Graph], tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    asyncio.run(comfy_nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
     prompt = {node: {**entry} for node, entry in prompts[template.name].items()}
     notes = sum(node["type"] == "MarkdownNote" for node in template.to_json()["nodes"])
     assert len(prompt) == len(template.to_json()["nodes"]) - notes
