@@ -30,12 +30,10 @@ class Canvas:
     def line(self, points: Sequence[Point], fill: Color, width: float = 2) -> None:
         self._draw.line([_scaled(point) for point in points], fill, round(width * _SCALE), joint="curve")
 
-    def arrow(self, start: Point, end: Point, fill: Color, *, both: bool = False, width: float = 2.5) -> None:
+    def arrow(self, start: Point, end: Point, fill: Color, width: float = 2.5) -> None:
         """A straight arrow, along one of the axes."""
         self.line((start, end), fill, width)
         self._head(start, end, fill)
-        if both:
-            self._head(end, start, fill)
 
     def polygon(self, points: Sequence[Point], fill: Color) -> None:
         self._draw.polygon([_scaled(point) for point in points], fill)

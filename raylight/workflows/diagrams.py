@@ -49,7 +49,7 @@ def offload(canvas: Canvas, season: int, moving: bool) -> None:
     """The same parts in system memory, from where blocks come to the GPUs."""
     _gpus(canvas, 146, 206)
     for gpu in range(GPUS):
-        canvas.arrow((_middle(gpu), 252), (_middle(gpu), 216), COLORS[gpu], both=False)
+        canvas.arrow((_middle(gpu), 252), (_middle(gpu), 216), COLORS[gpu])
     canvas.box((_LEFT - 10, 258, _RIGHT + 10, 418), outline=SOFT, radius=10)
     _blocks(canvas, 272, 380)
     canvas.text(((_LEFT + _RIGHT) / 2, 400), "system memory", 19, fill=SOFT, centered=True)

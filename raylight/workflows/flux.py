@@ -7,6 +7,7 @@ from .models import DiffusionFile
 from .template import Mode, Template
 from .workflow import Output, Workflow
 
+_TEXT = (models.CLIP_L, models.T5)
 _GLASSHOUSE = ("A glasshouse in a botanical garden early in the morning, mist between the palms, a red bicycle leans "
                "at the iron door, light falls through old panes, photograph, high detail")
 _SEASONS = ("spring, cherry trees in blossom along a quiet canal, soft light, photograph",
@@ -17,7 +18,7 @@ _SKETCH = "Turn this picture into a watercolor painting with soft colors, and ke
 _LINES = "A paper sculpture in soft studio light, white and pale blue, delicate folds, photograph"
 
 
-def _loaded(workflow: Workflow, file: DiffusionFile, init: Output, text: tuple[models.ModelFile, ...] = parts.FLUX_TEXT
+def _loaded(workflow: Workflow, file: DiffusionFile, init: Output, text: tuple[models.ModelFile, ...] = _TEXT
             ) -> tuple[Output, Output, Output]:
     with workflow.group("Step 2 - Models", column=True):
         return (parts.as_actors(workflow, file, init), parts.text_encoder(workflow, "flux", *text),
@@ -39,7 +40,7 @@ def _dev(workflow: Workflow) -> None:
     files = (models.FLUX_DEV,)
     parts.note(workflow, "Flux.1 dev, text to image, on all GPUs",
                "All GPUs sample one image together: each has a part of its tokens.",
-               (*files, *parts.FLUX_TEXT, models.FLUX_VAE), notes.usp(files, guided=False))
+               (*files, *_TEXT, models.FLUX_VAE), notes.usp(files, guided=False))
     actors, clip, decoder = _loaded(workflow, models.FLUX_DEV, parts.workers(workflow))
     with workflow.group("Step 3 - Prompt", column=True):
         positive = parts.prompt(workflow, clip, _GLASSHOUSE)
@@ -53,10 +54,10 @@ def _drop_in(workflow: Workflow) -> None:
     parts.note(workflow, "Flux.1 dev: only the loader is another one",
                "Any workflow becomes parallel this way: Load Diffusion Model as MODEL (Ray) takes the place of Load "
                "Diffusion Model, and all other nodes stay as they are.",
-               (*files, *parts.FLUX_TEXT, models.FLUX_VAE), notes.drop_in(files))
+               (*files, *_TEXT, models.FLUX_VAE), notes.drop_in(files))
     with workflow.group("Step 1 - Models", column=True):
         model = parts.as_model(workflow, models.FLUX_DEV, None)
-        clip = parts.text_encoder(workflow, "flux", *parts.FLUX_TEXT)
+        clip = parts.text_encoder(workflow, "flux", *_TEXT)
         decoder = parts.vae(workflow, models.FLUX_VAE)
     with workflow.group("Step 2 - Prompt", column=True):
         positive = parts.prompt(workflow, clip, _GLASSHOUSE)
@@ -75,7 +76,7 @@ def _data_parallel(workflow: Workflow) -> None:
     files = (models.FLUX_DEV,)
     parts.note(workflow, "Flux.1 dev: a list of prompts, an image on each GPU",
                "Each GPU makes whole images by itself, so GPUs exchange nothing during a step.",
-               (*files, *parts.FLUX_TEXT, models.FLUX_VAE), notes.data_parallel(files, len(_SEASONS)))
+               (*files, *_TEXT, models.FLUX_VAE), notes.data_parallel(files, len(_SEASONS)))
     init = parts.workers(workflow, ulysses_degree=1, dp_degree=0)
     actors, clip, decoder = _loaded(workflow, models.FLUX_DEV, init)
     with workflow.group("Step 3 - Prompts, one for each image", column=True):
@@ -119,7 +120,7 @@ def _controlnet(workflow: Workflow) -> None:
     parts.note(workflow, "Flux.1 dev with a ControlNet, on all GPUs",
                "All GPUs sample one image together. The ControlNet runs once a step in ComfyUI's own process, on its "
                "GPU, and what it says goes to the workers, each its part.",
-               (*files, *parts.FLUX_TEXT, models.FLUX_VAE, models.FLUX_CANNY), notes.usp(files, guided=False))
+               (*files, *_TEXT, models.FLUX_VAE, models.FLUX_CANNY), notes.usp(files, guided=False))
     actors, clip, decoder = _loaded(workflow, models.FLUX_DEV, parts.workers(workflow))
     with workflow.group("Step 3 - Control image", column=True):
         control = workflow.add("ControlNetLoader", files=[models.FLUX_CANNY],

@@ -23,7 +23,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """`url` is where it is downloaded; `page` where a person reads about it."""
+    """A file of a repository, and the folder of ComfyUI that it goes to. The frontend offers to download it."""
 
     name: str
     directory: str
@@ -33,10 +33,6 @@ class ModelFile:
     @property
     def url(self) -> str:
         return f"{_HUB}{self.repository}/resolve/main/{self.path}"
-
-    @property
-    def page(self) -> str:
-        return f"{_HUB}{self.repository}"
 
 
 @dataclass(frozen=True, slots=True)

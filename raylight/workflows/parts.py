@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import layout, models, notes
+from . import layout, notes
 from .models import DiffusionFile, ModelFile
-from .workflow import Node, Output, Workflow
+from .workflow import Output, Workflow
 
 BAD_VIDEO = ("overexposed, static, blurred details, subtitles, painting, still picture, worst quality, low quality, "
              "jpeg artifacts, ugly, deformed, extra fingers, poorly drawn hands, poorly drawn faces, cluttered "
@@ -74,10 +74,3 @@ def save_video(workflow: Workflow, latent: Output, decoder: Output, prefix: str,
         image = workflow.add(kind, samples=latent, vae=decoder, **(tiles or {}))["IMAGE"]
         video = workflow.add("CreateVideo", images=image, fps=fps)["VIDEO"]
         workflow.add("SaveVideo", video=video, filename_prefix=f"video/raylight/{prefix}")
-
-
-def start_image(workflow: Workflow, title: str) -> Node:
-    return workflow.add("LoadImage", title=title)
-
-
-FLUX_TEXT = (models.CLIP_L, models.T5)

@@ -88,7 +88,7 @@ def _wan22_i2v(workflow: Workflow) -> None:
         decoder = parts.vae(workflow, models.WAN21_VAE)
     positive, negative = parts.prompts(workflow, clip, _ALIVE)
     with workflow.group("Step 4 - Image and size", column=True):
-        picture = parts.start_image(workflow, "First frame")["IMAGE"]
+        picture = workflow.add("LoadImage", title="First frame")["IMAGE"]
         video = workflow.add("WanImageToVideo", positive=positive, negative=negative, vae=decoder, start_image=picture,
                              width=640, height=640)
     sampled = _two_samplers(workflow, loaded, video["positive"], video["negative"], video["latent"])
@@ -108,7 +108,7 @@ def _wan22_ti2v(workflow: Workflow) -> None:
         decoder = parts.vae(workflow, models.WAN22_VAE)
     positive, negative = parts.prompts(workflow, clip, _STATION)
     with workflow.group("Step 4 - Image and size", column=True):
-        picture = parts.start_image(workflow, "First frame")["IMAGE"]
+        picture = workflow.add("LoadImage", title="First frame")["IMAGE"]
         latent = workflow.add("Wan22ImageToVideoLatent", vae=decoder, start_image=picture, length=121)["LATENT"]
     with workflow.group("Step 5 - Sample on all GPUs", column=True):
         sampled = workflow.add("KSampler", model=model, positive=positive, negative=negative, latent_image=latent,
@@ -126,7 +126,7 @@ def _vace(title: str, text: str, degrees: str, name: str, **settings: Any) -> An
             decoder = parts.vae(workflow, models.WAN21_VAE)
         positive, negative = parts.prompts(workflow, clip, _ALIVE)
         with workflow.group("Step 4 - Reference and size", column=True):
-            picture = parts.start_image(workflow, "What should be in the video")["IMAGE"]
+            picture = workflow.add("LoadImage", title="What should be in the video")["IMAGE"]
             video = workflow.add("WanVaceToVideo", positive=positive, negative=negative, vae=decoder,
                                  reference_image=picture)
         with workflow.group("Step 5 - Sample on all GPUs", column=True):
