@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import saved
+from newest import of_the_newest
 
 from raylight.demo.comfy_server import ComfyServer
 from raylight.workflows.table import TEMPLATES
@@ -26,7 +27,7 @@ from events import listen, watch  # noqa: E402
 from files import write_models  # noqa: E402
 from person import Person  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [of_the_newest, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PACKS = HERE.parent / "templates" / "packs"
 FOLDERS = ("diffusion_models", "text_encoders", "vae", "loras", "controlnet")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from definitions import inputs_of, is_widget, widgets_of
+from newest import of_the_newest
 from PIL import Image
 
 import nodes as comfy_nodes
@@ -36,6 +37,7 @@ def definitions() -> dict[str, Any]:
     return comfy_nodes.NODE_CLASS_MAPPINGS
 
 
+@of_the_newest
 @each_template
 def test_nodes_are_as_they_are_defined(template: Template, definitions: dict[str, Any]) -> None:
     for node in template.to_json()["nodes"]:
@@ -53,6 +55,7 @@ def test_nodes_are_as_they_are_defined(template: Template, definitions: dict[str
             zip(names, types, strict=True)), where
 
 
+@of_the_newest
 @each_template
 def test_widget_values_fit(template: Template, definitions: dict[str, Any]) -> None:
     for node in template.to_json()["nodes"]:
@@ -125,6 +128,7 @@ def test_the_note_tells_degrees_memory_and_files(template: Template) -> None:
     assert files and all(file["name"] in note and file["url"] in note for file in files)
 
 
+@of_the_newest
 @each_template
 def test_files_and_pages_are_those_of_comfyuis_own_templates(template: Template) -> None:
     official = official_files()

@@ -13,6 +13,7 @@ from typing import Any
 import execution
 import folder_paths
 import pytest
+from newest import of_the_newest
 
 import nodes as comfy_nodes
 from raylight.demo.comfy_server import ComfyServer
@@ -29,7 +30,7 @@ from compared import compare, run  # noqa: E402
 from files import asked, write_media, write_models  # noqa: E402
 from rewrite import probed, shrunk  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [of_the_newest, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Any others but flux-controlnet-usp, whose ControlNet no test makes a file for.
 NAMES = os.environ.get("RAYLIGHT_TEST_WORKFLOWS", "wan2.1-t2v-14b-usp flux-dev-dropin").split()
