@@ -1,15 +1,18 @@
 # Every target but clean sets up what it needs on its first run: an environment in .venv (some GB, minutes) and,
 # unless COMFYUI_PATH or the place of this checkout names a ComfyUI, a copy of one in .comfyui.
+# COMFYUI=0.24 takes a copy of that release instead, with an environment of its own over .venv.
 PYTHON ?= python3
 ARGS ?=
-BOOTSTRAP = $(PYTHON) raylight/setup/bootstrap.py
+COMFYUI ?=
+BOOTSTRAP = $(PYTHON) raylight/setup/bootstrap.py $(if $(COMFYUI),--comfyui $(COMFYUI))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint models workflows screenshots clean
+.PHONY: help setup demo test smoke lint models workflows screenshots clean
 
 help:
 	@echo "make demo                   sample a small model in a real ComfyUI, by stock nodes and by Ray workers"
 	@echo "make test                   run the tests; fewer of them with ARGS=\"-k parity\""
+	@echo "make smoke                  run the few tests that say whether a release of ComfyUI works at all"
 	@echo "make lint                   run ruff"
 	@echo "make models                 write docs/models.md from what the parity matrix measures"
 	@echo "make workflows              write example_workflows anew from raylight/workflows"
@@ -17,6 +20,7 @@ help:
 	@echo "make setup                  only set up what the others need"
 	@echo "make clean                  remove .venv, .comfyui, demo_output, screenshots and caches"
 	@echo
+	@echo "make test COMFYUI=0.24                with that release of ComfyUI: 0.24, 0.27 or 0.30"
 	@echo "COMFYUI_PATH=/my/ComfyUI make demo    with a ComfyUI of yours"
 	@echo "make demo ARGS=\"--help\"               what the demo can do"
 
@@ -28,6 +32,9 @@ demo:
 
 test:
 	@$(BOOTSTRAP) test $(ARGS)
+
+smoke:
+	@$(BOOTSTRAP) smoke $(ARGS)
 
 lint:
 	@$(BOOTSTRAP) lint $(ARGS)
@@ -42,5 +49,5 @@ screenshots:
 	@$(BOOTSTRAP) test tests/browser --screenshots=screenshots $(ARGS)
 
 clean:
-	rm -rf .venv .comfyui demo_output screenshots .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* .comfyui demo_output screenshots .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from raylight.host.release import is_older
 from raylight.setup.report import SetupError, run_tool, say
 
 VARIABLE = "COMFYUI_PATH"
@@ -29,10 +30,12 @@ class SourceDistribution:
 
 
 PINNED = {
+    "0.24.0": SourceDistribution("2.4.0", "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557"),
+    "0.27.0": SourceDistribution("2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
     "0.30.0": SourceDistribution("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
 }
 DEFAULT_VERSION = "0.30.0"
-MINIMUM = "0.30.0"
+"""The newest of them: what Raylight is made for. It is tested with the others as well."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,20 @@ class ComfyUI:
 
     @property
     def is_supported(self) -> bool:
-        """Whether it is MINIMUM or later, or does not say."""
-        numbers = [int(number) for number in re.findall(r"\d+", self.version)[:3]]
-        return not numbers or numbers >= [int(number) for number in MINIMUM.split(".")]
+        """Whether it is new enough for Raylight, or does not say."""
+        return not is_older(self.version)
+
+
+def pinned(release: str) -> str:
+    """The version of PINNED that "0.24" or "0.24.0" names. Raises SetupError where there is none."""
+    found = [version for version in PINNED if release in (version, version.rpartition(".")[0])]
+    if not found:
+        known = ", ".join(version.rpartition(".")[0] for version in PINNED)
+        raise SetupError(
+            f"COMFYUI = {release} is no release of ComfyUI that Raylight is tested with: choose one of {known}, or "
+            f"set {VARIABLE} to a ComfyUI of yours."
+        )
+    return found[0]
 
 
 def looks_like_comfyui(path: Path) -> bool:

@@ -15,6 +15,7 @@ from raylight.setup.report import SetupError, run_tool, say
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 """Pinned, because ComfyUI asks for any version of the three, and only some go together."""
 EXTRAS = ("test", "demo")
+ALL = "PyTorch, ComfyUI's requirements and Ray (some GB, minutes)"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Environment:
             return self._ask("import sys; print('%d.%d' % sys.version_info[:2])")
         except (OSError, subprocess.CalledProcessError) as error:
             raise SetupError(f"{self.python} does not run ({error}). Delete {self.root} and run again.") from error
+
+    def packages(self) -> Path:
+        """Its site-packages."""
+        return Path(self._ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
 
     def has_pip(self) -> bool:
         return self._ask("import importlib.util; print(importlib.util.find_spec('pip') is not None)") == "True"
@@ -83,15 +88,19 @@ def create(environment: Environment) -> None:
 
 @dataclass(frozen=True)
 class Requirements:
-    """All that goes into the environment: requirement files as they are, and single requirements."""
+    """All that goes into the environment: requirement files as they are, and single requirements.
+
+    `below` tells the state of the environment that this one lies over, if it does.
+    """
 
     files: tuple[Path, ...]
     single: tuple[str, ...]
+    below: str = ""
 
     def fingerprint(self, python_version: str) -> str:
         """Changes with whatever could change what is installed."""
         content = [file.read_text("utf-8") for file in self.files]
-        return hashlib.sha256(json.dumps([python_version, self.single, content]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([python_version, self.single, content, self.below]).encode()).hexdigest()
 
 
 def requirements(environment: Environment, checkout: Path, comfyui: Path) -> Requirements:
@@ -103,14 +112,17 @@ def requirements(environment: Environment, checkout: Path, comfyui: Path) -> Req
     return Requirements(files, TORCH + tuple(line for extra in EXTRAS for line in extras[extra]))
 
 
-def install(environment: Environment, wanted: Requirements) -> bool:
-    """Bring the environment up to date, by one call of pip or by none. Returns whether pip was called."""
+def install(environment: Environment, wanted: Requirements, what: str = ALL) -> bool:
+    """Bring the environment up to date, by one call of pip or by none. Returns whether pip was called.
+
+    `what` is said to be installed.
+    """
     fingerprint = wanted.fingerprint(environment.version())
     if environment.stamp.exists() and environment.stamp.read_text("utf-8").strip() == fingerprint:
         return False
     # Away before the first change, back after the last: what an interrupted run leaves is never taken for complete.
     environment.stamp.unlink(missing_ok=True)
-    say(f"installing PyTorch, ComfyUI's requirements and Ray into {environment.root.name} (some GB, minutes)")
+    say(f"installing {what} into {environment.root.name}")
     command = [str(environment.python), "-m", "pip", "install", *dict.fromkeys(wanted.single)]
     for file in wanted.files:
         command += ["--requirement", str(file)]

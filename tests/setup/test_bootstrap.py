@@ -41,7 +41,9 @@ def test_rejects_a_wrong_comfyui_path_before_it_makes_anything(tmp_path: Path) -
     assert "environment" not in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["setup", "more"], ["comfyui-path", "more"]])
+@pytest.mark.parametrize("arguments", [
+    [], ["nonsense"], ["setup", "more"], ["comfyui-path", "more"], ["--comfyui"], ["--comfyui", "0.24"],
+])
 def test_rejects_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert bootstrap.main(arguments) == 2
     assert "COMMAND" in capsys.readouterr().err
@@ -57,7 +59,10 @@ def test_rejects_an_old_python() -> None:
 def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path, dict[str, str]]]:
     """Pretend that all is set up, and collect what would be run."""
     runs: list[tuple[list[str], Path, dict[str, str]]] = []
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
     monkeypatch.setattr(bootstrap, "set_up", lambda _: (ComfyUI(tmp_path, "here"), Environment(tmp_path / "venv")))
+    monkeypatch.setattr(bootstrap, "set_up_release", lambda checkout, release, *_: (
+        ComfyUI(tmp_path / release, "here"), Environment(tmp_path / f"venv-{release}")))
     monkeypatch.setattr(bootstrap, "run_child", lambda command, cwd, environ: runs.append((command, cwd, environ)) or 5)
     return runs
 
@@ -71,6 +76,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[st
         (["test", "-k", "tests"], ["-m", "pytest", "-q", "tests", "-k", "tests"]),
         (["test", "-x", "tests/setup"], ["-m", "pytest", "-q", "-x", "tests/setup"]),
         (["test", "tests/setup/test_link.py::t"], ["-m", "pytest", "-q", "tests/setup/test_link.py::t"]),
+        (["smoke"], ["-m", "pytest", "-q", "-m", "smoke", "tests"]),
         (["lint"], ["-m", "ruff", "check"]),
     ],
 )
@@ -81,6 +87,26 @@ def test_runs_the_program_with_the_environment(
     ((command, cwd, environ),) = ready
     assert command == [str(Environment(tmp_path / "venv").python), *program]
     assert cwd == ROOT and environ["COMFYUI_PATH"] == str(tmp_path)
+
+
+def test_runs_with_a_release(ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path) -> None:
+    assert bootstrap.main(["--comfyui", "0.24", "test", "-x"]) == 5
+    ((command, _, environ),) = ready
+    assert command[0] == str(Environment(tmp_path / "venv-0.24").python)
+    assert environ["COMFYUI_PATH"] == str(tmp_path / "0.24")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--comfyui", "0.25", "setup"], "COMFYUI = 0.25 is no release"),
+    (["--comfyui", "0.24", "setup"], "COMFYUI = 0.24 asks for a release of ComfyUI, and COMFYUI_PATH for yours in /my"),
+])
+def test_rejects_a_release_before_it_makes_anything(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMFYUI_PATH", "/my")
+    monkeypatch.delattr(bootstrap, "set_up")
+    assert bootstrap.main(arguments) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_setup_runs_nothing_more(ready: list[tuple[list[str], Path, dict[str, str]]]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from raylight.host.release import MINIMUM
 from raylight.setup import comfyui
 from raylight.setup.report import SetupError
 
@@ -88,6 +89,23 @@ def test_version(tmp_path: Path) -> None:
     assert not found.is_supported
     (root / "comfyui_version.py").unlink()
     assert "unknown" in found.version and found.is_supported
+
+
+def test_releases_by_name() -> None:
+    assert comfyui.pinned("0.24") == comfyui.pinned("0.24.0") == "0.24.0"
+    assert comfyui.pinned("0.30") == comfyui.DEFAULT_VERSION == list(comfyui.PINNED)[-1]
+    assert list(comfyui.PINNED)[0] == MINIMUM, "the oldest release that is tested is the oldest that is promised"
+
+
+@pytest.mark.parametrize("name", ["0.2", "0", "", "0.25", "/my/ComfyUI"])
+def test_rejects_an_unknown_release(name: str) -> None:
+    with pytest.raises(SetupError, match=f"COMFYUI = {name} is no release .* choose one of 0.24, 0.27, 0.30"):
+        comfyui.pinned(name)
+
+
+def test_the_registry_is_told_the_same_minimum() -> None:
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    assert f'requires-comfyui = ">={MINIMUM}"' in text
 
 
 def test_unpacks_only_comfyui(tmp_path: Path) -> None:
