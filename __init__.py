@@ -9,6 +9,10 @@ _ROOT = os.path.dirname(os.path.realpath(__file__))
 if _ROOT not in sys.path:
     sys.path.append(_ROOT)
 
+from raylight.host import start  # noqa: E402
+
+start.announce()  # before the nodes: a ComfyUI that is too old for them should at least say so
+
 from .nodes import comfy_entrypoint  # noqa: E402
 
 WEB_DIRECTORY = "./nodes/web"  # a help page for each node, in docs/

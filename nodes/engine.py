@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from raylight.host import start
+
 
 def driver() -> ModuleType:
-    """`raylight.host.driver`. Raises RuntimeError, saying what to install, where Ray is missing."""
+    """`raylight.host.driver`. Raises RuntimeError, saying what to install, where a package is missing."""
     try:
         # Not at module scope: Ray and torch.distributed would slow every start of ComfyUI.
         from raylight.host import driver
     except ModuleNotFoundError as error:
-        if error.name != "ray":
+        if error.name not in start.REQUIRED:
             raise
-        raise RuntimeError(
-            "Raylight needs the Python package ray: in ComfyUI's Python environment, run "
-            "`pip install -r requirements.txt` in Raylight's folder, and restart ComfyUI"
-        ) from error
+        raise RuntimeError(start.advice([error.name])) from error
     return driver
