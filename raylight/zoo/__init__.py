@@ -9,11 +9,20 @@ import functools
 import importlib
 import pkgutil
 
+from raylight.host.release import is_older, running
+
 from .family import Family
 
 
 @functools.cache
 def families() -> dict[str, Family]:
+    """Every family of this folder that the ComfyUI here can run, by name."""
+    return {name: family for name, family in all_families().items()
+            if not (family.since and is_older(running(), family.since))}
+
+
+@functools.cache
+def all_families() -> dict[str, Family]:
     """Every family of this folder, by name."""
     found: dict[str, Family] = {}
     for info in pkgutil.iter_modules(__path__):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Draw, Family
+from .family import Draw, Family, since
 from .patched import _mixed, patched
 
 BASE = {
@@ -59,7 +59,8 @@ FAMILIES = (
     Family("Cosmos I2V", "CosmosI2V", BASE | {"in_channels": 17}, {"image, batch of two": image_to_video}),
     Family("Cosmos Predict2 T2I", "CosmosT2IPredict2", PREDICT2, {
         "text, batch of two": one_image,
-        "patches": patched(one_image, attn1_patch=before_attention, attn2_patch=before_attention, mlp_patch=before_mlp),
+        **since("0.30.0", {"patches": patched(one_image, attn1_patch=before_attention, attn2_patch=before_attention,
+                                              mlp_patch=before_mlp)}),
     }),
     Family("Cosmos Predict2 I2V", "CosmosI2VPredict2", PREDICT2 | {"in_channels": 17},
            {"image": image_to_video, "timestep per frame": first_frame_kept}),

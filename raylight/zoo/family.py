@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.supported_models
 import torch
 from comfy.model_base import BaseModel
 from torch import Tensor
+
+from raylight.host.release import is_older, running
+
+T = TypeVar("T")
+
+
+def since(release: str, entries: dict[str, T]) -> dict[str, T]:
+    """Situations or settings that a ComfyUI before this release does not know; there, none."""
+    return {} if is_older(running(), release) else entries
 
 
 class Draw:
@@ -29,7 +38,8 @@ class Family:
     `config` names its class there; `unet_config` is what ComfyUI's detection would find in such a file.
     Each of `calls` makes the arguments of `BaseModel.apply_model` for one situation, in sizes that do not divide:
     `x`, `t` (sigma, (B,)), and what the model's conditioning becomes (`c_crossattn`, `y`, `ref_latents`, ...).
-    `prepare` sets what random weights do not; `weights` are those that the class itself takes from a file.
+    `prepare` sets what random weights do not; `weights` are those that the class itself takes from a file. Before the
+    release `since` ComfyUI has no such model, or cannot run it.
     """
 
     name: str
@@ -38,6 +48,7 @@ class Family:
     calls: Mapping[str, Callable[[Draw], dict[str, Any]]]
     prepare: Callable[[BaseModel], None] = field(default=lambda model: None)
     weights: Callable[[], dict[str, Tensor]] = field(default=dict)
+    since: str = ""
 
     def build(self, seed: int = 0) -> BaseModel:
         """The model in float32 on the CPU, the same for the same seed."""

@@ -27,5 +27,5 @@ FAMILIES = (
     Family("JoyImage Edit", "JoyImage", BASE, {
         "text, batch of two": text, "references": references,
         "replaced blocks": patched(references, {("double_block", 0): replaced_block}),
-    }),
+    }, since="0.30.0"),
 )

@@ -27,5 +27,5 @@ FAMILIES = (
     Family("Mage-Flow", "MageFlow", BASE, {
         "text, batch of two": text, "references": references,
         **joint_patches(text, single_blocks=False, after_blocks=True),
-    }),
+    }, since="0.30.0"),
 )

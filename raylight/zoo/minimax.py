@@ -45,5 +45,5 @@ FAMILIES = (
     Family("MiniMax H3", "MiniMaxH3", BASE, {
         "video and audio": video_and_audio, "vision tokens in the text": mixed_text,
         "replaced blocks": patched(video_and_audio, {("double_block", 0): scaled_block}),
-    }, prepare=set_frequencies),
+    }, prepare=set_frequencies, since="0.30.0"),
 )

@@ -30,4 +30,7 @@ def references(draw: Draw) -> dict[str, Any]:
 
 CALLS = {"text, batch of two": text, "references": references}
 
-FAMILIES = (Family("OmniGen 2", "Omnigen2", BASE, CALLS), Family("Boogu", "Boogu", BOOGU, CALLS))
+FAMILIES = (
+    Family("OmniGen 2", "Omnigen2", BASE, CALLS),
+    Family("Boogu", "Boogu", BOOGU, CALLS, since="0.27.0"),
+)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .family import Draw, Family
+from .family import Draw, Family, since
 
 BASE = {
     "image_model": "pixeldit_t2i", "num_groups": 5, "hidden_size": 80, "pixel_hidden_size": 8,
@@ -14,7 +14,7 @@ BASE = {
     "txt_max_length": 20,
 }
 PID = BASE | {"image_model": "pid", "patch_depth": 4, "lq_hidden_dim": 16, "lq_num_res_blocks": 1, "lq_interval": 2,
-              "pit_lq_inject": True}
+              **since("0.30.0", {"pit_lq_inject": True})}
 
 
 def text(draw: Draw) -> dict[str, Any]:

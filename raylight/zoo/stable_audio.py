@@ -41,5 +41,5 @@ def set_frequencies(model: BaseModel) -> None:
 
 FAMILIES = (
     Family("Stable Audio 3", "StableAudio3", BASE, {"text, batch of two": text}, prepare=set_frequencies,
-           weights=embedder_weights),
+           weights=embedder_weights, since="0.27.0"),  # 0.24 has it, but not for grouped queries
 )

@@ -33,7 +33,9 @@ def render(passed: Mapping[str, Iterable[str]], meshes: Iterable[str], tolerance
     rows = []
     for name, calls in passed.items():
         model = plan_for(families()[name].build().diffusion_model).model
-        rows.append(f"| {name} | `{model.rpartition('.')[2]}` | {'; '.join(calls)} |")
+        since = families()[name].since
+        note = f" (from ComfyUI {since.rpartition('.')[0]} on)" if since else ""
+        rows.append(f"| {name}{note} | `{model.rpartition('.')[2]}` | {'; '.join(calls)} |")
     exceptions = [f"| {name} | {reason} |" for name, reason in sorted(EXCEPTIONS.items())]
     head = HEAD.format(meshes="; ".join(meshes), tolerance=tolerance)
     return head + "\n".join(rows) + "\n" + EXCEPTIONS_HEAD + "\n".join(exceptions) + "\n"

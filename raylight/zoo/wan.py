@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .family import Draw, Family
+from .family import Draw, Family, since
 from .patched import after_block, on_attention, patched, replaced_block
 
 BASE = {
@@ -34,7 +34,7 @@ def image_to_video(draw: Draw) -> dict[str, Any]:
 FAMILIES = (
     Family("Wan T2V", "WAN21_T2V", BASE | {"model_type": "t2v", "in_dim": 16},
            {"text": text_to_video, "batch of two, odd size": batch_of_two,
-            "patch after blocks": patched(text_to_video, double_block=after_block),
+            **since("0.30.0", {"patch after blocks": patched(text_to_video, double_block=after_block)}),
             "replaced blocks": patched(text_to_video, {("double_block", 0): replaced_block,
                                                        ("double_block", 1): replaced_block}),
             "attention patches": patched(text_to_video, attn1_patch=on_attention, attn2_patch=on_attention)}),
