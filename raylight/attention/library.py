@@ -33,7 +33,8 @@ class Library:
 
     `capabilities` are the lowest and the highest CUDA compute capability (None: no upper bound); `head_sizes` those
     it takes; `attribute`, where given, is a function that older versions of the module do not have. `key_block` is the
-    number of keys of which it needs a multiple: others it pads without masking what it pads.
+    number of keys of which it needs a multiple: others it pads without masking what it pads. `through` is the package
+    by which it is called, where it is not called directly.
     """
 
     module: str
@@ -45,6 +46,7 @@ class Library:
     attribute: str = ""
     rocm: bool = False
     key_block: Callable[[], int] = lambda: 1
+    through: str = ""
 
     def missing(self) -> str | None:
         """Why it cannot be used in this environment, or None. Imports nothing but what `attribute` is looked up in."""
@@ -53,6 +55,9 @@ class Library:
         if self.attribute and not hasattr(importlib.import_module(self.module), self.attribute):
             version = importlib.metadata.version(self.module)
             return f"{self.module} {version} is installed, which does not have it: {self.install}"
+        if self.through and importlib.util.find_spec(self.through) is None:
+            return (f"it is called through the Python package {self.through}, which is not installed: "
+                    f"run pip install --no-deps {self.through}")
         return None
 
     def unsupported(self, device: torch.device) -> str | None:
@@ -171,13 +176,17 @@ def _sage_key_block() -> int:
 _SAGE_2 = "install SageAttention 2 (https://github.com/thu-ml/SageAttention)"
 _SAGE_SIZES = (64, 96, 128)
 
+YUNCHANG = "yunchang"
+
 LIBRARIES = {
-    "AITER": Library("aiter", "see https://github.com/ROCm/aiter", _yunchang("AITER"), rocm=True),
-    "FA": Library("flash_attn", "run pip install flash-attn --no-build-isolation", _yunchang("FA")),
+    "AITER": Library("aiter", "see https://github.com/ROCm/aiter", _yunchang("AITER"), rocm=True,
+                     through=YUNCHANG),
+    "FA": Library("flash_attn", "run pip install flash-attn --no-build-isolation", _yunchang("FA"),
+                  through=YUNCHANG),
     "FA3": Library("flash_attn_interface", "see FlashAttention-3 at https://github.com/Dao-AILab/flash-attention",
-                   _yunchang("FA3"), capabilities=((9, 0), (9, 0))),
+                   _yunchang("FA3"), capabilities=((9, 0), (9, 0)), through=YUNCHANG),
     "FLASHINFER": Library("flashinfer", "run pip install flashinfer-python", _yunchang("FLASHINFER", whole_batch=False),
-                          head_sizes=(64, 128, 256)),
+                          head_sizes=(64, 128, 256), through=YUNCHANG),
     "SAGE_AUTO": Library("sageattention", "run pip install sageattention", _sage("sageattn"), head_sizes=_SAGE_SIZES,
                          key_block=_sage_key_block),
     "SAGE_FP16": Library("sageattention", _SAGE_2, _sage("sageattn_qk_int8_pv_fp16_cuda", pv_accum_dtype="fp32"),

@@ -24,6 +24,14 @@ logger = logging.getLogger(__name__)
 OURS, YUNCHANG, XFUSER = "raylight", "yunchang", "xfuser"
 NAMES = (OURS, YUNCHANG, XFUSER)
 
+# Either asks for a torch, which pip may replace to give it to them.
+_YUNCHANG_INSTALL = "run pip install --no-deps yunchang"
+_INSTALL = {
+    YUNCHANG: {YUNCHANG: _YUNCHANG_INSTALL},
+    XFUSER: {XFUSER: "install it as docs/compatibility.md of Raylight says, so that torch stays as it is",
+             YUNCHANG: _YUNCHANG_INSTALL},
+}
+
 _KERNELS = ("TORCH", "TORCH_FLASH", "TORCH_EFFICIENT", "TORCH_CUDNN", "FA", "FA3")
 _NO_RING = ("TORCH", "TORCH_CUDNN")
 
@@ -34,8 +42,10 @@ def check_available(name: str, kernel: str, ring_degree: int, has_gpu: bool) -> 
         return
     if name not in NAMES:
         raise ValueError(f"sequence_attention = {name} is not known: choose one of {', '.join(NAMES)}")
-    if importlib.util.find_spec(name) is None:
-        raise ValueError(f"sequence_attention = {name}: run pip install {name}, or choose {OURS}")
+    for package, install in _INSTALL[name].items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"sequence_attention = {name} needs the Python package {package}: {install}, or choose "
+                             f"{OURS}")
     if name == XFUSER and not has_gpu:
         raise ValueError(f"sequence_attention = {XFUSER} needs a GPU: choose {OURS}")
     if kernel not in (AUTO, *_KERNELS):

@@ -76,6 +76,14 @@ def test_says_what_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         kernels.check_available(name)
 
 
+@pytest.mark.parametrize("name", ["AITER", "FA", "FA3", "FLASHINFER"])
+def test_says_that_yunchang_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda module: None if module == "yunchang" else module)
+    with pytest.raises(ValueError, match=f"{name}: it is called through the Python package yunchang, which is not "
+                                         "installed: run pip install --no-deps yunchang; or choose auto"):
+        kernels.check_available(name)
+
+
 def test_says_what_to_choose_instead() -> None:
     with pytest.raises(ValueError, match="SPARSE_SAGE needs parameters .*: choose one of auto, TORCH, TORCH_FLASH"):
         kernels.check_available("SPARSE_SAGE")

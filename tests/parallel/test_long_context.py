@@ -49,6 +49,18 @@ def test_refuses(arguments: tuple[str, str, int, bool], message: str) -> None:
         long_context.check_available(*arguments)
 
 
+@pytest.mark.parametrize(("name", "absent", "message"), [
+    ("yunchang", "yunchang", "yunchang needs the Python package yunchang: run pip install --no-deps yunchang"),
+    ("xfuser", "xfuser", "xfuser needs the Python package xfuser: install it as .* says, so that torch stays as it is"),
+    ("xfuser", "yunchang", "xfuser needs the Python package yunchang: run pip install --no-deps yunchang"),
+])
+def test_says_what_is_missing(name: str, absent: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = long_context.importlib.util.find_spec
+    monkeypatch.setattr(long_context.importlib.util, "find_spec", lambda m: None if m == absent else there(m))
+    with pytest.raises(ValueError, match=message):
+        long_context.check_available(name, "TORCH", 1, True)
+
+
 def test_accepts() -> None:
     long_context.check_available("raylight", "SAGE_FP16", 4, False)
     long_context.check_available("yunchang", "TORCH", 1, False)
