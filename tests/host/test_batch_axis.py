@@ -54,9 +54,11 @@ CHOICES = [(mesh, sharding, batch, name)
            for name in (list(SETS) if batch == 3 and sharding == WHOLE else list(SETS)[:2])]
 CHOICES += [(MeshShape(batch=2, ulysses=2), WHOLE, batch, "same length") for batch in (1, 2)]
 CHOICES += [(MeshShape(batch=2, ulysses=2), SHARDED, 1, "other length")]
+SMOKE = (MeshShape(batch=2), WHOLE, 1, "same length")
 
 
-@pytest.mark.parametrize(("mesh", "sharding", "batch", "name"), CHOICES)
+@pytest.mark.parametrize(("mesh", "sharding", "batch", "name"), [
+    pytest.param(*choice, marks=[pytest.mark.smoke] if choice == SMOKE else []) for choice in CHOICES])
 def test_equals_comfyui(mesh: MeshShape, sharding: str, batch: int, name: str, path: Path, stock: ModelPatcher,
                         results: dict) -> None:
     shape = (batch, 16, 10, 13)

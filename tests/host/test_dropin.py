@@ -47,8 +47,12 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("sampler", "set_up"), [*itertools.product(SAMPLERS, SETUPS),
-                                                 *itertools.product(SAMPLERS[:1], MORE_SETUPS)])
+RUNS = [*itertools.product(SAMPLERS, SETUPS), *itertools.product(SAMPLERS[:1], MORE_SETUPS)]
+SMOKE = [("euler", "plain"), ("euler_ancestral", "skipped_layers")]
+
+
+@pytest.mark.parametrize(("sampler", "set_up"), [
+    pytest.param(*run, marks=[pytest.mark.smoke] if run in SMOKE else []) for run in RUNS])
 def test_equals_comfyui(sampler: str, set_up: str, stock: ModelPatcher, dropin: ModelPatcher,
                         caplog: pytest.LogCaptureFixture) -> None:
     make = (SETUPS | MORE_SETUPS)[set_up]
@@ -107,7 +111,7 @@ def test_a_model_of_comfyui_is_taken_over_with_what_is_on_it(stays_here: bool, s
     assert _error(actual, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [WHOLE, pytest.param(SHARDED, marks=pytest.mark.smoke)])
 def test_a_lora_by_comfyuis_loader_reaches_the_workers(sharding: str, stock: ModelPatcher, path: Path) -> None:
     dropin = driver.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding)))
     shapes = {name: tuple(weight.shape) for name, weight in stock.model.named_parameters()}

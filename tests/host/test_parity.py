@@ -14,6 +14,11 @@ from raylight.host.recipe import SHARDED, WEIGHT_DTYPES, ModelRecipe
 from raylight.parallel.shape import MeshShape
 
 TOLERANCE = 1e-4
+SMOKE = ("Wan T2V", "Wan T2V by yunchang", "Wan T2V, FSDP", "Flux, FSDP, offloaded, batch of 2",
+         "Flux, regional prompts")
+# The worker count changes slowest, so that all models share the workers of one count.
+RUNS = [pytest.param(name, world, marks=[pytest.mark.smoke] if world == 2 and name in SMOKE else [])
+        for world in (2, 3) for name in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-# The worker count changes slowest, so that all models share the workers of one count.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("name", "world"), RUNS)
 def test_parity(name: str, world: int, folder: Path, report_parity, stock_results) -> None:
     case = CASES[name]
     path = checkpoint(folder, case)

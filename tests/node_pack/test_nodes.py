@@ -63,6 +63,7 @@ def declared(node: Any) -> dict[str, tuple]:
     return inputs.get("required", {}) | inputs.get("optional", {})
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("node_id", INPUTS)
 def test_ids_and_input_order_are_those_of_saved_workflows(pack: dict[str, Any], node_id: str) -> None:
     assert list(declared(pack[node_id])) == INPUTS[node_id]
@@ -77,6 +78,7 @@ def test_everything_has_help(pack: dict[str, Any], node_id: str) -> None:
     assert [o.id for o in schema.outputs if not o.tooltip] == []
 
 
+@pytest.mark.smoke
 def test_link_types(pack: dict[str, Any]) -> None:
     assert pack["RayInitializer"].RETURN_TYPES == ["RAY_ACTORS_INIT"]
     assert pack["RayUNETLoader"].RETURN_TYPES == ["RAY_ACTORS"]

@@ -15,6 +15,7 @@ import pytest
 import nodes as comfy_nodes
 from raylight.host import release, start
 
+pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parents[2]
 HOST = Path(comfy_nodes.__file__).parent
 LARGEST_SECONDS = 0.5

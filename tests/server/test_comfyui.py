@@ -29,7 +29,7 @@ JOB = Sampling("wan.safetensors", width=144, height=112, frames=5, steps=4)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     work = tmp_path_factory.mktemp("comfyui")
-    models, prompts = work / "models", work / "datasets"
+    models, prompts = work / "models", work / "output"
     write_checkpoint(models / "wan.safetensors", "wan-t2v", heads=3)
     write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
     write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
@@ -65,6 +65,7 @@ def progress(listener: Listener, prompt: str) -> list[int]:
             if event.data["prompt_id"] == prompt and event.data["node"] == "sample"]
 
 
+@pytest.mark.smoke
 def test_progress_previews_and_the_picture(server: ComfyServer, reference: torch.Tensor) -> None:
     with server.listen() as listener:
         prompt = server.submit(on_workers(JOB, 2))
@@ -114,11 +115,12 @@ def test_another_number_of_workers_starts_anew(server: ComfyServer, reference: t
     assert started(server) == before + 1
 
 
+@pytest.mark.smoke
 def test_a_ring_gives_the_same_picture(server: ComfyServer, reference: torch.Tensor) -> None:
     assert_same(latent(server, on_workers(JOB, 2, ulysses_degree=1, ring_degree=2)), reference)
 
 
-@pytest.mark.parametrize("FSDP", [False, True])
+@pytest.mark.parametrize("FSDP", [False, pytest.param(True, marks=pytest.mark.smoke)])
 def test_loras_in_a_graph(FSDP: bool, server: ComfyServer, reference: torch.Tensor) -> None:
     plain = stock(JOB)
     for index, (name, strength) in enumerate(LORAS):
@@ -170,6 +172,7 @@ def test_rejects_a_broken_file_and_goes_on(server: ComfyServer, reference: torch
     assert_same(latent(server, on_workers(JOB, 2)), reference)
 
 
+@pytest.mark.smoke
 def test_all_nodes_are_there(server: ComfyServer) -> None:
     for node in ("RayInitializer", "RayInitializerAdvanced", "RayUNETLoader", "RayLoraLoader",
                  "XFuserKSamplerAdvanced"):

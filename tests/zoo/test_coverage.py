@@ -12,6 +12,7 @@ from raylight.plans.exceptions import EXCEPTIONS
 from raylight.setup.comfyui import DEFAULT_VERSION
 from raylight.zoo import all_families, families
 
+pytestmark = pytest.mark.smoke
 KNOWN = [model.__name__ for model in comfy.supported_models.models]
 TESTED = {family.config for family in all_families().values()}
 LACKING = {"0.24": {"StableAudio3"}}
