@@ -87,6 +87,8 @@ class _AssigningPatcher(comfy.model_patcher.ModelPatcher):
 
     def __init__(self, model: BaseModel, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
+        # ComfyUI 0.30 does this itself. Before, what is assigned would have to be able to have a gradient.
+        model.diffusion_model.requires_grad_(False)
         self.dtypes = {name: parameter.dtype for name, parameter in model.diffusion_model.named_parameters()}
         sizes: dict[str, int] = {}
 
