@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
     work = options.output / "comfyui"
     shutil.rmtree(work, ignore_errors=True)
-    models, prompts = work / "models", work / "output"
+    models, prompts = work / "models", work / "datasets"
     print("writing a small Wan checkpoint with random weights", flush=True)
     _write_checkpoint(models / MODEL)
     write_prompt(prompts / "positive", random_prompt(24, 4096, seed=1))

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
 import time
@@ -18,6 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from raylight.host.release import is_older
+from raylight.setup.comfyui import ComfyUI
 
 from .comfy_listener import Listener
 from .comfy_process import ComfyProcess
@@ -75,6 +79,7 @@ class ComfyServer:
         began = time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_bytes(b"")
+        self._bring_datasets()
         self.port = _free_port()
         environ = os.environ | {"PYTHONUNBUFFERED": "1"} | self._environ
         self._process = ComfyProcess(self._command(), cwd=self.comfyui, environ=environ, log=self.log)
@@ -84,6 +89,12 @@ class ComfyServer:
             self.stop()
             raise
         logger.info("ComfyUI answers on port %d after %.1f s", self.port, time.monotonic() - began)
+
+    def _bring_datasets(self) -> None:
+        """ComfyUI before 0.30 looks for them in its output directory only."""
+        source = self._model_paths.get("datasets")
+        if source is not None and is_older(ComfyUI(self.comfyui, "").version, "0.30.0"):
+            shutil.copytree(source, self.directory("output"), dirs_exist_ok=True)
 
     def stop(self) -> None:
         """End it: ask, insist, kill. Nothing that it started is left. Does nothing when it is not running."""

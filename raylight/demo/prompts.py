@@ -1,7 +1,6 @@
 """Stored conditioning: what a text encoder would give, at random, for ComfyUI's own Load Training Dataset node.
 
 A text encoder of the real size is gigabytes; its output is a small tensor, and ComfyUI can load one.
-The node looks in folders of the kind "datasets"; that of ComfyUI before 0.30 in the output folder only.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ JOB = Sampling("wan.safetensors", width=144, height=112, frames=5, steps=4)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     work = tmp_path_factory.mktemp("comfyui")
-    models, prompts = work / "models", work / "output"
+    models, prompts = work / "models", work / "datasets"
     write_checkpoint(models / "wan.safetensors", "wan-t2v", heads=3)
     write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
     write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))

@@ -29,7 +29,7 @@ PACK = Path(__file__).resolve().parents[1] / "support" / "foreign_pack"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     work = tmp_path_factory.mktemp("comfyui")
-    models, prompts, packs = work / "models", work / "output", work / "packs"
+    models, prompts, packs = work / "models", work / "datasets", work / "packs"
     write_checkpoint(models / "wan.safetensors", "wan-t2v", heads=3)
     write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
     write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
