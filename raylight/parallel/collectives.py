@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,24 +14,17 @@ from .pulse import beat
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def exchange(pieces: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]],
-             group: dist.ProcessGroup) -> list[list[Tensor]]:
-    """All-to-all of several tensors in one collective.
+def start_exchange(sent: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int],
+                   group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
+    """Begin an all-to-all beside the computation; what arrives is there after `wait` of the work.
 
-    `pieces[d]` are the tensors for rank d of the group; `shapes[s]` are the shapes of those that rank s sends here.
-    Returns the received tensors, by sender. All tensors have one dtype and device.
+    `sent` (elements,) holds `send_counts[d]` elements for rank d of the group, one after the other; the result holds
+    `receive_counts[s]` elements of rank s likewise.
     """
     beat()
-    flat = [torch.cat([t.reshape(-1) for t in row]) for row in pieces]
-    send_counts = [t.numel() for t in flat]
-    counts = [[math.prod(shape) for shape in row] for row in shapes]
-    receive_counts = [sum(row) for row in counts]
-    received = flat[0].new_empty(sum(receive_counts))
-    dist.all_to_all_single(received, torch.cat(flat), receive_counts, send_counts, group=group)
-    result = []
-    for block, row_counts, row_shapes in zip(received.split(receive_counts), counts, shapes, strict=True):
-        result.append([t.view(shape) for t, shape in zip(block.split(row_counts), row_shapes, strict=True)])
-    return result
+    received = sent.new_empty(sum(receive_counts))
+    work = dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts), group=group, async_op=True)
+    return received, work
 
 
 def all_gather(local: Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup) -> Tensor:

@@ -18,7 +18,7 @@ from raylight.attention.lse import Partial, merge
 
 from .attention import Kernel
 from .partition import offsets
-from .ulysses import UlyssesAttention
+from .ulysses import PARTS, UlyssesAttention
 
 
 class LseKernel(Kernel, Protocol):
@@ -84,9 +84,11 @@ class HybridAttention:
     """Ulysses within each row of a mesh of ring x Ulysses, the ring between rows."""
 
     def __init__(self, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup) -> None:
-        self._ulysses, self._ring = UlyssesAttention(ulysses), RingAttention(ring)
-        self._row = dist.get_rank(ring)
         self._width, self._rows = dist.get_world_size(ulysses), dist.get_world_size(ring)
+        # A ring already has its exchange beside its computation.
+        self._ulysses = UlyssesAttention(ulysses, parts=1 if self._rows > 1 else PARTS)
+        self._ring = RingAttention(ring)
+        self._row = dist.get_rank(ring)
 
     def __call__(self, kernel: LseKernel, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int],
                  mask: Tensor | None, scale: float | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Ulysses attention: trade tokens for heads, attend over the whole sequence, trade back.
 
 DeepSpeed Ulysses (Jacobs et al. 2023, arXiv 2309.14509), for any token count and any head count of
-at least one per rank: pieces are uneven instead of padded.
+at least one per rank: pieces are uneven instead of padded. A large exchange goes in two parts, some heads each, so
+that one travels while attention of the other is computed.
 """
 
 from __future__ import annotations
@@ -13,56 +14,74 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .attention import Kernel
-from .collectives import exchange
-from .partition import offsets, partition
+from .collectives import start_exchange
+from .packing import Share, packed_heads, packed_tokens, place_heads, shares, unpacked_heads
+
+PARTS = 2
+LARGE = 16 * 2**20  # bytes that come to each rank: below it, a second launch of everything costs more than it hides
 
 
 class UlyssesAttention:
-    """The exchange of one Ulysses group."""
+    """The exchange of one Ulysses group. Exchanges of at least `large` bytes go in `parts`."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, large: int = LARGE, parts: int = PARTS) -> None:
         self._group = group
         self._rank = dist.get_rank(group)
         self._degree = dist.get_world_size(group)
+        self._large, self._parts = large, parts
 
     def __call__(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int],
                  mask: Tensor | None, scale: float | None) -> Tensor:
         """q (B, H, S_r, D), k and v (B, Hkv, S_r, D) of this rank's tokens; returns (B, H, S_r, D)."""
         if self._degree == 1:
             return kernel(q, k, v, mask, scale)
-        batch, heads, _, width = q.shape
+        batch, heads, length, _ = q.shape
         if heads < self._degree:
             raise ValueError(
                 f"{heads} attention heads cannot be split over a Ulysses degree of {self._degree}: "
                 f"choose a degree of at most {heads}"
             )
         group = heads // k.shape[1]
-        split = partition(heads, self._degree)
-        # The key heads of each rank's query heads; a group of queries may end up on two ranks.
-        spans = [(start // group, (start + count - 1) // group + 1)
-                 for start, count in zip(offsets(split), split, strict=True)]
-        mine, (first, last) = split[self._rank], spans[self._rank]
-
+        parts = shares(heads, group, self._degree, self._parts if self._is_large(q, k, v, lengths) else 1)
         # Before: all heads of S_r tokens. After: this rank's heads of all S tokens.
-        pieces = [(part, k[:, start:stop], v[:, start:stop])
-                  for part, (start, stop) in zip(q.split(split, 1), spans, strict=True)]
-        shapes = [
-            [(batch, mine, length, width), (batch, last - first, length, width),
-             (batch, last - first, length, v.shape[3])]
-            for length in lengths
-        ]
-        received = exchange(pieces, shapes, self._group)
-        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*received, strict=True))  # (B, H_r, S, D)
-        start = offsets(split)[self._rank]
-        if start % group or mine % group:
-            index = torch.arange(start, start + mine, device=k.device) // group - first
-            k, v = k.index_select(1, index), v.index_select(1, index)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.narrow(1, start, mine)
+        arriving = [self._send_heads(q, k, v, part, lengths) for part in parts]
+        returning = []
+        for part, (received, work) in zip(parts, arriving, strict=True):
+            work.wait()
+            mine = part[self._rank]
+            sizes = [(mine.heads, q.shape[3]), (mine.key_heads, k.shape[3]), (mine.key_heads, v.shape[3])]
+            own_q, own_k, own_v = unpacked_heads(received, sum(lengths), batch, sizes)  # (B, H_r, S, D)
+            if mine.start % group or mine.heads % group:
+                index = torch.arange(mine.start, mine.stop, device=k.device) // group - mine.key_start
+                own_k, own_v = own_k.index_select(1, index), own_v.index_select(1, index)
+            own_mask = mask if mask is None or mask.shape[1] == 1 else mask.narrow(1, mine.start, mine.heads)
+            out = kernel(own_q, own_k, own_v, own_mask, scale)  # (B, H_r, S, D)
+            returning.append(self._send_tokens(out, part, lengths))
+        result = q.new_empty(batch, length, heads, v.shape[3])
+        for part, (received, work) in zip(parts, returning, strict=True):
+            work.wait()
+            place_heads(received, [(share.start, share.stop) for share in part], result)
+        return result.transpose(1, 2)
 
-        out = kernel(q, k, v, mask, scale)  # (B, H_r, S, D)
+    def _is_large(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> bool:
+        """The same on every rank: by the tokens of all, not by one's own."""
+        width = q.shape[1] * q.shape[3] + k.shape[1] * (k.shape[3] + v.shape[3])
+        return q.shape[0] * sum(lengths) * width * q.element_size() // self._degree >= self._large
 
-        # Back: rank d gets its S_d tokens of this rank's heads.
-        pieces = [[part] for part in out.split(list(lengths), 2)]
-        shapes = [[(batch, count, lengths[self._rank], out.shape[3])] for count in split]
-        return torch.cat([parts[0] for parts in exchange(pieces, shapes, self._group)], dim=1)  # (B, H, S_r, D)
+    def _send_heads(self, q: Tensor, k: Tensor, v: Tensor, part: Sequence[Share],
+                    lengths: Sequence[int]) -> tuple[Tensor, dist.Work]:
+        """To each rank its heads of these tokens; what comes is (S, B, H_r x D of q, k and v)."""
+        ranges = [((share.start, share.stop), *[(share.key_start, share.key_stop)] * 2) for share in part]
+        buffer, counts = packed_heads((q, k, v), ranges)
+        per_token = counts[self._rank] // lengths[self._rank]
+        return self._exchange(buffer, counts, [per_token * tokens for tokens in lengths])
+
+    def _send_tokens(self, out: Tensor, part: Sequence[Share],
+                     lengths: Sequence[int]) -> tuple[Tensor, dist.Work]:
+        """To each rank its tokens of these heads; what comes from rank d is (S_r, B, H_d, D)."""
+        batch, heads, _, width = out.shape
+        receives = [batch * lengths[self._rank] * share.heads * width for share in part]
+        return self._exchange(packed_tokens(out), [batch * heads * tokens * width for tokens in lengths], receives)
+
+    def _exchange(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> tuple[Tensor, dist.Work]:
+        return start_exchange(sent, send_counts, receive_counts, self._group)

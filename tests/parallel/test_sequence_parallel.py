@@ -13,8 +13,8 @@ from raylight.parallel.partition import partition
 
 
 @functools.cache
-def toy_reports(world: int, ring: int = 1, name: str = "") -> list[dict]:
-    return values(run_ranks(world, split_toy, ring, name))
+def toy_reports(world: int, ring: int = 1, name: str = "", parts: int = 1) -> list[dict]:
+    return values(run_ranks(world, split_toy, ring, name, parts))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -29,6 +29,18 @@ def test_split_equals_whole(world: int, name: str) -> None:
         assert largest_query == partition(case.txt, world)[rank] + partition(case.img, world)[rank]
         # Also where that divides a group of queries between two ranks.
         assert fewest_heads == partition(case.heads, world)[rank]
+
+
+@pytest.mark.parametrize(("world", "parts"), [(2, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize("name", CASES)
+def test_exchange_in_parts(world: int, parts: int, name: str) -> None:
+    case = CASES[name]
+    for rank, report in enumerate(toy_reports(world, parts=parts)):
+        error, _, exchanged, fewest_heads = report[name]
+        assert error <= 1e-5
+        assert exchanged == 4
+        mine = partition(case.heads, world)[rank]
+        assert fewest_heads == mine // min(parts, min(partition(case.heads, world)))
 
 
 @pytest.mark.parametrize(("world", "ring", "kernel"), [

@@ -10,7 +10,7 @@ from toy import TOY_PLAN, WIDTH, Toy, plain_kernel
 
 from raylight.attention.kernels import kernel as kernel_named
 from raylight.parallel.attention import SequenceAttention
-from raylight.parallel.collectives import all_gather, exchange
+from raylight.parallel.collectives import all_gather, start_exchange
 from raylight.parallel.hooks import SequenceHooks
 from raylight.parallel.mesh import build_mesh, sequence_axis
 from raylight.parallel.partition import partition
@@ -18,6 +18,7 @@ from raylight.parallel.process_group import any_rank, smallest
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.shape import MeshShape
 from raylight.parallel.tokens import TokenState
+from raylight.parallel.ulysses import UlyssesAttention
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,12 @@ class Counting:
         return self._kernel.with_lse(q, k, v, mask, scale)
 
 
-def split_toy(rank: int, world: int, ring: int = 1, kernel_name: str = "") -> dict[str, tuple[float, int, int, int]]:
+def split_toy(rank: int, world: int, ring: int = 1, kernel_name: str = "",
+              parts: int = 1) -> dict[str, tuple[float, int, int, int]]:
     """For each case: the largest error in units of the output's deviation, tokens attended, calls exchanged, heads.
 
     `ring` ranks in the ring and the rest in Ulysses; `kernel_name` is the kernel, plain arithmetic where it is empty.
+    With more than one of `parts` every exchange goes in parts, as large ones do.
     """
     mesh = build_mesh(MeshShape(ring=ring, ulysses=world // ring), torch.device("cpu"))
     group = sequence_axis(mesh).get_group()
@@ -110,6 +113,8 @@ def split_toy(rank: int, world: int, ring: int = 1, kernel_name: str = "") -> di
         tokens = TokenState(rank, world, group)
         hooks = SequenceHooks(model, TOY_PLAN, tokens)
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
+        if parts > 1:
+            strategy = UlyssesAttention(mesh.get_group("ulysses"), large=0, parts=parts)
         attention = SequenceAttention(tokens, strategy)
         kernel = Counting(kernel_name)
 
@@ -132,11 +137,13 @@ def uneven_collectives(rank: int, world: int) -> bool:
     gathered = all_gather(whole[:, start:start + sizes[rank]], sizes, 1, torch.distributed.group.WORLD)
     assert torch.equal(gathered, whole)
 
-    pieces = [[torch.full((rank + 1, d + 1), 10.0 * rank + d), torch.full((1,), float(d))] for d in range(world)]
-    shapes = [[(s + 1, rank + 1), (1,)] for s in range(world)]
-    for s, (block, single) in enumerate(exchange(pieces, shapes, torch.distributed.group.WORLD)):
-        assert torch.equal(block, torch.full((s + 1, rank + 1), 10.0 * s + rank))
-        assert single.item() == rank
+    # Rank s sends (s + 1) * (d + 1) elements to rank d.
+    counts = [(rank + 1) * (other + 1) for other in range(world)]
+    sent = torch.cat([torch.full((count,), 10.0 * rank + other) for other, count in enumerate(counts)])
+    received, work = start_exchange(sent, counts, counts, torch.distributed.group.WORLD)
+    work.wait()
+    for source, block in enumerate(received.split(counts)):
+        assert torch.equal(block, torch.full_like(block, 10.0 * source + rank))
     return True
 
 
