@@ -71,14 +71,13 @@ def cause_of(error: BaseException) -> BaseException:
     return error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
 
 
-def store_full(what: str, nbytes: int | None, error: BaseException | None) -> StoreFull:
+def store_full(what: str, error: BaseException) -> StoreFull:
     """The error of an object that found no room in Ray's store."""
-    size = "" if nbytes is None else f" ({nbytes / 1e9:.2f} GB)"
-    if isinstance(cause_of(error) if error else None, OutOfDiskError):
-        return StoreFull(f"{what}{size} finds no room: Ray's object store is full, and so is the disk that it falls "
+    if isinstance(cause_of(error), OutOfDiskError):
+        return StoreFull(f"{what} finds no room: Ray's object store is full, and so is the disk that it falls "
                          f"back on. Free space on the disk of the temporary folder, or give the store more memory by "
                          f"ray_object_store_gb of the advanced initializer")
-    return StoreFull(f"{what}{size} finds no room in Ray's object store: raise ray_object_store_gb of the advanced "
+    return StoreFull(f"{what} finds no room in Ray's object store: raise ray_object_store_gb of the advanced "
                      f"initializer")
 
 

@@ -22,11 +22,13 @@ logger = logging.getLogger(__name__)
 
 _START_S = 60.0
 _SHUTDOWN_S = 20.0
+_LEAST_FREE_BYTES = 100_000_000
 _NEEDED = ("gcs_server", "raylet")
 
 _ours = False
 _thread: Pending | None = None  # that has started Ray
 _is_starting = False
+_leaving: Pending | None = None  # a Ray that is broken takes seconds to be left
 _guard: subprocess.Popen | None = None
 _not_rays: frozenset[str] = frozenset()  # what ComfyUI and other packs had started before
 _rays: frozenset[str] = frozenset()
@@ -41,6 +43,8 @@ def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
     here, and RunCancelled; a start that was cancelled goes on, and the next call finds it.
     """
     global _ours, _thread, _is_starting, _guard, _not_rays
+    if _leaving is not None:
+        _end_leaving()
     if not _is_starting and ray.is_initialized():
         return
     if not _is_starting:
@@ -59,7 +63,8 @@ def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
     except Exception as error:
         abandon()
         raise RuntimeError(f"Ray does not start on this machine: {error}. Its temporary files go to "
-                           f"{_temporary_root()}; is there room, and may this user write there?") from error
+                           f"{_temporary_root()}, or where RAY_TMPDIR says: make room there, and let this user write "
+                           f"there") from error
     _is_starting = False
     if config.is_local:
         _note_processes()
@@ -69,7 +74,11 @@ def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
 def _start(config: SessionConfig) -> None:
     global _folder
     logger.info("starting Ray on this machine for %d workers", config.world_size)
-    _folder = tempfile.mkdtemp(prefix="raylight-", dir=_temporary_root())  # for this user alone
+    root = _temporary_root()
+    free = shutil.disk_usage(root).free
+    if free < _LEAST_FREE_BYTES:  # Ray would only say after half a minute that it has waited in vain
+        raise OSError(f"the disk of {root} has {free / 1e6:.1f} MB left, and {_LEAST_FREE_BYTES / 1e6:.0f} MB are needed")
+    _folder = tempfile.mkdtemp(prefix="raylight-", dir=root)  # for this user alone
     ray.init(
         address="local",
         include_dashboard=False,
@@ -150,21 +159,31 @@ def disconnect() -> None:
             abandon()
     elif _ours:
         abandon()
+    if _leaving is not None:
+        _end_leaving()
     _forget()
 
 
 def abandon() -> None:
-    """End a Ray of our own that no longer answers: its processes first, as it would wait for them."""
+    """End a Ray of our own that no longer answers: its processes first, as it would wait for them. What then is left
+    to do in this process goes on beside others."""
+    global _leaving
     running = psutil.Process().children(recursive=True)
     workers = [child for child in running if _name(child).startswith(("ray::", *_NEEDED))]
     for process in reaper.find({*_rays, *reaper.names_of(workers)}):
         process.kill()
-    if ray.is_initialized():
-        try:
-            bounded(ray.shutdown, _SHUTDOWN_S, "the end of Ray")
-        except Exception as error:
-            logger.warning("Ray could not be ended in order: %s", error)
+    if ray.is_initialized() and _leaving is None:
+        _leaving = Pending(ray.shutdown)
     _forget()
+
+
+def _end_leaving() -> None:
+    global _leaving
+    try:
+        _leaving.wait(_SHUTDOWN_S, "the end of the Ray before")
+    except Exception as error:
+        logger.warning("Ray could not be ended in order: %s", error)
+    _leaving = None
 
 
 def _name(process: psutil.Process) -> str:
@@ -196,7 +215,8 @@ def log_folder() -> str | None:
 
 def has_room(config: SessionConfig) -> bool:
     """Whether the local Ray that is up was started with enough processors for this session."""
-    return ray.is_initialized() and lost() is None and ray.cluster_resources().get("CPU", 0) >= config.world_size
+    is_up = ray.is_initialized() and _leaving is None and lost() is None
+    return is_up and ray.cluster_resources().get("CPU", 0) >= config.world_size
 
 
 def loopback_interface() -> str | None:

@@ -170,7 +170,7 @@ class Session:
         except Exception as error:
             if not isinstance(error, TimeoutError) and not is_store_full(error):
                 raise
-            raise store_full("what goes to the workers", getattr(value, "nbytes", None), error) from error
+            raise store_full("what goes to the workers", error) from error
 
     def _fault(self) -> Fault | None:
         return None if self._watchdog is None else self._watchdog.fault

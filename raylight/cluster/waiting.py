@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from .actor import Cancelled
 from .errors import HUNG, RunCancelled
@@ -20,6 +20,7 @@ POLL_S = 0.1
 # every rank comes in its own time; after anything else they may be stuck in a collective for good.
 GRACE_S = 3.0
 REFUSAL_GRACE_S = 60.0
+VERDICT_S = 3.0
 
 
 @dataclass(slots=True)
@@ -90,6 +91,12 @@ def wait_for_all(refs: Mapping[int, ray.ObjectRef], stream: Any = None, heed: Li
                 outcome.fault = Fault(HUNG, min(pending.values()), f"it has not ended within {heed.timeout_s:g} s")
             break
     outcome.unfinished = set(pending.values())
+    if any(isinstance(error, RayActorError) for error in outcome.failures.values()):
+        # Of why a process is gone the watchdog knows more, a moment later.
+        verdict = time.monotonic() + VERDICT_S
+        while outcome.fault is None and time.monotonic() < verdict:
+            time.sleep(POLL_S)
+            outcome.fault = heed.fault()
     return outcome
 
 
@@ -116,7 +123,7 @@ def conclude(outcome: Outcome, world_size: int, scene: Scene) -> dict[int, Any]:
     if outcome.failures:
         for error in outcome.failures.values():
             if is_store_full(error):
-                raise store_full("what a worker returns", None, error) from error
+                raise store_full("what a worker returns", error) from error
         fault = root_of(outcome.failures)
         raise told(fault, scene) from outcome.failures[fault.rank]
     if any(isinstance(result, Cancelled) for result in outcome.results.values()):

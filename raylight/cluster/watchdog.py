@@ -89,8 +89,8 @@ class Watchdog:
             except Exception as error:  # of Ray, when it goes down: nothing else must end the watch silently
                 fault = None if self._end.is_set() else Fault(RAY_LOST, None, f"Ray has failed: {error}")
             now = time.monotonic()
-            if now - last > 10 * _TICK_S:  # this process itself has stood still: nobody was heard, and nobody is late
-                self._forgive(now - last)
+            if now - last > 10 * _TICK_S and (fault is None or fault.kind == HUNG):
+                self._forgive(now - last)  # this process itself has stood still: nobody was heard, and nobody is late
             elif fault is not None:
                 self._fault = fault
                 if not self._end.is_set():
@@ -99,21 +99,27 @@ class Watchdog:
             last = now
 
     def _look(self) -> Fault | None:
-        lost = local_ray.lost() if self._config.is_local else None
-        if lost is not None:
-            return Fault(RAY_LOST, None, f"Ray's process {lost} has ended, which the workers need: it was killed, or "
-                                         f"crashed. Run the prompt again: Ray and the workers then start anew")
+        if (fault := self._ray_lost()) is not None:
+            return fault
         ready, _ = ray.wait(list(self._refs), timeout=_TICK_S)
         for ref in ready:
             rank = self._refs.pop(ref)
             try:
                 self._take(rank, ray.get(ref, timeout=_TICK_S))
             except RayActorError:
-                return Fault(DIED, rank, death(self.was_killed_for_memory()))
+                time.sleep(_TICK_S)  # ranks die with Ray, and may be the first to be missed
+                return self._ray_lost() or Fault(DIED, rank, death(self.was_killed_for_memory()))
             except RayError as error:
                 return Fault(RAY_LOST, rank, f"Ray has failed: {error}")
             self._ask(rank, self._actors[rank])
         return self._stopped() or self._silent() or self._standing()
+
+    def _ray_lost(self) -> Fault | None:
+        lost = local_ray.lost() if self._config.is_local else None
+        if lost is None:
+            return None
+        return Fault(RAY_LOST, None, f"Ray's process {lost} has ended, which the workers need: it was killed, or "
+                                     f"crashed. Run the prompt again: Ray and the workers then start anew")
 
     def _ask(self, rank: int, actor: Any) -> None:
         self._refs[actor.report.remote(_PATIENCE_S)] = rank
