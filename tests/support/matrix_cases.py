@@ -62,22 +62,35 @@ class CountingKernel:
         return self._inner.with_lse(q, *rest)
 
 
-def compare(rank: int, world: int, names: tuple[str, ...], shape: MeshShape) -> dict[tuple[str, str], Comparison]:
-    """Every call of the named families on a mesh of `world` ranks."""
-    mesh = build_mesh(shape, torch.device("cpu"))
+def compare(rank: int, world: int, names: tuple[str, ...],
+            shapes: dict[str, MeshShape]) -> dict[tuple[str, str, str], Comparison]:
+    """Every call of the named families on each of these meshes of `world` ranks, by family, call and mesh."""
+    meshes = {name: build_mesh(shape, torch.device("cpu")) for name, shape in shapes.items()}
     results = {}
     for name in names:
         family = families()[name]
         for call, make in family.calls.items():
+            expected: torch.Tensor | str
             try:
                 with torch.inference_mode():
-                    results[name, call] = _compare(family, make, mesh)
-            except Exception:  # told by the test of this call; a failure before any exchange harms no other call
-                results[name, call] = Comparison(1.0, 0.0, 0, 1.0, 0, 0, traceback.format_exc())
+                    expected = _untouched(family, make)
+            except Exception:
+                expected = traceback.format_exc()
+            for mesh_name, mesh in meshes.items():
+                failure = expected if isinstance(expected, str) else ""
+                try:
+                    if not failure:
+                        with torch.inference_mode():
+                            results[name, call, mesh_name] = _compare(family, make, mesh, expected)
+                except Exception:  # told by the test of this call; a failure before any exchange harms no other call
+                    failure = traceback.format_exc()
+                if failure:
+                    results[name, call, mesh_name] = Comparison(1.0, 0.0, 0, 1.0, 0, 0, failure)
     return results
 
 
-def _compare(family: Any, make: Any, mesh: Any) -> Comparison:
+def _untouched(family: Any, make: Any) -> torch.Tensor:
+    """What the model gives whole, in this process."""
     model = family.build()
     inputs = make(Draw(3))
     options = inputs.pop("transformer_options", {})
@@ -85,7 +98,13 @@ def _compare(family: Any, make: Any, mesh: Any) -> Comparison:
     if options:
         bare = model.apply_model(**copied(inputs), transformer_options={})
         assert (bare - expected).abs().max() > 0.1 * bare.std(), "the model does not call these patches"
+    return expected
 
+
+def _compare(family: Any, make: Any, mesh: Any, expected: torch.Tensor) -> Comparison:
+    model = family.build()
+    inputs = make(Draw(3))
+    options = inputs.pop("transformer_options", {})
     of = attrgetter(plan_for(model.diffusion_model).heads)(model.diffusion_model)
     parts = split(model.diffusion_model, mesh)
     actual = model.apply_model(**copied(inputs), transformer_options=parts.options(options))

@@ -46,17 +46,22 @@ class Sharded:
     failure: str = ""
 
 
-def compare_sharded(rank: int, world: int, names: tuple[str, ...], sequence: bool, offload: bool,
-                    patched: bool) -> dict[str, Sharded]:
-    """The first call of each family; with `sequence` its tokens are split as well, with `patched` it has two LoRAs."""
-    mesh = build_mesh(MeshShape(ulysses=world) if sequence else MeshShape(batch=world), CPU)
+Case = tuple[str, bool, bool, bool]
+"""The family, and whether its tokens are split as well, its weights are offloaded, and it has two LoRAs."""
+
+
+def compare_sharded(rank: int, world: int, cases: tuple[Case, ...]) -> dict[Case, Sharded]:
+    """The first call of each case's family."""
+    meshes = {sequence: build_mesh(MeshShape(ulysses=world) if sequence else MeshShape(batch=world), CPU)
+              for sequence in (False, True)}
     results = {}
-    for name in names:
+    for case in cases:
+        name, sequence, offload, patched = case
         try:
             with torch.no_grad():
-                results[name] = _compare(name, mesh, sequence, offload, patched)
+                results[case] = _compare(name, meshes[sequence], sequence, offload, patched)
         except Exception:  # told by the test of this family
-            results[name] = Sharded(failure=traceback.format_exc())
+            results[case] = Sharded(failure=traceback.format_exc())
     return results
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from sharded_cases import Sharded, compare_sharded
+from sharded_cases import Case, Sharded, compare_sharded
 
 from raylight.parallel.local_ranks import run_ranks, values
 from raylight.zoo import families
@@ -21,15 +21,17 @@ CASES = [
 
 
 @functools.cache
-def measured(*how: bool | int) -> list[dict[str, Sharded]]:
-    names = tuple(case[0] for case in CASES if case[1:] == how)
-    return values(run_ranks(how[0], compare_sharded, names, *how[1:], timeout_s=600))
+def measured(world: int) -> list[dict[Case, Sharded]]:
+    """All cases on as many ranks at once, which start once."""
+    cases = tuple((name, *how) for name, ranks, *how in CASES if ranks == world)
+    return values(run_ranks(world, compare_sharded, cases, timeout_s=1500))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first test of a number of ranks waits for all cases on as many
 @pytest.mark.parametrize(("family", "world", "sequence", "offload", "patched"), CASES)
 def test_sharded(family: str, world: int, sequence: bool, offload: bool, patched: bool, report_parity) -> None:
-    ranks = [rank[family] for rank in measured(world, sequence, offload, patched)]
+    ranks = [rank[family, sequence, offload, patched] for rank in measured(world)]
     failures = {rank.failure for rank in ranks if rank.failure}
     assert not failures, "\n".join(sorted(failures))
     worst = max(rank.error for rank in ranks)
