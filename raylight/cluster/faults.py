@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from .errors import DIED, FAILED, OUT_OF_MEMORY, StoreFull, WorkerError, is_out_of_memory
 
@@ -56,8 +63,8 @@ def root_of(failures: Mapping[int, BaseException]) -> Fault:
     """The cause among what the ranks failed of, in the order in which they did: a rank that died, else the first whose
     error is its own and not one that it met because another was gone."""
     for rank, error in failures.items():
-        if isinstance(error, RayActorError):
-            return Fault(DIED, rank, _how_it_died(error))
+        if isinstance(error, (RayActorError, OutOfMemoryError)):
+            return of_process(rank, error, False)
     causes = {rank: cause_of(error) for rank, error in failures.items()}
     rank = next((rank for rank, cause in causes.items() if not _is_of_peers(cause)), next(iter(causes)))
     cause = causes[rank]
@@ -94,17 +101,16 @@ def oom_kills() -> int:
     return int(fields.get("oom_kill", 0))
 
 
-def death(killed_for_memory: bool) -> str:
-    """What to say of a process that is gone."""
+def of_process(rank: int, error: RayError, killed_for_memory: bool) -> Fault:
+    """The fault of a rank whose process is gone, by what Ray says of it; `killed_for_memory` tells that the system has
+    ended a process for want of memory."""
+    if isinstance(error, OutOfMemoryError):
+        return Fault(OUT_OF_MEMORY, rank, "the memory of the machine was almost full, and Ray ended the process of this "
+                                          "worker before the system would freeze")
     if killed_for_memory:
-        return "the system ran out of memory and ended its process"
-    return _NO_TRACE
-
-
-def _how_it_died(error: RayActorError) -> str:
-    text = str(error)
-    marker = "OOM" if "OOM killer" in text and "killed due to" in text else ""
-    return death(bool(marker))
+        return Fault(OUT_OF_MEMORY, rank, "the memory of the machine was full, and the system ended the process of this "
+                                          "worker")
+    return Fault(DIED, rank, _NO_TRACE)
 
 
 def _is_of_peers(error: BaseException) -> bool:

@@ -77,7 +77,8 @@ def _start(config: SessionConfig) -> None:
     root = _temporary_root()
     free = shutil.disk_usage(root).free
     if free < _LEAST_FREE_BYTES:  # Ray would only say after half a minute that it has waited in vain
-        raise OSError(f"the disk of {root} has {free / 1e6:.1f} MB left, and {_LEAST_FREE_BYTES / 1e6:.0f} MB are needed")
+        raise OSError(f"the disk of {root} has {free / 1e6:.1f} MB left, and {_LEAST_FREE_BYTES / 1e6:.0f} MB are "
+                      f"needed")
     _folder = tempfile.mkdtemp(prefix="raylight-", dir=root)  # for this user alone
     ray.init(
         address="local",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from .actor import Cancelled
 from .errors import HUNG, RunCancelled
@@ -91,7 +91,7 @@ def wait_for_all(refs: Mapping[int, ray.ObjectRef], stream: Any = None, heed: Li
                 outcome.fault = Fault(HUNG, min(pending.values()), f"it has not ended within {heed.timeout_s:g} s")
             break
     outcome.unfinished = set(pending.values())
-    if any(isinstance(error, RayActorError) for error in outcome.failures.values()):
+    if any(isinstance(error, (RayActorError, OutOfMemoryError)) for error in outcome.failures.values()):
         # Of why a process is gone the watchdog knows more, a moment later.
         verdict = time.monotonic() + VERDICT_S
         while outcome.fault is None and time.monotonic() < verdict:

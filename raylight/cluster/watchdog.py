@@ -15,13 +15,13 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from . import local_ray
 from .actor import Place
 from .config import SessionConfig
-from .errors import DIED, HUNG, RAY_LOST
-from .faults import Fault, death, oom_kills
+from .errors import HUNG, RAY_LOST
+from .faults import Fault, of_process, oom_kills
 from .status import IDLE, Report
 from .worker_logs import repeat
 
@@ -71,10 +71,6 @@ class Watchdog:
         """The last lines that a rank has logged."""
         return tuple(self._lines[rank])
 
-    def was_killed_for_memory(self) -> bool:
-        """Whether the system has ended processes for want of memory since the workers started."""
-        return oom_kills() > self._oom_kills
-
     def stop(self) -> None:
         """Watch no more. Does not wait."""
         self._end.set()
@@ -106,9 +102,9 @@ class Watchdog:
             rank = self._refs.pop(ref)
             try:
                 self._take(rank, ray.get(ref, timeout=_TICK_S))
-            except RayActorError:
+            except (RayActorError, OutOfMemoryError) as error:
                 time.sleep(_TICK_S)  # ranks die with Ray, and may be the first to be missed
-                return self._ray_lost() or Fault(DIED, rank, death(self.was_killed_for_memory()))
+                return self._ray_lost() or of_process(rank, error, oom_kills() > self._oom_kills)
             except RayError as error:
                 return Fault(RAY_LOST, rank, f"Ray has failed: {error}")
             self._ask(rank, self._actors[rank])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from raylight.cluster.actor import Place
 from raylight.cluster.errors import DIED, FAILED, OUT_OF_MEMORY, is_out_of_memory
@@ -17,6 +17,7 @@ OF_A_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by 
     ({0: OF_A_PEER, 1: ValueError("a cause")}, FAILED, 1),
     ({0: OF_A_PEER, 1: ActorDiedError()}, DIED, 1),
     ({0: KeyError("x"), 1: ActorDiedError()}, DIED, 1),
+    ({0: OF_A_PEER, 1: OutOfMemoryError("Task was killed due to the node running low on memory")}, OUT_OF_MEMORY, 1),
     ({1: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 0: OF_A_PEER}, OUT_OF_MEMORY, 1),
     ({1: OF_A_PEER, 0: OF_A_PEER}, FAILED, 1),
 ])

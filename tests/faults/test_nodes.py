@@ -1,0 +1,39 @@
+"""The nodes that look at the workers and end them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fault_server import JOB, FaultServer, assert_same
+
+from raylight.demo.graphs import on_workers
+
+pytestmark = pytest.mark.slow
+
+
+def status(server: FaultServer) -> str:
+    graph = on_workers(JOB, 2) | {"status": {"class_type": "RaylightStatus", "inputs": {"after": ["sample", 0]}}}
+    history = server.run(graph, timeout=180)
+    return history.outputs["status"]["text"][0]
+
+
+def test_status(server: FaultServer) -> None:
+    text = status(server)
+    assert "2 workers: batch 1 x ring 1 x Ulysses 2" in text
+    assert text.count("holds wan.safetensors (whole)") == 2
+    assert text.count("rank 1 (cpu, pid") == 1
+    assert "an all-reduce takes" in text and "each way, while both are used, in GB/s" in text
+    assert status(server) != "", "it is asked again each time"
+
+
+@pytest.mark.parametrize("mode", ["Kill Workers Only", "Kill Entire Cluster"])
+def test_kill(mode: str, server: FaultServer, reference: torch.Tensor) -> None:
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
+    before = server.workers()
+    kill = {"class_type": "RayKill", "inputs": {"ray_actors": ["sample", 1], "kill_mode": mode}}
+    server.run(on_workers(JOB, 2) | {"kill": kill}, timeout=180)
+    assert len(before) == 2
+    server.lose(before)
+    children = [child.name() for child in server.process().children(recursive=True)]
+    assert ("raylet" in children) == (mode == "Kill Workers Only")
+    assert_same(server.latent(on_workers(JOB, 2)), reference)
