@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from comfy_api.latest import io, ui
 
 
@@ -10,10 +12,8 @@ def show(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
 
     The node's schema has to ask for `io.Hidden.unique_id`.
     """
-    # ComfyUI's module of that name, which is there only where a server runs.
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    # ComfyUI's module of that name, where a server runs; it is not for others to import first.
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     unique_id = None if node.hidden is None else node.hidden.unique_id
     if server is not None and unique_id is not None:
         server.send_progress_text(text, unique_id)

@@ -1,12 +1,11 @@
-"""Tests of what only the newest tested ComfyUI has: the nodes and the frontend that the templates are made for."""
+"""Tests of what only the newest tested ComfyUI has: all models, and the nodes and frontend that templates are for."""
 
 from __future__ import annotations
 
 import pytest
-from comfyui_version import __version__
 
-RELEASE = (0, 30)
+from raylight.host.release import is_older, running
+from raylight.setup.comfyui import DEFAULT_VERSION
 
-of_the_newest = pytest.mark.skipif(
-    tuple(int(part) for part in __version__.split(".")[:2]) < RELEASE,
-    reason=f"templates are made for the nodes and the frontend of ComfyUI {'.'.join(map(str, RELEASE))}")
+of_the_newest = pytest.mark.skipif(is_older(running(), DEFAULT_VERSION),
+                                   reason=f"this is about what ComfyUI {DEFAULT_VERSION} has")

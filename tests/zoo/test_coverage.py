@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import comfy.supported_models
 import pytest
+from newest import of_the_newest
 from torch import nn
 
-from raylight.host.release import is_older, running
+from raylight.host.release import running
 from raylight.plans import all_plans, plan_for
 from raylight.plans.exceptions import EXCEPTIONS
-from raylight.setup.comfyui import DEFAULT_VERSION
 from raylight.zoo import all_families, families
 
 pytestmark = pytest.mark.smoke
@@ -17,8 +17,6 @@ KNOWN = [model.__name__ for model in comfy.supported_models.models]
 TESTED = {family.config for family in all_families().values()}
 LACKING = {"0.24": {"StableAudio3"}}
 """Models that a release knows and cannot run."""
-
-of_the_newest = pytest.mark.skipif(is_older(running(), DEFAULT_VERSION), reason="plans of newer models are not in use")
 
 
 @pytest.mark.parametrize("config", KNOWN)

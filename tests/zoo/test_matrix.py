@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from matrix_cases import Comparison, compare
+from newest import of_the_newest
 
-from raylight.host.release import is_older, running
 from raylight.parallel.local_ranks import run_ranks, values
 from raylight.parallel.shape import MeshShape
-from raylight.setup.comfyui import DEFAULT_VERSION
 from raylight.zoo import families
 from raylight.zoo.table import render
 
@@ -60,7 +59,7 @@ def test_parity(family: str, call: str, mesh: str, report_parity) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(is_older(running(), DEFAULT_VERSION), reason="the document is about the newest release")
+@of_the_newest
 def test_the_document_says_what_was_measured(request: pytest.FixtureRequest) -> None:
     passed: dict[str, list[str]] = {}
     for family, call in CALLS:
