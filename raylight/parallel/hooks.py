@@ -153,7 +153,8 @@ def _parameter_positions(module: nn.Module, path: str, rules: dict[str | int, In
     if missing and not takes_more:
         raise ValueError(
             f"the plan of {plan.model} names arguments {missing} of '{path}', "
-            f"but {type(module).__name__}.forward has {parameters}"
+            f"but {type(module).__name__}.forward has {parameters}: this ComfyUI has another version of the model than "
+            f"the plan is for. Update ComfyUI and Raylight, or use GPU = 1"
         )
     # What goes into `**kwargs` is never met by position.
     return {name: name if isinstance(name, int) else parameters.index(name) if name in parameters else sys.maxsize

@@ -30,5 +30,5 @@ FAMILIES = (
         "text, batch of two": text, "references": references("index"),
         "references at time zero": references("index_timestep_zero"),
         "attention patches": patched(text, attn1_patch=before_attention, attn1_output_patch=after_attention),
-    }, since="0.27.0"),
+    }, since="0.30.0"),
 )
