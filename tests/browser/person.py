@@ -18,9 +18,13 @@ _FIND = """(async () => {
     (e) => (text === null || e.innerText.trim() === text) && e.getClientRects().length);
   if (!found) return null;
   found.scrollIntoView({block: "center"});
-  await new Promise((done) => setTimeout(done, 100));
-  const box = found.getBoundingClientRect();
-  return [box.x + box.width / 2, box.y + box.height / 2];
+  const place = () => {
+    const box = found.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+  };
+  const before = place();
+  await new Promise((done) => setTimeout(done, 150));
+  return String(place()) === String(before) ? before : null;
 })()"""
 # What is red: nodes, places for links, widgets whose value is not among the choices, and the frontend's own messages.
 _PROBLEMS = """(() => {
@@ -63,7 +67,7 @@ class Person:
             (self._screenshots / f"{name}.png").write_bytes(self.page.screenshot())
 
     def find(self, selector: str, text: str | None = None, timeout: float = 60.0) -> Point:
-        """The middle of the first visible element, once there is one."""
+        """The middle of the first visible element, once there is one and it has stopped moving."""
         deadline = time.monotonic() + timeout
         while True:
             place = self.page.evaluate(_FIND % json.dumps([selector, text]))

@@ -227,10 +227,12 @@ def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, ser
 
 def test_the_help_page_of_a_node_opens(person: Person) -> None:
     person.load(workflow("flux-dev-usp"), "help")
-    person.view(0.6, (-400, 60))
+    person.view(0.6, (-300, 400))
     person.page.evaluate("window.app.canvas.selectNode(window.app.graph.nodes.find((n) => n.type === "
                          "'RayInitializer'))")
+    time.sleep(1.0)  # the buttons above a node come after it has been drawn
     person.click('[data-testid="info-button"]')
+    person.look("help-button")
     person.find("h1", "Ray Initializer")
     person.find("h2", "How many, and how")
     person.look("help")
