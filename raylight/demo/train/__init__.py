@@ -1,0 +1,1 @@
+"""Trains the model that the demo draws with."""
