@@ -5,9 +5,7 @@ compared. Communication is the time spent in exchanges and gathers, waiting for 
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/scaling.py --ranks 1 2
 
-With `--device cuda` one rank's share is measured on one GPU, and the time of N GPUs predicted from it:
-
-    COMFYUI_PATH=/my/ComfyUI python benchmarks/scaling.py --device cuda --ranks 1 2 4 8
+For GPUs see benchmarks/gpu/prediction.py and multi.py.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,7 +64,13 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
             return result
         return call
 
-    raylight.parallel.ulysses.exchange = timed(raylight.parallel.ulysses.exchange)
+    start_exchange = timed(raylight.parallel.ulysses.start_exchange)
+
+    def started(*arguments: Any) -> Any:
+        received, work = start_exchange(*arguments)
+        return received, SimpleNamespace(wait=timed(work.wait))
+
+    raylight.parallel.ulysses.start_exchange = started
     raylight.parallel.hooks.all_gather = timed(raylight.parallel.hooks.all_gather)
 
     family_name, changes, shape = WIDE[name]
@@ -102,16 +107,7 @@ def main() -> None:
     parser.add_argument("--ring", type=int, default=1, help="ranks in the ring, the rest in Ulysses")
     parser.add_argument("--rounds", type=int, default=3, help="how often the counts of ranks take turns")
     parser.add_argument("--repeats", type=int, default=3, help="forwards in each round")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--layers", type=int, help="with cuda: this many layers of each kind instead of all")
     options = parser.parse_args()
-    if options.device == "cuda":
-        import one_share
-
-        print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bfloat16")
-        for name in options.models:
-            one_share.report(name, options.ranks, options.layers, options.rounds * options.repeats)
-        return
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread for each rank, float32")
     for name in options.models:
         taken: dict[int, list[float]] = {world: [] for world in options.ranks}

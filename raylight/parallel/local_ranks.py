@@ -1,4 +1,4 @@
-"""Gloo ranks on this machine, one process each, for tests and benchmarks: what each returned or raised."""
+"""Ranks on this machine, one process each, for tests and benchmarks: what each returned or raised."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ class RankResult:
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0,
-              collective_timeout_s: float = 60.0) -> list[RankResult]:
-    """Call `function(rank, world_size, *args)` on that many gloo ranks; processes that do not end are killed."""
+              collective_timeout_s: float = 60.0, device_type: str = "cpu") -> list[RankResult]:
+    """Call `function(rank, world_size, *args)` on that many ranks; processes that do not end are killed.
+
+    They meet over gloo; with a `device_type` of "cuda" rank r has GPU r to itself, and NCCL as well.
+    """
     context = mp.get_context("spawn")
     results: mp.Queue = context.Queue()
     store, rendezvous = host_store("127.0.0.1", world_size, collective_timeout_s)
     processes = [
-        context.Process(target=_rank, args=(rank, rendezvous, results, function, args), daemon=True)
+        context.Process(target=_rank, args=(rank, device_type, rendezvous, results, function, args), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -64,10 +67,14 @@ def values(answers: list[RankResult]) -> list[Any]:
     return [answer.value for answer in answers]
 
 
-def _rank(rank: int, rendezvous: Rendezvous, results: Any, function: Callable[..., Any], args: tuple) -> None:
+def _rank(rank: int, device_type: str, rendezvous: Rendezvous, results: Any, function: Callable[..., Any],
+          args: tuple) -> None:
     torch.set_num_threads(1)
+    device = torch.device(device_type, rank if device_type == "cuda" else 0)
     try:
-        join_world(rendezvous, rank, torch.device("cpu"))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        join_world(rendezvous, rank, device)
         answer = RankResult(value=function(rank, rendezvous.world_size, *args))
         dist.destroy_process_group()
     except BaseException:  # the parent is told, whatever it was

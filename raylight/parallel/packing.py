@@ -7,6 +7,7 @@ tensor as they arrive, and attention reads it in place, by strides.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,56 +16,56 @@ from torch import Tensor
 
 from .partition import offsets, partition
 
+Heads = tuple[int, int]  # the first, and one behind the last
+
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """Query heads `start` to `stop` and the key heads that they need, of one rank and one part of the exchange."""
+class Part:
+    """One part of an exchange: of each rank its query heads, and the key heads that these need."""
 
-    start: int
-    stop: int
-    key_start: int
-    key_stop: int
-
-    @property
-    def heads(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def key_heads(self) -> int:
-        return self.key_stop - self.key_start
+    queries: tuple[Heads, ...]
+    keys: tuple[Heads, ...]
 
 
-def shares(heads: int, group: int, ranks: int, parts: int) -> list[tuple[Share, ...]]:
-    """For each part of an exchange the share of every rank. `group` query heads have one key head in common; where a
-    group lies on two ranks, both get its key head."""
+@functools.cache
+def parts_of(heads: int, group: int, ranks: int, count: int) -> tuple[Part, ...]:
+    """An exchange of `heads` in at most `count` parts, in each of which every rank has heads. `group` query heads have
+    one key head in common; where a group lies on two ranks, both get its key head."""
     split = partition(heads, ranks)
-    parts = min(parts, min(split))
+    count = min(count, min(split))
     result = []
-    for part in range(parts):
-        of_part = []
-        for first, count in zip(offsets(split), split, strict=True):
-            pieces = partition(count, parts)
+    for part in range(count):
+        queries = []
+        for first, own in zip(offsets(split), split, strict=True):
+            pieces = partition(own, count)
             start = first + offsets(pieces)[part]
-            stop = start + pieces[part]
-            of_part.append(Share(start, stop, start // group, (stop - 1) // group + 1))
-        result.append(tuple(of_part))
-    return result
+            queries.append((start, start + pieces[part]))
+        result.append(Part(tuple(queries), tuple((start // group, (stop - 1) // group + 1) for start, stop in queries)))
+    return tuple(result)
 
 
-def packed_heads(tensors: Sequence[Tensor], ranges: Sequence[Sequence[tuple[int, int]]]) -> tuple[Tensor, list[int]]:
+def packed_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[Heads, ...]]) -> tuple[Tensor, list[int]]:
     """The heads of several tensors (B, heads, S, D) for each rank, in one buffer.
 
-    `ranges[d][i]` are the heads of tensor i for rank d. For each rank the buffer holds (S, B, its heads x D of all
+    `ranges[i][d]` are the heads of tensor i for rank d. For each rank the buffer holds (S, B, its heads x D of all
     tensors); returns it, and how many elements each rank's piece has.
     """
     batch, _, tokens, _ = tensors[0].shape
-    widths = [[(stop - start) * t.shape[3] for t, (start, stop) in zip(tensors, of_rank, strict=True)]
-              for of_rank in ranges]
-    counts = [batch * tokens * sum(row) for row in widths]
+    widths = [[(stop - start) * tensor.shape[3] for start, stop in of_tensor]
+              for tensor, of_tensor in zip(tensors, ranges, strict=True)]
+    counts = [batch * tokens * sum(of_rank) for of_rank in zip(*widths, strict=True)]
     buffer = tensors[0].new_empty(sum(counts))
-    for piece, of_rank, row in zip(buffer.split(counts), ranges, widths, strict=True):
-        for part, tensor, (start, stop) in zip(piece.view(tokens, batch, -1).split(row, -1), tensors, of_rank,
-                                               strict=True):
+    if all(_evenly(of_tensor, tensor.shape[1]) for tensor, of_tensor in zip(tensors, ranges, strict=True)):
+        rows = buffer.view(len(counts), tokens, batch, -1).split([of_tensor[0] for of_tensor in widths], -1)
+        for part, tensor, of_tensor in zip(rows, tensors, ranges, strict=True):
+            start, stop = of_tensor[0]
+            whole = tensor.unflatten(1, (len(counts), -1))[:, :, start:stop]
+            _copy(part.unflatten(-1, (stop - start, -1)), whole.permute(1, 3, 0, 2, 4))
+        return buffer, counts
+    for rank, piece in enumerate(buffer.split(counts)):
+        rows = piece.view(tokens, batch, -1).split([of_tensor[rank] for of_tensor in widths], -1)
+        for part, tensor, of_tensor in zip(rows, tensors, ranges, strict=True):
+            start, stop = of_tensor[rank]
             _copy(part.unflatten(-1, (stop - start, -1)), tensor[:, start:stop].permute(2, 0, 1, 3))
     return buffer, counts
 
@@ -81,12 +82,26 @@ def packed_tokens(out: Tensor) -> Tensor:
     return out.permute(2, 0, 1, 3).contiguous().view(-1)
 
 
-def place_heads(buffer: Tensor, ranges: Sequence[tuple[int, int]], out: Tensor) -> None:
+def place_heads(buffer: Tensor, ranges: tuple[Heads, ...], out: Tensor) -> None:
     """Copy what ranks send back into `out` (B, S, H, D): of rank d heads `ranges[d]`, as (S, B, heads, D)."""
-    batch, tokens, _, width = out.shape
+    batch, tokens, heads, width = out.shape
+    if _evenly(ranges, heads):
+        start, stop = ranges[0]
+        pieces = buffer.view(len(ranges), tokens, batch, stop - start, width)
+        _copy(out.unflatten(2, (len(ranges), -1))[:, :, :, start:stop], pieces.permute(2, 1, 0, 3, 4))
+        return
     counts = [batch * tokens * (stop - start) * width for start, stop in ranges]
     for piece, (start, stop) in zip(buffer.split(counts), ranges, strict=True):
         _copy(out[:, :, start:stop], piece.view(tokens, batch, stop - start, width).permute(1, 0, 2, 3))
+
+
+@functools.cache
+def _evenly(ranges: tuple[Heads, ...], heads: int) -> bool:
+    """Whether every rank has the same part of its equal share of `heads`: these are copied at once."""
+    share, rest = divmod(heads, len(ranges))
+    start, stop = ranges[0]
+    return rest == 0 and stop <= share and all(
+        of_rank == (start + rank * share, stop + rank * share) for rank, of_rank in enumerate(ranges))
 
 
 def _copy(to: Tensor, source: Tensor) -> None:

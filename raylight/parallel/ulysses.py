@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .attention import Kernel
 from .collectives import start_exchange
-from .packing import Share, packed_heads, packed_tokens, place_heads, shares, unpacked_heads
+from .packing import Part, packed_heads, packed_tokens, parts_of, place_heads, unpacked_heads
 
 PARTS = 2
-LARGE = 16 * 2**20  # bytes that come to each rank: below it, a second launch of everything costs more than it hides
+LARGE = 32 * 2**20  # bytes that come to each rank: below it, a second launch of everything costs more than it hides
 
 
 class UlyssesAttention:
@@ -42,25 +42,25 @@ class UlyssesAttention:
                 f"choose a degree of at most {heads}"
             )
         group = heads // k.shape[1]
-        parts = shares(heads, group, self._degree, self._parts if self._is_large(q, k, v, lengths) else 1)
+        parts = parts_of(heads, group, self._degree, self._parts if self._is_large(q, k, v, lengths) else 1)
         # Before: all heads of S_r tokens. After: this rank's heads of all S tokens.
         arriving = [self._send_heads(q, k, v, part, lengths) for part in parts]
         returning = []
         for part, (received, work) in zip(parts, arriving, strict=True):
             work.wait()
-            mine = part[self._rank]
-            sizes = [(mine.heads, q.shape[3]), (mine.key_heads, k.shape[3]), (mine.key_heads, v.shape[3])]
+            (start, stop), (first, last) = part.queries[self._rank], part.keys[self._rank]
+            sizes = [(stop - start, q.shape[3]), (last - first, k.shape[3]), (last - first, v.shape[3])]
             own_q, own_k, own_v = unpacked_heads(received, sum(lengths), batch, sizes)  # (B, H_r, S, D)
-            if mine.start % group or mine.heads % group:
-                index = torch.arange(mine.start, mine.stop, device=k.device) // group - mine.key_start
+            if start % group or stop % group:
+                index = torch.arange(start, stop, device=k.device) // group - first
                 own_k, own_v = own_k.index_select(1, index), own_v.index_select(1, index)
-            own_mask = mask if mask is None or mask.shape[1] == 1 else mask.narrow(1, mine.start, mine.heads)
+            own_mask = mask if mask is None or mask.shape[1] == 1 else mask[:, start:stop]
             out = kernel(own_q, own_k, own_v, own_mask, scale)  # (B, H_r, S, D)
             returning.append(self._send_tokens(out, part, lengths))
         result = q.new_empty(batch, length, heads, v.shape[3])
         for part, (received, work) in zip(parts, returning, strict=True):
             work.wait()
-            place_heads(received, [(share.start, share.stop) for share in part], result)
+            place_heads(received, part.queries, result)
         return result.transpose(1, 2)
 
     def _is_large(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> bool:
@@ -68,19 +68,17 @@ class UlyssesAttention:
         width = q.shape[1] * q.shape[3] + k.shape[1] * (k.shape[3] + v.shape[3])
         return q.shape[0] * sum(lengths) * width * q.element_size() // self._degree >= self._large
 
-    def _send_heads(self, q: Tensor, k: Tensor, v: Tensor, part: Sequence[Share],
-                    lengths: Sequence[int]) -> tuple[Tensor, dist.Work]:
+    def _send_heads(self, q: Tensor, k: Tensor, v: Tensor, part: Part, lengths: Sequence[int]
+                    ) -> tuple[Tensor, dist.Work]:
         """To each rank its heads of these tokens; what comes is (S, B, H_r x D of q, k and v)."""
-        ranges = [((share.start, share.stop), *[(share.key_start, share.key_stop)] * 2) for share in part]
-        buffer, counts = packed_heads((q, k, v), ranges)
+        buffer, counts = packed_heads((q, k, v), (part.queries, part.keys, part.keys))
         per_token = counts[self._rank] // lengths[self._rank]
         return self._exchange(buffer, counts, [per_token * tokens for tokens in lengths])
 
-    def _send_tokens(self, out: Tensor, part: Sequence[Share],
-                     lengths: Sequence[int]) -> tuple[Tensor, dist.Work]:
+    def _send_tokens(self, out: Tensor, part: Part, lengths: Sequence[int]) -> tuple[Tensor, dist.Work]:
         """To each rank its tokens of these heads; what comes from rank d is (S_r, B, H_d, D)."""
         batch, heads, _, width = out.shape
-        receives = [batch * lengths[self._rank] * share.heads * width for share in part]
+        receives = [batch * lengths[self._rank] * (stop - start) * width for start, stop in part.queries]
         return self._exchange(packed_tokens(out), [batch * heads * tokens * width for tokens in lengths], receives)
 
     def _exchange(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> tuple[Tensor, dist.Work]:

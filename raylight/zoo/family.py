@@ -50,11 +50,13 @@ class Family:
     weights: Callable[[], dict[str, Tensor]] = field(default=dict)
     since: str = ""
 
-    def build(self, seed: int = 0) -> BaseModel:
-        """The model in float32 on the CPU, the same for the same seed."""
+    def build(self, seed: int = 0, dtype: torch.dtype = torch.float32, computes_in: torch.dtype | None = None
+              ) -> BaseModel:
+        """The model on the CPU, the same for the same seed: weights of `dtype`, which are cast to `computes_in` when
+        they are used, where that is given."""
         config = getattr(comfy.supported_models, self.config)(dict(self.unet_config))
         config.unet_config.update(self.unet_config)  # some classes set their width themselves
-        config.set_inference_dtype(torch.float32, None)
+        config.set_inference_dtype(dtype, computes_in)
         model = config.get_model(self.weights(), "")
         randomize(model.diffusion_model, seed)
         self.prepare(model)

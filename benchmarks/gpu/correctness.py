@@ -1,0 +1,255 @@
+"""Results on a GPU against stock ComfyUI there, for every way to share the work.
+
+All ranks share one GPU, over gloo, so one card is enough: every way but NCCL's own transport is as on several. Models
+are real ones of five heads of 128, two blocks of each kind, and thousands of tokens.
+
+    COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/correctness.py --json correctness.json
+
+Figures are relative L2 to ComfyUI's result in the same dtype, the worst of all ranks. `rounding`: of ComfyUI's result
+in float32 on that GPU to the one in this dtype, for scale. `LoRA` has two, one of them of every kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_size import versions
+from torch import Tensor
+
+from raylight.parallel.local_ranks import run_ranks, values
+
+HEADS = 5
+WIDE = {
+    "Wan T2V": ({"dim": 128 * HEADS, "ffn_dim": 1024, "num_heads": HEADS}, (1, 16, 7, 44, 60)),
+    "Flux Dev": ({"hidden_size": 128 * HEADS, "num_heads": HEADS, "axes_dim": [16, 56, 56]}, (2, 16, 98, 94)),
+    "Qwen Image": ({"attention_head_dim": 128, "num_attention_heads": HEADS, "axes_dims_rope": (16, 56, 56)},
+                   (1, 16, 1, 136, 142)),
+    "Hunyuan Video": ({"hidden_size": 128 * HEADS, "num_heads": HEADS, "axes_dim": [16, 56, 56]}, (1, 16, 7, 44, 60)),
+}
+FORMS = {"bf16": (torch.bfloat16, None), "fp16": (torch.float16, None), "fp8": (torch.float8_e4m3fn, torch.bfloat16)}
+LARGEST = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How ranks share the work. `degrees` are those of ring and Ulysses, both 1 where tokens stay whole."""
+
+    name: str
+    degrees: tuple[int, int] = (1, 1)
+    shards: bool = False
+    offload: bool = False
+    patched: bool = False
+
+
+def ways(world: int) -> list[Way]:
+    """What is compared on so many ranks."""
+    if world == 1:
+        return []
+    usp = (1, world)
+    found = [Way("Ulysses", usp), Way("ring", (world, 1)), Way("FSDP", shards=True),
+             Way("Ulysses + FSDP", usp, True), Way("Ulysses + FSDP offloaded", usp, True, True),
+             Way("Ulysses + FSDP, LoRA", usp, True, False, True), Way("Ulysses, LoRA", usp, patched=True)]
+    if world % 2 == 0 and world > 2:
+        found.insert(2, Way("Ulysses x ring", (2, world // 2)))
+    return found
+
+
+def setup(device_type: str) -> torch.device:
+    if device_type == "cuda":
+        torch.cuda.set_device(0)
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def family_of(name: str) -> Any:
+    from raylight.zoo import families
+
+    family = families()[name]
+    return dataclasses.replace(family, unet_config={**family.unet_config, **WIDE[name][0]})
+
+
+def inputs(family: Any, device: torch.device, small: bool) -> dict[str, Tensor]:
+    from raylight.zoo.family import Draw
+
+    given = next(iter(family.calls.values()))(Draw(3))
+    if not small:
+        given["x"] = Draw(2)(*WIDE[family.name][1])
+    return {key: value.to(device) for key, value in given.items()}
+
+
+def stock(family: Any, form: str, given: dict[str, Tensor], device: torch.device, patched: bool = False,
+          options: dict[str, Any] | None = None) -> Tensor:
+    """ComfyUI's result by itself, or with attention replaced by its own hook."""
+    import comfy.model_patcher
+    import comfy.sd
+
+    dtype, computes_in = FORMS.get(form, (torch.float32, None))
+    model = family.build(dtype=dtype, computes_in=computes_in)
+    patcher = comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu"))
+    for tensors, strength in loras(model) if patched else ():
+        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, dict(tensors), strength, 0)
+    patcher.patch_model(device)
+    return patcher.model.apply_model(**given, transformer_options=options or {}).float()
+
+
+def loras(model: Any) -> tuple[tuple[dict[str, Tensor], float], ...]:
+    from loras import KINDS, lora_for
+
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    # ComfyUI's BOFT wants float32, in which it patches on GPUs without fast float16 only.
+    return (lora_for(shapes, ["lora"], 1), 0.8), (lora_for(shapes, [k for k in KINDS if k != "boft"], 2), -0.6)
+
+
+def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: torch.device, world: int) -> Tensor:
+    """This rank's result."""
+    import comfy.lora
+    from staged_ring import StagedThroughCpuHybrid
+
+    from raylight.attention.kernels import kernel
+    from raylight.host import attention_hook, lora
+    from raylight.host.mapped import MappedModel
+    from raylight.host.patcher import RankPatcher
+    from raylight.host.sharded import shard_over
+    from raylight.parallel.attention import SequenceAttention
+    from raylight.parallel.hooks import SequenceHooks
+    from raylight.parallel.mesh import build_mesh, sequence_axis, world_axis
+    from raylight.parallel.shape import MeshShape
+    from raylight.parallel.tokens import TokenState
+    from raylight.plans import plan_for
+
+    ring, ulysses = way.degrees
+    mesh = build_mesh(MeshShape(world // (ring * ulysses), ring, ulysses), device)
+    dtype, computes_in = FORMS[form]
+    model = family.build(dtype=dtype, computes_in=computes_in)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    mapped = MappedModel(model, {}, device, comfy.lora.model_lora_keys_unet(model, {}), shapes)
+    patches = loras(model) if way.patched else ()
+    options: dict[str, Any] = {"transformer_options": {}}
+    if ring * ulysses > 1:
+        sequence = sequence_axis(mesh)
+        tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
+        SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens, ulysses)
+        strategy = StagedThroughCpuHybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
+        attention_hook.install(options, SequenceAttention(tokens, strategy), kernel("auto", device))
+    if way.shards:
+        patcher, _ = shard_over(mapped, world_axis(mesh), way.offload)
+    else:
+        patcher = RankPatcher(model, device, torch.device("cpu"))
+    patcher = patcher.clone()
+    for index, (tensors, strength) in enumerate(patches):
+        patcher.add_patches(lora.fitting(f"LoRA {index}", tensors, mapped.lora_keys, shapes), strength)
+    if way.shards:
+        patcher.load(device)
+    else:
+        patcher.patch_model(device)
+    return model.apply_model(**given, transformer_options=options["transformer_options"]).float()
+
+
+def compare(rank: int, world: int, device_type: str, names: tuple[str, ...], forms: tuple[str, ...],
+            small: bool) -> dict[str, float | str]:
+    """Every way on this many ranks."""
+    device = setup(device_type)
+    results: dict[str, float | str] = {}
+    for name in names:
+        family = family_of(name)
+        given = inputs(family, device, small)
+        for form in forms:
+            with torch.no_grad():
+                expected = {False: stock(family, form, given, device)}
+                for way in ways(world):
+                    key = f"{name}, {form}, {world} ranks, {way.name}"
+                    try:
+                        if way.patched not in expected:
+                            expected[way.patched] = stock(family, form, given, device, patched=True)
+                        result = shared(family, form, way, given, device, world)
+                        results[key] = relative(result, expected[way.patched])
+                    except Exception:  # ranks fail alike, and the next way can still be compared
+                        results[key] = traceback.format_exc()
+    return results
+
+
+def compare_alone(rank: int, world: int, device_type: str, names: tuple[str, ...], forms: tuple[str, ...],
+                  small: bool) -> dict[str, float | str]:
+    """Every attention backend on one rank."""
+    from raylight.attention.kernels import NAMES, kernel
+    from raylight.host import attention_hook
+
+    device = setup(device_type)
+    results: dict[str, float | str] = {}
+    for name in names:
+        family = family_of(name)
+        given = inputs(family, device, small)
+        with torch.no_grad():
+            exact = stock(family, "float32", given, device)
+            for form in forms:
+                expected = stock(family, form, given, device)
+                results[f"{name}, {form}, rounding"] = relative(expected, exact)
+                for backend in NAMES:
+                    key = f"{name}, {form}, {backend}"
+                    options: dict[str, Any] = {}
+                    try:
+                        attention_hook.install(options, lambda own, *rest: own(*rest), kernel(backend, device))
+                        results[key] = relative(stock(family, form, given, device, options=options[
+                            "transformer_options"]), expected)
+                    except ValueError as reason:
+                        results[key] = f"refused: {reason}"
+                    except Exception:
+                        results[key] = traceback.format_exc()
+    return results
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    error = ((actual - expected).norm() / expected.norm()).item()
+    return error if error == error else float("inf")
+
+
+def worst(ranks: list[dict[str, float | str]]) -> dict[str, float | str]:
+    """Of all ranks the largest error, or a failure."""
+    found: dict[str, float | str] = {}
+    for key in ranks[0]:
+        failures = [rank[key] for rank in ranks if isinstance(rank[key], str)]
+        found[key] = failures[0] if failures else max(rank[key] for rank in ranks)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--families", nargs="+", default=list(WIDE), choices=WIDE)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="the few tokens of the parity tests")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    figures: dict[str, Any] = {"versions": versions()}
+    print(figures["versions"])
+    failed = []
+    for world in options.ranks:
+        function = compare_alone if world == 1 else compare
+        found = worst(values(run_ranks(world, function, options.device, tuple(options.families), tuple(options.forms),
+                                       options.small, timeout_s=900)))
+        figures |= found
+        for key, error in found.items():
+            if isinstance(error, str):
+                print(f"{key:<66} {error.splitlines()[-1] if 'refused' not in error else error[:90]}", flush=True)
+                if "refused" not in error:
+                    failed.append(f"{key}\n{error}")
+            else:
+                exact = "SAGE" not in key and "rounding" not in key
+                over = exact and error > LARGEST
+                print(f"{key:<66} {error:8.1e}{'  over ' + format(LARGEST, 'g') if over else ''}", flush=True)
+                failed += [f"{key} {error:.1e}"] if over else []
+    print(f"\n{len(failed)} failed or over {LARGEST:g} (quantised attention is not counted)")
+    print("\n".join(failed))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

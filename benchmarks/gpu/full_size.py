@@ -1,0 +1,145 @@
+"""Models at full size with random weights that are made on the GPU by their names: nothing to download, the same in
+every process, and a rank can make its own rows of any of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "support"), os.environ["COMFYUI_PATH"]]
+sys.path.append(str(ROOT))
+
+from comfy.cli_args import args as comfy_args  # noqa: E402
+
+comfy_args.cpu = not torch.cuda.is_available()  # before ComfyUI's modules choose a device
+
+
+@dataclass(frozen=True)
+class FullSize:
+    """A family of `raylight.zoo` with the widths of the real model, a latent and the shapes of its texts."""
+
+    title: str
+    family: str
+    widths: Mapping[str, Any]
+    latent: tuple[int, ...]
+    texts: Mapping[str, tuple[int, ...]]
+
+
+WAN = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "text_dim": 4096, "freq_dim": 256}
+FLUX = {"hidden_size": 3072, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56],
+        "mlp_ratio": 4.0, "context_in_dim": 4096, "vec_in_dim": 768}
+LAYERS = ("num_layers", "depth", "depth_single_blocks")
+SIZES = {
+    "wan-480p": FullSize("Wan 2.1 14B, 832x480, 33 frames", "Wan T2V", WAN, (1, 16, 9, 60, 104),
+                         {"c_crossattn": (1, 512, 4096)}),
+    "wan-720p": FullSize("Wan 2.1 14B, 1280x720, 81 frames", "Wan T2V", WAN, (1, 16, 21, 90, 160),
+                         {"c_crossattn": (1, 512, 4096)}),
+    "flux-1024": FullSize("Flux dev, 1024x1024", "Flux Dev", FLUX, (1, 16, 128, 128),
+                          {"c_crossattn": (1, 512, 4096), "y": (1, 768), "guidance": (1,)}),
+    "tiny-wan": FullSize("a tiny Wan, to try a benchmark on a CPU", "Wan T2V",
+                         {"dim": 1024, "ffn_dim": 1024, "num_heads": 8, "num_layers": 2, "text_dim": 4096,
+                          "freq_dim": 256},
+                         (1, 16, 3, 14, 18), {"c_crossattn": (1, 11, 4096)}),
+}
+
+
+def skeleton(name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """ComfyUI's model of that size on `meta`; with `layers`, so many of each kind instead of all."""
+    import comfy.supported_models
+
+    from raylight.zoo import families
+
+    size = SIZES[name]
+    family = families()[size.family]
+    widths = dict(size.widths)
+    if layers is not None:
+        widths.update({key: layers for key in LAYERS if key in widths})
+    config = getattr(comfy.supported_models, family.config)({**family.unet_config, **widths})
+    config.set_inference_dtype(dtype, None)
+    return config.get_model({}, "", device=torch.device("meta")).eval().requires_grad_(False)
+
+
+def build(name: str, device: torch.device, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The same with its weights, on a device."""
+    model = skeleton(name, layers, dtype)
+    weights = RandomWeights(model.diffusion_model, device)
+    fill(model.diffusion_model, weights, device)
+    model.device = device
+    return model
+
+
+def fill(diffusion_model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put weights in the place of parameters, and buffers on the device."""
+    for name in list(dict(diffusion_model.named_parameters())):
+        owner, _, leaf = name.rpartition(".")
+        setattr(diffusion_model.get_submodule(owner), leaf, nn.Parameter(weights[name], requires_grad=False))
+    for name, buffer in list(diffusion_model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(diffusion_model.get_submodule(owner), leaf, buffer.to(device))
+
+
+class RandomWeights(Mapping):
+    """Weights of a model by name, made when they are asked for: matrices scaled by their fan-in, as in the zoo."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._like = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in model.named_parameters()}
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self._like[name]
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        noise = torch.randn(shape, generator=generator, device=self._device)
+        if len(shape) >= 2:
+            return noise.mul_(max(1, noise[0].numel()) ** -0.5).to(dtype)
+        noise.mul_(0.1)
+        return (noise + 1 if "norm" in name and name.endswith(("weight", "scale")) else noise).to(dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+
+def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Arguments of `BaseModel.apply_model`."""
+    size, generator = SIZES[name], torch.Generator(device).manual_seed(0)
+    made = {key: torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            for key, shape in {"x": size.latent, **size.texts}.items()}
+    return made | {"t": torch.tensor([0.7], device=device)}
+
+
+def write_checkpoint(name: str, path: Path, device: torch.device, layers: int | None = None) -> int:
+    """A file of that model as ComfyUI's loader takes it; returns its bytes."""
+    from safetensors.torch import save_file
+
+    model = skeleton(name, layers).diffusion_model
+    weights = RandomWeights(model, device)
+    save_file({key: weights[key].cpu() for key in weights}, path)
+    return path.stat().st_size
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def versions() -> dict[str, str]:
+    """The hardware and what it runs, for the file of results."""
+    from comfyui_version import __version__ as comfyui
+
+    found = {"torch": torch.__version__, "ComfyUI": comfyui}
+    if torch.cuda.is_available():
+        found |= {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda or "",
+                  "cuDNN": str(torch.backends.cudnn.version())}
+    return found

@@ -1,0 +1,167 @@
+"""GPU memory with whole, split and offloaded weights, and how much of the copy from the host is hidden.
+
+    COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/memory.py --layers 8 --json memory.json
+
+Ranks share one GPU, over gloo: their memory is as on GPUs of their own, but that gloo, unlike NCCL, takes one block for
+a copy of its own; their times say nothing. `weights` are there between forwards; `more` is the peak in one, beyond
+these; `in blocks` the latter less the peak of whole weights on as many ranks, which is what gathering takes.
+Offloading is timed with one rank on NCCL: `hidden` is the share of the copy that no forward waits for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_size import SIZES, RandomWeights, fill, inputs, skeleton, synchronize, versions
+from one_share import between, mark
+
+from raylight.parallel.local_ranks import run_ranks, values
+
+WHOLE, SHARDED, OFFLOADED = "whole", "split", "split, offloaded"
+
+
+def device_of(device_type: str) -> torch.device:
+    if device_type == "cuda":
+        torch.cuda.set_device(0)
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def model_on(name: str, layers: int | None, weights_are: str, device: torch.device) -> tuple[Any, dict, int]:
+    """The model with its tokens split over all ranks and its weights as said, the options to call it with, and the
+    bytes of a block."""
+    import torch.distributed as dist
+
+    from raylight.attention.kernels import kernel
+    from raylight.host import attention_hook
+    from raylight.parallel.attention import SequenceAttention
+    from raylight.parallel.hooks import SequenceHooks
+    from raylight.parallel.mesh import build_mesh, sequence_axis, world_axis
+    from raylight.parallel.shape import MeshShape
+    from raylight.parallel.tokens import TokenState
+    from raylight.parallel.ulysses import UlyssesAttention
+    from raylight.plans import plan_for
+    from raylight.sharding.fsdp import shard
+    from raylight.sharding.units import units
+
+    world = dist.get_world_size()
+    mesh = build_mesh(MeshShape(ulysses=world), device)
+    model = skeleton(name, layers)
+    block = sum(p.nbytes for p in next(iter(units(model.diffusion_model).values())).parameters())
+    options: dict[str, Any] = {}
+    sequence = sequence_axis(mesh)
+    tokens = TokenState(sequence.get_local_rank(), world, sequence.get_group())
+    if world > 1:
+        SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens)
+    attention_hook.install(options, SequenceAttention(tokens, UlyssesAttention(sequence.get_group())),
+                           kernel("auto", device))
+    weights = RandomWeights(model.diffusion_model, device)
+    if weights_are == WHOLE:
+        fill(model.diffusion_model, weights, device)
+    else:
+        shard(model.diffusion_model, weights, world_axis(mesh), device, weights_are == OFFLOADED)
+    return model, options["transformer_options"], block
+
+
+def peak(rank: int, world: int, name: str, layers: int | None, weights_are: str, device_type: str) -> dict[str, float]:
+    """Bytes of one rank: of weights between forwards, and at most more in one."""
+    device = device_of(device_type)
+    with torch.no_grad():
+        model, options, block = model_on(name, layers, weights_are, device)
+        given = inputs(name, device)
+        synchronize(device)
+        if device.type == "cpu":
+            model.apply_model(**given, transformer_options=dict(options))
+            return {"weights": 0.0, "more": 0.0, "block": block}
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model.apply_model(**given, transformer_options=dict(options))
+        synchronize(device)
+        return {"weights": before, "more": torch.cuda.max_memory_allocated() - before, "block": block}
+
+
+def offloading(rank: int, world: int, name: str, layers: int | None, repeats: int,
+               device_type: str) -> dict[str, Any]:
+    """Seconds of a forward with the weights of one rank whole, in its own shards and offloaded, and of copying them."""
+    device = device_of(device_type)
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        given = inputs(name, device)
+        for weights_are in (WHOLE, SHARDED, OFFLOADED):
+            model, options, _ = model_on(name, layers, weights_are, device)
+            taken = []
+            for _ in range(repeats + 1):
+                start = mark(device)
+                model.apply_model(**given, transformer_options=dict(options))
+                end = mark(device)
+                synchronize(device)
+                taken.append(between(start, end))
+            found[weights_are] = statistics.median(taken[1:])
+            if weights_are == OFFLOADED:
+                found["copy"] = copying(model, device)
+            del model
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    waited = max(0.0, found[OFFLOADED] - found[SHARDED])
+    found["hidden"] = 1 - waited / found["copy"]
+    return found
+
+
+def copying(model: Any, device: torch.device) -> float:
+    """Seconds to copy all shards from the host, one after the other, with nothing beside it."""
+    from torch.distributed.tensor import DTensor
+
+    shards = [p.to_local() for p in model.diffusion_model.parameters() if isinstance(p, DTensor)]
+    synchronize(device)
+    start = mark(device)
+    for one in shards:
+        one.to(device, non_blocking=True)
+    end = mark(device)
+    synchronize(device)
+    return between(start, end)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="wan-480p", choices=SIZES)
+    parser.add_argument("--layers", type=int, help="this many layers of each kind instead of all")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    figures: dict[str, Any] = {"versions": versions(), "layers": options.layers}
+    print(figures["versions"])
+    shortened = "" if options.layers is None else f", {options.layers} layers of each kind"
+    print(f"{SIZES[options.size].title}{shortened}, bfloat16, tokens split over the ranks; GB of one rank\n"
+          f"{'ranks':>5} {'weights are':<18} {'weights':>8} {'more':>8} {'sum':>8} {'in blocks':>9}")
+    for world in options.ranks:
+        whole = 0.0
+        for weights_are in (WHOLE, SHARDED, OFFLOADED):
+            if world == 1 and weights_are != WHOLE:
+                continue
+            ranks = values(run_ranks(world, peak, options.size, options.layers, weights_are, options.device,
+                                     timeout_s=300, collective_timeout_s=200))
+            most = max(ranks, key=lambda one: one["weights"] + one["more"])
+            whole = whole or most["more"]
+            blocks = f"{(most['more'] - whole) / most['block']:9.2f}" if weights_are != WHOLE else ""
+            print(f"{world:>5} {weights_are:<18} {most['weights'] / 1e9:8.2f} {most['more'] / 1e9:8.2f} "
+                  f"{(most['weights'] + most['more']) / 1e9:8.2f} {blocks}", flush=True)
+            figures[f"{world} ranks, {weights_are}"] = most
+    found = values(run_ranks(1, offloading, options.size, options.layers, options.repeats, options.device,
+                             timeout_s=300, device_type=options.device))[0]
+    print(f"\none rank, seconds of a forward: whole {found[WHOLE]:.3f}, in shards {found[SHARDED]:.3f}, offloaded "
+          f"{found[OFFLOADED]:.3f}; the copy alone {found['copy']:.3f}, of which {found['hidden']:.1%} is hidden")
+    figures["offloading"] = found
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

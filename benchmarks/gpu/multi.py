@@ -1,0 +1,262 @@
+"""Everything for several GPUs of one machine, one rank each, over NCCL: results, seconds per step, memory, speed-up.
+
+    COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/multi.py --json multi.json
+
+finds the GPUs and runs 1, 2, 4 and 8 ranks as far as there are so many. `L2` is to the result of one rank with stock
+attention, of the same random weights; `link` is the share of the step in which the GPU runs kernels of NCCL, by the
+profiler, hidden or not; `bare` that in which it runs nothing else. `predicted` compares with the file that
+prediction.py wrote, for the link named by --link.
+
+With --device cpu, or --share-gpu (all ranks on one GPU, rings staged through the CPU), ranks meet over gloo: to try the
+program, as times then say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_size import SIZES, RandomWeights, fill, inputs, skeleton, synchronize, versions
+from one_share import between, mark
+from torch import Tensor
+
+from raylight.parallel.local_ranks import run_ranks, values
+
+LARGEST = 1e-2  # relative L2 of results in bfloat16
+GOALS = {2: 1.95, 4: 3.8, 8: 7.2}  # speed-up of Wan at 720p
+LARGEST_COST_OF_FSDP = 1.03
+LARGEST_DIFFERENCE = 0.05  # from the prediction
+
+
+@dataclass(frozen=True)
+class Way:
+    """Degrees of the mesh, and whether weights are split over all ranks."""
+
+    name: str
+    ulysses: int = 1
+    ring: int = 1
+    batch: int = 1
+    shards: bool = False
+
+
+def ways(world: int) -> list[Way]:
+    """What is run on so many ranks. The batch axis has two rows, positive and negative prompt, as with CFG."""
+    if world == 1:
+        return [Way("one GPU")]
+    found = [Way("Ulysses", ulysses=world), Way("ring", ring=world), Way("FSDP", batch=world, shards=True),
+             Way("FSDP + Ulysses", ulysses=world, shards=True),
+             Way("CFG axis x Ulysses" if world > 2 else "CFG axis", ulysses=world // 2, batch=2)]
+    if world > 2:
+        found.insert(2, Way("Ulysses x ring", ulysses=world // 2, ring=2))
+    return found
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every rank is told."""
+
+    size: str
+    layers: int | None
+    repeats: int
+    cfg: bool
+    shared_gpu: bool
+    device_type: str
+
+
+def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]:
+    """This rank's step: seconds, peak bytes, the shares of communication, and the result of rank 0."""
+    device = torch.device(setting.device_type, 0 if setting.shared_gpu else rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif setting.device_type == "cpu":
+        device = torch.device("cpu")
+    with torch.no_grad():
+        forward = prepared(way, setting, device, world)
+        for _ in range(2):  # NCCL connects ranks and cuDNN plans its kernels in the first
+            result = forward()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        taken = []
+        for _ in range(setting.repeats):
+            synchronize(device)
+            start = mark(device)
+            forward()
+            end = mark(device)
+            synchronize(device)
+            taken.append(between(start, end))
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        link, bare = communication(forward, device)
+    return {"seconds": taken, "peak_bytes": peak, "link": link, "bare": bare,
+            "result": result.float().cpu().numpy() if rank == 0 else None}
+
+
+def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> Any:
+    """A function that does one step on this rank."""
+    from staged_ring import StagedThroughCpuHybrid
+
+    from raylight.attention.kernels import kernel
+    from raylight.host import attention_hook
+    from raylight.parallel.attention import SequenceAttention
+    from raylight.parallel.batch import BatchAxis, Rows
+    from raylight.parallel.hooks import SequenceHooks
+    from raylight.parallel.mesh import build_mesh, sequence_axis, world_axis
+    from raylight.parallel.ring import HybridAttention
+    from raylight.parallel.shape import MeshShape
+    from raylight.parallel.tokens import TokenState
+    from raylight.plans import plan_for
+    from raylight.sharding.fsdp import shard
+
+    mesh = build_mesh(MeshShape(way.batch, way.ring, way.ulysses), device)
+    model = skeleton(setting.size, setting.layers)
+    diffusion_model, sequence = model.diffusion_model, sequence_axis(mesh)
+    tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
+    if sequence.size() > 1:
+        SequenceHooks(diffusion_model, plan_for(diffusion_model), tokens, way.ulysses)
+    hybrid = StagedThroughCpuHybrid if setting.shared_gpu else HybridAttention
+    strategy = hybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
+    options: dict[str, Any] = {}
+    attention_hook.install(options, SequenceAttention(tokens, strategy), kernel("auto", device))
+    weights = RandomWeights(diffusion_model, device)
+    if way.shards:
+        shard(diffusion_model, weights, world_axis(mesh), device)
+    else:
+        fill(diffusion_model, weights, device)
+    given = inputs(setting.size, device)
+    rows = 2 if setting.cfg else 1
+    if setting.cfg:
+        given = {name: torch.cat([value, value.flip(-1) if name == "c_crossattn" else value])
+                 for name, value in given.items()}
+    axis = BatchAxis(mesh.get_group("batch"))
+
+    def part(of: Rows) -> Tensor:
+        return model.apply_model(**of.of(given), transformer_options=dict(options["transformer_options"]))
+
+    def forward() -> Tensor:
+        # With one row and a batch axis, as FSDP alone has it, every rank does the same work.
+        return axis.call(part, rows) if axis.can_split(rows) else part(Rows(0, rows, rows))
+
+    return forward
+
+
+def communication(forward: Any, device: torch.device) -> tuple[float, float]:
+    """The shares of a step in which kernels of NCCL run, and in which no other does."""
+    if device.type != "cuda":
+        forward()
+        return 0.0, 0.0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        forward()
+        synchronize(device)
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = {True: [], False: []}
+    for event in events:
+        spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
+    everything = spans[True] + spans[False]
+    if not everything:
+        return 0.0, 0.0
+    total = max(end for _, end in everything) - min(start for start, _ in everything)
+    computing = covered(spans[False])
+    return covered(spans[True]) / total, (covered(everything) - computing) / total
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of spans."""
+    length, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
+
+
+def run(world: int, way: Way, setting: Setting, timeout_s: float) -> dict[str, Any]:
+    """One row of the table: the slowest rank's median, the largest peak, the mean shares."""
+    over_gloo = setting.shared_gpu or setting.device_type == "cpu"
+    ranks = values(run_ranks(world, measure, way, setting, timeout_s=timeout_s, collective_timeout_s=timeout_s / 2,
+                             device_type="cpu" if over_gloo else "cuda"))
+    return {"seconds": max(statistics.median(rank["seconds"]) for rank in ranks),
+            "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
+            "link": statistics.mean(rank["link"] for rank in ranks),
+            "bare": statistics.mean(rank["bare"] for rank in ranks), "result": torch.from_numpy(ranks[0]["result"])}
+
+
+def report(size: str, worlds: list[int], options: argparse.Namespace, predicted: dict[str, Any]) -> dict[str, Any]:
+    """Measure and print the table of one size; what missed its goal is in `missed`."""
+    figures: dict[str, Any] = {"missed": []}
+    expected: dict[bool, Tensor] = {}
+    alone: dict[bool, float] = {}
+    seconds: dict[tuple[int, str], float] = {}
+    print(f"\n{SIZES[size].title}{'' if options.layers is None else f', {options.layers} layers of each kind'}\n"
+          f"{'GPUs':>4} {'way':<20} {'s a step':>9} {'speed-up':>9} {'efficiency':>10} {'peak GB':>8} {'link':>6} "
+          f"{'bare':>6} {'L2':>8} {'predicted':>9}")
+    for world in worlds:
+        for way in [*ways(world), *([Way("one GPU, CFG")] if world == 1 and max(worlds) > 1 else [])]:
+            cfg = "CFG" in way.name
+            setting = Setting(size, options.layers, options.repeats, cfg, options.share_gpu, options.device)
+            try:
+                row = run(world, way, setting, options.timeout)
+            except RuntimeError as failure:  # out of memory, say: the other ways can still be measured
+                figures[f"{world} {way.name}"] = {"failed": traceback.format_exc()}
+                figures["missed"].append(f"{world} GPUs, {way.name}: {str(failure).strip().splitlines()[-1]}")
+                print(f"{world:>4} {way.name:<20} failed: {str(failure).strip().splitlines()[-1][:90]}", flush=True)
+                continue
+            result = row.pop("result")
+            expected.setdefault(cfg, result)
+            alone.setdefault(cfg, row["seconds"])
+            seconds[world, way.name] = row["seconds"]
+            error = ((result - expected[cfg]).norm() / expected[cfg].norm()).item()
+            speed_up = alone[cfg] / row["seconds"]
+            promised = predicted.get(f"{size} {world}", {}).get("predicted_s", {}).get(options.link)
+            told = "" if promised is None or way.name != "Ulysses" else f"{promised:9.4f}"
+            print(f"{world:>4} {way.name:<20} {row['seconds']:>9.4f} {speed_up:>8.2f}x {speed_up / world:>10.1%} "
+                  f"{row['peak_bytes'] / 1e9:>8.2f} {row['link']:>6.1%} {row['bare']:>6.1%} {error:>8.1e} {told}",
+                  flush=True)
+            figures[f"{world} {way.name}"] = row | {"speed_up": speed_up, "relative_l2": error}
+            where = f"{world} GPUs, {way.name}"
+            if error > LARGEST:
+                figures["missed"].append(f"{where}: relative L2 {error:.1e}, goal {LARGEST:g}")
+            if told and abs(row["seconds"] / promised - 1) > LARGEST_DIFFERENCE:
+                figures["missed"].append(f"{where}: {row['seconds'] / promised - 1:+.1%} of what was predicted")
+            if size == "wan-720p" and way.name == "Ulysses" and speed_up < GOALS.get(world, 0):
+                figures["missed"].append(f"{where}: {speed_up:.2f}x, goal {GOALS[world]}x")
+        both = seconds.get((world, "FSDP + Ulysses")), seconds.get((world, "Ulysses"))
+        if all(both) and both[0] / both[1] > LARGEST_COST_OF_FSDP:
+            figures["missed"].append(f"{world} GPUs: FSDP costs {both[0] / both[1] - 1:.1%}, goal 3%")
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["wan-480p", "wan-720p", "flux-1024"], choices=SIZES)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="this many layers of each kind instead of all")
+    parser.add_argument("--prediction", type=Path, help="the file that prediction.py wrote")
+    parser.add_argument("--link", default="NVLink")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one row")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--share-gpu", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    gpus = torch.cuda.device_count() if options.device == "cuda" else 0
+    one_each = options.device == "cuda" and not options.share_gpu
+    worlds = [world for world in options.ranks if world <= gpus or not one_each]
+    predicted = json.loads(options.prediction.read_text()) if options.prediction else {}
+    figures: dict[str, Any] = {"versions": versions(), "GPUs": gpus, "options": {
+        key: str(value) for key, value in vars(options).items()}, "ways": [asdict(w) for n in worlds for w in ways(n)]}
+    print(figures["versions"], f"{gpus} GPUs, so {worlds} ranks")
+    for size in options.sizes:
+        figures[size] = report(size, worlds, options, predicted)
+        if options.json:
+            options.json.write_text(json.dumps(figures, indent=1))
+    missed = [f"{SIZES[size].title}: {what}" for size in options.sizes for what in figures[size]["missed"]]
+    print("\nmissed its goal, or is to be explained:\n" + "\n".join(missed) if missed else "\nall goals were met")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What one of N ranks does in a step, without the others: its tokens through all blocks, its heads over all tokens.
+
+The exchange is Raylight's own, but for the collective: what the other ranks would send is made up of this rank's own,
+of the right size, and the bytes are counted.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from full_size import synchronize
+from torch import Tensor
+
+from raylight.attention.kernels import kernel
+from raylight.host import attention_hook
+from raylight.parallel.attention import SequenceAttention
+from raylight.parallel.hooks import SequenceHooks
+from raylight.parallel.tokens import TokenState
+from raylight.parallel.ulysses import UlyssesAttention
+from raylight.plans import plan_for
+
+_DONE = SimpleNamespace(wait=lambda: True)
+
+
+@dataclass
+class Call:
+    """One exchanged attention call, by its parts: bytes that come to this rank and go back, seconds of attention."""
+
+    arriving: list[int] = field(default_factory=list)
+    returning: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def waits(self, bytes_per_second: float) -> float:
+        """Seconds in which a GPU only waits for this call's exchange: one thing travels at a time, each beside the
+        attention that does not need it."""
+        link = computed = 0.0
+        arrived, ended = [], []
+        for size in self.arriving:
+            link += size / bytes_per_second
+            arrived.append(link)
+        for at, seconds in zip(arrived, self.seconds, strict=True):
+            computed = max(computed, at) + seconds
+            ended.append(computed)
+        for at, size in zip(ended, self.returning, strict=True):
+            link = max(link, at) + size / bytes_per_second
+        return link - sum(self.seconds)
+
+
+class OneShare(UlyssesAttention):
+    """Ulysses of rank 0 of `degree`, without the others."""
+
+    def __init__(self, degree: int, large: int, parts: int) -> None:
+        self._group, self._rank, self._degree = None, 0, degree
+        self._large, self._parts = large, parts
+        self.calls: list[Call] = []
+        self._events: list[list[tuple[Any, Any]]] = []
+
+    def __call__(self, kernel: Any, *arguments: Any) -> Tensor:
+        self.calls.append(Call())
+        self._events.append([])
+
+        def timed(q: Tensor, *rest: Any) -> Tensor:
+            start, end = mark(q.device), None
+            out = kernel(q, *rest)
+            end = mark(q.device)
+            self._events[-1].append((start, end))
+            return out
+
+        return super().__call__(timed, *arguments)
+
+    def finish(self) -> None:
+        """Read the clocks. The device must be idle."""
+        for call, events in zip(self.calls, self._events, strict=True):
+            call.seconds = [between(start, end) for start, end in events]
+
+    def _send_heads(self, *arguments: Any) -> Any:
+        received, work = super()._send_heads(*arguments)
+        self.calls[-1].arriving.append(self._away(received, arguments[4]))
+        return received, work
+
+    def _send_tokens(self, *arguments: Any) -> Any:
+        received, work = super()._send_tokens(*arguments)
+        self.calls[-1].returning.append(int(received.nbytes * (1 - 1 / self._degree)))
+        return received, work
+
+    def _away(self, received: Tensor, lengths: Any) -> int:
+        return int(received.nbytes * (1 - lengths[0] / sum(lengths)))
+
+    def _exchange(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> Any:
+        received = sent.new_empty(sum(receive_counts))
+        for start in range(0, received.numel(), sent.numel()):
+            piece = received[start:start + sent.numel()]
+            piece.copy_(sent[:piece.numel()])
+        return received, _DONE
+
+
+class ShareHooks(SequenceHooks):
+    """Gathers as if the other ranks' pieces were like this one's."""
+
+    gathered = 0
+
+    def _join(self, local: Tensor, gather: Any) -> Tensor:
+        tokens, sizes = self._tokens, self._tokens.sizes(gather.stream)
+        before = tokens.lengths(gather.after)[0]
+        head, tail = local.split([before, sizes[0]], gather.dim)
+        tokens.leave(gather.stream)
+        self.gathered += tail.nbytes * (len(sizes) - 1)
+        return torch.cat([head, *(tail.narrow(gather.dim, 0, size) for size in sizes)], gather.dim)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One step of one rank of `degree`: seconds, bytes that it gathers at the end, its attention calls, and the peak of
+    its memory beyond the weights of the whole model."""
+
+    degree: int
+    seconds: float
+    gathered: int
+    calls: list[Call]
+    peak: int
+
+    @property
+    def received(self) -> int:
+        return self.gathered + sum(sum(call.arriving) + sum(call.returning) for call in self.calls)
+
+    def predicted(self, gigabytes_per_second: float) -> float:
+        """Seconds of a step of `degree` GPUs that are linked so."""
+        speed = gigabytes_per_second * 1e9
+        return self.seconds + self.gathered / speed + sum(call.waits(speed) for call in self.calls)
+
+
+def share_of(model: Any, inputs: dict[str, Tensor], degree: int, attention: str, large: int, parts: int) -> Share:
+    """Do one step of the share of rank 0 of `degree`."""
+    device = inputs["x"].device
+    tokens, share = TokenState(0, degree), OneShare(degree, large, parts)
+    hooks = ShareHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens) if degree > 1 else None
+    options: dict[str, Any] = {}
+    attention_hook.install(options, SequenceAttention(tokens, share), kernel(attention, device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    synchronize(device)
+    with torch.inference_mode():
+        start = mark(device)
+        model.apply_model(**inputs, transformer_options=options["transformer_options"])
+        end = mark(device)
+    synchronize(device)
+    share.finish()
+    gathered = 0
+    if hooks is not None:
+        gathered = hooks.gathered
+        hooks.remove()
+    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
+    return Share(degree, between(start, end), gathered, share.calls, peak)
+
+
+def mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
