@@ -5,7 +5,8 @@
 Ranks share one GPU, over gloo: their memory is as on GPUs of their own, but that gloo, unlike NCCL, takes one block for
 a copy of its own; their times say nothing. `weights` are there between forwards; `more` is the peak in one, beyond
 these; `in blocks` the latter less the peak of whole weights on as many ranks, which is what gathering takes.
-Offloading is timed with one rank on NCCL: `hidden` is the share of the copy that no forward waits for.
+Offloading is timed with one rank on NCCL, from which FSDP2 gathers nothing, so nothing starts ahead: `hidden` is the
+share of the copy that no forward waits for.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def communication(forward: Any, device: torch.device) -> tuple[float, float]:
     if device.type != "cuda":
         forward()
         return 0.0, 0.0
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         forward()
         synchronize(device)
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
