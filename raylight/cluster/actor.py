@@ -7,11 +7,13 @@ reports run beside it.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +89,7 @@ class Run:
 
 
 _END = object()
+_SWEEP_S = 10.0
 
 
 class RankActor:
@@ -104,6 +107,7 @@ class RankActor:
         self._lock = threading.Lock()
         self._store: Any = None
         self._service: Any = None
+        self._swept_at = time.monotonic()
 
     def place(self) -> Place:
         """Where this rank is. Raises RuntimeError when it should have a GPU and sees none."""
@@ -180,7 +184,12 @@ class RankActor:
     @ray.method(concurrency_group="watch")
     def report(self, patience_s: float) -> Report:
         """What is new on this rank, see `Status.report`."""
-        return self._status.report(patience_s)
+        report = self._status.report(patience_s)
+        if report.phase == IDLE and time.monotonic() - self._swept_at > _SWEEP_S:
+            # As ComfyUI does after prompts: what refers to itself keeps its tensors until it is looked for.
+            gc.collect()
+            self._swept_at = time.monotonic()
+        return report
 
     @ray.method(concurrency_group="control")
     def cancel(self, run_id: str) -> None:

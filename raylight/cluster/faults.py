@@ -105,11 +105,11 @@ def of_process(rank: int, error: RayError, killed_for_memory: bool) -> Fault:
     """The fault of a rank whose process is gone, by what Ray says of it; `killed_for_memory` tells that the system has
     ended a process for want of memory."""
     if isinstance(error, OutOfMemoryError):
-        return Fault(OUT_OF_MEMORY, rank, "the memory of the machine was almost full, and Ray ended the process of this "
-                                          "worker before the system would freeze")
+        return Fault(OUT_OF_MEMORY, rank, "the memory of the machine was almost full, and Ray ended this worker's "
+                                          "process before the system would freeze")
     if killed_for_memory:
-        return Fault(OUT_OF_MEMORY, rank, "the memory of the machine was full, and the system ended the process of this "
-                                          "worker")
+        return Fault(OUT_OF_MEMORY, rank, "the memory of the machine was full, and the system ended this worker's "
+                                          "process")
     return Fault(DIED, rank, _NO_TRACE)
 
 

@@ -20,9 +20,10 @@ from .config import SessionConfig
 
 logger = logging.getLogger(__name__)
 
-_START_S = 60.0
+_LEFT_START_S = 60.0
 _SHUTDOWN_S = 20.0
 _LEAST_FREE_BYTES = 100_000_000
+_RAYS_FOLDER = "r"  # short, as the paths of sockets must be
 _NEEDED = ("gcs_server", "raylet")
 
 _ours = False
@@ -56,7 +57,7 @@ def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
         _bind_to_loopback(config.is_local)
         _thread = Pending(lambda: _start(config) if config.is_local else _join(config), stays=True)
     try:
-        _thread.wait(_START_S, "the start of Ray", wants_cancel)
+        _thread.wait(config.start_timeout_s, "the start of Ray", wants_cancel)
     except ConnectionError:
         _forget()
         raise
@@ -79,7 +80,7 @@ def _start(config: SessionConfig) -> None:
     if free < _LEAST_FREE_BYTES:  # Ray would only say after half a minute that it has waited in vain
         raise OSError(f"the disk of {root} has {free / 1e6:.1f} MB left, and {_LEAST_FREE_BYTES / 1e6:.0f} MB are "
                       f"needed")
-    _folder = tempfile.mkdtemp(prefix="raylight-", dir=root)  # for this user alone
+    _folder = tempfile.mkdtemp(prefix="raylight-", dir=root)  # for this user alone; Ray opens its own to all
     ray.init(
         address="local",
         include_dashboard=False,
@@ -88,7 +89,7 @@ def _start(config: SessionConfig) -> None:
         object_store_memory=config.object_store_bytes,
         log_to_driver=False,  # workers send their own, see worker_logs
         logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
-        _temp_dir=_folder,
+        _temp_dir=os.path.join(_folder, _RAYS_FOLDER),
     )
 
 
@@ -149,7 +150,7 @@ def disconnect() -> None:
     """Leave Ray, and end it where it is a Ray of our own. Leaves alone what another pack has started."""
     if _is_starting:
         try:
-            _thread.wait(_START_S, "the start of Ray")
+            _thread.wait(_LEFT_START_S, "the start of Ray")
         except Exception as error:
             logger.debug("the start of Ray had failed: %s", error)
     if _ours and ray.is_initialized() and lost() is None:
@@ -211,7 +212,7 @@ def _forget() -> None:
 
 def log_folder() -> str | None:
     """Where the processes of the local Ray write their logs."""
-    return None if _folder is None else os.path.join(_folder, "session_latest", "logs")
+    return None if _folder is None else os.path.join(_folder, _RAYS_FOLDER, "session_latest", "logs")
 
 
 def has_room(config: SessionConfig) -> bool:

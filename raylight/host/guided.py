@@ -52,13 +52,18 @@ class GuidedRun:
             call["denoise_mask"] = mask.to(self._device)
         self._steps = len(call["sigmas"]) - 1
         self._run.enter("bringing the model to its device")
-        self._guider.model_patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda _: self._enter_step(1))
+        patcher = self._guider.model_patcher
+        patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda _: self._enter_step(1))
         # Wrappers look for arguments at the places where ComfyUI puts them.
         positional = [call.pop(name) for name in list(call)[:self._positional]]
         set_random_state(self._job.random)
         executor = WrapperExecutor.new_class_executor(self._guider.outer_sample, self._guider, self._wrappers)
-        with torch.inference_mode() if self._job.model.recipe.sharding == WHOLE else torch.no_grad():
-            samples = executor.execute(*positional, **call)
+        try:
+            with torch.inference_mode() if self._job.model.recipe.sharding == WHOLE else torch.no_grad():
+                samples = executor.execute(*positional, **call)
+        finally:
+            # Else the patcher and this run would hold each other, with all that the run has.
+            patcher.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
         return RunResult(samples.cpu(), random_state(self._device), self._last_step())
 
     def _enter_step(self, number: int) -> None:

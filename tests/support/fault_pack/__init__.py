@@ -33,7 +33,7 @@ async def phases(_):
     from raylight.cluster import current
 
     session = current.peek()
-    return web.json_response({} if session is None else session.phases)
+    return web.json_response(session.phases if session is not None and session.alive else {})
 
 
 NODE_CLASS_MAPPINGS = {"InjectFault": InjectFault}
