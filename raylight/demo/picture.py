@@ -1,31 +1,39 @@
-"""Latents as something to look at, without a VAE: ComfyUI's own linear approximation of its colours."""
+"""One sheet of all of the demo's pictures: a column for each prompt, a row for each way of sampling."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 256
+GAP = 10
+LABEL = 30
 
 
-def write_animation(latent: Tensor, factors: list[list[float]], bias: list[float] | None, path: Path,
-                    scale: int = 16) -> Path:
-    """Write latent (1, C, T, H, W) as an animated WebP, or (1, C, H, W) as a PNG, `scale` pixels for each of its
-    points. `factors` (C, 3) and `bias` (3) are a latent format's `latent_rgb_factors`."""
-    if latent.ndim == 4:
-        latent = latent.unsqueeze(2)
-    matrix = torch.tensor(factors, dtype=torch.float32)
-    colours = latent[0].float().permute(1, 2, 3, 0) @ matrix  # (T, H, W, 3)
-    if bias is not None:
-        colours += torch.tensor(bias)
-    colours = ((colours + 1) / 2).clamp(0, 1).mul(255).byte().numpy().astype(np.uint8)
-    frames = [
-        Image.fromarray(frame).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.Resampling.BICUBIC)
-        for frame in colours
-    ]
-    path = path.with_suffix(".webp" if len(frames) > 1 else ".png")
+def write_sheet(rows: Mapping[str, Sequence[Path]], prompts: Sequence[str], path: Path) -> None:
+    """Write the pictures of `rows` by name, each as many as there are prompts, with names and prompts beside them."""
+    width = GAP + len(prompts) * (SIDE + GAP)
+    sheet = Image.new("RGB", (width, LABEL + len(rows) * (LABEL + SIDE) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, prompt in enumerate(prompts):
+        _write(draw, prompt, GAP + column * (SIDE + GAP), GAP, SIDE)
+    for row, (name, pictures) in enumerate(rows.items()):
+        top = LABEL + row * (LABEL + SIDE)
+        _write(draw, name, GAP, top + GAP, width - 2 * GAP, "gray")
+        for column, picture in enumerate(pictures):
+            with Image.open(picture) as image:
+                square = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            sheet.paste(square, (GAP + column * (SIDE + GAP), top + LABEL))
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=len(frames) > 1, append_images=frames[1:], duration=200, loop=0, lossless=True)
-    return path
+    sheet.save(path, optimize=True)
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, colour: str = "black") -> None:
+    """Text in as large letters as fit, up to 15."""
+    for size in range(15, 6, -1):
+        font = ImageFont.load_default(size)
+        if draw.textlength(text, font) <= width:
+            break
+    draw.text((x, y), text, colour, font)
