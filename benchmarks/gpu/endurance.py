@@ -27,7 +27,6 @@ OPTIONS = PARSER.parse_args()
 
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
-import psutil  # noqa: E402
 import torch  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
@@ -53,11 +52,17 @@ def sample(model: ModelPatcher, seed: int, shape: tuple[int, ...], prompts: list
 
 
 def taken() -> dict[str, int]:
-    """Bytes: of the device by all programs, and of system memory by this process and the worker alone."""
+    """Bytes: of the device by all programs, and of system memory by this process and the worker for themselves. Ray's
+    store of objects lies in memory that both share, of a size that is given to it."""
     free, total = torch.cuda.mem_get_info()
-    worker = psutil.Process(current.running().places[0].pid)
-    return {"device": total - free, "ComfyUI": psutil.Process().memory_full_info().uss,
-            "worker": worker.memory_full_info().uss}
+    return {"device": total - free, "ComfyUI": anonymous_bytes(os.getpid()),
+            "worker": anonymous_bytes(current.running().places[0].pid)}
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that no file and no other process has, as Linux tells it."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
 
 
 @torch.inference_mode()

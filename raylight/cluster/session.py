@@ -22,7 +22,7 @@ from .config import ServiceSpec, SessionConfig
 from .errors import RAY_LOST, RunCancelled, WorkerError
 from .faults import Fault, Scene, is_store_full, store_full, told
 from .shared import SharedObjects
-from .status import STARTING
+from .status import IDLE, STARTING
 from .waiting import Listening, conclude, is_refusal, wait_for_all
 from .watchdog import Watchdog
 
@@ -47,7 +47,7 @@ class Session:
         self._group: Any = None
         self._watchdog: Watchdog | None = None
         self._ready, self._broken = False, False
-        self._running = threading.Lock()
+        self._running, self._closing = threading.Lock(), threading.Lock()
         started = time.monotonic()
         try:
             local_ray.connect(config, wants_cancel)
@@ -127,7 +127,7 @@ class Session:
             outcome = wait_for_all(refs, stream, Listening(
                 on_event or (lambda _: None), wants_cancel or (lambda: False), cancel,
                 lambda since_s: endings.is_overdue(since_s, self._watchdog.phases.values()), self._fault))
-        scene = Scene(self.places) if outcome.is_clean else self._scene()
+        scene = Scene(self.places) if outcome.is_clean else self._scene(f"beginning to {method}")
         if not outcome.is_clean and not is_refusal(outcome, self.config.world_size):
             # A rank that failed alone leaves the others inside a collective that never ends.
             logger.warning("ending the workers, which start anew with the next prompt")
@@ -147,6 +147,10 @@ class Session:
     def close(self) -> None:
         """End the workers, and wait until they have gone. Harmless when repeated; does not hang on a broken Ray."""
         self._broken = True
+        with self._closing:  # the watchdog does so too, and who starts others must wait for it
+            self._close()
+
+    def _close(self) -> None:
         if self._watchdog is not None:
             self._watchdog.stop()
         actors, self._actors = list(self._actors), []
@@ -187,12 +191,14 @@ class Session:
         finally:
             self._running.release()
 
-    def _scene(self) -> Scene:
+    def _scene(self, at_least: str = IDLE) -> Scene:
+        """What is known now; ranks that have not told yet what they do are `at_least` at that."""
         if self._watchdog is None:
             return Scene(self.places)
         lines = {rank: self._watchdog.last_lines(rank) or endings.last_output(place)
                  for rank, place in self.places.items()}
         phases = dict.fromkeys(range(self.config.world_size), STARTING) | self._watchdog.phases
+        phases = {rank: at_least if phase == IDLE else phase for rank, phase in phases.items()}
         return Scene(self.places, phases, lines)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 MODEL = Path(__file__).resolve().parents[1] / "model"
 CODEC_SEED, TRANSFORMER_SEED, DECODER_SEED = 0, 0, 1
-STEPS = {"transformer": 1400, "decoder": 1500}
+STEPS = {"transformer": 1800, "decoder": 1500}
 
 
 def main(arguments: list[str]) -> int:
