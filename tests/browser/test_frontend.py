@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "templates")]
 
 import chromium  # noqa: E402
+from chromium import BrowserError  # noqa: E402
 from events import listen, watch  # noqa: E402
 from files import write_models  # noqa: E402
 from person import Person  # noqa: E402
@@ -35,6 +36,7 @@ RUN = {"width": 128, "height": 128, "steps": 8}
 PATIENCE = 300.0
 OPEN_MENU = "window.app.extensionManager.command.execute('Comfy.BrowseTemplates')"
 CARD = '[data-testid="template-workflow-{}"]'
+ANY_CARD = '[data-testid^="template-workflow-"]'
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,22 @@ def open_menu(person: Person) -> None:
     person.click("[role=dialog] span", "raylight")
 
 
+def see_thumbnail(person: Person, card: str) -> None:
+    """Wait until a card of the menu shows its picture. The frontend loads those that come into view, but may miss it
+    while the menu is being built: one scrolls away and back then."""
+    for patience in (10.0, 20.0, 30.0, 60.0):
+        person.find(card)
+        try:
+            person.page.wait_for(f"document.querySelector('{card} img')?.naturalWidth >= 256", timeout=patience)
+            return
+        except BrowserError:
+            if patience == 60.0:
+                raise
+            for end in ("at(0)", "at(-1)"):
+                person.page.evaluate(f"[...document.querySelectorAll('{ANY_CARD}')].{end}.scrollIntoView()")
+                time.sleep(0.5)
+
+
 def see_image(person: Person) -> None:
     """Wait until the node that saves it shows the image."""
     person.page.wait_for("window.app.graph.nodes.some((n) => n.type === 'SaveImage' && n.imgs?.[0]?.naturalWidth === "
@@ -101,8 +119,7 @@ def test_the_menu_shows_all_templates_with_their_thumbnails(person: Person) -> N
     person.look("menu")
     for template in TEMPLATES:
         card = CARD.format(template.name)
-        person.find(card)
-        person.page.wait_for(f"document.querySelector('{card} img')?.naturalWidth >= 256", timeout=60)
+        see_thumbnail(person, card)
     person.click('[aria-label="Close dialog"]')
 
 
