@@ -17,12 +17,12 @@ SLOW = {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}
 
 
 def test_while_starting(server: FaultServer, reference: torch.Tensor) -> None:
+    before = server.workers()
     prompt = server.submit(on_workers(JOB, 2, ray_cluster_namespace="anew"))
-    victim = server.wait_until(lambda: len(found := server.workers()) == 2 and found)[1]
-    others = server.workers()
-    victim.kill()
+    started = server.wait_until(lambda: len(new := [one for one in server.workers() if one not in before]) == 2 and new)
+    started[1].kill()
     server.fails(prompt, r"rank \d.* died while starting: its process ended without a trace")
-    server.lose(others)
+    server.lose([*before, *started])
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
