@@ -15,7 +15,7 @@ OVERRIDE = "optimized_attention_override"
 def install(model_options: dict[str, Any], attention: SequenceAttention, kernel: Kernel) -> None:
     """Route every attention call of a model through `attention`, in `model_options` of a patcher.
 
-    An override that is there already stays, as the kernel of each rank.
+    An override that is there already stays, as the kernel of each rank: it gets all tokens, of some of the heads.
     """
     options = model_options.setdefault("transformer_options", {})
     present = options.get(OVERRIDE)
@@ -34,6 +34,7 @@ def install(model_options: dict[str, Any], attention: SequenceAttention, kernel:
             return present(func, q, k, v, q.shape[1], mask=mask, attn_precision=attn_precision, skip_reshape=True,
                            skip_output_reshape=True, **rest)
 
+        chained.in_order = True  # it may look for tokens by their place
         out = attention(kernel if present is None else chained, q, k, v, mask, scale)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 

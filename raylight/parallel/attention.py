@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .collectives import all_gather
@@ -77,7 +78,27 @@ class SequenceAttention:
         if scope.mask is not None:
             mask = scope.mask(sum(lengths), q)
         whole_mask = None if mask is None else self._whole_mask(_four_dims(mask), streams, lengths)
+        if getattr(kernel, "in_order", False) and len(streams) > 1:
+            kernel = self._in_order(kernel, streams)
         return self.strategy(kernel, q, k, v, lengths, whole_mask, scale)
+
+    def _in_order(self, kernel: Kernel, streams: Sequence[str]) -> Kernel:
+        """The kernel as one that is given tokens stream by stream, as a model without ranks has them, and not in rank
+        order, in which every rank's own of all streams come together."""
+        tokens = self._tokens
+        order = torch.cat([torch.arange(start, stop) for rank in range(tokens.degree)
+                           for start, stop in tokens.spans(streams, rank)])
+
+        def ordered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+            places = order.to(q.device)
+            back = places.argsort()
+            if mask is not None:
+                mask = mask.index_select(-1, back)
+                mask = mask if mask.shape[-2] == 1 else mask.index_select(-2, back)
+            out = kernel(*(t.index_select(2, back) for t in (q, k, v)), mask, scale)
+            return out.index_select(2, places)
+
+        return ordered
 
     def _kind(self, scope: Attention, q: Tensor, k: Tensor) -> SelfAttention | CrossAttention:
         """What the plan says of this call, checked against its queries and keys."""
