@@ -44,6 +44,8 @@ class _Stored:
     on_cpu: bool
 
 
+BY_VALUE = object()
+"""What `reduce` of `pack` returns for a function that goes with its code, whatever its name."""
 Reducer = Callable[[Any], Any]
 Referrer = Callable[[Any], Any]
 
@@ -67,6 +69,8 @@ class _Packer(cloudpickle.CloudPickler):
 
     def reducer_override(self, value: Any) -> Any:
         reduced = self._reduce(value)
+        if reduced is BY_VALUE:
+            return self._dynamic_function_reduce(value)
         return super().reducer_override(value) if reduced is NotImplemented else reduced
 
     def _stored(self, value: Tensor) -> _Stored:
@@ -104,7 +108,7 @@ class _Unpacker(pickle.Unpickler):
 
 def pack(value: Any, refer: Referrer, reduce: Reducer = lambda _: NotImplemented) -> Parcel:
     """Pack an object. `refer(part)` returns what stands for a part that the other process has, or None; `reduce` is as
-    `pickle.Pickler.reducer_override`.
+    `pickle.Pickler.reducer_override`, or returns BY_VALUE.
 
     Raises whatever pickling raises for what cannot travel, and what `refer` and `reduce` raise.
     """

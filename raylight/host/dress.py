@@ -26,7 +26,9 @@ def of_run(patcher: comfy.model_patcher.ModelPatcher) -> Dress:
 def of_forward(patcher: comfy.model_patcher.ModelPatcher) -> Dress:
     """What a worker needs to do the diffusion model's part."""
     found = {name: getattr(patcher, name) for name in _INNER if hasattr(patcher, name)}
-    inside = {name: value for name, value in patcher.object_patches.items() if name.startswith(_INSIDE)}
+    # One of the forward is put around the call here.
+    inside = {name: value for name, value in patcher.object_patches.items()
+              if name.startswith(_INSIDE) and name != f"{_INSIDE}forward"}
     return found | {"object_patches": inside}
 
 

@@ -13,8 +13,9 @@ from raylight.cluster.parcel import Parcel, unpack
 from raylight.cluster.session import Session
 from raylight.cluster.tensor_stream import Sender
 
-from . import dress
+from . import dress, model_changes
 from . import workers as at_workers
+from .changes import Change
 from .job import ForwardJob
 from .model_job import model_job
 from .model_wrappers import OPTIONS, named, wrapped
@@ -68,10 +69,11 @@ def _send(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: di
     args, kwargs = named(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
     options = kwargs.pop(OPTIONS, None) or {}
     try:
-        extras = line.session.shared.of(*_extras(line, patcher, options))
+        changes = model_changes.of_forward(patcher)
+        extras = line.session.shared.of(*_extras(line, patcher, options, changes))
         data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
         call = send((args, kwargs, data), patcher, foreign_code=True, also=_taking(line.sender))
-        job = ForwardJob(model_job(line.session, patcher), method, call, line.sender.message(), extras)
+        job = ForwardJob(model_job(line.session, patcher, changes), method, call, line.sender.message(), extras)
         answer: Parcel = at_workers.ask(line.session, "forward", job, about=patcher.recipe)
     except BaseException:
         _line = None  # what the workers have of this stream is not known any more
@@ -79,25 +81,26 @@ def _send(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: di
     return _on(unpack(answer, _no_reference, device), device)
 
 
-def _extras(line: _Line, patcher: RemotePatcher, options: Mapping[str, Any]) -> tuple[str, Any]:
+def _extras(line: _Line, patcher: RemotePatcher, options: Mapping[str, Any], changes: list[Change]) -> tuple[str, Any]:
     """A key, and a function that makes the Parcel, of what nodes have put into the model: made once as long as these
     are the same objects."""
     code = {name: options[name] for name in _CODE if options.get(name)}
     if code:  # which may look at anything in the options
         code |= {name: value for name, value in options.items() if name not in _OUTSIDE and not _is_plain(value)}
     inner = dress.of_forward(patcher)
-    objects = list(_leaves((code, inner, str(patcher.patches_uuid))))
+    objects = list(_leaves((code, inner, str(patcher.patches_uuid),
+                            [(change.owner, change.name, change.value) for change in changes])))
     if not line.extras_key or len(objects) != len(line.extras_of) or any(
             now is not before and now != before for now, before in zip(objects, line.extras_of, strict=True)):
         line.extras_key, line.extras_of = f"extras-{uuid.uuid4().hex}", objects
-    return line.extras_key, lambda: _packed(patcher, code, inner)
+    return line.extras_key, lambda: _packed(patcher, code, inner, changes)
 
 
-def _packed(patcher: RemotePatcher, code: dict[str, Any], inner: dress.Dress) -> Parcel:
+def _packed(patcher: RemotePatcher, code: dict[str, Any], inner: dress.Dress, changes: list[Change]) -> Parcel:
     try:
-        return send((inner, code), patcher, foreign_code=True)
+        return send((inner, code, changes), patcher, foreign_code=True)
     except CannotTravel as error:
-        for part in _leaves((code, inner)):
+        for part in _leaves((code, inner, [change.value for change in changes])):
             try:
                 send(part, patcher, foreign_code=True)
             except CannotTravel as reason:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -14,8 +13,10 @@ from raylight.cluster.parcel import Parcel, pack
 from raylight.cluster.tensor_stream import Receiver, Slot
 
 from . import dress
+from .changes import changed
 from .job import ForwardJob
 from .recipe import WHOLE
+from .split import SplitModel
 from .travel import receive
 
 
@@ -31,9 +32,9 @@ class Forwards:
         """Let go of what nodes have put into a model."""
         self._extras = None
 
-    def call(self, patcher: ModelPatcher, job: ForwardJob, install: Callable[[dict[str, Any]], None]) -> Any:
-        """What the method returns. `install` gets the model's options to add what this rank needs."""
-        worn, code = self._unpacked(patcher, job)
+    def call(self, patcher: ModelPatcher, job: ForwardJob, split: SplitModel) -> Any:
+        """What the method returns, of a model that is split so."""
+        worn, code, changes = self._unpacked(patcher, job)
         dress.put_on(patcher, worn, job.model.recipe.sharding)
         tensors = self._tensors.receive(job.tensors)
 
@@ -43,17 +44,18 @@ class Forwards:
 
         args, kwargs, data = receive(job.call, patcher, resolve)
         patcher.model_options = {"transformer_options": data | _copied(code)}
-        install(patcher.model_options)
-        comfy.model_management.load_models_gpu([patcher], memory_required=_memory(patcher, args))
-        patcher.pre_run()
-        diffusion_model = patcher.model.diffusion_model
-        try:
-            with torch.inference_mode() if job.model.recipe.sharding == WHOLE else torch.no_grad():
-                if job.method == "forward":
-                    return diffusion_model(*args, **kwargs, **patcher.model_options)
-                return getattr(diffusion_model, job.method)(*args, **kwargs)
-        finally:
-            patcher.model.current_patcher = None
+        split.install(patcher.model_options, job.model)
+        with changed(patcher, changes), split.watching(patcher, job.model.inside.watched):
+            comfy.model_management.load_models_gpu([patcher], memory_required=_memory(patcher, args))
+            patcher.pre_run()
+            diffusion_model = patcher.model.diffusion_model
+            try:
+                with torch.inference_mode() if job.model.recipe.sharding == WHOLE else torch.no_grad():
+                    if job.method == "forward":
+                        return diffusion_model(*args, **kwargs, **patcher.model_options)
+                    return getattr(diffusion_model, job.method)(*args, **kwargs)
+            finally:
+                patcher.model.current_patcher = None
 
     def _unpacked(self, patcher: ModelPatcher, job: ForwardJob) -> tuple[Any, Any]:
         # Unpacked once: some patches keep what they have computed.

@@ -12,6 +12,7 @@ from torch import Tensor
 from raylight.cluster.actor import Run
 
 from . import dress
+from .changes import changed
 from .hand_over import random_state, set_random_state
 from .job import RunJob, RunResult, StepDone
 from .recipe import WHOLE
@@ -29,7 +30,7 @@ class GuidedRun:
         self._device = device
         self._last: tuple[int, int, Any, Any] | None = None
         self._steps = 0
-        worn, self._guider, self._call, self._positional, self._wrappers = receive(job.content, patcher)
+        worn, self._changes, self._guider, self._call, self._positional, self._wrappers = receive(job.content, patcher)
         dress.put_on(patcher, worn, job.model.recipe.sharding)
         for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # those of ComfyUI's process
             for holder in ("transformer_options", "to_load_options"):
@@ -59,7 +60,8 @@ class GuidedRun:
         set_random_state(self._job.random)
         executor = WrapperExecutor.new_class_executor(self._guider.outer_sample, self._guider, self._wrappers)
         try:
-            with torch.inference_mode() if self._job.model.recipe.sharding == WHOLE else torch.no_grad():
+            with (torch.inference_mode() if self._job.model.recipe.sharding == WHOLE else torch.no_grad(),
+                  changed(patcher, self._changes)):
                 samples = executor.execute(*positional, **call)
         finally:
             # Else the patcher and this run would hold each other, with all that the run has.

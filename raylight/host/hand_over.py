@@ -20,13 +20,15 @@ from tqdm.auto import tqdm
 from raylight.cluster import current
 from raylight.cluster.session import Session
 
-from . import dress
+from . import dress, model_changes, written_weights
 from . import workers as at_workers
+from .changes import Change
+from .foreign_code import replaced_in_loop
 from .job import RandomState, RunJob, RunResult, StepDone
 from .model_job import model_job
 from .remote_patcher import RemotePatcher
 from .together import Handed, meet
-from .travel import CannotTravel, send
+from .travel import CannotTravel, origin, send
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +46,19 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     call = inspect.signature(executor.original).bind(*arguments, **named).arguments
     callback, call["callback"] = call.get("callback"), None
     inner = executor.wrappers[executor.idx + 1:]
+    written_weights.look(patcher.model, patcher.recipe)
     try:
-        content = send((dress.of_run(patcher), guider, call, len(arguments), inner), patcher, foreign_code=False)
+        changes = _changes(patcher)
+        content = send((dress.of_run(patcher), changes, guider, call, len(arguments), inner), patcher,
+                       foreign_code=False)
     except CannotTravel as reason:
-        _tell_why(reason)
-        return executor(*arguments, **named)
+        return _stay(reason, patcher, executor, arguments, named)
     session = at_workers.session(patcher.workers, patcher.recipe, call["noise"].shape)
     # Of ComfyUI's own callback it is known what it looks at.
     every_step = callback is not None and getattr(callback, "__module__", None) != "latent_preview"
     job = RunJob(
-        model_job(session, patcher), content, random_state(patcher.load_device), patcher.workers.free_memory_after,
+        model_job(session, patcher, changes), content, random_state(patcher.load_device),
+        patcher.workers.free_memory_after,
         wants_preview=callback is not None and args.preview_method != LatentPreviewMethod.NoPreviews,
         every_step=every_step, wants_last=callback is not None and not every_step,
     )
@@ -66,13 +71,27 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     try:
         result = _finished(session, [handed])[0]
     except CannotTravel as reason:
-        _tell_why(reason)
-        return executor(*arguments, **named)
+        return _stay(reason, patcher, executor, arguments, named)
     return handed.conclude(result)
 
 
-def _tell_why(reason: CannotTravel) -> None:
+def _changes(patcher: RemotePatcher) -> list[Change]:
+    """What nodes have changed on the model itself. Raises CannotTravel where they have changed the sampling loop."""
+    in_loop = replaced_in_loop()
+    if in_loop:
+        first = in_loop[0]
+        raise CannotTravel(f"code of another node pack takes the place of {first.place} ({origin(first.value)})")
+    return model_changes.of_run(patcher)
+
+
+def _stay(reason: CannotTravel, patcher: RemotePatcher, executor: Any, arguments: tuple[Any, ...],
+          named: dict[str, Any]) -> Tensor:
+    """Do the run here, and leave nothing of it on the model, which the next run may not load."""
     logger.info("the sampling loop stays in ComfyUI, and each forward goes to the workers: %s", reason)
+    try:
+        return executor(*arguments, **named)
+    finally:
+        patcher.unpatch_model(unpatch_weights=False)
 
 
 def finish(handed: Sequence[Handed]) -> list[RunResult]:

@@ -15,14 +15,25 @@ from .recipe import ModelRecipe
 
 
 @dataclass(frozen=True, slots=True)
+class Inside:
+    """What code of nodes inside of a diffusion model asks for. `whole` says whose code asks for whole tokens, "" where
+    none does; `watched` are paths of modules, from the diffusion model, that must not be called with split tokens."""
+
+    whole: str = ""
+    watched: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelJob:
     """The model that a job is for. `patches` are those of weights that nodes have put on it besides the LoRAs of the
-    recipe: a Parcel by ComfyUI's `patches_uuid`, fetched by a worker that has not got these on."""
+    recipe: a Parcel by ComfyUI's `patches_uuid`, fetched by a worker that has not got these on. `inside` is what code
+    of nodes inside of it asks for."""
 
     recipe: ModelRecipe
     attention: str
     strategy: str
     patches: Shared | None = None
+    inside: Inside = Inside()
 
 
 @dataclass(frozen=True, slots=True)

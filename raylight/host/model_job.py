@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raylight.cluster.session import Session
 
+from . import written_weights
+from .changes import Change
+from .inside import inside_of, tell
 from .job import ModelJob
 from .remote_patcher import RemotePatcher
 from .travel import CannotTravel, send
 
 
-def model_job(session: Session, patcher: RemotePatcher) -> ModelJob:
-    """The model of a patcher as it is now. Raises ValueError for patches of weights that cannot be sent."""
+def model_job(session: Session, patcher: RemotePatcher, changes: Sequence[Change]) -> ModelJob:
+    """The model of a patcher as it is now, with what nodes have changed on the model itself. Raises ValueError for
+    patches of weights that cannot be sent."""
     patches = None
-    if patcher.patches:
+    written = written_weights.of(patcher.model)
+    if patcher.patches or written:
         try:
-            patches = session.shared.of(str(patcher.patches_uuid),
-                                        lambda: send(patcher.patches, patcher, foreign_code=True))
+            patches = session.shared.of(f"{patcher.patches_uuid}{written_weights.version(written)}",
+                                        lambda: send((written, patcher.patches), patcher, foreign_code=True))
         except CannotTravel as error:
             raise ValueError(f"a patch of the model's weights cannot be sent to the workers: {error}") from error
-    return ModelJob(patcher.recipe, patcher.workers.attention, patcher.workers.strategy, patches)
+    inside = inside_of(patcher, changes)
+    tell(inside, patcher.workers.config.world_size)
+    return ModelJob(patcher.recipe, patcher.workers.attention, patcher.workers.strategy, patches, inside)

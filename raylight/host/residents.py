@@ -62,10 +62,14 @@ class Resident:
         patcher = self.patcher.clone()
         for one in loras:
             patcher.add_patches(lora.read(one, self.lora_keys, self.shapes), one.strength)
-        for key, of_weight in ({} if patches is None else receive(patches.get(), patcher, copies=False)).items():
+        written, of_weights = ({}, {}) if patches is None else receive(patches.get(), patcher, copies=False)
+        for key, of_weight in of_weights.items():
             if key in self.shapes:
                 patcher.patches[key] = [*patcher.patches.get(key, []), *of_weight]
                 patcher.patches_uuid = uuid.uuid4()
+        for key, weight in written.items():  # what the weight itself is, before any LoRA
+            patcher.patches[key] = [(1.0, ("set", (weight,)), 1.0, None, None), *patcher.patches.get(key, [])]
+            patcher.patches_uuid = uuid.uuid4()
         return patcher
 
 

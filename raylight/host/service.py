@@ -68,15 +68,15 @@ class ModelService:
 
     def _one(self, run: Run, held: Resident, patcher: RankPatcher, place: int, job: RunJob) -> RunResult:
         guided = GuidedRun(run, patcher, place, job, self._context.device)
-        held.split.install(guided.model_options, job.model.attention, job.model.strategy)
-        return guided.sample()
+        held.split.install(guided.model_options, job.model)
+        with held.split.watching(patcher, job.model.inside.watched):
+            return guided.sample()
 
     def forward(self, run: Run, job: ForwardJob) -> Parcel | None:
         """Do one call of the diffusion model; rank 0 returns what it does, the others None."""
         held, patcher = self._ready(run, job.model)
         run.enter("step (one forward of the model)")
-        output = self._forwards.call(patcher, job, lambda options: held.split.install(
-            options, job.model.attention, job.model.strategy))
+        output = self._forwards.call(patcher, job, held.split)
         return answer(output) if run.rank == 0 else None
 
     def free(self, run: Run) -> None:

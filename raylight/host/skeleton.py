@@ -1,7 +1,8 @@
-"""A model without weights: what ComfyUI's process needs of one whose weights are on workers.
+"""A model that others run: what ComfyUI's process needs of one whose weights are on workers.
 
-It is the very class that ComfyUI builds for the file, with its configuration, latent format and sampling, and with
-parameters that have shapes and no memory. Nodes that look at a model find what they look for.
+It is the very class that ComfyUI builds for the file, with its configuration, latent format and sampling. Its weights
+are those in the memory-mapped file, which are read only if a node computes with them. Nodes that look at a model find
+what they look for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
+from raylight.sharding.joined import JoinedRows
+
 from . import model
+from .as_built import AsBuilt
 from .mapped import set_parameter
 from .recipe import ModelRecipe
 
@@ -26,17 +30,19 @@ METHODS = ("preprocess_text_embeds",)
 Calls = Callable[[ModelPatcher, str, tuple[Any, ...], dict[str, Any]], Any]
 
 _KEPT = 8
+_AS_BUILT = "raylight_as_built"
 _built: OrderedDict[ModelRecipe, BaseModel] = OrderedDict()
 
 
 def of(recipe: ModelRecipe, call: Calls) -> BaseModel:
-    """The weightless model of a recipe, whose forward is `call(patcher, method, args, kwargs)`.
+    """The model of a recipe, whose forward is `call(patcher, method, args, kwargs)`.
 
-    The same object for the same file and options, which is read once, and of which only the header. Raises what
-    `model.map_file` raises.
+    The same object for the same file and options, which is read once, and of which only the header; another one where
+    nodes have changed it, as a loader of ComfyUI gives a model that nobody has changed. Raises what `model.map_file`
+    raises.
     """
     key = recipe.without_loras
-    if key not in _built:
+    if key not in _built or as_built(_built[key]).is_changed(_built[key]):
         _built[key] = _build(key, call)
         if len(_built) > _KEPT:
             _built.popitem(last=False)
@@ -44,27 +50,48 @@ def of(recipe: ModelRecipe, call: Calls) -> BaseModel:
     return _built[key]
 
 
+def as_built(base: BaseModel) -> AsBuilt:
+    """What a model of `of` was before nodes had it."""
+    return getattr(base, _AS_BUILT)
+
+
+def forget(base: BaseModel) -> None:
+    """Build the model of this file anew when it is asked for the next time."""
+    for recipe in [recipe for recipe, built in _built.items() if built is base]:
+        del _built[recipe]
+
+
 def _build(recipe: ModelRecipe, call: Calls) -> BaseModel:
-    mapped = model.map_file(recipe)
+    # ComfyUI runs nodes in inference mode, and what is made there does not know whether it was written to.
+    with torch.inference_mode(False), torch.no_grad():
+        mapped = model.map_file(recipe)
     base = mapped.model
     diffusion_model = base.diffusion_model
     for name, parameter in list(diffusion_model.named_parameters()):
-        dtype = mapped.dtypes.get(name, parameter.dtype)
-        set_parameter(diffusion_model, name, torch.empty(parameter.shape, dtype=dtype, device="meta"))
+        if isinstance(parameter, JoinedRows):  # lies in several tensors of the file
+            dtype = mapped.dtypes.get(name, parameter.dtype)
+            set_parameter(diffusion_model, name, torch.empty(parameter.shape, dtype=dtype, device="meta"))
+    for module in diffusion_model.modules():
+        if hasattr(module, "comfy_cast_weights"):  # whoever calls it has what the model computes with, not the file
+            module.comfy_cast_weights = True
     for method in ("forward", *METHODS):
         if hasattr(diffusion_model, method):
-            setattr(diffusion_model, method, _Method(base, method, call))
+            setattr(diffusion_model, method, Method(base, method, call))
     base.device = comfy.model_management.unet_offload_device()
+    object.__setattr__(base, _AS_BUILT, AsBuilt(base))
     return base
 
 
-class _Method:
-    """One method of the diffusion model, done elsewhere."""
+class Method:
+    """One method of the diffusion model, done elsewhere. In a worker it is that of the model there."""
 
     def __init__(self, base: BaseModel, name: str, call: Calls) -> None:
         self._base = base
         self._name = name
         self._call = call
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._base.diffusion_model, self._name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._base.current_patcher is None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
 
 import torch
 from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.attention.kernels import kernel
@@ -26,6 +28,7 @@ from raylight.parallel.whole import WholeTokens
 from raylight.plans import plan_for
 
 from . import attention_door, attention_hook, patch_hook
+from .job import ModelJob
 from .sharing import Sharing
 
 logger = logging.getLogger(__name__)
@@ -67,20 +70,36 @@ class SplitModel:
                 stack.enter_context(self._sharing.alone(in_step))
             yield
 
-    def install(self, model_options: dict[str, Any], attention: str, strategy: str) -> None:
-        """Have what is sampled with these options share its work, with this kernel and exchange of tokens.
+    def install(self, model_options: dict[str, Any], job: ModelJob) -> None:
+        """Have what is sampled with these options share its work, as the job says.
 
-        Raises ValueError where the library of `strategy` does not work here.
+        Raises ValueError where the library of its strategy does not work here.
         """
         if self._tokens is None or self._crews is None:
             return
-        local = kernel(attention, self._device)
-        sequence = self._crews.sequence(self._strategy(strategy))
+        local = kernel(job.attention, self._device)
+        whole = bool(job.inside.whole)
+        sequence = self._crews.alone() if whole else self._crews.sequence(self._strategy(job.strategy))
         split = SequenceAttention(self._tokens, sequence.strategy)
         attention_hook.install(model_options, split, local)
         sequence.take(self._tokens, split)
         if self._sharing is not None:
-            self._sharing.use(split, sequence, self._crews.everyone(local))
+            self._sharing.use(split, sequence, None if whole else self._crews.everyone(local))
+
+    @contextmanager
+    def watching(self, patcher: ModelPatcher, paths: Sequence[str]) -> Iterator[None]:
+        """Within it, modules at these paths of the diffusion model, or what object patches put there, raise ValueError
+        where they are called with split tokens."""
+        with ExitStack() as stack:
+            for path in paths if self._tokens is not None else ():
+                module = patcher.get_model_object(f"diffusion_model.{path}")
+                stack.callback(module.register_forward_pre_hook(functools.partial(self._refuse, path)).remove)
+            yield
+
+    def _refuse(self, path: str, *_: Any) -> None:
+        if self._tokens is not None and self._tokens.is_cut:
+            raise ValueError(f"a node has changed {path} of the model, which works with tokens that are split over "
+                             f"workers here: remove the node, or use cfg_degree, dp_degree or GPU = 1 instead")
 
     def _split_tokens(self, base: BaseModel) -> None:
         diffusion_model, sequence = base.diffusion_model, sequence_axis(self._mesh)

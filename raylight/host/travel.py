@@ -24,9 +24,10 @@ from comfy_api.latest import io
 from torch import nn
 
 from raylight.cluster.errors import is_out_of_memory
-from raylight.cluster.parcel import Parcel, Referrer, by_value, pack, unpack
+from raylight.cluster.parcel import BY_VALUE, Parcel, Referrer, by_value, pack, unpack
 
-from .settings import PACK_ROOT, comfy_root
+from .foreign_code import is_foreign_file, is_foreign_function
+from .settings import comfy_root
 
 EXTRAS = "comfy_extras"
 
@@ -54,7 +55,7 @@ def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | N
 
     def refer(part: Any) -> Any:
         if isinstance(part, ModelPatcher):
-            if any(part is one for one in _ancestry(model)):
+            if any(part is one for one in ancestry(model)):
                 return _Part("patcher")
             if not foreign_code:
                 raise CannotTravel(f"another model ({type(part.model).__name__}) takes part")
@@ -117,7 +118,7 @@ def origin(code: Any) -> str:
     return f"{module}.{qualname}"
 
 
-def _ancestry(model: ModelPatcher) -> Iterator[ModelPatcher]:
+def ancestry(model: ModelPatcher) -> Iterator[ModelPatcher]:
     """The patcher, and those it was cloned from, which nodes before may still refer to."""
     one: ModelPatcher | None = model
     while one is not None:
@@ -127,14 +128,20 @@ def _ancestry(model: ModelPatcher) -> Iterator[ModelPatcher]:
 
 def _parts_of_all(model: ModelPatcher) -> dict[int, _Part]:
     found: dict[int, _Part] = {}
-    for one in _ancestry(model):  # of several models where this one was taken over from another
+    for one in ancestry(model):  # of several models where this one was taken over from another
         found = _parts(one.model) | found
+        for key, put in one.object_patches.items():
+            if isinstance(put, nn.Module) and one.object_patches_backup.get(key) is not None:
+                # ComfyUI has put it there: it is no part of the worker's model, but what was there before is.
+                for module in put.modules():
+                    found.pop(id(module), None)
+                found |= _parts(one.object_patches_backup[key], key)
     return found
 
 
-def _parts(base: BaseModel) -> dict[int, _Part]:
-    parts = {id(module): _Part("module", name) for name, module in base.named_modules()}
-    parts |= {id(parameter): _Part("parameter", name) for name, parameter in base.named_parameters()}
+def _parts(base: nn.Module, path: str = "") -> dict[int, _Part]:
+    parts = {id(module): _Part("module", name) for name, module in base.named_modules(prefix=path)}
+    parts |= {id(parameter): _Part("parameter", name) for name, parameter in base.named_parameters(prefix=path)}
     return parts
 
 
@@ -154,6 +161,10 @@ def _reduced(part: Any, foreign_code: bool) -> Any:
     module = sys.modules.get(getattr(part, "__module__", None) or "")
     if module is None:
         return NotImplemented
+    if is_foreign_function(part) and not _is_foreign(module):  # it bears the name of what it takes the place of
+        if not foreign_code:
+            raise CannotTravel(f"code of another node pack takes part ({origin(part)})")
+        return BY_VALUE
     if not foreign_code and _is_foreign(module):
         raise CannotTravel(f"code of another node pack takes part ({origin(part)})")
     name = _extras_name(module)
@@ -206,21 +217,12 @@ def _extras_name(module: ModuleType) -> str | None:
 
 
 def _is_foreign(module: ModuleType) -> bool:
-    import folder_paths
-
     path = getattr(module, "__file__", None)
     if path is None:
         return False
     if os.sep in module.__name__:  # ComfyUI names packs by their path, and no process imports such a name
         return _extras_name(module) is None
-    real = os.path.realpath(path)
-    if real.startswith(str(PACK_ROOT) + os.sep):
-        return False
-    return any(_within(one, folder) for one in (real, path) for folder in folder_paths.get_folder_paths("custom_nodes"))
-
-
-def _within(path: str, folder: str) -> bool:
-    return os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
+    return is_foreign_file(path)
 
 
 def _foreign_modules() -> list[ModuleType]:

@@ -18,12 +18,15 @@ from .ulysses import UlyssesAttention
 class Crew:
     """Ranks that split a sequence, and how their attention exchanges tokens."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     strategy: Strategy
 
     def take(self, tokens: TokenState, attention: SequenceAttention) -> None:
-        """From now on these ranks do the forwards."""
-        tokens.share(dist.get_rank(self.group), dist.get_world_size(self.group), self.group)
+        """From now on these ranks do the forwards; without a group, each rank by itself."""
+        if self.group is None:
+            tokens.share(0, 1, None)
+        else:
+            tokens.share(dist.get_rank(self.group), dist.get_world_size(self.group), self.group)
         attention.strategy = self.strategy
 
 
@@ -40,6 +43,11 @@ class Crews:
     def sequence(self, strategy: Strategy) -> Crew:
         """The ranks that the degrees give to one sequence, and what they exchange."""
         return Crew(self._sequence, strategy)
+
+    @staticmethod
+    def alone() -> Crew:
+        """Each rank does all of a sequence, with whole tokens."""
+        return Crew(None, lambda kernel, q, k, v, _, mask, scale: kernel(q, k, v, mask, scale))
 
     def everyone(self, kernel: Kernel) -> Crew | None:
         """All ranks on one sequence: by Ulysses where there are heads enough, else with the ring between the rows of

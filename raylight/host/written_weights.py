@@ -1,0 +1,62 @@
+"""Weights that code of nodes has written to in ComfyUI's process, though they are only mapped there from their file."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from comfy.model_base import BaseModel
+from torch import Tensor
+
+from . import model, skeleton
+from .private_pages import are_written
+from .recipe import ModelRecipe
+
+PREFIX = "diffusion_model."
+LARGEST = 2 * 2**30
+"""Bytes of changed weights that are sent with a run; more is a model of its own."""
+_REMEDY = ("take the model from Load Diffusion Model, and put Parallelize Model (Ray) behind the node that changes its "
+           "weights")
+
+
+# As they were when the last run began.
+_found: weakref.WeakKeyDictionary[BaseModel, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def of(base: BaseModel) -> dict[str, Tensor]:
+    """What `look` found last."""
+    return _found.get(base, {})
+
+
+def look(base: BaseModel, recipe: ModelRecipe) -> None:
+    """Look which weights of a model of `skeleton.of` are not those of the file any more, when a run begins.
+
+    `of` has them by their names in ComfyUI's patches. Raises ValueError for what cannot be sent: a weight of another
+    shape, a quantised one, or too much of them.
+    """
+    names = skeleton.as_built(base).changed_weights(base)
+    now = dict(base.diffusion_model.named_parameters())
+    if not names and are_written(weight for weight in now.values() if _is_plain(weight)):
+        with torch.inference_mode(False), torch.no_grad():
+            file = dict(model.map_file(recipe).model.diffusion_model.named_parameters())
+        names = [name for name, weight in now.items() if _is_plain(weight) and not torch.equal(weight, file[name])]
+    for name in names:
+        if name not in now or not _is_plain(now[name]) or now[name].shape != skeleton.as_built(base).shape(name):
+            raise ValueError(f"a node has changed the weight {name} of {recipe.name} in ComfyUI's process, which "
+                             f"cannot be sent to the workers: {_REMEDY}")
+    size = sum(now[name].nbytes for name in names)
+    if size > LARGEST:
+        raise ValueError(f"a node has changed {len(names)} weights of {recipe.name} in ComfyUI's process, "
+                         f"{size / 1e9:.1f} GB, which is too much to be sent with each run: {_REMEDY}")
+    _found[base] = {PREFIX + name: now[name].detach() for name in names}
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype.is_floating_point and not weight.is_meta
+
+
+def version(weights: Mapping[str, Tensor]) -> str:
+    """Another text where other weights, or the same ones changed again, are sent."""
+    return "-".join(f"{name}:{weight.data_ptr():x}:{-1 if weight.is_inference() else weight._version}"
+                    for name, weight in weights.items())

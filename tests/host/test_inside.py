@@ -1,0 +1,92 @@
+"""Which code of nodes, inside of a model, gets whole tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from raylight.cluster.config import SessionConfig
+from raylight.demo.tiny import write_checkpoint
+from raylight.host import skeleton
+from raylight.host.changes import Change
+from raylight.host.handles import Workers
+from raylight.host.inside import inside_of
+from raylight.host.job import Inside
+from raylight.host.recipe import ModelRecipe
+from raylight.parallel.shape import MeshShape
+
+INNER = "diffusion_model."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp("models") / "wan.safetensors"
+    write_checkpoint(path, "wan-t2v", heads=3)
+    return skeleton.of(ModelRecipe.of(str(path), "default"), lambda *_: None)
+
+
+def patched(model: Any, ring: int = 1, **patches: Any) -> ModelPatcher:
+    patcher = ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    patcher.workers = Workers(SessionConfig(MeshShape(ulysses=2, ring=ring), "cpu"), "TORCH_FLASH")
+    for name, value in patches.items():
+        patcher.add_object_patch(INNER + name.replace("__", "."), value)
+    return patcher
+
+
+def theirs(*_: Any) -> None: ...
+
+
+class Theirs(torch.nn.Module): ...
+
+
+PLACES = {
+    "blocks__0__forward": True, "blocks__1__self_attn__forward": True, "blocks__0__cross_attn__k__anything": False,
+    "blocks__0__cross_attn__forward": True, "head__forward": True, "forward": True, "forward_orig": True,
+    "blocks__0__ffn__forward": False, "blocks__0__norm1__forward": False, "patch_embedding__forward": False,
+    "blocks__0__self_attn__norm_q__forward": False, "blocks__0__self_attn__q__forward": False,
+    "text_embedding__forward": False,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_code_at_a_place(place: str, model: Any) -> None:
+    inside = inside_of(patched(model, **{place: theirs}), [])
+    assert bool(inside.whole) == PLACES[place]
+    assert inside.watched == ()
+
+
+def test_what_stands_beside_the_plan_is_watched(model: Any) -> None:
+    inside = inside_of(patched(model, rope_embedder__forward=theirs, ref_conv=Theirs()), [])
+    assert inside == Inside("", ("rope_embedder", "ref_conv"))
+
+
+@pytest.mark.parametrize("same", [
+    lambda block: {"blocks__0__forward": block.forward}, lambda block: {"blocks__0": block},
+    lambda block: {"blocks__0__some_number": 3}])
+def test_the_models_own_code_is_none_of_a_node(same: Callable[[Any], dict[str, Any]], model: Any) -> None:
+    assert inside_of(patched(model, **same(model.diffusion_model.blocks[0])), []) == Inside()
+
+
+def test_another_module_at_a_block_gets_whole_tokens(model: Any) -> None:
+    assert "Theirs (at blocks.0)" in inside_of(patched(model, blocks__0=Theirs()), []).whole
+
+
+@pytest.mark.parametrize(("change", "whole"), [
+    (Change("diffusion_model.blocks.0", "_forward_hooks", theirs), True),
+    (Change("diffusion_model.blocks.0.ffn", "_forward_hooks", theirs), False),
+    (Change("diffusion_model.blocks.0.self_attn", "num_heads", 3), False),
+    (Change("diffusion_model", "forward_orig", theirs), True), (Change("", "extra_conds", theirs), False),
+    (Change("python:comfy.ldm.wan.model", "repeat_e", theirs), True), (Change(Theirs, "forward", theirs), True)])
+def test_changes_of_the_model_itself(change: Change, whole: bool, model: Any) -> None:
+    assert bool(inside_of(patched(model), [change]).whole) == whole
+
+
+def test_an_override_and_a_ring(model: Any) -> None:
+    for ring, whole in ((1, False), (2, True)):
+        patcher = patched(model, ring)
+        patcher.model_options = {"transformer_options": {"optimized_attention_override": theirs}}
+        assert bool(inside_of(patcher, []).whole) == whole

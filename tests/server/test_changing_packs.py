@@ -1,0 +1,120 @@
+"""Nodes of other packs that change the inside of a model, through a real server: the picture of stock ComfyUI, or a
+refusal that names what is wrong. Never another picture."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raylight.demo.comfy_replies import PromptFailed
+from raylight.demo.comfy_server import ComfyServer
+from raylight.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.demo.prompts import random_prompt, write_prompt
+from raylight.demo.tiny import write_checkpoint
+
+pytestmark = pytest.mark.slow
+
+JOB = Sampling("wan.safetensors", width=112, height=80, frames=9, steps=2)
+WORKERS = on_workers(JOB, 2)["workers"]
+PACK = Path(__file__).resolve().parents[1] / "support" / "changing_pack"
+
+SPLIT = ["ChunkedFeedForward", "Embedding", "UsesWeights", "WeightInPlace", "WeightData", "WeightReplaced", "Loop",
+         "InPlaceAttribute"]
+"""These leave tokens split, the others need them whole."""
+WHOLE = ["AttentionForward", "AttentionByTorch", "AttentionClass", "AttentionMean", "CrossAttentionMean", "RootForward",
+         "ForwardOrigInWrapper", "ClassInWrapper", "InPlaceForwardOrig", "InPlaceForward", "InPlaceBlock",
+         "ForwardHook"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    work = tmp_path_factory.mktemp("comfyui")
+    write_checkpoint(work / "models" / "wan.safetensors", "wan-t2v", heads=3)
+    for name in (*SPLIT, *WHOLE):  # ComfyUI keeps a model that a loader has loaded, with what a node has changed on it
+        (work / "models" / f"{name}.safetensors").hardlink_to(work / "models" / "wan.safetensors")
+    write_prompt(work / "datasets" / "positive", random_prompt(9, 4096, seed=1))
+    write_prompt(work / "datasets" / "negative", random_prompt(6, 4096, seed=2))
+    shutil.copytree(PACK, work / "packs" / "changing_pack")
+    with ComfyServer(work, model_paths={"diffusion_models": work / "models", "datasets": work / "datasets",
+                                        "custom_nodes": work / "packs"}) as running:
+        yield running
+
+
+def graph(change: str | None, way: str, file: str | None = None) -> Graph:
+    """A change behind the loader of a file. `way` is stock, drop-in, behind (Parallelize right behind the loader) or
+    end (Parallelize behind the change)."""
+    made = copy.deepcopy(stock(replace(JOB, model=f"{file or 'wan'}.safetensors")))
+    if way != "stock":
+        made["workers"] = WORKERS
+    if way == "drop-in":
+        made["model"] = node("RayModelLoader", **made["model"]["inputs"], ray_actors_init=["workers", 0])
+    last = "model"
+    steps = {"behind": ("parallel", "change"), "end": ("change", "parallel")}.get(way, ("change",))
+    for name in steps:
+        if name == "parallel":
+            made[name] = node("RayParallelizeModel", model=[last, 0], ray_actors_init=["workers", 0])
+        elif change is not None:
+            made[name] = node(f"Changing{change}", model=[last, 0])
+        else:
+            continue
+        last = name
+    made["sample"]["inputs"]["model"] = [last, 0]
+    return made
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def latent(server: ComfyServer, change: str | None, way: str, file: str | None = None) -> torch.Tensor:
+    history = server.run(graph(change, way, file), timeout=180)
+    return load_file(server.output_files(history, "save")[0])["latent_tensor"]
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.std()).item()
+
+
+def log_since(server: ComfyServer, place: int) -> str:
+    return server.log.read_text("utf-8", errors="replace")[place:]
+
+
+@pytest.mark.parametrize("change", [*SPLIT, *WHOLE])
+def test_equals_stock(server: ComfyServer, change: str) -> None:
+    expected = latent(server, change, "stock", change)
+    began = len(log_since(server, 0))
+    for way in ("drop-in", "behind", "end"):
+        assert error(latent(server, change, way, change), expected) <= 1e-4, way
+    told = "has put code inside of the model that has to see all tokens" in log_since(server, began)
+    assert told == (change in WHOLE)
+    assert "ending the workers" not in log_since(server, began)
+
+
+def test_the_node_is_named(server: ComfyServer) -> None:
+    latent(server, "AttentionMean", "drop-in")
+    assert "the node Changing: AttentionMean has put code inside" in log_since(server, 0) or \
+        "Changing: AttentionMean" in log_since(server, 0)
+
+
+def test_nothing_is_left_for_the_next_run(server: ComfyServer) -> None:
+    expected = [latent(server, change, "stock") for change in (None, "MeanOnWhatIsThere")]
+    for change in ("AttentionClass", "InPlaceBlock", "WeightInPlace", "ForwardHook"):
+        changed = latent(server, change, "drop-in")
+        assert error(changed, expected[0]) > 1e-3
+        for other, of_stock in zip((None, "MeanOnWhatIsThere"), expected, strict=True):
+            assert error(latent(server, other, "drop-in"), of_stock) <= 1e-4
+
+
+@pytest.mark.parametrize("way", ["drop-in", "end"])
+def test_rejects_a_part_that_was_replaced(server: ComfyServer, way: str) -> None:
+    with pytest.raises(PromptFailed, match=r"changed the model wan\.safetensors itself .*blocks\.0"):
+        server.run(graph("ReplacedInPlace", way), timeout=120)
+    latent(server, None, way)
