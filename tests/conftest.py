@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
+from raylight.parallel import local_ranks  # noqa: E402
 from raylight.setup import comfyui  # noqa: E402
 
 COMFYUI = comfyui.find([ROOT], os.environ)
@@ -26,6 +27,8 @@ from comfy.cli_args import args  # noqa: E402
 
 # ComfyUI reads this when its modules are first imported, and would ask for a GPU otherwise.
 args.cpu = not torch.cuda.is_available()
+
+local_ranks.fork_from_server("preloaded", sys.path[:2] + [str(ROOT)])
 
 _parity_lines: list[str] = []
 

@@ -1,0 +1,12 @@
+"""What the server that ranks of the tests are forked from imports once: PyTorch, ComfyUI and what ranks do."""
+
+from __future__ import annotations
+
+import gguf_cases
+import loaded_cases
+import long_context_cases
+import pytest
+import sharded_cases
+import split_cases
+
+__all__ = ["gguf_cases", "loaded_cases", "long_context_cases", "pytest", "sharded_cases", "split_cases"]
