@@ -38,8 +38,8 @@ class Family:
     `config` names its class there; `unet_config` is what ComfyUI's detection would find in such a file.
     Each of `calls` makes the arguments of `BaseModel.apply_model` for one situation, in sizes that do not divide:
     `x`, `t` (sigma, (B,)), and what the model's conditioning becomes (`c_crossattn`, `y`, `ref_latents`, ...).
-    `prepare` sets what random weights do not; `weights` are those that the class itself takes from a file. Before the
-    release `since` ComfyUI has no such model, or cannot run it.
+    `prepare` sets what random weights do not; `weights` are those that the class itself takes from a file; `trim` takes
+    out what no configuration makes fewer of. Before the release `since` ComfyUI has no such model, or cannot run it.
     """
 
     name: str
@@ -48,19 +48,28 @@ class Family:
     calls: Mapping[str, Callable[[Draw], dict[str, Any]]]
     prepare: Callable[[BaseModel], None] = field(default=lambda model: None)
     weights: Callable[[], dict[str, Tensor]] = field(default=dict)
+    trim: Callable[[BaseModel], None] = field(default=lambda model: None)
     since: str = ""
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32, computes_in: torch.dtype | None = None
               ) -> BaseModel:
         """The model on the CPU, the same for the same seed: weights of `dtype`, which are cast to `computes_in` when
         they are used, where that is given."""
-        config = getattr(comfy.supported_models, self.config)(dict(self.unet_config))
-        config.unet_config.update(self.unet_config)  # some classes set their width themselves
-        config.set_inference_dtype(dtype, computes_in)
-        model = config.get_model(self.weights(), "")
+        model = self._made(dtype, computes_in)
+        self.trim(model)
         randomize(model.diffusion_model, seed)
         self.prepare(model)
         return model.eval().requires_grad_(False)
+
+    def outline(self) -> BaseModel:
+        """The model with whatever its memory holds for weights, in a small part of the time."""
+        return self._made(torch.float32, None)
+
+    def _made(self, dtype: torch.dtype, computes_in: torch.dtype | None) -> BaseModel:
+        config = getattr(comfy.supported_models, self.config)(dict(self.unet_config))
+        config.unet_config.update(self.unet_config)  # some classes set their width themselves
+        config.set_inference_dtype(dtype, computes_in)
+        return config.get_model(self.weights(), "")
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:

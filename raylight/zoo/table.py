@@ -32,7 +32,7 @@ def render(passed: Mapping[str, Iterable[str]], meshes: Iterable[str], tolerance
     """The document. `passed` holds, for each family, the situations in which it is equal on all of `meshes`."""
     rows = []
     for name, calls in passed.items():
-        model = plan_for(families()[name].build().diffusion_model).model
+        model = plan_for(families()[name].outline().diffusion_model).model
         since = families()[name].since
         note = f" (from ComfyUI {since.rpartition('.')[0]} on)" if since else ""
         rows.append(f"| {name}{note} | `{model.rpartition('.')[2]}` | {'; '.join(calls)} |")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from comfy.cli_args import args
 
 args.cpu = True  # before ComfyUI picks a device
@@ -24,6 +27,8 @@ from raylight.parallel.whole import WholeTokens  # noqa: E402
 from raylight.plans import plan_for  # noqa: E402
 from raylight.zoo import families  # noqa: E402
 from raylight.zoo.family import Draw  # noqa: E402
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,34 +69,39 @@ class CountingKernel:
 
 def compare(rank: int, world: int, names: tuple[str, ...],
             shapes: dict[str, MeshShape]) -> dict[tuple[str, str, str], Comparison]:
-    """Every call of the named families on each of these meshes of `world` ranks, by family, call and mesh."""
+    """Every call of the named families on each of these meshes of `world` ranks, by family, call and mesh.
+
+    Each rank builds a family once, and rank 0 computes for all what the model gives whole, before it is split.
+    """
     meshes = {name: build_mesh(shape, torch.device("cpu")) for name, shape in shapes.items()}
     results = {}
     for name in names:
         family = families()[name]
-        for call, make in family.calls.items():
-            expected: torch.Tensor | str
-            try:
-                with torch.inference_mode():
-                    expected = _untouched(family, make)
-            except Exception:
-                expected = traceback.format_exc()
+        model = family.build()
+        untouched = [{call: _attempt(partial(_untouched, model, make)) for call, make in family.calls.items()}
+                     if rank == 0 else None]
+        dist.broadcast_object_list(untouched)
+        for call, expected in untouched[0].items():
             for mesh_name, mesh in meshes.items():
-                failure = expected if isinstance(expected, str) else ""
-                try:
-                    if not failure:
-                        with torch.inference_mode():
-                            results[name, call, mesh_name] = _compare(family, make, mesh, expected)
-                except Exception:  # told by the test of this call; a failure before any exchange harms no other call
-                    failure = traceback.format_exc()
-                if failure:
-                    results[name, call, mesh_name] = Comparison(1.0, 0.0, 0, 1.0, 0, 0, failure)
+                # A failure is told by the test of this call; one before any exchange harms no other call.
+                found = expected if isinstance(expected, str) else _attempt(
+                    partial(_compare, model, family.calls[call], mesh, expected))
+                results[name, call, mesh_name] = (
+                    found if isinstance(found, Comparison) else Comparison(1.0, 0.0, 0, 1.0, 0, 0, found))
     return results
 
 
-def _untouched(family: Any, make: Any) -> torch.Tensor:
+def _attempt(measure: Callable[[], T]) -> T | str:
+    """What it gives, or the traceback of what it raised."""
+    try:
+        with torch.inference_mode():
+            return measure()
+    except Exception:
+        return traceback.format_exc()
+
+
+def _untouched(model: torch.nn.Module, make: Any) -> torch.Tensor:
     """What the model gives whole, in this process."""
-    model = family.build()
     inputs = make(Draw(3))
     options = inputs.pop("transformer_options", {})
     expected = model.apply_model(**copied(inputs), transformer_options=dict(options))
@@ -101,14 +111,15 @@ def _untouched(family: Any, make: Any) -> torch.Tensor:
     return expected
 
 
-def _compare(family: Any, make: Any, mesh: Any, expected: torch.Tensor) -> Comparison:
-    model = family.build()
+def _compare(model: torch.nn.Module, make: Any, mesh: Any, expected: torch.Tensor) -> Comparison:
     inputs = make(Draw(3))
     options = inputs.pop("transformer_options", {})
     of = attrgetter(plan_for(model.diffusion_model).heads)(model.diffusion_model)
     parts = split(model.diffusion_model, mesh)
-    actual = model.apply_model(**copied(inputs), transformer_options=parts.options(options))
-    parts.remove()
+    try:
+        actual = model.apply_model(**copied(inputs), transformer_options=parts.options(options))
+    finally:
+        parts.remove()
     counts = parts.attention.counts
     return Comparison(
         ((actual - expected).abs().max() / expected.std()).item(), expected.std().item(), counts.exchanged,
