@@ -51,15 +51,15 @@ def _pixels(path: Path) -> np.ndarray:
 
 
 def test_failure_is_told_by_the_exit_code(tmp_path: Path) -> None:
-    process = demo(tmp_path, "--workers", "5")  # the demo's model has 4 heads
+    process = demo(tmp_path, "--workers", "65", "--prompt", "a red house")
     text, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "the demo failed" in text and "4 attention heads, too few for ulysses_degree = 5" in text
+    assert process.returncode == 1
+    assert "the demo failed" in text and "GPU = 65: at least 1 and at most 64" in text
 
 
 def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     process = demo(tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (family := _family_with_workers(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert family
