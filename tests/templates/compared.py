@@ -1,12 +1,19 @@
-"""What two runs of a prompt gave, and how close it is."""
+"""What two runs of a prompt gave, and how close it is.
+
+Latents and pictures are compared as tensors, where they are made and where they go into an encoder. What a codec makes
+of a difference in the last digit is not for these tests to judge: of a file it is asked whether it plays, and has the
+frames of the other run's and of what went into it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import av
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from raylight.demo.comfy_replies import History
 from raylight.demo.comfy_server import ComfyServer
@@ -14,47 +21,76 @@ from raylight.demo.graphs import Graph
 
 TOLERANCE = 1e-4
 PIXEL = 1 / 255
-IN_FILES = 2.0
+LATENT, IMAGE, ENCODED = "latent", "image", "encoded"
+"""How names of probes begin: a sampler's latent, a decoded picture, and one that goes to a node which encodes it."""
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_VIDEOS = (".mp4", ".webm", ".mkv")
 
 
-def run(server: ComfyServer, graph: Graph) -> list[tuple[str, Any]]:
-    """What a prompt gave: its latents and its pictures, in the order of their nodes."""
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file that a node wrote: how many frames a player shows, their (width, height), whether all are one colour."""
+
+    frames: int
+    size: tuple[int, int]
+    blank: bool
+
+
+Output = tuple[str, "list[torch.Tensor] | File"]
+
+
+def run(server: ComfyServer, graph: Graph) -> list[Output]:
+    """What a prompt gave: its latents and its pictures, in the order of their nodes, and its files."""
     history: History = server.run(graph, timeout=420)
-    outputs = []
+    outputs: list[Output] = []
     for node in sorted(history.outputs):
         for path in server.output_files(history, node):
             if path.suffix == ".pt":
                 outputs.append((node, torch.load(path)))
-            elif path.suffix in (".png", ".mp4", ".webm", ".webp"):
-                outputs.append((node, frames(path)))
+            elif path.suffix in _PICTURES + _VIDEOS:
+                outputs.append((node, played(path)))
     # What is nearest to the sampler first: later differences follow from earlier ones.
-    order = {"latent": 0, "image": 1}
-    return sorted(outputs, key=lambda output: order.get(output[0].split()[0], 2))
+    order = {LATENT: 0, IMAGE: 1, ENCODED: 2}
+    return sorted(outputs, key=lambda output: order.get(output[0].split()[0], 3))
 
 
-def frames(path: Path) -> list[torch.Tensor]:
-    import av
-    import numpy
+def played(path: Path) -> File:
+    """Decode all of a picture, an animation or a video. Raises what the decoder does when it cannot."""
+    if path.suffix in _PICTURES:
+        with Image.open(path) as picture:
+            shown = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+    else:
+        with av.open(str(path)) as container:
+            shown = [frame.to_image() for frame in container.decode(video=0)]
+    sizes = {frame.size for frame in shown}
+    assert len(sizes) == 1, f"{path.name} shows pictures of these sizes: {sorted(sizes)}"
+    blank = all(low == high for frame in shown for low, high in frame.getextrema())
+    return File(len(shown), sizes.pop(), blank)
 
-    if path.suffix == ".png":
-        return [torch.from_numpy(numpy.array(Image.open(path))).float()]
-    with av.open(str(path)) as container:
-        return [torch.from_numpy(frame.to_ndarray(format="rgb24")).float() for frame in container.decode(video=0)]
 
-
-def compare(node: str, actual: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
-    """Raise where two runs differ; a line of how close they are otherwise."""
+def compare(node: str, actual: list[torch.Tensor] | File, expected: list[torch.Tensor] | File) -> str:
+    """Raise AssertionError where two runs differ; a line of how close they are otherwise."""
+    if isinstance(expected, File):
+        assert not expected.blank, f"{node}: the stock run says nothing"
+        assert actual == expected, f"{node}: {actual} instead of {expected}"
+        return f"{node} {expected.frames} x {expected.size[0]}x{expected.size[1]}"
     assert [part.shape for part in actual] == [part.shape for part in expected], node
-    distances = [(a - e).abs() for a, e in zip(actual, expected, strict=True)]
+    distance = max((a - e).abs().max().item() for a, e in zip(actual, expected, strict=True))
     spread = max(part.std().item() for part in expected)
     assert all(part.isfinite().all() for part in expected) and spread > 0, f"{node}: the stock run says nothing"
-    distance, mean = max(d.max().item() for d in distances), max(d.mean().item() for d in distances)
-    if node.startswith("latent"):
+    if node.startswith(LATENT):
         assert distance / spread <= TOLERANCE, f"{node}: latents differ by {distance / spread:.1e}"
         return f"{node} {distance / spread:.1e}"
-    if node.startswith("image"):
-        assert distance <= PIXEL, f"{node}: decoded pictures differ by {distance:.1e}"
-        return f"{node} {distance:.1e}"
-    # Files: a video's compression makes more of a small difference, in some places.
-    assert mean <= IN_FILES, f"{node}: files differ by {mean:.1f} of 255"
-    return f"{node} {mean:.2f}/255"
+    assert distance <= PIXEL, f"{node}: pictures differ by {distance:.1e}"
+    return f"{node} {distance:.1e}"
+
+
+def hold_together(outputs: Sequence[Output]) -> None:
+    """Raise AssertionError where a file has not the frames of any picture that went to an encoder in the same run."""
+    given = {(len(part), part.shape[2], part.shape[1]) for node, parts in outputs if node.startswith(ENCODED)
+             for part in parts}
+    # A node that is given several pictures writes each to a file of its own, or all to one.
+    allowed = given | {(1, width, height) for _, width, height in given}
+    for node, value in outputs:
+        if isinstance(value, File) and given:
+            assert (value.frames, *value.size) in allowed, f"{node}: {value} of pictures (frames, W, H) {sorted(given)}"

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from compared import ENCODED, IMAGE, LATENT
+
 from raylight.demo.graphs import Graph
 
 SIDE, FRAMES, STEPS, MEGAPIXELS = 96, 9, 4, 0.01
@@ -73,24 +75,31 @@ def _upstream(graph: Graph, node: str) -> Iterator[str]:
 
 
 def probed(graph: Graph, description: Mapping[str, Any], prefix: str) -> Graph:
-    """The prompt with a probe on every latent that a sampler gives, and on every picture that is decoded."""
+    """The prompt with a probe on every latent that a sampler gives, on every picture that is decoded, and on all that
+    goes into a node which makes files or videos of pictures."""
     graph = copy.deepcopy(graph)
     for node, entry in list(graph.items()):
         info = description.get(entry["class_type"], {})
         inputs, outputs = _inputs(info), info.get("output", ())
         name = f"{prefix}-{node.replace(':', '_')}"
-        if "LATENT" in outputs and "LATENT" in inputs and {"MODEL", "GUIDER"} & inputs:
-            graph[f"latent {node}"] = {"class_type": "TemplateProbe", "inputs": {
+        if "LATENT" in outputs and "LATENT" in inputs.values() and {"MODEL", "GUIDER"} & {*inputs.values()}:
+            graph[f"{LATENT} {node}"] = {"class_type": "TemplateProbe", "inputs": {
                 "samples": [node, outputs.index("LATENT")], "name": name}}
-        elif "IMAGE" in outputs and {"LATENT", "VAE"} <= inputs:
-            graph[f"image {node}"] = {"class_type": "TemplateImageProbe", "inputs": {
+        elif "IMAGE" in outputs and {"LATENT", "VAE"} <= {*inputs.values()}:
+            graph[f"{IMAGE} {node}"] = {"class_type": "TemplateImageProbe", "inputs": {
                 "images": [node, outputs.index("IMAGE")], "name": name}}
+        elif info.get("output_node") or "VIDEO" in outputs:
+            for key, value in entry["inputs"].items():
+                if inputs.get(key) == "IMAGE" and isinstance(value, list):
+                    graph[f"{ENCODED} {node} {key}"] = {"class_type": "TemplateImageProbe", "inputs": {
+                        "images": value, "name": f"{name}-{key}"}}
     return graph
 
 
-def _inputs(info: Mapping[str, Any]) -> set[str]:
-    """The types of a node's inputs."""
-    return {spec[0] for group in ("required", "optional") for spec in info.get("input", {}).get(group, {}).values()
+def _inputs(info: Mapping[str, Any]) -> dict[str, str]:
+    """A node's inputs and their types, without the choices of combos."""
+    return {key: spec[0] for group in ("required", "optional")
+            for key, spec in info.get("input", {}).get(group, {}).items()
             if isinstance(spec, (list, tuple)) and isinstance(spec[0], str)}
 
 

@@ -17,7 +17,7 @@ sys.path.append(str(HERE))
 
 import chromium  # noqa: E402
 import official  # noqa: E402
-from compared import compare, run  # noqa: E402
+from compared import compare, hold_together, run  # noqa: E402
 from files import write_media, write_models  # noqa: E402
 from official_names import UnknownFile  # noqa: E402
 from rewrite import on_workers, probed, shrunk  # noqa: E402
@@ -77,5 +77,6 @@ def test_template_on_workers(name: str, server: ComfyServer, prompts: dict[str, 
         for path in written:
             path.unlink()
     assert expected and [kind for kind, _ in actual] == [kind for kind, _ in expected]
+    hold_together(actual)
     both = zip(actual, expected, strict=True)
     report_parity(f"{name:40} " + "  ".join(compare(kind, a, e) for (kind, a), (_, e) in both))

@@ -26,7 +26,7 @@ sys.path.append(str(OFFICIAL))
 
 import chromium  # noqa: E402
 import official  # noqa: E402
-from compared import compare, run  # noqa: E402
+from compared import ENCODED, compare, hold_together, run  # noqa: E402
 from files import asked, write_media, write_models  # noqa: E402
 from rewrite import probed, shrunk  # noqa: E402
 
@@ -99,7 +99,8 @@ def test_runs_and_gives_what_stock_nodes_give(name: str, server: ComfyServer, pr
             path.unlink()
     # The sampler's latent has a probe in the stock graph only, since a Ray sampler takes no MODEL.
     expected = [(node, value) for node, value in expected if node in dict(actual)]
-    assert any(node.startswith("image") for node, _ in actual)
+    assert any(node.startswith(ENCODED) for node, _ in actual)
+    hold_together(actual)
     both = zip(actual, expected, strict=True)
     report_parity(f"{name:40} " + "  ".join(compare(kind, a, e) for (kind, a), (_, e) in both))
 
