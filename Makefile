@@ -7,14 +7,17 @@ COMFYUI ?=
 BOOTSTRAP = $(PYTHON) raylight/setup/bootstrap.py $(if $(COMFYUI),--comfyui $(COMFYUI))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test smoke lint models workflows screenshots clean
+.PHONY: help setup demo test test-all smoke lint models versions workflows screenshots clean
 
 help:
 	@echo "make demo                   sample a small model in a real ComfyUI, by stock nodes and by Ray workers"
-	@echo "make test                   run the tests; fewer of them with ARGS=\"-k parity\""
+	@echo "make test                   run the tests but the slow ones (15 minutes at most, on 2 cores)"
+	@echo "make test ARGS=\"-k parity\"  run those that a path in tests/, -k or -m chooses, slow or not"
+	@echo "make test-all               run all tests, some of them in a browser if there is Chromium"
 	@echo "make smoke                  run the few tests that say whether a release of ComfyUI works at all"
 	@echo "make lint                   run ruff"
 	@echo "make models                 write docs/models.md from what the parity matrix measures"
+	@echo "make versions               write tests/versions.txt from what is installed, once all tests have passed with it"
 	@echo "make workflows              write example_workflows anew from raylight/workflows"
 	@echo "make screenshots            run the browser test and keep what it saw in screenshots/ (needs Chromium)"
 	@echo "make setup                  only set up what the others need"
@@ -33,6 +36,9 @@ demo:
 test:
 	@$(BOOTSTRAP) test $(ARGS)
 
+test-all:
+	@$(BOOTSTRAP) test-all $(ARGS)
+
 smoke:
 	@$(BOOTSTRAP) smoke $(ARGS)
 
@@ -41,6 +47,9 @@ lint:
 
 models:
 	@$(BOOTSTRAP) test tests/zoo --write-docs
+
+versions:
+	@$(BOOTSTRAP) versions
 
 workflows:
 	@$(BOOTSTRAP) workflows $(ARGS)

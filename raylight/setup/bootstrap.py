@@ -4,10 +4,13 @@
 
     setup           set up: a ComfyUI, an environment in .venv, a link in that ComfyUI's custom_nodes
     demo [...]      set up, then run the demo with these arguments
-    test [...]      set up, then run pytest with these arguments
+    test [...]      set up, then run pytest with these arguments, without the tests marked slow unless one of the
+                    arguments chooses tests: a path inside tests/, -k, -m, --last-failed
+    test-all [...]  the same with the tests marked slow
     smoke [...]     set up, then run the few tests that say whether a release of ComfyUI works at all
     lint [...]      set up, then run ruff check with these arguments
     workflows       set up, then write the templates in example_workflows
+    versions        set up, then write the versions of what is installed to tests/versions.txt
     comfyui-path    print which ComfyUI is used
 
 ComfyUI is $COMFYUI_PATH, or the one whose custom_nodes/ holds this checkout, or a copy that is downloaded. With
@@ -38,12 +41,16 @@ COMMANDS = {
     "setup": None,
     "demo": ["-m", "raylight.demo"],
     "test": ["-m", "pytest", "-q"],
+    "test-all": ["-m", "pytest", "-q"],
     "smoke": ["-m", "pytest", "-q", "-m", "smoke"],
     "lint": ["-m", "ruff", "check"],
     "workflows": ["-m", "raylight.workflows"],
+    "versions": ["tests/support/versions.py"],
 }
 
-TESTS = ("test", "smoke")
+TESTS = ("test", "test-all", "smoke")
+CHOICES = ("-k", "-m", "--lf", "--last-failed")
+"""Options by which a person chooses tests, so that nothing else may leave any out."""
 
 
 def main(arguments: list[str]) -> int:
@@ -78,9 +85,14 @@ def main(arguments: list[str]) -> int:
     program = COMMANDS[command]
     if program is None:
         return 0
-    if command in TESTS and not any(names_tests(argument, checkouts[0]) for argument in rest):
-        # Always a path inside tests/: it is by this that pytest finds its configuration there.
-        program = [*program, "tests"]
+    if command in TESTS:
+        named = any(names_tests(argument, checkouts[0]) for argument in rest)
+        if command == "test" and not named and not any(argument.startswith(CHOICES) for argument in rest):
+            say("tests marked slow are left out: `make test-all` runs them too")
+            program = [*program, "-m", "not slow"]
+        if not named:
+            # Always a path inside tests/: it is by this that pytest finds its configuration there.
+            program = [*program, "tests"]
     variables = {**os.environ, comfyui.VARIABLE: str(host.root)}
     return run_child([str(env.python), *program, *rest], cwd=checkouts[0], environ=variables)
 

@@ -22,8 +22,6 @@ from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import RunCancelled, WorkerError
 from raylight.parallel.shape import MeshShape
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = ServiceSpec(echo_service.open_service, "settings", (str(ROOT), str(ROOT / "tests" / "support")))
 
@@ -55,6 +53,7 @@ def test_an_argument_travels_once() -> None:
     assert session.run("same_object", b"x" * 300_000) is True
 
 
+@pytest.mark.slow
 def test_closing_ends_no_process_that_is_not_rays() -> None:
     current.close()
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -150,6 +149,7 @@ def test_rejects_gpu_select_that_does_not_fit() -> None:
         config(gpu_select=(0, 1), address="10.0.0.1:6379")
 
 
+@pytest.mark.slow
 def test_a_running_cluster_is_joined_and_left_alone() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -190,7 +190,7 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
             process.kill()
 
 
-@pytest.mark.parametrize("how", ["ends", "is killed"])
+@pytest.mark.parametrize("how", [pytest.param("ends", marks=pytest.mark.slow), "is killed"])
 def test_nothing_is_left_when_the_driver(how: str) -> None:
     code = (
         "import sys, time; sys.path[:0] = sys.argv[1:3]\n"

@@ -55,7 +55,6 @@ def others(scene: Scene) -> list[Scene]:
     return [other for other in changed if other != scene and other.place in THINGS[other.thing]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(SCENES)), ids=[scene.prompt().replace(" ", "-") for scene in SCENES])
 def test_it_draws_what_the_prompt_says(index: int, drawn: list[np.ndarray]) -> None:
     scene, picture = SCENES[index], drawn[index]

@@ -13,8 +13,6 @@ from fault_server import BIG, JOB, FaultServer, assert_same, dropin
 from raylight.demo.comfy_replies import PromptInterrupted
 from raylight.demo.graphs import Graph, on_workers
 
-pytestmark = pytest.mark.slow
-
 PROMISED_S = 2.0
 REACTION_S = 2.0  # of the server under test: what ComfyUI itself takes to end a prompt, on a machine that is busy
 STEP_S = 0.4

@@ -13,8 +13,6 @@ from fault_server import JOB, FaultServer, assert_same
 from raylight.demo.comfy_replies import PromptFailed, PromptRejected
 from raylight.demo.graphs import Graph, on_workers
 
-pytestmark = pytest.mark.slow
-
 
 def with_lora(name: str) -> Graph:
     graph = on_workers(JOB, 2)

@@ -12,10 +12,8 @@ from fault_server import JOB, FaultServer, assert_same, dropin
 
 from raylight.demo.graphs import on_workers
 
-pytestmark = pytest.mark.slow
 
-
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_exception(workers: int, server: FaultServer, reference: torch.Tensor) -> None:
     prompt = server.submit(dropin(JOB, workers, {"what": "raise", "call": 3}))
     server.wait_for_phase("step")
@@ -36,6 +34,7 @@ def test_memory_that_runs_out(server: FaultServer, reference: torch.Tensor) -> N
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
+@pytest.mark.slow
 def test_a_stopped_process(server: FaultServer, reference: torch.Tensor) -> None:
     prompt = server.submit(dropin(replace(JOB, steps=20), 2, {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}))
     server.wait_for_phase("step 2 of 20")
@@ -46,6 +45,7 @@ def test_a_stopped_process(server: FaultServer, reference: torch.Tensor) -> None
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
+@pytest.mark.slow
 def test_fifty_prompts_leave_memory_as_it_is(server: FaultServer, reference: torch.Tensor) -> None:
     sizes = []
     for seed in range(50):

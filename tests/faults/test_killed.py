@@ -11,11 +11,10 @@ from fault_server import BIG, JOB, FaultServer, assert_same, dropin
 
 from raylight.demo.graphs import on_workers
 
-pytestmark = pytest.mark.slow
-
 SLOW = {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}
 
 
+@pytest.mark.slow
 def test_while_starting(server: FaultServer, reference: torch.Tensor) -> None:
     before = server.workers()
     prompt = server.submit(on_workers(JOB, 2, ray_cluster_namespace="anew"))
@@ -26,7 +25,7 @@ def test_while_starting(server: FaultServer, reference: torch.Tensor) -> None:
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_in_a_step(workers: int, server: FaultServer, reference: torch.Tensor) -> None:
     prompt = server.submit(dropin(replace(JOB, steps=20), workers, SLOW))
     server.wait_for_phase("step 2 of 20")
@@ -51,6 +50,7 @@ def test_while_loading(server: FaultServer, reference: torch.Tensor) -> None:
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
+@pytest.mark.slow
 def test_while_gathering(server: FaultServer, reference: torch.Tensor) -> None:
     end = {"rank": -1, "what": "sleep", "where": "end", "seconds": 4.0}
     prompt = server.submit(dropin(JOB, 2, end))
@@ -62,6 +62,7 @@ def test_while_gathering(server: FaultServer, reference: torch.Tensor) -> None:
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
+@pytest.mark.slow
 def test_while_idle(server: FaultServer, reference: torch.Tensor) -> None:
     assert_same(server.latent(on_workers(replace(JOB, seed=1), 2)), server.latent(on_workers(replace(JOB, seed=1), 3)))
     before = server.workers()

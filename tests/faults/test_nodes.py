@@ -10,8 +10,6 @@ from fault_server import JOB, FaultServer, assert_same
 
 from raylight.demo.graphs import on_workers
 
-pytestmark = pytest.mark.slow
-
 
 def status(server: FaultServer) -> str:
     graph = on_workers(JOB, 2) | {"status": {"class_type": "RaylightStatus", "inputs": {"after": ["sample", 0]}}}
@@ -28,6 +26,7 @@ def test_status(server: FaultServer) -> None:
     assert status(server) != "", "it is asked again each time"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["Kill Workers Only", "Kill Entire Cluster"])
 def test_kill(mode: str, server: FaultServer, reference: torch.Tensor) -> None:
     server.run(on_workers(replace(JOB, seed=21), 2), timeout=180)

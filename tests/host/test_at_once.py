@@ -22,7 +22,6 @@ from raylight.host.handles import RayModel, Workers
 from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
 from raylight.parallel.shape import MeshShape
 
-pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
 SEEDS = (3, 7, 11)
 
@@ -61,7 +60,7 @@ def runs(model: ModelPatcher, samplers: tuple[str, ...], masked: bool = False) -
 
 @pytest.mark.parametrize(("mesh", "sharding"), [
     (MeshShape(ulysses=2), WHOLE), (MeshShape(batch=2), WHOLE), (MeshShape(batch=2), SHARDED),
-    (MeshShape(batch=3), SHARDED)], ids=str)
+    pytest.param(MeshShape(batch=3), SHARDED, marks=pytest.mark.slow)], ids=str)
 def test_equals_comfyui_one_by_one(mesh: MeshShape, sharding: str, path: Path, stock: ModelPatcher,
                                    caplog: pytest.LogCaptureFixture) -> None:
     samplers = ("euler", "heun", "dpmpp_2m_sde")
@@ -74,6 +73,7 @@ def test_equals_comfyui_one_by_one(mesh: MeshShape, sharding: str, path: Path, s
     assert (expected[0] - expected[1]).std() > 0.1
 
 
+@pytest.mark.slow
 def test_fewer_runs_than_groups_and_runs_that_stay_here(path: Path, stock: ModelPatcher) -> None:
     model = dropin(path, MeshShape(batch=3), SHARDED)
     for count, stays_here in ((2, False), (1, False), (2, True)):

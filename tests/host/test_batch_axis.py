@@ -18,7 +18,6 @@ from raylight.host.handles import RayModel, Workers
 from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
 from raylight.parallel.shape import MeshShape
 
-pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
 
 
@@ -58,7 +57,8 @@ SMOKE = (MeshShape(batch=2), WHOLE, 1, "same length")
 
 
 @pytest.mark.parametrize(("mesh", "sharding", "batch", "name"), [
-    pytest.param(*choice, marks=[pytest.mark.smoke] if choice == SMOKE else []) for choice in CHOICES])
+    pytest.param(*choice, marks=[*([pytest.mark.smoke] if choice == SMOKE else []),
+                                 *([pytest.mark.slow] if choice[0].world_size > 2 else [])]) for choice in CHOICES])
 def test_equals_comfyui(mesh: MeshShape, sharding: str, batch: int, name: str, path: Path, stock: ModelPatcher,
                         results: dict) -> None:
     shape = (batch, 16, 10, 13)

@@ -21,7 +21,6 @@ from raylight.host.handles import RayModel, Workers
 from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
 from raylight.parallel.shape import MeshShape
 
-pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
 
@@ -49,10 +48,13 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
 
 RUNS = [*itertools.product(SAMPLERS, SETUPS), *itertools.product(SAMPLERS[:1], MORE_SETUPS)]
 SMOKE = [("euler", "plain"), ("euler_ancestral", "skipped_layers")]
+# Each set-up with one sampler and each sampler with one set-up; the rest of the products is slow.
+QUICK = {*itertools.product(SAMPLERS[:1], SETUPS | MORE_SETUPS), *itertools.product(SAMPLERS, ["skipped_layers"])}
 
 
 @pytest.mark.parametrize(("sampler", "set_up"), [
-    pytest.param(*run, marks=[pytest.mark.smoke] if run in SMOKE else []) for run in RUNS])
+    pytest.param(*run, marks=[*([pytest.mark.smoke] if run in SMOKE else []),
+                              *([] if run in QUICK else [pytest.mark.slow])]) for run in RUNS])
 def test_equals_comfyui(sampler: str, set_up: str, stock: ModelPatcher, dropin: ModelPatcher,
                         caplog: pytest.LogCaptureFixture) -> None:
     make = (SETUPS | MORE_SETUPS)[set_up]

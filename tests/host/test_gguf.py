@@ -41,7 +41,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
     return results
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("world", "mode"), [(case[0], mode) for case, modes in CASES.items() for mode in modes])
 def test_gives_what_comfyui_gives(world: int, mode: str, measured, report_parity) -> None:
     ranks, whole = measured[world, mode]

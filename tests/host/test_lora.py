@@ -31,7 +31,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[Pa
                                     timeout_s=300)) for world, cases in CASES.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("world", "form", "dtype", "kinds"),
                          [(world, *case) for world, cases in CASES.items() for case in cases])
 def test_lora(world: int, form: str, dtype: str, kinds: tuple[str, ...], measured) -> None:

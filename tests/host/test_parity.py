@@ -17,8 +17,8 @@ TOLERANCE = 1e-4
 SMOKE = ("Wan T2V", "Wan T2V by yunchang", "Wan T2V, FSDP", "Flux, FSDP, offloaded, batch of 2",
          "Flux, regional prompts")
 # The worker count changes slowest, so that all models share the workers of one count.
-RUNS = [pytest.param(name, world, marks=[pytest.mark.smoke] if world == 2 and name in SMOKE else [])
-        for world in (2, 3) for name in CASES]
+RUNS = [*(pytest.param(name, 2, marks=[pytest.mark.smoke] if name in SMOKE else []) for name in CASES),
+        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in CASES)]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "world"), RUNS)
 def test_parity(name: str, world: int, folder: Path, report_parity, stock_results) -> None:
     case = CASES[name]
@@ -48,7 +47,6 @@ def stock_results() -> dict:
     return {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("weight_dtype", [dtype for dtype in WEIGHT_DTYPES if dtype != "default"])
 def test_split_weights_are_those_of_comfyui_in_every_dtype(weight_dtype: str, folder: Path) -> None:
     case = CASES["Wan T2V"]

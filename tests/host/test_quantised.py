@@ -27,7 +27,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, b
     return results
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("world", "offload"), [(2, False), (3, True)])
 @pytest.mark.parametrize("form", FORMATS)
 def test_split_quantised_weights_give_what_whole_ones_give(form: str, world: int, offload: bool, measured,

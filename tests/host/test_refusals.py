@@ -18,8 +18,6 @@ from raylight.host.handles import RayModel, Workers
 from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
 from raylight.parallel.shape import MeshShape
 
-pytestmark = pytest.mark.slow
-
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 
 

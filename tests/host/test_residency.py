@@ -22,8 +22,6 @@ from raylight.host.handles import RayModel, Workers
 from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
 from raylight.parallel.shape import MeshShape
 
-pytestmark = pytest.mark.slow
-
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 WAN, FLUX = CASES["Wan T2V"], CASES["Flux"]
 

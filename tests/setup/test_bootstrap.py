@@ -72,7 +72,12 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[st
     [
         (["demo"], ["-m", "raylight.demo"]),
         (["demo", "--steps", "2"], ["-m", "raylight.demo", "--steps", "2"]),
-        (["test"], ["-m", "pytest", "-q", "tests"]),
+        (["test"], ["-m", "pytest", "-q", "-m", "not slow", "tests"]),
+        (["test", "--durations=5"], ["-m", "pytest", "-q", "-m", "not slow", "tests", "--durations=5"]),
+        (["test", "-mslow"], ["-m", "pytest", "-q", "tests", "-mslow"]),
+        (["test", "--lf"], ["-m", "pytest", "-q", "tests", "--lf"]),
+        (["test-all"], ["-m", "pytest", "-q", "tests"]),
+        (["test-all", "tests/setup"], ["-m", "pytest", "-q", "tests/setup"]),
         (["test", "-k", "tests"], ["-m", "pytest", "-q", "tests", "-k", "tests"]),
         (["test", "-x", "tests/setup"], ["-m", "pytest", "-q", "-x", "tests/setup"]),
         (["test", "tests/setup/test_link.py::t"], ["-m", "pytest", "-q", "tests/setup/test_link.py::t"]),

@@ -39,9 +39,9 @@ def ranks_of(family: str, call: str, mesh: str) -> list[Comparison]:
     return [rank[family, call, mesh] for rank in measured(MESHES[mesh].world_size)]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)  # the first test of a world size waits for all of that size
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [
+    pytest.param(mesh, marks=[pytest.mark.slow] if shape.world_size > 3 else []) for mesh, shape in MESHES.items()])
 @pytest.mark.parametrize(("family", "call"), CALLS)
 def test_parity(family: str, call: str, mesh: str, report_parity) -> None:
     ranks = ranks_of(family, call, mesh)

@@ -27,9 +27,9 @@ def measured(world: int) -> list[dict[Case, Sharded]]:
     return values(run_ranks(world, compare_sharded, cases, timeout_s=1500))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)  # the first test of a number of ranks waits for all cases on as many
-@pytest.mark.parametrize(("family", "world", "sequence", "offload", "patched"), CASES)
+@pytest.mark.parametrize(("family", "world", "sequence", "offload", "patched"), [
+    pytest.param(*case, marks=[pytest.mark.slow] if case[1] > 2 else []) for case in CASES])
 def test_sharded(family: str, world: int, sequence: bool, offload: bool, patched: bool, report_parity) -> None:
     ranks = [rank[family, sequence, offload, patched] for rank in measured(world)]
     failures = {rank.failure for rank in ranks if rank.failure}
