@@ -1,13 +1,35 @@
-"""Finds ComfyUI and the helpers of the tests, and prints what parity tests measured."""
+"""Finds ComfyUI and the helpers of the tests, and prints what they measured and which versions they ran with.
+
+`make test` leaves out the tests marked `slow`, `make test-all` runs all, and so does pytest itself. All that starts is
+shared where it can be, because starts take most of the time on a small machine:
+
+- Ranks (`raylight.parallel.local_ranks.run_ranks`) are forked from a server that has imported PyTorch, ComfyUI and
+  `support/preloaded.py`, so they start in a fraction of a second. Still, let one call measure all cases of a module in
+  the ranks (`functools.cache`, or a fixture of the module), and each test look at its part.
+- Ray's workers stay as long as their SessionConfig is the same, over modules too: 2 workers as
+  `SessionConfig(MeshShape(ulysses=2), "cpu")` are there already in tests/host. Another mesh costs 3 s for each worker,
+  so let the mesh change slowest among parameters. Do not close a session that you have not broken.
+- A ComfyUI server takes 10 s, and as long again for its first workers: `shared_server` below is there for all tests
+  that send graphs. Tests that hurt workers have one of their own (faults/conftest.py), shared too.
+
+Limits of time are for a machine that is busy: what waits looks often and goes on at once, and gives up late.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from shared_server import SharedServer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -23,12 +45,13 @@ os.environ[comfyui.VARIABLE] = str(COMFYUI.root)  # for the servers that tests s
 # ComfyUI before the pack, as in the workers: both have a module named `nodes`.
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(COMFYUI.root)]
 
+import versions  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 
 # ComfyUI reads this when its modules are first imported, and would ask for a GPU otherwise.
 args.cpu = not torch.cuda.is_available()
 
-local_ranks.fork_from_server("preloaded", sys.path[:2] + [str(ROOT)])
+local_ranks.fork_from_server("preloaded", [*sys.path[:2], str(ROOT)])
 
 _parity_lines: list[str] = []
 
@@ -38,10 +61,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", type=Path, help="the folder in which browser tests keep what they saw")
 
 
+def pytest_configure() -> None:
+    # By default a terminated run would leave servers and workers behind: as after Ctrl-C, fixtures end them.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def report_parity():
     """Call it with one line per comparison; they are printed when the run ends."""
     return _parity_lines.append
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedServer]:
+    """A real ComfyUI for all tests that send graphs and leave it as it was (see support/shared_server.py)."""
+    from shared_server import SharedServer
+
+    with SharedServer(tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -49,3 +86,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("parity with ComfyUI in one process")
         for line in _parity_lines:
             terminalreporter.write_line(line)
+    terminalreporter.section("versions")
+    here = versions.installed(versions.asked_for(COMFYUI.root))
+    tested = versions.recorded(versions.FILE.read_text("utf-8"))
+    lines = versions.differences(tested, here) or [f"all {len(here)} packages are as in {versions.FILE.name}"]
+    terminalreporter.write_line(f"ComfyUI {COMFYUI.version}, Python {platform.python_version()}")
+    for line in lines:
+        terminalreporter.write_line(line)

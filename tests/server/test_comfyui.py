@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from loras import lora_for
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from shared_server import MODEL, SharedServer
 
 from raylight.demo.comfy_listener import Event, Listener, Message
 from raylight.demo.comfy_replies import PromptFailed, PromptInterrupted, PromptRejected
 from raylight.demo.comfy_server import ComfyServer
 from raylight.demo.graphs import Graph, Sampling, on_workers, stock
-from raylight.demo.prompts import random_prompt, write_prompt
-from raylight.demo.tiny import write_checkpoint
-
-pytestmark = pytest.mark.slow
 
 LORAS = (("first.safetensors", 0.8), ("second.safetensors", -0.5))
 FREED = "the workers have let go of their models"
-JOB = Sampling("wan.safetensors", width=144, height=112, frames=5, steps=4)
+JOB = Sampling(MODEL, width=144, height=112, frames=5, steps=4)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    work = tmp_path_factory.mktemp("comfyui")
-    models, prompts = work / "models", work / "datasets"
-    write_checkpoint(models / "wan.safetensors", "wan-t2v", heads=3)
-    write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
-    write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
-    (models / "broken.safetensors").write_bytes((models / "wan.safetensors").read_bytes()[:100_000])
-    shapes = {f"diffusion_model.{name}": tuple(tensor.shape)
-              for name, tensor in load_file(models / "wan.safetensors").items()}
+def server(shared_server: SharedServer) -> ComfyServer:
+    whole = (shared_server.models / MODEL).read_bytes()
+    (shared_server.models / "broken.safetensors").write_bytes(whole[:100_000])
     for seed, (name, _) in enumerate(LORAS):
-        save_file(lora_for(shapes, ["lora", "loha"], seed), models / name)
-    with ComfyServer(work, model_paths={"diffusion_models": models, "loras": models, "datasets": prompts},
-                     extra_args=["--preview-method", "latent2rgb"]) as running:
-        yield running
+        shared_server.add_lora(name, ["lora", "loha"], seed)
+    return shared_server
 
 
 def latent(server: ComfyServer, graph: Graph) -> torch.Tensor:

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from loras import lora_for
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from shared_server import SharedServer
 
 from raylight.demo.comfy_replies import PromptFailed
 from raylight.demo.comfy_server import ComfyServer
 from raylight.demo.graphs import Graph, Sampling, on_workers, stock
-from raylight.demo.prompts import random_prompt, write_prompt
-from raylight.demo.tiny import write_checkpoint
-
-pytestmark = pytest.mark.slow
 
 JOB = Sampling("wan.safetensors", width=112, height=80, frames=9, steps=3)
 WORKERS = on_workers(JOB, 2)["workers"]
-PACK = Path(__file__).resolve().parents[1] / "support" / "foreign_pack"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    work = tmp_path_factory.mktemp("comfyui")
-    models, prompts, packs = work / "models", work / "datasets", work / "packs"
-    write_checkpoint(models / "wan.safetensors", "wan-t2v", heads=3)
-    write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
-    write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
-    shapes = {f"diffusion_model.{name}": tuple(tensor.shape)
-              for name, tensor in load_file(models / "wan.safetensors").items()}
-    save_file(lora_for(shapes, ["lora", "loha", "dora"], 1), models / "lora.safetensors")
-    shutil.copytree(PACK, packs / "foreign_pack")
-    with ComfyServer(work, model_paths={"diffusion_models": models, "loras": models, "datasets": prompts,
-                                        "custom_nodes": packs}) as running:
-        yield running
+def server(shared_server: SharedServer) -> ComfyServer:
+    shared_server.add_lora("lora.safetensors", ["lora", "loha", "dora"], 1)
+    return shared_server
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""The ComfyUI server that tests share: with a Wan at tiny width, two prompts, and a pack of another author."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from loras import lora_for
+from safetensors.torch import load_file, save_file
+
+from raylight.demo.comfy_server import ComfyServer
+from raylight.demo.graphs import Graph
+from raylight.demo.prompts import random_prompt, write_prompt
+from raylight.demo.tiny import write_checkpoint
+
+SUPPORT = Path(__file__).resolve().parent
+MODEL = "wan.safetensors"
+
+
+class SharedServer(ComfyServer):
+    """Tests may add files to `models`, under names that no other test has, and nothing else to what they find here.
+
+    They ask for prompts of their own (another seed or another size), since ComfyUI keeps what it has computed.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.models = work / "models"
+        prompts, packs = work / "datasets", work / "packs"
+        write_checkpoint(self.models / MODEL, "wan-t2v", heads=3)
+        write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
+        write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
+        shutil.copytree(SUPPORT / "foreign_pack", packs / "foreign_pack")
+        paths = {"diffusion_models": self.models, "loras": self.models, "datasets": prompts, "custom_nodes": packs}
+        super().__init__(work, model_paths=paths, extra_args=["--preview-method", "latent2rgb"])
+
+    def add_lora(self, name: str, kinds: Iterable[str], seed: int) -> None:
+        """Write a LoRA for the model, with layers of these kinds."""
+        weights = load_file(self.models / MODEL)
+        shapes = {f"diffusion_model.{key}": tuple(tensor.shape) for key, tensor in weights.items()}
+        save_file(lora_for(shapes, list(kinds), seed), self.models / name)
+
+    def latent(self, graph: Graph, timeout: float = 180.0) -> torch.Tensor:
+        """What the node "save" of a graph saves."""
+        return load_file(self.output_files(self.run(graph, timeout), "save")[0])["latent_tensor"]
