@@ -10,34 +10,42 @@ from person import Person
 
 _KINDS = ("progress", "b_preview_with_metadata", "executed", "execution_success", "execution_error",
           "execution_interrupted")
+# The page itself keeps what it shows, ten times a second and once it has heard each message: who asks from outside
+# misses much of it on a busy machine.
 _START = """(() => {
-  window.raylightSeen = [];
+  window.raylightSeen = {messages: [], bars: [], titles: [], pictures: {}};
   if (window.raylightListens) return;
   window.raylightListens = true;
+  const keep = (list, value) => { if (!list.includes(value)) list.push(value); };
+  const look = () => {
+    const seen = window.raylightSeen;
+    keep(seen.titles, document.title);
+    for (const node of window.app.graph.nodes) {
+      if (node.progress) keep(seen.bars, node.progress);
+      for (const picture of node.imgs ?? [])
+        if (picture.naturalWidth) keep(seen.pictures[node.type] ??= [], picture.src);
+    }
+  };
+  setInterval(look, 100);
   for (const kind of KINDS)
-    window.app.api.addEventListener(kind, (event) => window.raylightSeen.push({
-      kind, node: event.detail?.node ?? event.detail?.nodeId ?? null, value: event.detail?.value ?? null,
-      message: event.detail?.exception_message ?? null}));
+    window.app.api.addEventListener(kind, (event) => {
+      window.raylightSeen.messages.push({
+        kind, node: event.detail?.node ?? event.detail?.nodeId ?? null, value: event.detail?.value ?? null,
+        message: event.detail?.exception_message ?? null});
+      setTimeout(look);
+    });
 })()"""
 _END = ("execution_success", "execution_error", "execution_interrupted")
-# The bar in a node, the tab's title, and the pictures that nodes show.
-_SHOWN = """({
-  title: document.title,
-  bars: window.app.graph.nodes.filter((node) => node.progress).map((node) => node.progress),
-  pictures: Object.fromEntries(window.app.graph.nodes.filter((node) => node.imgs?.length).map(
-    (node) => [node.type, [node.imgs[0].src, node.imgs[0].naturalWidth]])),
-  seen: window.raylightSeen,
-})"""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All that was seen: the messages, the different fills of progress bars, titles, and pictures by node."""
+    """All that was seen: the messages, the different fills of progress bars, titles, and pictures by node's type."""
 
     messages: list[dict[str, Any]]
     bars: list[float]
     titles: list[str]
-    pictures: dict[str, set[str]]
+    pictures: dict[str, list[str]]
 
     @property
     def end(self) -> dict[str, Any] | None:
@@ -55,13 +63,8 @@ def listen(person: Person) -> None:
 def watch(person: Person, timeout: float, until: Any = lambda run: run.end is not None, look: str | None = None) -> Run:
     """Look at the page again and again until `until` holds; `look` names a picture to keep of the first preview."""
     deadline = time.monotonic() + timeout
-    run = Run([], [], [], {})
     while True:
-        shown = person.page.evaluate(_SHOWN)
-        run = Run(shown["seen"], _more(run.bars, shown["bars"]), _more(run.titles, [shown["title"]]), run.pictures)
-        for node, (address, width) in shown["pictures"].items():
-            if width:
-                run.pictures.setdefault(node, set()).add(address)
+        run = Run(**person.page.evaluate("window.raylightSeen"))
         if look and run.pictures and run.bars:
             time.sleep(0.3)  # until it is drawn
             person.look(look)
@@ -71,7 +74,3 @@ def watch(person: Person, timeout: float, until: Any = lambda run: run.end is no
         if time.monotonic() > deadline:
             raise TimeoutError(f"not seen after {timeout} s, but {run.messages[-5:]}, titles {run.titles[-3:]}")
         time.sleep(0.05)
-
-
-def _more(known: list[Any], new: list[Any]) -> list[Any]:
-    return known + [value for value in new if value not in known]

@@ -66,7 +66,7 @@ class Person:
         if self._screenshots is not None:
             (self._screenshots / f"{name}.png").write_bytes(self.page.screenshot())
 
-    def find(self, selector: str, text: str | None = None, timeout: float = 60.0) -> Point:
+    def find(self, selector: str, text: str | None = None, timeout: float = 300.0) -> Point:
         """The middle of the first visible element, once there is one and it has stopped moving."""
         deadline = time.monotonic() + timeout
         while True:

@@ -28,7 +28,7 @@ from events import listen, watch  # noqa: E402
 from files import write_models  # noqa: E402
 from person import Person  # noqa: E402
 
-pytestmark = [of_the_newest, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [of_the_newest, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PACKS = HERE.parent / "templates" / "packs"
 FOLDERS = ("diffusion_models", "text_encoders", "vae", "loras", "controlnet")
@@ -110,7 +110,7 @@ def see_thumbnail(person: Person, card: str) -> None:
 def see_image(person: Person) -> None:
     """Wait until the node that saves it shows the image."""
     person.page.wait_for("window.app.graph.nodes.some((n) => n.type === 'SaveImage' && n.imgs?.[0]?.naturalWidth === "
-                         f"{RUN['width']})", timeout=60)
+                         f"{RUN['width']})", timeout=PATIENCE)
 
 
 def test_the_menu_shows_all_templates_with_their_thumbnails(person: Person) -> None:
@@ -128,9 +128,9 @@ def test_every_template_opens_without_missing_nodes_or_red_inputs(person: Person
         open_menu(person)
         person.click(CARD.format(template.name))
         expected = sorted(node["type"] for node in template.to_json()["nodes"])
-        person.page.wait_for(f"document.title.includes({json.dumps(template.name)})", timeout=60)
+        person.page.wait_for(f"document.title.includes({json.dumps(template.name)})", timeout=PATIENCE)
         person.page.wait_for(f"JSON.stringify(window.app.graph.nodes.map((n) => n.type).sort()) === "
-                             f"JSON.stringify({expected})", timeout=60)
+                             f"JSON.stringify({expected})", timeout=PATIENCE)
         time.sleep(0.3)  # files are looked for once the graph is there
         assert person.problems() == [], template.name
         person.look(f"template-{template.name}")
@@ -151,9 +151,11 @@ def test_what_is_missing_would_have_been_seen(person: Person) -> None:
     broken["nodes"][2]["widgets_values"][0] = "no-such-file.safetensors"
     person.load(broken, "broken")
     person.find('[data-testid="error-overlay"]')
-    found = person.problems()
-    assert {"no node NoSuchNode", "red: RayUNETLoader", "RayUNETLoader.unet_name = no-such-file.safetensors"} <= set(
-        found)
+    expected = {"no node NoSuchNode", "red: RayUNETLoader", "RayUNETLoader.unet_name = no-such-file.safetensors"}
+    deadline = time.monotonic() + PATIENCE
+    while not expected <= set(found := person.problems()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
     person.click('[data-testid="error-overlay-dismiss"]')
 
 
@@ -166,9 +168,10 @@ def test_a_run_shows_progress_a_preview_and_the_image(person: Person, server: Co
     run = watch(person, PATIENCE, look="run")
     assert run.end["kind"] == "execution_success", run.end
     assert [message["value"] for message in run.of("progress")] == list(range(1, RUN["steps"] + 1))
-    assert len(run.bars) >= 3 and run.bars == sorted(run.bars), "the bar in the node moves"
-    assert len([title for title in run.titles if "%" in title and "XFuserKSamplerAdvanced" in title]) >= 3
-    assert run.of("b_preview_with_metadata") and len(run.pictures["XFuserKSamplerAdvanced"]) >= 2
+    # How many of the steps a page draws is up to the machine; that it draws them, and in order, is not.
+    assert len(run.bars) >= 2 and run.bars == sorted(run.bars), "the bar in the node moves"
+    assert [title for title in run.titles if "%" in title and "XFuserKSamplerAdvanced" in title]
+    assert len(run.of("b_preview_with_metadata")) >= 2 and run.pictures["XFuserKSamplerAdvanced"]
     see_image(person)
     person.view(0.75, (-1050, 60))
     person.look("image")
@@ -212,7 +215,7 @@ def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, ser
     title = "window.app.graph.nodes.find((n) => n.type === 'UNETLoader').pos"
     person.click_at(person.on_canvas(f"[{title}[0] + 120, {title}[1] - 12]"))
     person.press("Delete", 46)
-    person.page.wait_for("!window.app.graph.nodes.some((n) => n.type === 'UNETLoader')", timeout=60)
+    person.page.wait_for("!window.app.graph.nodes.some((n) => n.type === 'UNETLoader')", timeout=PATIENCE)
 
     person.click('[aria-label="Node Library (n)"]')
     person.click(".side-bar-panel input")
@@ -221,14 +224,14 @@ def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, ser
     free = person.on_canvas("window.app.graph.nodes.find((n) => n.type === 'EmptySD3LatentImage').pos")
     person.drag(entry, (free[0], free[1] + 150))
     loader = "window.app.graph.nodes.find((n) => n.type === 'RayModelLoader')"
-    person.page.wait_for(f"!!{loader}", timeout=60)
+    person.page.wait_for(f"!!{loader}", timeout=PATIENCE)
     person.click('[aria-label="Node Library (n)"]')
 
-    start = person.on_canvas(f"[...{loader}.getOutputPos(0)]")
-    end = person.on_canvas("[...window.app.graph.nodes.find((n) => n.type === 'KSampler').getInputPos(0)]")
-    person.drag(start, end)
-    person.page.wait_for("window.app.graph.nodes.find((n) => n.type === 'KSampler').getInputNode(0) === " + loader,
-                         timeout=60)
+    sampler = "window.app.graph.nodes.find((n) => n.type === 'KSampler')"
+    person.page.wait_for("![...document.querySelectorAll('.side-bar-panel input')].some("
+                         "(e) => e.getClientRects().length)", timeout=PATIENCE)  # it is closed
+    person.drag(person.on_canvas(f"[...{loader}.getOutputPos(0)]"), person.on_canvas(f"[...{sampler}.getInputPos(0)]"))
+    person.page.wait_for(f"{sampler}.getInputNode(0) === {loader}", timeout=PATIENCE)
     person.set_widgets(unet_name="flux1-dev.safetensors")
     assert person.problems() == []
 

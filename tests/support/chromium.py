@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -18,14 +20,22 @@ from raylight.demo.comfy_process import ComfyProcess
 
 VARIABLE = "RAYLIGHT_TEST_BROWSER"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
-_START = 60.0
+_START = 300.0
 _POLL = 0.1
 
 
 def find() -> str | None:
-    """A Chromium of this machine: the one that RAYLIGHT_TEST_BROWSER names, or the first in the path."""
+    """A Chromium of this machine: the one that RAYLIGHT_TEST_BROWSER names, or the first in the path that runs.
+
+    Some systems have a script of its name that only says how to get it.
+    """
     named = os.environ.get(VARIABLE)
-    return named or next((found for name in NAMES if (found := shutil.which(name))), None)
+    return named or next((found for name in NAMES if (found := shutil.which(name)) and _runs(found)), None)
+
+
+@functools.cache
+def _runs(program: str) -> bool:
+    return subprocess.run([program, "--version"], capture_output=True, stdin=subprocess.DEVNULL).returncode == 0
 
 
 class BrowserError(RuntimeError):
@@ -80,9 +90,9 @@ class Page:
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def open(self, address: str) -> None:
-        self.call("Page.navigate", {"url": address}, timeout=60)
+        self.call("Page.navigate", {"url": address})
 
-    def evaluate(self, expression: str, timeout: float = 60.0) -> Any:
+    def evaluate(self, expression: str, timeout: float = 300.0) -> Any:
         """The value, made JSON, of a JavaScript expression; a promise is awaited."""
         answer = self.call("Runtime.evaluate", {
             "expression": expression, "awaitPromise": True, "returnByValue": True}, timeout)
@@ -93,9 +103,9 @@ class Page:
 
     def screenshot(self) -> bytes:
         """What it shows, as PNG."""
-        return base64.b64decode(self.call("Page.captureScreenshot", {"format": "png"}, timeout=60)["data"])
+        return base64.b64decode(self.call("Page.captureScreenshot", {"format": "png"})["data"])
 
-    def wait_for(self, expression: str, timeout: float = 120.0) -> None:
+    def wait_for(self, expression: str, timeout: float = 300.0) -> None:
         """Wait until an expression is true."""
         deadline = time.monotonic() + timeout
         while True:
@@ -110,7 +120,7 @@ class Page:
                 raise BrowserError(f"the page has not come to {expression!r} in {timeout} s ({problem})")
             time.sleep(_POLL)
 
-    def call(self, method: str, params: dict[str, Any], timeout: float = 30.0) -> dict[str, Any]:
+    def call(self, method: str, params: dict[str, Any], timeout: float = 300.0) -> dict[str, Any]:
         """One command of the debugging protocol. Raises BrowserError when it fails or is not answered in time."""
         assert self._socket is not None
         self._number += 1
