@@ -53,7 +53,10 @@ args.cpu = not torch.cuda.is_available()
 
 local_ranks.fork_from_server("preloaded", [*sys.path[:2], str(ROOT)])
 
+LONGEST = 12
+
 _parity_lines: list[str] = []
+_seconds: dict[str, float] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,11 +84,21 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedSe
         yield running
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    file = report.nodeid.partition("::")[0]
+    _seconds[file] = _seconds.get(file, 0.0) + report.duration
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _parity_lines:
         terminalreporter.section("parity with ComfyUI in one process")
         for line in _parity_lines:
             terminalreporter.write_line(line)
+    longest = sorted(_seconds.items(), key=lambda item: -item[1])[:LONGEST]
+    if longest and longest[0][1] > 10:
+        terminalreporter.section("files that took longest")
+        for file, seconds in longest:
+            terminalreporter.write_line(f"{seconds:6.0f} s   {file}")
     terminalreporter.section("versions")
     here = versions.installed(versions.asked_for(COMFYUI.root))
     tested = versions.recorded(versions.FILE.read_text("utf-8"))
