@@ -62,6 +62,7 @@ class SequenceAttention:
         """
         tokens, scope = self._tokens, self._tokens.scope
         if not tokens.is_cut or isinstance(scope, (Whole, WholeAttention)):
+            tokens.count_whole()
             return kernel(q, k, v, mask, scale)
         if scope is None:
             raise RuntimeError("the plan does not say over which tokens this attention call goes")
@@ -75,6 +76,7 @@ class SequenceAttention:
             local_mask = None if mask is None else tokens.local_mask_rows(_four_dims(mask), streams)
             return kernel(q, k, v, local_mask, scale)
         self.counts.exchanged += 1
+        tokens.count(scope)
         if scope.mask is not None:
             mask = scope.mask(sum(lengths), q)
         whole_mask = None if mask is None else self._whole_mask(_four_dims(mask), streams, lengths)

@@ -20,7 +20,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import all_gather
-from .plan import Attention, Gather, Input, Joined, SelfAttention, SequencePlan, Stream, Whole
+from .plan import (
+    Attention,
+    CrossAttention,
+    Gather,
+    Input,
+    Joined,
+    SelfAttention,
+    SequencePlan,
+    Stream,
+    Whole,
+    WholeAttention,
+    alternatives,
+)
 from .tokens import TokenState
 
 
@@ -93,10 +105,21 @@ class SequenceHooks:
         return self._tokens.localize(value, rule)
 
     def _mark_attention(self, module: nn.Module, attention: Attention | Whole) -> None:
-        if isinstance(attention, SelfAttention) and attention.mask is not None:
-            attention = replace(attention, mask=partial(attention.mask, module))
-        self._handles.append(module.register_forward_pre_hook(lambda *_: self._tokens.push(attention)))
-        self._handles.append(module.register_forward_hook(lambda *_: self._tokens.pop()))
+        kinds = () if isinstance(attention, Whole) else tuple(_of_module(kind, module)
+                                                              for kind in alternatives(attention))
+        rule = attention if not kinds else kinds if isinstance(attention, tuple) else kinds[0]
+
+        def leave(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
+            made = self._tokens.pop().calls
+            for kind in kinds:
+                if isinstance(kind, SelfAttention) and made.get(kind, 0) < kind.calls and self._are_local(kind):
+                    raise RuntimeError(_bypassed(module, made.get(kind, 0), kind.calls))
+
+        self._handles.append(module.register_forward_pre_hook(lambda *_: self._tokens.push(rule)))
+        self._handles.append(module.register_forward_hook(leave))
+
+    def _are_local(self, kind: SelfAttention) -> bool:
+        return self._tokens.degree > 1 and all(self._tokens.is_open(name) for name in kind.streams)
 
     def _gather_output(self, module: nn.Module, gathers: tuple[Gather, ...]) -> None:
         def join(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
@@ -142,6 +165,24 @@ def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Mod
     if not found and f"{path.partition('.*')[0]}" not in names:
         raise ValueError(f"the plan of {plan.model} names '{path}', which this {type(model).__name__} does not have")
     return iter(found)
+
+
+def _of_module(kind: SelfAttention | CrossAttention | WholeAttention,
+               module: nn.Module) -> SelfAttention | CrossAttention | WholeAttention:
+    """A kind of attention call with what depends on the module itself."""
+    if not isinstance(kind, SelfAttention):
+        return kind
+    calls = kind.calls(module) if callable(kind.calls) else kind.calls
+    return replace(kind, mask=None if kind.mask is None else partial(kind.mask, module), calls=calls)
+
+
+def _bypassed(module: nn.Module, made: int, expected: int) -> str:
+    return (
+        f"the attention of a {type(module).__name__} did not reach Raylight ({made} of {expected} calls did), so it "
+        f"saw only this worker's part of the picture: a node has replaced it, or this version of ComfyUI calls "
+        f"attention in another way. The result was thrown away. Remove the node that changes this model's attention, "
+        f"or use GPU = 1 or cfg_degree = GPU, with which every worker has whole pictures"
+    )
 
 
 def _parameter_positions(module: nn.Module, path: str, rules: dict[str | int, Input],

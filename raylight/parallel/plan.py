@@ -130,11 +130,13 @@ class SelfAttention:
     """Queries, keys and values of attention calls in this module are the tokens of `streams`, in this order.
 
     `mask` makes the mask over all tokens where the model makes one of its own tokens' places: from the module, the
-    number of all tokens and the queries, (B|1, H|1, S, S) or None.
+    number of all tokens and the queries, (B|1, H|1, S, S) or None. `calls` is how many such calls the module makes in
+    one forward, or tells it from the module: fewer are an error, since then attention went another way.
     """
 
     streams: tuple[str, ...]
     mask: Callable[[Any, int, Tensor], Tensor | None] | None = None
+    calls: int | Callable[[Any], int] = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,23 @@ from .plan import (
     Converted,
     Input,
     Refused,
+    SelfAttention,
     Stream,
     TokenIndex,
     TokenPrefix,
     TokenRanges,
     Whole,
+    WholeAttention,
+    alternatives,
 )
+
+
+@dataclass(slots=True)
+class Scope:
+    """A module being run: what the plan says of its attention, and the calls of each kind that were made so far."""
+
+    rule: Attention | Whole
+    calls: dict[SelfAttention, int] = field(default_factory=dict)
 
 
 class TokenState:
@@ -49,7 +60,7 @@ class TokenState:
         self._left: set[str] = set()
         self._grids: dict[str, torch.Size] = {}
         self.patched: frozenset[str] = frozenset()
-        self._scopes: list[Attention | Whole] = []
+        self._scopes: list[Scope] = []
         self._cache: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -93,16 +104,28 @@ class TokenState:
         grid = self._grids.get(stream)
         return whole if grid is None else whole.reshape(*whole.shape[:dim], *grid, *whole.shape[dim + len(grid):])
 
-    def push(self, scope: Attention | Whole) -> None:
-        self._scopes.append(scope)
+    def push(self, rule: Attention | Whole) -> None:
+        self._scopes.append(Scope(rule))
 
-    def pop(self) -> None:
-        self._scopes.pop()
+    def pop(self) -> Scope:
+        return self._scopes.pop()
 
     @property
     def scope(self) -> Attention | Whole | None:
         """What the innermost module being run says of its attention calls."""
-        return self._scopes[-1] if self._scopes else None
+        return self._scopes[-1].rule if self._scopes else None
+
+    def count(self, kind: SelfAttention) -> None:
+        """An attention call of the innermost module being run, over the tokens of all ranks."""
+        calls = self._scopes[-1].calls
+        calls[kind] = calls.get(kind, 0) + 1
+
+    def count_whole(self) -> None:
+        """Attention over whole tokens, which stands for every call of the module around it."""
+        around = next((scope for scope in reversed(self._scopes) if not isinstance(scope.rule, WholeAttention)), None)
+        if around is not None and not isinstance(around.rule, Whole):
+            around.calls.update({kind: kind.calls for kind in alternatives(around.rule)
+                                 if isinstance(kind, SelfAttention)})
 
     def localize(self, value: Any, rule: Input) -> Any:
         """This rank's part of an argument."""

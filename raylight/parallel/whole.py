@@ -51,8 +51,11 @@ class WholeTokens:
         return self._tokens.localize(value, rule) if self._is_split(rule) else value
 
     @contextmanager
-    def local_attention(self) -> Iterator[None]:
-        """Attention calls in this context are over whole tokens: they exchange nothing."""
+    def local_attention(self, replaces: bool = False) -> Iterator[None]:
+        """Attention calls in this context are over whole tokens: they exchange nothing. With `replaces`, what is done
+        in it, by whatever means, is the attention of the module around it."""
+        if replaces:
+            self._tokens.count_whole()
         self._tokens.push(WholeAttention())
         try:
             yield

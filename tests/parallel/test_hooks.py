@@ -10,8 +10,9 @@ from toy import TOY_PLAN, Toy, plain_kernel
 
 from raylight.parallel.attention import SequenceAttention
 from raylight.parallel.hooks import SequenceHooks
-from raylight.parallel.plan import Gather, SelfAttention, Stream, Whole
+from raylight.parallel.plan import Gather, SelfAttention, SequencePlan, Stream, Whole
 from raylight.parallel.tokens import TokenState
+from raylight.parallel.whole import WholeTokens
 
 
 class Passing(torch.nn.Module):
@@ -118,3 +119,99 @@ def test_rejects_a_model_whose_tokens_stay_split() -> None:
     SequenceHooks(model, plan, TokenState(0, 2))
     with pytest.raises(RuntimeError, match=r"tokens still split: \['img'\]"):
         model(torch.zeros(1, 4, 8))
+
+
+class Block(torch.nn.Module):
+    """One attention call, which `attention` makes of tokens (B, S, D) and the options."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = through_options
+
+    def forward(self, x: torch.Tensor, transformer_options: dict) -> torch.Tensor:
+        return x + self.attention(x, transformer_options)
+
+
+class OneBlock(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.block = 2, Block()
+
+    def forward(self, x: torch.Tensor, transformer_options: dict) -> torch.Tensor:
+        return self.block(x, transformer_options)
+
+
+ONE_BLOCK = SequencePlan("test.OneBlock", {"block": {"x": Stream("x")}}, {"block": SelfAttention(("x",))},
+                         {"block": Gather("x")})
+
+
+def heads_of(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(-1, (2, -1)).transpose(1, 2)
+
+
+def through_options(x: torch.Tensor, options: dict) -> torch.Tensor:
+    out = options["attention"](plain_kernel, *(heads_of(x) for _ in range(3)), None, None)
+    return out.transpose(1, 2).flatten(2)
+
+
+def without_options(x: torch.Tensor, _: dict) -> torch.Tensor:
+    """What a node may put in: attention over the tokens that it sees."""
+    return plain_kernel(*(heads_of(x) for _ in range(3)), None, None).transpose(1, 2).flatten(2)
+
+
+def run_block(attention, degree: int = 2, calls=1, whole=None) -> list[int]:
+    """Run rank 0 of a model with this attention in its block, and of which tokens each exchange was told."""
+    seen: list[int] = []
+
+    def strategy(kernel, q, k, v, lengths, mask, scale):
+        seen.append(sum(lengths))
+        return q
+
+    model, tokens = OneBlock(), TokenState(0, degree)
+    model.block.attention = attention if whole is None else lambda x, options: whole(WholeTokens(tokens), x, options)
+    plan = dataclasses.replace(ONE_BLOCK, attention={"block": SelfAttention(("x",), calls=calls)}, outputs={})
+    SequenceHooks(model, plan, tokens)
+    model(torch.randn(1, 6, 8), {"attention": SequenceAttention(tokens, strategy)})
+    return seen
+
+
+def test_attention_that_a_node_replaced_ends_the_run() -> None:
+    assert run_block(through_options) == [6]
+    with pytest.raises(RuntimeError, match=r"attention of a Block did not reach Raylight \(0 of 1 calls did\).*"
+                                           r"Remove the node .*, or use GPU = 1 or cfg_degree"):
+        run_block(without_options)
+
+
+def test_fewer_calls_than_planned_end_the_run() -> None:
+    with pytest.raises(RuntimeError, match="1 of 2 calls did"):
+        run_block(through_options, calls=lambda block: 2 if isinstance(block, Block) else 1)
+
+
+def test_attention_of_whole_tokens_reaches_raylight_anyhow() -> None:
+    assert run_block(without_options, degree=1) == []
+
+    def called(whole: WholeTokens, x: torch.Tensor, options: dict) -> torch.Tensor:
+        with whole.local_attention():
+            return through_options(x, options)
+
+    def replaced(whole: WholeTokens, x: torch.Tensor, options: dict) -> torch.Tensor:
+        with whole.local_attention(replaces=True):
+            return without_options(x, options)
+
+    def beside(whole: WholeTokens, x: torch.Tensor, options: dict) -> torch.Tensor:
+        with whole.local_attention():
+            pass
+        return without_options(x, options)
+
+    assert run_block(None, whole=called) == run_block(None, whole=replaced) == []
+    with pytest.raises(RuntimeError, match="did not reach Raylight"):
+        run_block(None, whole=beside)
+
+
+def test_a_module_that_runs_whole_needs_no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = OneBlock(), TokenState(0, 2)
+    model.block.attention = without_options
+    plan = SequencePlan("test.OneBlock", {"": {"x": Stream("x")}, "block": {"x": Whole("x")}}, {}, {})
+    monkeypatch.setattr("raylight.parallel.hooks.all_gather", lambda value, *_: torch.cat([value, value], 1))
+    SequenceHooks(model, plan, tokens)
+    assert model(torch.randn(1, 6, 8), {}).shape == (1, 3, 8)
