@@ -5,6 +5,7 @@ The *kernel* computes softmax(QK')V on this rank; the *strategy* is what ranks e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,8 @@ from torch import Tensor
 from .collectives import all_gather
 from .plan import Attention, CrossAttention, SelfAttention, Whole, WholeAttention, alternatives
 from .tokens import TokenState
+
+logger = logging.getLogger(__name__)
 
 
 class Kernel(Protocol):
@@ -53,6 +56,7 @@ class SequenceAttention:
         self._tokens = tokens
         self.strategy = strategy
         self.counts = AttentionCounts()
+        self._told: set[int] = set()
 
     def __call__(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                  scale: float | None) -> Tensor:
@@ -69,6 +73,7 @@ class SequenceAttention:
         scope = self._kind(scope, q, k)
         streams = _queries(scope)
         lengths = tokens.lengths(streams)
+        self._tell(sum(lengths))
         self.counts.largest_query = max(self.counts.largest_query, q.shape[2])
         self.counts.largest_share = max(self.counts.largest_share, q.shape[2] / sum(lengths))
         if isinstance(scope, CrossAttention):
@@ -82,7 +87,15 @@ class SequenceAttention:
         whole_mask = None if mask is None else self._whole_mask(_four_dims(mask), streams, lengths)
         if getattr(kernel, "in_order", False) and len(streams) > 1:
             kernel = self._in_order(kernel, streams)
-        return self.strategy(kernel, q, k, v, lengths, whole_mask, scale)
+        q, k, v = (tokens.own(t, streams, 2) for t in (q, k, v))
+        return tokens.filled(self.strategy(kernel, q, k, v, lengths, whole_mask, scale), streams, 2)
+
+    def _tell(self, total: int) -> None:
+        """Say once that there are fewer tokens than ranks to split them."""
+        if total < self._tokens.degree and total not in self._told:
+            self._told.add(total)
+            logger.info("a sequence of %d tokens is too short for %d workers: %d of them split it", total,
+                        self._tokens.degree, total)
 
     def _in_order(self, kernel: Kernel, streams: Sequence[str]) -> Kernel:
         """The kernel as one that is given tokens stream by stream, as a model without ranks has them, and not in rank
@@ -105,7 +118,7 @@ class SequenceAttention:
     def _kind(self, scope: Attention, q: Tensor, k: Tensor) -> SelfAttention | CrossAttention:
         """What the plan says of this call, checked against its queries and keys."""
         rank, kinds = self._tokens.rank, alternatives(scope)
-        expected = {kind: self._tokens.lengths(_queries(kind))[rank] for kind in kinds}
+        expected = {kind: self._tokens.held(_queries(kind)) for kind in kinds}
         found = next((kind for kind in kinds if expected[kind] == q.shape[2]), None)
         if found is None:
             tokens = " or ".join(f"{count} tokens of {_queries(kind)}" for kind, count in expected.items())
@@ -117,7 +130,8 @@ class SequenceAttention:
     def _whole_mask(self, mask: Tensor, streams: Sequence[str], lengths: Sequence[int]) -> Tensor:
         """The mask over all tokens in rank order. One that a model made of its local tokens is joined; it can only
         be one of keys, since no rank knows another's queries."""
-        if mask.shape[-2] == 1 and mask.shape[-1] == lengths[self._tokens.rank] != sum(lengths):
+        if mask.shape[-2] == 1 and mask.shape[-1] == self._tokens.held(streams) != sum(lengths):
+            mask = self._tokens.own(mask, streams, mask.ndim - 1)
             return all_gather(mask, lengths, mask.ndim - 1, self._tokens.group)
         return self._tokens.gathered_mask(mask, streams)
 

@@ -101,7 +101,7 @@ class SequenceHooks:
 
     def _localize(self, value: Any, rule: Input) -> Any:
         if isinstance(rule, (Whole, Joined)):
-            return all_gather(value, self._tokens.sizes(rule.stream), rule.dim, self._tokens.group)
+            return self._whole(value, rule.stream, rule.dim)
         return self._tokens.localize(value, rule)
 
     def _mark_attention(self, module: nn.Module, attention: Attention | Whole) -> None:
@@ -137,12 +137,16 @@ class SequenceHooks:
         self._handles.append(module.register_forward_hook(join))
 
     def _join(self, local: Tensor, gather: Gather) -> Tensor:
-        before = self._tokens.lengths(gather.after)[self._tokens.rank]
+        before = self._tokens.held(gather.after)
         head, tail = local.split([before, local.shape[gather.dim] - before], gather.dim)
-        whole = all_gather(tail, self._tokens.sizes(gather.stream), gather.dim, self._tokens.group)
+        whole = self._whole(tail, gather.stream, gather.dim)
         self._tokens.leave(gather.stream)
         whole = self._tokens.on_grid(whole, gather.stream, gather.dim)
         return torch.cat([head, whole], gather.dim) if before else whole
+
+    def _whole(self, local: Tensor, stream: str, dim: int) -> Tensor:
+        own = self._tokens.own(local, (stream,), dim)
+        return all_gather(own, self._tokens.sizes(stream), dim, self._tokens.group)
 
     def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:
         open_streams = {gather.stream for gather in self._plan.gathers() if self._tokens.is_open(gather.stream)}

@@ -55,6 +55,8 @@ def packed_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[Heads, ...]])
               for tensor, of_tensor in zip(tensors, ranges, strict=True)]
     counts = [batch * tokens * sum(of_rank) for of_rank in zip(*widths, strict=True)]
     buffer = tensors[0].new_empty(sum(counts))
+    if not tokens:
+        return buffer, counts
     if all(_evenly(of_tensor, tensor.shape[1]) for tensor, of_tensor in zip(tensors, ranges, strict=True)):
         rows = buffer.view(len(counts), tokens, batch, -1).split([of_tensor[0] for of_tensor in widths], -1)
         for part, tensor, of_tensor in zip(rows, tensors, ranges, strict=True):
@@ -72,7 +74,8 @@ def packed_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[Heads, ...]])
 
 def unpacked_heads(buffer: Tensor, tokens: int, batch: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Views (B, heads, S, D) of a buffer (S, B, heads x D of several tensors), whose heads and D are `sizes`."""
-    rows = buffer.view(tokens, batch, -1).split([heads * width for heads, width in sizes], -1)
+    widths = [heads * width for heads, width in sizes]
+    rows = buffer.view(tokens, batch, sum(widths)).split(widths, -1)
     return [row.unflatten(-1, size).permute(1, 2, 0, 3) for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -85,6 +88,8 @@ def packed_tokens(out: Tensor) -> Tensor:
 def place_heads(buffer: Tensor, ranges: tuple[Heads, ...], out: Tensor) -> None:
     """Copy what ranks send back into `out` (B, S, H, D): of rank d heads `ranges[d]`, as (S, B, heads, D)."""
     batch, tokens, heads, width = out.shape
+    if not tokens:
+        return
     if _evenly(ranges, heads):
         start, stop = ranges[0]
         pieces = buffer.view(len(ranges), tokens, batch, stop - start, width)

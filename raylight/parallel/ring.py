@@ -2,7 +2,7 @@
 
 Ring: keys and values of each rank travel around while partial attention is merged (Liu et al. 2023, arXiv
 2310.01889). Hybrid: Ulysses within a row of the mesh, the ring between rows (Fang and Zhao 2024, arXiv 2405.07719).
-Pieces are uneven; masks, scale and grouped queries are as in one process.
+Pieces are uneven, some may be empty; masks, scale and grouped queries are as in one process.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class RingAttention:
                  mask: Tensor | None, scale: float | None) -> Tensor:
         """q (B, H, S_r, D), k and v (B, Hkv, S_r, D) of this rank's tokens; returns (B, H, S_r, D).
 
+        The kernel is not called where there are no queries or no keys.
+
         Raises ValueError for a kernel that has no log-sum-exp: a merge without it would be wrong.
         """
         if self._degree == 1:
@@ -56,21 +58,24 @@ class RingAttention:
         for step in range(self._degree):
             source = (self._rank - step) % self._degree
             arriving, requests = self._pass_on(block, lengths, source) if step < self._degree - 1 else (None, [])
-            columns = None if mask is None else mask.narrow(-1, starts[source], lengths[source])
-            more, more_total = kernel.with_lse(q, block[0], block[1], columns, scale)
-            if out is None:
-                out, total = more.float(), more_total.float()
-            else:
-                out, total = merge(out, total, more, more_total.float())
+            if lengths[self._rank] and lengths[source]:
+                columns = None if mask is None else mask.narrow(-1, starts[source], lengths[source])
+                more, more_total = kernel.with_lse(q, block[0], block[1], columns, scale)
+                if out is None:
+                    out, total = more.float(), more_total.float()
+                else:
+                    out, total = merge(out, total, more, more_total.float())
             for request in requests:
                 request.wait()
             block = arriving
-        return out.to(q.dtype)
+        return torch.empty_like(q) if out is None else out.to(q.dtype)
 
     def _pass_on(self, block: Tensor, lengths: Sequence[int], source: int) -> tuple[Tensor, list[dist.Work]]:
         """Start sending this block to the next rank and receiving the previous rank's, beside the computation."""
         shape = list(block.shape)
-        shape[3] = lengths[(source - 1) % self._degree]
+        if not shape[3]:  # an empty piece travels as a row that nobody reads: not every backend has empty messages
+            block = block.new_zeros(*shape[:3], 1, shape[4])
+        shape[3] = max(lengths[(source - 1) % self._degree], 1)
         arriving = block.new_empty(shape)
         to, origin = (dist.get_global_rank(self._group, (self._rank + way) % self._degree) for way in (1, -1))
         requests = dist.batch_isend_irecv([

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .partition import offsets, partition
+from .partition import Pieces, deal
 from .plan import (
     Aligned,
     Attention,
@@ -41,7 +41,9 @@ class TokenState:
     """Token bookkeeping of rank `rank` of the `degree` ranks of `group` that split a sequence.
 
     Streams are cut when they are first met after `begin`, so every size is known on every rank
-    without being exchanged. `patched` are the kinds of patches that this forward calls.
+    without being exchanged. A stream may have fewer tokens than there are ranks: some then hold a stand-in (`Pieces`),
+    which counts where tensors of this rank are meant, and not among the `sizes` and `lengths` that ranks exchange.
+    `patched` are the kinds of patches that this forward calls.
     """
 
     def __init__(self, rank: int, degree: int, group: dist.ProcessGroup | None = None) -> None:
@@ -56,7 +58,7 @@ class TokenState:
 
     def begin(self) -> None:
         """Forget the last forward, whether it ended or failed."""
-        self._sizes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[str, Pieces] = {}
         self._left: set[str] = set()
         self._grids: dict[str, torch.Size] = {}
         self.patched: frozenset[str] = frozenset()
@@ -66,11 +68,11 @@ class TokenState:
     @property
     def is_cut(self) -> bool:
         """Whether some stream is local at this point of the forward."""
-        return len(self._sizes) > len(self._left)
+        return len(self._pieces) > len(self._left)
 
     def is_open(self, stream: str) -> bool:
         """Whether `stream` is local at this point of the forward."""
-        return stream in self._sizes and stream not in self._left
+        return stream in self._pieces and stream not in self._left
 
     def total(self, streams: Sequence[str]) -> int:
         """Tokens of `streams` over all ranks."""
@@ -82,19 +84,48 @@ class TokenState:
 
     def sizes(self, stream: str) -> tuple[int, ...]:
         """Tokens of one stream on each rank."""
-        if stream not in self._sizes:
-            raise RuntimeError(f"token stream '{stream}' is used before the model handed it to a block")
-        return self._sizes[stream]
+        return self._of(stream).sizes
+
+    def held(self, streams: Sequence[str]) -> int:
+        """Tokens of `streams` together in this rank's tensors."""
+        return sum(stop - start for start, stop in self.spans(streams, self.rank))
 
     def spans(self, streams: Sequence[str], rank: int) -> list[tuple[int, int]]:
-        """`(start, stop)` of `rank`'s tokens of each stream, with the whole streams laid end to end."""
+        """`(start, stop)` of the tokens of each stream in `rank`'s tensors, with the whole streams laid end to end."""
         result, base = [], 0
         for name in streams:
-            sizes = self.sizes(name)
-            start = base + offsets(sizes)[rank]
-            result.append((start, start + sizes[rank]))
-            base += sum(sizes)
+            pieces = self._of(name)
+            start, stop = pieces.held[rank]
+            result.append((base + start, base + stop))
+            base += pieces.total
         return result
+
+    def own(self, local: Tensor, streams: Sequence[str], dim: int) -> Tensor:
+        """A tensor of this rank without its stand-ins: what it has to exchange."""
+        if not any(self._of(name).lent(self.rank) for name in streams):
+            return local
+        return torch.cat([piece.narrow(dim, 0, self.sizes(name)[self.rank])
+                          for name, piece in self._apart(local, streams, dim)], dim)
+
+    def filled(self, own: Tensor, streams: Sequence[str], dim: int) -> Tensor:
+        """The inverse of `own`, with zeros for stand-ins."""
+        if not any(self._of(name).lent(self.rank) for name in streams):
+            return own
+        parts = []
+        for name, piece in zip(streams, own.split([self.sizes(name)[self.rank] for name in streams], dim), strict=True):
+            shape = list(own.shape)
+            shape[dim] = self._of(name).lent(self.rank)
+            parts += [piece, own.new_zeros(shape)]
+        return torch.cat(parts, dim)
+
+    def _apart(self, local: Tensor, streams: Sequence[str], dim: int) -> list[tuple[str, Tensor]]:
+        lengths = [stop - start for start, stop in self.spans(streams, self.rank)]
+        return list(zip(streams, local.split(lengths, dim), strict=True))
+
+    def _of(self, stream: str) -> Pieces:
+        if stream not in self._pieces:
+            raise RuntimeError(f"token stream '{stream}' is used before the model handed it to a block")
+        return self._pieces[stream]
 
     def leave(self, stream: str) -> None:
         self._left.add(stream)
@@ -138,10 +169,8 @@ class TokenState:
         if isinstance(rule, TokenRanges):
             return self._ranges(value, rule)
         if isinstance(rule, TokenPrefix):
-            sizes = self.sizes(rule.stream)
-            self._sizes[rule.name] = tuple(min(max(value - start, 0), size)
-                                           for start, size in zip(offsets(sizes), sizes, strict=True))
-            return self._sizes[rule.name][self.rank]
+            self._pieces[rule.name] = self._of(rule.stream).prefix(value)
+            return self.held((rule.name,))
         if isinstance(rule, TokenIndex):
             (start, stop), = self.spans((rule.stream,), self.rank)
             return min(max(value, start), stop) - start
@@ -175,7 +204,7 @@ class TokenState:
             whole = rule.grid == 1 and not rule.after and value.shape[rule.dim] == self.total((rule.name,))
             return self.part(value, rule.name, rule.dim) if whole else value
         if rule.after:
-            before = self.lengths(rule.after)[self.rank]
+            before = self.held(rule.after)
             head, tail = value.split([before, value.shape[rule.dim] - before], rule.dim)
             return torch.cat([head, self._cut(tail, replace(rule, after=()))], rule.dim)
         if rule.grid > 1:
@@ -183,20 +212,16 @@ class TokenState:
             value = value.flatten(rule.dim, rule.dim + rule.grid - 1)
             value = value.reshape(*value.shape[:rule.dim + 1], *[1] * (rule.grid - 1), *value.shape[rule.dim + 1:])
         total = value.shape[rule.dim]
-        if total < self.degree:
-            raise ValueError(
-                f"the '{rule.name}' sequence has {total} tokens, too few for {self.degree} ranks: "
-                f"choose a sequence degree of at most {total}"
-            )
-        sizes = partition(total, self.degree)
-        if self._sizes.get(rule.name, sizes) != sizes:
-            self._cache.clear()
-        self._sizes[rule.name] = sizes
+        known = self._pieces.get(rule.name)
+        if known is None or known.total != total:
+            if known is not None:
+                self._cache.clear()
+            self._pieces[rule.name] = deal(total, self.lengths([name for name in self._pieces if self.is_open(name)]))
         self._left.discard(rule.name)
         return self.part(value, rule.name, rule.dim)
 
     def part(self, value: Tensor, stream: str, dim: int) -> Tensor:
-        """This rank's tokens of a whole stream."""
+        """This rank's tokens of a whole stream, as it holds them."""
         (start, stop), = self.spans((stream,), self.rank)
         # A copy: blocks add to their input in place, and the whole stream can be freed.
         return value.narrow(dim, start, stop - start).clone()
@@ -220,11 +245,12 @@ class TokenState:
     def _ranges(self, value: Sequence[Sequence[int]], rule: TokenRanges) -> list[tuple[int, ...]]:
         pieces, base, local_base = [], 0, 0
         for name in rule.streams:
-            sizes = self.sizes(name)
-            start = base + (0 if name in rule.local else offsets(sizes)[self.rank])
-            pieces.append((start, start + sizes[self.rank], local_base))
-            base += sizes[self.rank] if name in rule.local else sum(sizes)
-            local_base += sizes[self.rank]
+            start, stop = self._of(name).held[self.rank]
+            length = stop - start
+            start = base + (0 if name in rule.local else start)
+            pieces.append((start, start + length, local_base))
+            base += length if name in rule.local else self._of(name).total
+            local_base += length
         result = []
         for start, stop, *rest in value:
             for low, high, local in pieces:
@@ -249,13 +275,16 @@ class TokenState:
             raise RuntimeError(f"an attention mask of shape {tuple(mask.shape)} does not fit {total} tokens")
         key = (id(mask), tuple(streams))
         if key not in self._cache:
-            order = torch.cat([
-                torch.arange(start, stop, device=mask.device)
-                for rank in range(self.degree) for start, stop in self.spans(streams, rank)
-            ])
+            order = torch.cat([torch.arange(start, start + self.sizes(name)[rank], device=mask.device)
+                               for rank in range(self.degree) for name, start in self._starts(streams, rank)])
             permuted = mask.index_select(-1, order)
             self._cache[key] = (mask, permuted if mask.shape[-2] == 1 else permuted.index_select(-2, order))
         return self._cache[key][1]
+
+
+    def _starts(self, streams: Sequence[str], rank: int) -> list[tuple[str, int]]:
+        """Where rank's tokens of each stream start, with the whole streams laid end to end."""
+        return [(name, start) for name, (start, _) in zip(streams, self.spans(streams, rank), strict=True)]
 
 
 class LocalResiduals(list):

@@ -72,7 +72,8 @@ class UlyssesAttention:
                     ) -> tuple[Tensor, dist.Work]:
         """To each rank its heads of these tokens; what comes is (S, B, H_r x D of q, k and v)."""
         buffer, counts = packed_heads((q, k, v), (part.queries, part.keys, part.keys))
-        per_token = counts[self._rank] // lengths[self._rank]
+        (start, stop), (first, last) = part.queries[self._rank], part.keys[self._rank]
+        per_token = q.shape[0] * ((stop - start) * q.shape[3] + (last - first) * (k.shape[3] + v.shape[3]))
         return self._exchange(buffer, counts, [per_token * tokens for tokens in lengths])
 
     def _send_tokens(self, out: Tensor, part: Part, lengths: Sequence[int]) -> tuple[Tensor, dist.Work]:

@@ -41,7 +41,8 @@ class WholeTokens:
         if not self._is_split(rule):
             return value
         sizes = [self._tokens.sizes(name) for name in rule.streams]
-        pieces = value.split([size[self._tokens.rank] for size in sizes], rule.dim)
+        own = self._tokens.own(value, rule.streams, rule.dim)
+        pieces = own.split([size[self._tokens.rank] for size in sizes], rule.dim)
         whole = [all_gather(piece, size, rule.dim, self._tokens.group)
                  for piece, size in zip(pieces, sizes, strict=True)]
         return torch.cat(whole, rule.dim)

@@ -28,12 +28,18 @@ def mixes_by_mean(model: nn.Module) -> str | None:
     return None
 
 
+def attention_calls(attention: nn.Module) -> int:
+    """Two in differential attention, which is the difference of both."""
+    return 2 if attention.differential else 1
+
+
 PLANS = (
     SequencePlan(
         model="comfy.ldm.audio.dit.AudioDiffusionTransformer",
         inputs={f"{LAYERS}.*": {"x": Stream("audio"), "rotary_pos_emb": Aligned(AUDIO, dim=0),
                                 "local_add_cond": Converted(for_last_tokens)}},
-        attention={f"{LAYERS}.*.self_attn": SelfAttention(AUDIO), f"{LAYERS}.*.cross_attn": CrossAttention(AUDIO)},
+        attention={f"{LAYERS}.*.self_attn": SelfAttention(AUDIO, calls=attention_calls),
+                   f"{LAYERS}.*.cross_attn": CrossAttention(AUDIO)},
         # Memory tokens are cut off by their number before the last projection.
         outputs={f"{LAYERS}.-1": Gather("audio")},
         heads=f"{LAYERS}.0.self_attn.num_heads",

@@ -92,9 +92,67 @@ def test_masks_are_put_in_the_order_of_gathered_tokens() -> None:
     assert torch.equal(tokens.gathered_mask(square, ("txt", "img")), expected)
 
 
-def test_rejects_fewer_tokens_than_ranks() -> None:
-    with pytest.raises(ValueError, match=r"'txt' sequence has 2 tokens, too few for 3 ranks: .* at most 2"):
-        state(0, 3, txt=2)
+def short(rank: int) -> TokenState:
+    """Ten image tokens and then a text of one, on three ranks."""
+    return state(rank, 3, img=10, txt=1)
+
+
+def test_a_stream_may_have_fewer_tokens_than_ranks() -> None:
+    for rank in range(3):
+        tokens = short(rank)
+        assert tokens.sizes("txt") == (0, 0, 1), "the ranks with the fewest image tokens take them"
+        assert tokens.lengths(("txt", "img")) == [4, 3, 4]
+        assert tokens.total(("txt", "img")) == 11
+        assert tokens.held(("txt", "img")) == (5, 4, 4)[rank], "no tensor is empty"
+
+
+def test_a_rank_without_a_token_holds_the_last() -> None:
+    tokens, txt = TokenState(0, 4), torch.arange(3.0).view(1, 3, 1)
+    assert tokens.localize(txt, Stream("txt")).flatten().tolist() == [2]
+    assert tokens.sizes("txt") == (0, 1, 1, 1)
+
+
+def test_what_is_aligned_has_a_row_for_a_stand_in() -> None:
+    table = torch.arange(11).view(1, 11)
+    for rank, expected in enumerate(([0, 1, 2, 3, 10], [4, 5, 6, 10], [7, 8, 9, 10])):
+        tokens = short(rank)
+        assert tokens.localize(table, Aligned(("img", "txt"))).flatten().tolist() == expected
+        assert tokens.localize(torch.zeros(1, 1, 2), Stream("txt")).shape == (1, 1, 2)
+        mask = torch.arange(11).view(1, 1, 11, 1)
+        assert tokens.local_mask_rows(mask, ("img", "txt")).flatten().tolist() == expected
+        assert tokens.localize([(0, 5, 0), (5, None, 1)], TokenRanges(("img", "txt"))) == (
+            [(0, 4, 0), (4, 5, 1)], [(0, 1, 0), (1, 3, 1), (3, 4, 1)], [(0, 3, 1), (3, 4, 1)])[rank]
+        assert tokens.localize(1, TokenIndex("txt")) == 1
+
+
+def test_a_stand_in_is_not_exchanged() -> None:
+    order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert short(0).gathered_mask(torch.arange(11).view(1, 1, 1, 11), ("img", "txt")).flatten().tolist() == order
+    for rank, expected in enumerate(([0, 1, 2, 3], [0, 1, 2], [0, 1, 2, 3])):
+        tokens = short(rank)
+        local = torch.arange(tokens.held(("img", "txt"))).view(1, 1, -1)
+        own = tokens.own(local, ("img", "txt"), 2)
+        assert own.flatten().tolist() == expected
+        filled = tokens.filled(own + 1, ("img", "txt"), 2)
+        assert filled.shape == local.shape
+        assert filled.flatten().tolist() == [*(own + 1).flatten().tolist(), *([] if rank == 2 else [0])]
+
+
+def test_a_prefix_of_a_short_stream() -> None:
+    for rank, held in enumerate((1, 1, 1)):
+        tokens = short(rank)
+        assert tokens.localize(1, TokenPrefix("txt", "prompt")) == held
+        assert tokens.sizes("prompt") == (0, 0, 1)
+
+
+def test_a_short_stream_that_has_left_goes_to_the_same_ranks_again() -> None:
+    tokens = state(0, 2, txt=1)
+    assert tokens.sizes("txt") == (0, 1)
+    tokens.localize(torch.zeros(1, 1, 1), Stream("img"))
+    assert tokens.sizes("img") == (1, 0), "and another stream to the others"
+    tokens.leave("txt")
+    tokens.localize(torch.zeros(1, 1, 1), Stream("txt"))
+    assert tokens.sizes("txt") == (0, 1)
 
 
 def test_rejects_an_argument_by_its_reason() -> None:
