@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -26,9 +26,10 @@ from raylight.parallel.tokens import TokenState  # noqa: E402
 from raylight.parallel.whole import WholeTokens  # noqa: E402
 from raylight.plans import plan_for  # noqa: E402
 from raylight.zoo import families  # noqa: E402
-from raylight.zoo.family import Draw  # noqa: E402
+from raylight.zoo.family import Draw, Family  # noqa: E402
 
 T = TypeVar("T")
+Calls = Mapping[str, Callable[[Draw], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class CountingKernel:
         return self._inner.with_lse(q, *rest)
 
 
-def compare(rank: int, world: int, names: tuple[str, ...],
-            shapes: dict[str, MeshShape]) -> dict[tuple[str, str, str], Comparison]:
+def compare(rank: int, world: int, names: tuple[str, ...], shapes: dict[str, MeshShape],
+            calls_of: Callable[[Family], Calls] = attrgetter("calls")) -> dict[tuple[str, str, str], Comparison]:
     """Every call of the named families on each of these meshes of `world` ranks, by family, call and mesh.
 
     Each rank builds a family once, and rank 0 computes for all what the model gives whole, before it is split.
@@ -77,15 +78,15 @@ def compare(rank: int, world: int, names: tuple[str, ...],
     results = {}
     for name in names:
         family = families()[name]
-        model = family.build()
-        untouched = [{call: _attempt(partial(_untouched, model, make)) for call, make in family.calls.items()}
+        model, calls = family.build(), calls_of(family)
+        untouched = [{call: _attempt(partial(_untouched, model, make)) for call, make in calls.items()}
                      if rank == 0 else None]
         dist.broadcast_object_list(untouched)
         for call, expected in untouched[0].items():
             for mesh_name, mesh in meshes.items():
                 # A failure is told by the test of this call; one before any exchange harms no other call.
                 found = expected if isinstance(expected, str) else _attempt(
-                    partial(_compare, model, family.calls[call], mesh, expected))
+                    partial(_compare, model, calls[call], mesh, expected))
                 results[name, call, mesh_name] = (
                     found if isinstance(found, Comparison) else Comparison(1.0, 0.0, 0, 1.0, 0, 0, found))
     return results
