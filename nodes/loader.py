@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from inspect import cleandoc
 
 import folder_paths
@@ -11,7 +10,7 @@ from comfy_api.latest import io
 
 from raylight.host import gguf_pack
 from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import WEIGHT_DTYPES, LoraRecipe, ModelRecipe, is_gguf, needs_pack
+from raylight.host.recipe import WEIGHT_DTYPES, LoraRecipe, ModelRecipe, is_gguf, needs_pack, stamp
 
 from .engine import driver
 from .options import all_workers
@@ -48,7 +47,7 @@ class RayUNETLoader(io.ComfyNode):
         return _check(unet_name)
 
     @classmethod
-    def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int]:
+    def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int, int, int]:
         return _fingerprint(unet_name)
 
     @classmethod
@@ -86,7 +85,7 @@ class RayModelLoader(io.ComfyNode):
         return _check(unet_name)
 
     @classmethod
-    def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int]:
+    def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int, int, int]:
         return _fingerprint(unet_name)
 
     @classmethod
@@ -125,10 +124,9 @@ def _check(name: str | None) -> bool | str:
     return f"there is no model file {name}"
 
 
-def _fingerprint(name: str) -> tuple[int, int]:
+def _fingerprint(name: str) -> tuple[int, int, int, int]:
     """A file replaced under the same name is another model."""
-    status = os.stat(_path(name))
-    return status.st_size, status.st_mtime_ns
+    return stamp(_path(name))
 
 
 def _folders() -> tuple[str, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from inspect import cleandoc
 
 import folder_paths
 from comfy_api.latest import io
 
-from raylight.host.recipe import LoraRecipe
+from raylight.host.recipe import LoraRecipe, stamp
 
 from .types import CATEGORY, RayLora
 
@@ -42,10 +41,9 @@ class RayLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: object) -> tuple[int, int]:
+    def fingerprint_inputs(cls, lora_name: str, **_: object) -> tuple[int, int, int, int]:
         # A file replaced under the same name is another LoRA.
-        status = os.stat(folder_paths.get_full_path_or_raise(FOLDER, lora_name))
-        return status.st_size, status.st_mtime_ns
+        return stamp(folder_paths.get_full_path_or_raise(FOLDER, lora_name))
 
     @classmethod
     def execute(cls, lora_name: str, strength_model: float,

@@ -6,6 +6,7 @@ ranks map a file, the machine holds one copy of it, in the page cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import comfy.lora
 import comfy.model_detection
 import comfy.model_patcher
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.model_base import BaseModel
 from torch import nn
@@ -22,18 +24,19 @@ from torch.overrides import TorchFunctionMode
 
 from raylight.sharding.joined import JoinedRows, JoiningRows
 
+from . import excess, tensor_file
+from .telling import held_back
+
 if TYPE_CHECKING:
     from .gguf import GgmlTensors
-
-# Files carry flags as tensors of a few elements; what is larger and has no place in the model is a weight.
-_LARGEST_FLAG = 16
 
 
 @dataclass(frozen=True, slots=True)
 class MappedModel:
     """`model` has parameters in the dtype of the file, read from it only when used; `dtypes` are those that they are
     to have, by name. `lora_keys` maps names in LoRA files to the model's weights, and `shapes` has these weights' by
-    their names in the state dict, as ComfyUI's patcher takes them. `ggml` knows quantised weights of a GGUF file."""
+    their names in the state dict, as ComfyUI's patcher takes them. `ggml` knows quantised weights of a GGUF file.
+    `unused` are the tensors of the file that the model has no place for."""
 
     model: BaseModel
     dtypes: Mapping[str, torch.dtype]
@@ -41,6 +44,7 @@ class MappedModel:
     lora_keys: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     ggml: GgmlTensors | None = None
+    unused: tuple[str, ...] = ()
 
 
 def load_mapped(path: str, model_options: dict[str, Any]) -> MappedModel:
@@ -51,16 +55,19 @@ def load_mapped(path: str, model_options: dict[str, Any]) -> MappedModel:
 def map_with(load: Callable[[dict[str, Any]], Any], model_options: dict[str, Any]) -> MappedModel:
     """The model that a loader of ComfyUI's makes with these options.
 
-    Raises ValueError naming the first tensor that the model needs and the file lacks, or that it has in excess;
-    whatever ComfyUI's loader raises for a file that is no diffusion model.
+    Raises ValueError naming the first tensor that the model needs and the file lacks, or one of those in excess where
+    they are what `excess` refuses; whatever ComfyUI's loader raises for a file that is no diffusion model.
     """
     options = model_options | {"offload_device": torch.device("cpu")}
-    with _assigning_patcher(), _joining_conversion(), _WithoutMemory():
+    # What is in excess is told with the file's name, and not by every rank.
+    with (_tolerant_reader(), _assigning_patcher(), _joining_conversion() as unconverted,
+          held_back("unet unexpected"), _WithoutMemory()):
         patcher = load(options)
     base = patcher.model
     _check_complete(base.diffusion_model)
     shapes = {name: tuple(tensor.shape) for name, tensor in base.named_parameters()}
-    return MappedModel(base, patcher.dtypes, patcher.load_device, comfy.lora.model_lora_keys_unet(base, {}), shapes)
+    return MappedModel(base, patcher.dtypes, patcher.load_device, comfy.lora.model_lora_keys_unet(base, {}), shapes,
+                       unused=(*unconverted, *patcher.unused))
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -90,20 +97,22 @@ class _AssigningPatcher(comfy.model_patcher.ModelPatcher):
         # ComfyUI 0.30 does this itself. Before, what is assigned would have to be able to have a gradient.
         model.diffusion_model.requires_grad_(False)
         self.dtypes = {name: parameter.dtype for name, parameter in model.diffusion_model.named_parameters()}
-        sizes: dict[str, int] = {}
+        self.unused: list[str] = []
+        found: dict[str, torch.Tensor] = {}
 
-        def note_sizes(_: nn.Module, state_dict: Mapping[str, torch.Tensor], *__: Any) -> None:
-            sizes.update((name, tensor.numel()) for name, tensor in state_dict.items())
+        def note(_: nn.Module, state_dict: Mapping[str, torch.Tensor], *__: Any) -> None:
+            found.update(state_dict)
 
-        def check_extra(_: nn.Module, keys: Any) -> None:
+        def check_excess(diffusion_model: nn.Module, keys: Any) -> None:
             for hook in hooks:
                 hook.remove()
-            for name in keys.unexpected_keys:
-                if sizes[name] > _LARGEST_FLAG:
-                    raise ValueError(f"the tensor {name} has no place in the model that ComfyUI takes this file for")
+            self.unused += keys.unexpected_keys
+            excess.check_size(found, self.unused, type(diffusion_model).__name__)
+            excess.check_scales(found, self.unused, functools.partial(excess.parameter_of, diffusion_model))
+            found.clear()
 
-        hooks = (model.diffusion_model.register_load_state_dict_pre_hook(note_sizes),
-                 model.diffusion_model.register_load_state_dict_post_hook(check_extra))
+        hooks = (model.diffusion_model.register_load_state_dict_pre_hook(note),
+                 model.diffusion_model.register_load_state_dict_post_hook(check_excess))
 
     def is_dynamic(self) -> bool:
         return True
@@ -128,16 +137,31 @@ def _assigning_patcher() -> Iterator[None]:
 
 
 @contextmanager
-def _joining_conversion() -> Iterator[None]:
-    """Files with diffusers' names: what ComfyUI puts together of several tensors stays in the file, too."""
+def _tolerant_reader() -> Iterator[None]:
+    """Whatever ComfyUI's process could read, a worker can."""
+    with _replaced(comfy.utils, "load_torch_file", tensor_file.tolerant):
+        yield
+
+
+@contextmanager
+def _joining_conversion() -> Iterator[list[str]]:
+    """Files with diffusers' names: what ComfyUI puts together of several tensors stays in the file, too. Gives a list
+    of what has no place in the conversion, of which ComfyUI says nothing."""
+    unused: list[str] = []
+
     def joining(convert: Any) -> Any:
-        def convert_without_memory(*args: Any, **kwargs: Any) -> Any:
+        def convert_without_memory(state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+            found = dict(state_dict)
             with JoiningRows():
-                return convert(*args, **kwargs)
+                converted = convert(state_dict, *args, **kwargs)  # takes out what it uses
+            if converted is not None:
+                excess.check_scales(found, list(state_dict), found.get)
+                unused.extend(state_dict)
+            return converted
         return convert_without_memory
 
     with _replaced(comfy.model_detection, "convert_diffusers_mmdit", joining):
-        yield
+        yield unused
 
 
 @contextmanager

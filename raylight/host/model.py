@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,16 +18,32 @@ from raylight.cluster.errors import is_out_of_memory
 from .gguf import load_gguf
 from .mapped import MappedModel, load_mapped
 from .recipe import WEIGHT_DTYPES, ModelRecipe
+from .telling import is_rank, some
+from .tensor_file import in_words
+
+logger = logging.getLogger(__name__)
+
+# What readers and ComfyUI's detection raise for files that are something else: they look for tensors by name, and take
+# what they find for tensors.
+_OF_FILES = (RuntimeError, ValueError, OSError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
+             zipfile.BadZipFile, SafetensorError)
 
 
 def map_file(recipe: ModelRecipe) -> MappedModel:
     """The model of a recipe with its weights still in the file.
 
-    Raises ValueError, naming the file, when it cannot be a diffusion model."""
+    Raises ValueError, naming the file, when it cannot be a diffusion model. Logs, as ComfyUI does, what the model has
+    no place for; in ComfyUI's process only, which maps each file too."""
     with errors_of(recipe):
         if recipe.gguf_pack:
-            return load_gguf(recipe.path, recipe.gguf_pack)
-        return load_mapped(recipe.path, _options(recipe.weight_dtype))
+            mapped = load_gguf(recipe.path, recipe.gguf_pack)
+        else:
+            mapped = load_mapped(recipe.path, _options(recipe.weight_dtype))
+    if mapped.unused and not is_rank():
+        logger.warning("%s is loaded without %d of its tensors, for which %s has no place (unet unexpected: %s)",
+                       recipe.name, len(mapped.unused), type(mapped.model.diffusion_model).__name__,
+                       some(mapped.unused))
+    return mapped
 
 
 @contextmanager
@@ -39,13 +57,10 @@ def errors_of(recipe: ModelRecipe) -> Iterator[None]:
         # PyTorch's own message tells how to run what such a file holds.
         raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: it is damaged, or holds more than "
                          f"tensors, which may be a program and is not run. Take it as .safetensors") from error
-    except KeyError as error:  # ComfyUI's detection looks at some tensors by name
-        raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: the tensor {error.args[0]} is "
-                         f"missing") from error
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+    except _OF_FILES as error:
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: {error}") from error
+        raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: {in_words(error)}") from error
 
 
 def weight_dtype_of(options: dict[str, Any]) -> str | None:

@@ -13,19 +13,20 @@ WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16",
 
 @dataclass(frozen=True, slots=True)
 class LoraRecipe:
-    """A LoRA file (of any kind that ComfyUI knows) and its strength. `size` (bytes) and `modified_ns` tell a file from
-    its replacement under the same name."""
+    """A LoRA file (of any kind that ComfyUI knows) and its strength. What tells a file from its replacement under the
+    same name is as in ModelRecipe."""
 
     path: str
     strength: float
     size: int
     modified_ns: int
+    changed_ns: int = 0
+    inode: int = 0
 
     @classmethod
     def of(cls, path: str, strength: float) -> LoraRecipe:
         """The recipe of a file as it is now. Raises FileNotFoundError."""
-        status = os.stat(path)
-        return cls(os.path.abspath(path), strength, status.st_size, status.st_mtime_ns)
+        return cls(os.path.abspath(path), strength, *stamp(path))
 
     @property
     def name(self) -> str:
@@ -37,8 +38,10 @@ class ModelRecipe:
     """A diffusion model file, how to load it, and the LoRAs on it in their order. Two equal recipes give the same
     weights.
 
-    `size` (bytes) and `modified_ns` tell a file from its replacement under the same name. `sharding` is WHOLE, SHARDED
-    or OFFLOADED. `gguf_pack` is the folder of the ComfyUI-GGUF that reads a GGUF file, and empty for any other.
+    `size` (bytes), `modified_ns`, `changed_ns` and `inode` tell a file from its replacement under the same name, also
+    one that was written in place and given the old time of modification. They are of the machine that made the recipe;
+    another machine compares recipes only with each other. `sharding` is WHOLE, SHARDED or OFFLOADED. `gguf_pack` is
+    the folder of the ComfyUI-GGUF that reads a GGUF file, and empty for any other.
     """
 
     path: str
@@ -48,6 +51,8 @@ class ModelRecipe:
     sharding: str = WHOLE
     loras: tuple[LoraRecipe, ...] = ()
     gguf_pack: str = ""
+    changed_ns: int = 0
+    inode: int = 0
 
     @classmethod
     def of(cls, path: str, weight_dtype: str, sharding: str = WHOLE, loras: tuple[LoraRecipe, ...] = (),
@@ -65,9 +70,9 @@ class ModelRecipe:
                                  f"GGUF file stay quantised as they are there. Choose default")
             if not gguf_pack:
                 raise ValueError(needs_pack(path))
-        status = os.stat(path)
-        return cls(os.path.abspath(path), weight_dtype, status.st_size, status.st_mtime_ns, sharding, loras,
-                   gguf_pack if is_gguf(path) else "")
+        size, modified_ns, changed_ns, inode = stamp(path)
+        return cls(os.path.abspath(path), weight_dtype, size, modified_ns, sharding, loras,
+                   gguf_pack if is_gguf(path) else "", changed_ns, inode)
 
     @property
     def name(self) -> str:
@@ -77,6 +82,13 @@ class ModelRecipe:
     def without_loras(self) -> ModelRecipe:
         """The same weights before any LoRA: what has to be read from the file."""
         return replace(self, loras=())
+
+
+def stamp(path: str) -> tuple[int, int, int, int]:
+    """A file's size (bytes), the times of its last change of content and of status (ns), and its inode: `rsync
+    --inplace -t` and the like put the first time back, and no program the second. Raises FileNotFoundError."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def is_gguf(path: str) -> bool:

@@ -17,9 +17,11 @@ from raylight.cluster.shared import Shared
 from raylight.parallel.process_group import smallest
 
 from . import lora
+from .fitting import Fitting
 from .patcher import RankPatcher
 from .recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
 from .split import SplitModel
+from .telling import is_first
 from .travel import receive
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Resident:
     host_bytes: int
     _worn: tuple[tuple[LoraRecipe, ...], str | None] = ((), None)
     _patched: RankPatcher | None = field(default=None)
+    _told: frozenset[str] = frozenset()
 
     def patched(self, loras: tuple[LoraRecipe, ...], patches: Shared | None = None) -> RankPatcher:
         """The patcher with these LoRAs, then these patches, and no others; the same object for the same ones, whose
@@ -60,17 +63,30 @@ class Resident:
 
     def _with(self, loras: tuple[LoraRecipe, ...], patches: Shared | None) -> RankPatcher:
         patcher = self.patcher.clone()
+        fitting, warnings = Fitting(self.shapes), []
         for one in loras:
-            patcher.add_patches(lora.read(one, self.lora_keys, self.shapes), one.strength)
-        written, of_weights = ({}, {}) if patches is None else receive(patches.get(), patcher, copies=False)
-        for key, of_weight in of_weights.items():
-            if key in self.shapes:
+            fitted = lora.read(one, self.lora_keys, fitting)
+            patcher.add_patches(fitted.patches, one.strength)
+            warnings += fitted.warnings
+        if patches is not None:
+            written, received = receive(patches.get(), patcher, copies=False)
+            fitted, more = lora.put_on_weights({key: on for key, on in received.items() if key in self.shapes}, fitting)
+            for key, of_weight in fitted.items():
                 patcher.patches[key] = [*patcher.patches.get(key, []), *of_weight]
-                patcher.patches_uuid = uuid.uuid4()
-        for key, weight in written.items():  # what the weight itself is, before any LoRA
-            patcher.patches[key] = [(1.0, ("set", (weight,)), 1.0, None, None), *patcher.patches.get(key, [])]
+            for key, weight in written.items():  # what the weight itself is, before any LoRA
+                patcher.patches[key] = [(1.0, ("set", (weight,)), 1.0, None, None), *patcher.patches.get(key, [])]
             patcher.patches_uuid = uuid.uuid4()
+            warnings += more
+        self._tell(warnings)
         return patcher
+
+    def _tell(self, warnings: list[str]) -> None:
+        """Say what was not said when the patches were last changed; all ranks find the same."""
+        if is_first():
+            for warning in warnings:
+                if warning not in self._told:
+                    logger.warning("%s: %s", self.recipe.name, warning)
+        self._told = frozenset(warnings)
 
 
 class Residents:
