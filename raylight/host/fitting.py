@@ -28,12 +28,12 @@ class Fitting:
     """The weights of one model, on which patches are tried in their order: some change a weight's shape."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._shapes = shapes
-        self._weights: dict[str, Tensor] = {}
+        self._shapes = dict(shapes)
+        self._tried: dict[Any, tuple[bool, tuple[int, ...]]] = {}  # most layers of a model are alike
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A weight's shape after the patches so far."""
-        return tuple(self._weights[key].shape) if key in self._weights else self._shapes[key]
+        return self._shapes[key]
 
     def __contains__(self, key: str) -> bool:
         return key in self._shapes
@@ -47,22 +47,11 @@ class Fitting:
         patch = _weightless(value)
         if patch is None:
             return True
-        with torch.inference_mode(False), torch.no_grad(), held_back("") as told:
-            before = self._weights.get(key)
-            if before is None:
-                before = torch.empty(self._shapes[key], device=_META)
-            version = before._version
-            try:
-                after = comfy.lora.calculate_weight([(1.0, patch, 1.0, part, function)], before, key)
-            except Exception as error:  # whatever its adapters make of such a patch
-                if _is_about_meta(str(error)):
-                    return True
-                raise ValueError(f"what it has for {key} cannot be put on a weight of {in_words(before.shape)}: "
-                                 f"{error}") from error
-        if any(map(_is_about_meta, told)):
-            return True
-        self._weights[key] = after
-        return after is not before or after._version > version
+        case = (_outline(patch), self._shapes[key], part, function)
+        if case not in self._tried:
+            self._tried[case] = _try(patch, key, *case[1:])
+        fits, self._shapes[key] = self._tried[case]
+        return fits
 
     def nothing(self, key: str, part: Part = None) -> Any:
         """A patch for the place of one that does not fit: ComfyUI rounds a quantised weight anew where there is any."""
@@ -70,6 +59,23 @@ class Fitting:
         if part is not None:
             shape[part[0]] = part[2]
         return "diff", (torch.zeros(()).expand(shape),)
+
+
+def _try(patch: Any, key: str, shape: tuple[int, ...], part: Part, function: Any) -> tuple[bool, tuple[int, ...]]:
+    """Whether ComfyUI applies a patch of weightless tensors to a weight of this shape, and the shape then."""
+    with torch.inference_mode(False), torch.no_grad(), held_back("") as told:
+        before = torch.empty(shape, device=_META)
+        version = before._version
+        try:
+            after = comfy.lora.calculate_weight([(1.0, patch, 1.0, part, function)], before, key)
+        except Exception as error:  # whatever its adapters make of such a patch
+            if _is_about_meta(str(error)):
+                return True, shape
+            raise ValueError(f"what it has for {key} cannot be put on a weight of {in_words(shape)}: "
+                             f"{error}") from error
+    # A weight that was changed in place counts its changes.
+    fits = after is not before or after._version > version or any(map(_is_about_meta, told))
+    return fits, tuple(after.shape)
 
 
 def in_words(shape: tuple[int, ...]) -> str:
@@ -86,6 +92,13 @@ def _weightless(value: Any) -> Any:
     if isinstance(value, tuple) and len(value) == 2 and value[0] in _PLAIN:
         return value[0], tuple(_on_meta(one) for one in value[1])
     return None
+
+
+def _outline(patch: Any) -> Any:
+    """What of a weightless patch decides whether it fits."""
+    kind, parts = (patch[0], patch[1]) if isinstance(patch, tuple) else (type(patch), patch.weights)
+    return kind, tuple((tuple(one.shape), one.dtype) if isinstance(one, Tensor) else
+                       type(one) if isinstance(one, float) else repr(one) for one in parts)
 
 
 def _on_meta(value: Any) -> Any:

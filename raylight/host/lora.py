@@ -109,6 +109,17 @@ def put_in_place_of_misfits(name: str, patches: Patches, model: Fitting) -> list
     return misfits
 
 
+def scheduled(patches: Mapping[Any, Any], model: Fitting) -> Fitted:
+    """The patches of a LoRA that comes and goes between steps, in the form of `add_patches`; what the model lacks is
+    left out. Raises ValueError where ComfyUI would end the run."""
+    found = {key: value for key, value in patches.items() if _target(key) in model}
+    misfits = put_in_place_of_misfits("of a hook", found, model)
+    if not misfits:
+        return Fitted(found, [])
+    return Fitted(found, [f"the LoRA of a hook fits in part: {len(misfits)} of its {len(found)} layers do not fit the "
+                          f"model and are left out ({_places(misfits, model)})"])
+
+
 def put_on_weights(patches: Mapping[str, Sequence[Any]], model: Fitting) -> tuple[dict[str, list[Any]], list[str]]:
     """Patches in the form of ComfyUI's patcher, by weight, of which those that do not fit are replaced as above; and
     sentences that a person is to be told. Raises ValueError where ComfyUI would end the run."""

@@ -50,8 +50,6 @@ class Resident:
     host_bytes: int
     _worn: tuple[tuple[LoraRecipe, ...], str | None] = ((), None)
     _patched: RankPatcher | None = field(default=None)
-    _told: frozenset[str] = frozenset()
-
     def patched(self, loras: tuple[LoraRecipe, ...], patches: Shared | None = None) -> RankPatcher:
         """The patcher with these LoRAs, then these patches, and no others; the same object for the same ones, whose
         weights ComfyUI then leaves as they are. Raises ValueError for a LoRA that does not fit."""
@@ -67,26 +65,22 @@ class Resident:
         for one in loras:
             fitted = lora.read(one, self.lora_keys, fitting)
             patcher.add_patches(fitted.patches, one.strength)
-            warnings += fitted.warnings
+            if loras != self._worn[0]:  # else it was said when these were put on
+                warnings += fitted.warnings
         if patches is not None:
             written, received = receive(patches.get(), patcher, copies=False)
-            fitted, more = lora.put_on_weights({key: on for key, on in received.items() if key in self.shapes}, fitting)
-            for key, of_weight in fitted.items():
+            on_weights, more = lora.put_on_weights({key: on for key, on in received.items() if key in self.shapes},
+                                                   fitting)
+            for key, of_weight in on_weights.items():
                 patcher.patches[key] = [*patcher.patches.get(key, []), *of_weight]
             for key, weight in written.items():  # what the weight itself is, before any LoRA
                 patcher.patches[key] = [(1.0, ("set", (weight,)), 1.0, None, None), *patcher.patches.get(key, [])]
             patcher.patches_uuid = uuid.uuid4()
             warnings += more
-        self._tell(warnings)
-        return patcher
-
-    def _tell(self, warnings: list[str]) -> None:
-        """Say what was not said when the patches were last changed; all ranks find the same."""
         if is_first():
             for warning in warnings:
-                if warning not in self._told:
-                    logger.warning("%s: %s", self.recipe.name, warning)
-        self._told = frozenset(warnings)
+                logger.warning("%s: %s", self.recipe.name, warning)
+        return patcher
 
 
 class Residents:

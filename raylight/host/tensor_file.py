@@ -81,6 +81,11 @@ def _by_header(path: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
 def in_words(error: Exception) -> str:
     """An error of a reader, in words: many name no more than a key or an index."""
     if isinstance(error, KeyError):
-        return f"the tensor {error.args[0]} is missing"
+        key = error.args[0]
+        if isinstance(key, str) and "." in key:
+            return f"the tensor {key} is missing"
+        return f"ComfyUI looks for {key!r} in it, and that is not there or not known"
+    if isinstance(error, EOFError):
+        return "it ends too early"
     told = isinstance(error, (ValueError, RuntimeError, OSError, SafetensorError))
     return str(error) if told and str(error) else f"{type(error).__name__}: {error}"

@@ -83,12 +83,13 @@ def test_rejects_a_tensor_of_another_shape(folder: Path) -> None:
         driver.load(model_of(path, SHARDED))
 
 
-def test_rejects_a_tensor_that_the_model_has_no_place_for(folder: Path) -> None:
+@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+def test_rejects_a_file_of_which_most_has_no_place(folder: Path, sharding: str) -> None:
     path = folder / "excessive.safetensors"
     tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
-    save_file(tensors | {"a_flag": torch.zeros(2), "blocks.1.third.weight": torch.zeros(5, 5)}, path)
-    with pytest.raises(ValueError, match=r"excessive\.safetensors .* blocks\.1\.third\.weight has no place"):
-        driver.load(model_of(path))
+    save_file(tensors | {"third": torch.zeros(1 + sum(tensor.numel() for tensor in tensors.values()))}, path)
+    with pytest.raises(ValueError, match=r"excessive\.safetensors .* most of it \(50%, in 1 tensors: third\) has no"):
+        driver.load(model_of(path, sharding))
 
 
 def test_rejects_a_quantised_layer_without_its_weight(folder: Path) -> None:

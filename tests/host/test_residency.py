@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,25 @@ def test_another_file_under_the_same_name_is_another_model(folder: Path) -> None
     assert not torch.allclose(second, first, atol=1e-2)
 
 
+@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+def test_files_written_in_place_with_their_old_time_are_other_files(sharding: str, folder: Path) -> None:
+    path, other = write(folder, FLUX, "flux.safetensors"), write(folder, FLUX, "other.safetensors", seed=1)
+    loras = [write_lora(folder, path, f"{seed}.safetensors", seed) for seed in (1, 2)]
+
+    def sampled(lora: Path = loras[0]) -> torch.Tensor:
+        return sample_on_workers(model_of(path, sharding, (lora, 1.0)), FLUX)
+
+    first = sampled()
+    for target, source in ((path, other), (loras[0], loras[1])):
+        times = target.stat().st_atime_ns, target.stat().st_mtime_ns
+        with target.open("r+b") as file:
+            file.write(source.read_bytes())
+        os.utime(target, ns=times)
+        before, first = first, sampled()
+        assert not torch.allclose(first, before, atol=1e-2)
+        assert torch.allclose(first, sample_stock(path, FLUX, loras=[(loras[0], 1.0)]), atol=1e-4)
+
+
 def test_unloading_models_in_comfyui_reaches_the_workers(folder: Path) -> None:
     path = write(folder, FLUX, "flux.safetensors")
     for _ in range(2):  # also after the first time
@@ -109,10 +129,10 @@ def test_unloading_models_in_comfyui_reaches_the_workers(folder: Path) -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda lora: {f"other.{key}": tensor for key, tensor in lora.items()},
-     r"lora\.safetensors is for another model: none of its \d+ tensors has a place in this one"),
+     r"lora\.safetensors has no effect on this model: ComfyUI knows none of the names of its \d+ tensors \(other\."),
     (lambda lora: {key: tensor[:-1] if "up" in key else tensor for key, tensor in lora.items()},
-     r"lora\.safetensors is for another model: what it has for diffusion_model\.blocks\.0\.\S+ does not fit a weight "
-     r"of \d+ x \d+"),
+     r"lora\.safetensors is for another model, or another size of this one: none of its \d+ layers fits "
+     r"\(diffusion_model\.blocks\.0\.\S+, here \d+ x \d+"),
 ])
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
 def test_rejects_a_lora_for_another_model(sharding: str, change, message: str, folder: Path) -> None:
