@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from raylight.cluster.actor import Run
 
-from . import dress
+from . import dress, lora
 from .changes import changed
 from .hand_over import random_state, set_random_state
 from .job import RunJob, RunResult, StepDone
 from .recipe import WHOLE
 from .remote_patcher import KEY
+from .telling import tell
 from .travel import receive
+
+logger = logging.getLogger(__name__)
 
 
 class GuidedRun:
@@ -32,6 +36,7 @@ class GuidedRun:
         self._steps = 0
         worn, self._changes, self._guider, self._call, self._positional, self._wrappers = receive(job.content, patcher)
         dress.put_on(patcher, worn, job.model.recipe.sharding)
+        tell(logger, lora.fit_scheduled(patcher), job.model.recipe.name)
         for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # those of ComfyUI's process
             for holder in ("transformer_options", "to_load_options"):
                 self.model_options.get(holder, {}).get("wrappers", {}).get(kind, {}).pop(KEY, None)

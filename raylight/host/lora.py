@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from raylight.cluster.errors import is_out_of_memory
@@ -109,20 +110,10 @@ def put_in_place_of_misfits(name: str, patches: Patches, model: Fitting) -> list
     return misfits
 
 
-def scheduled(patches: Mapping[Any, Any], model: Fitting) -> Fitted:
-    """The patches of a LoRA that comes and goes between steps, in the form of `add_patches`; what the model lacks is
-    left out. Raises ValueError where ComfyUI would end the run."""
-    found = {key: value for key, value in patches.items() if _target(key) in model}
-    misfits = put_in_place_of_misfits("of a hook", found, model)
-    if not misfits:
-        return Fitted(found, [])
-    return Fitted(found, [f"the LoRA of a hook fits in part: {len(misfits)} of its {len(found)} layers do not fit the "
-                          f"model and are left out ({_places(misfits, model)})"])
-
-
-def put_on_weights(patches: Mapping[str, Sequence[Any]], model: Fitting) -> tuple[dict[str, list[Any]], list[str]]:
+def put_on_weights(patches: Mapping[str, Sequence[Any]], model: Fitting,
+                   what: str = "what LoRAs and patches change") -> tuple[dict[str, list[Any]], list[str]]:
     """Patches in the form of ComfyUI's patcher, by weight, of which those that do not fit are replaced as above; and
-    sentences that a person is to be told. Raises ValueError where ComfyUI would end the run."""
+    sentences that a person is to be told of `what`. Raises ValueError where ComfyUI would end the run."""
     made: dict[str, list[Any]] = {}
     misfits = []
     for key, of_weight in patches.items():
@@ -139,8 +130,21 @@ def put_on_weights(patches: Mapping[str, Sequence[Any]], model: Fitting) -> tupl
     if not misfits:
         return made, []
     total = sum(map(len, patches.values()))
-    return made, [f"the LoRAs and patches on the model fit in part: {len(misfits)} of {total} do not fit the weights "
-                    f"that they are for and are left out ({_places(misfits, model)})"]
+    return made, [f"{what} fits in part: {len(misfits)} of {total} layers do not fit the model and are left out "
+                  f"({_places(misfits, model)})"]
+
+
+def fit_scheduled(patcher: ModelPatcher) -> list[str]:
+    """Have the LoRAs that come and go between steps (hooks) be left out where they do not fit; what is to be told.
+    Raises ValueError where ComfyUI would end the run."""
+    warnings = []
+    if patcher.hook_patches:
+        shapes = {name: tuple(parameter.shape) for name, parameter in patcher.model.named_parameters()}
+        for hook, patches in patcher.hook_patches.items():
+            known = {key: of_weight for key, of_weight in patches.items() if key in shapes}
+            patcher.hook_patches[hook], more = put_on_weights(known, Fitting(shapes), "the scheduled LoRA")
+            warnings += more
+    return warnings
 
 
 def _target(key: Any) -> str:

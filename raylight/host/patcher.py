@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import namedtuple
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +11,6 @@ import torch
 from torch import Tensor
 
 from raylight.parallel.process_group import smallest
-
-from . import lora
-from .fitting import Fitting
-from .telling import is_first
-
-logger = logging.getLogger(__name__)
 
 # As ComfyUI names and makes the entries of `ModelPatcher.backup`.
 Backup = namedtuple("Dimension", ["weight", "inplace_update"])
@@ -42,15 +35,6 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         super().unpatch_model(device_to, unpatch_weights)
         self.back_up()
-
-    def add_hook_patches(self, hook: Any, patches: Mapping[Any, Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Take a scheduled LoRA where it fits. Raises ValueError where it would end the run."""
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
-        fitted = lora.scheduled(patches, Fitting(shapes))
-        if is_first():
-            for warning in fitted.warnings:
-                logger.warning(warning)
-        return super().add_hook_patches(hook, fitted.patches, *args, **kwargs)
 
     def back_up(self) -> None:
         """Let the weights in the file be what ComfyUI goes back to."""

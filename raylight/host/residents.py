@@ -21,7 +21,7 @@ from .fitting import Fitting
 from .patcher import RankPatcher
 from .recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
 from .split import SplitModel
-from .telling import is_first
+from .telling import tell
 from .travel import receive
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,7 @@ class Resident:
                 patcher.patches[key] = [(1.0, ("set", (weight,)), 1.0, None, None), *patcher.patches.get(key, [])]
             patcher.patches_uuid = uuid.uuid4()
             warnings += more
-        if is_first():
-            for warning in warnings:
-                logger.warning("%s: %s", self.recipe.name, warning)
+        tell(logger, warnings, self.recipe.name)
         return patcher
 
 

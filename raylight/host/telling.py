@@ -17,9 +17,11 @@ def is_rank() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def is_first() -> bool:
-    """Whether this process is the one that tells what all ranks find alike."""
-    return not is_rank() or dist.get_rank() == 0
+def tell(logger: logging.Logger, warnings: Iterable[str], name: str) -> None:
+    """Warn of what all ranks find alike about a file, once: the first rank does."""
+    if not is_rank() or dist.get_rank() == 0:
+        for warning in warnings:
+            logger.warning("%s: %s", name, warning)
 
 
 def some(names: Iterable[str]) -> str:

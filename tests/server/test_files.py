@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from loras import KINDS
@@ -142,16 +143,42 @@ def test_a_lora_is_put_on_where_it_fits(server: ComfyServer, lora: str) -> None:
         begin = server.log.stat().st_size
         assert difference(latent(server, graph_of(way, "wan.safetensors", file, fsdp)), expected) <= 1e-4
         log = since(server, begin)
-        count, layers = (2, 3) if lora == "misfit diff" else (1, 2)  # with the bias
-        assert len(re.findall(rf"{count} of (its )?{layers} (layers )?do not fit .*left out", log)) == 1, (way, fsdp)
+        share = "2 of (its )?3" if lora == "misfit diff" else "1 of (its )?2"  # with the bias
+        assert len(re.findall(f"fits in part: {share} layers do not fit .*left out", log)) == 1, (way, fsdp)
         assert "ERROR" not in log and "SHAPE MISMATCH" not in log
 
 
-def places(server: ComfyServer) -> set[str]:
-    """The processes of the workers, as its log names none."""
-    import psutil
-    return {f"{one.pid}" for one in psutil.Process(server.pid).children(recursive=True) if "ray::" in one.name()
-            or any("ray::" in part for part in one.cmdline()[:1])}
+@pytest.mark.parametrize("lora", ["misfit loha", "misfit set"])
+def test_a_scheduled_lora_is_put_on_where_it_fits(server: ComfyServer, lora: str) -> None:
+    def scheduled(way: str) -> Graph:
+        graph = graph_of(way, "wan.safetensors")
+        graph |= {"hook": node("CreateHookLora", lora_name=f"{lora}.safetensors", strength_model=1.0,
+                               strength_clip=0.0),
+                  "hooked": node("ConditioningSetProperties", cond_NEW=["positive", 1], strength=1.0,
+                                 set_cond_area="default", hooks=["hook", 0])}
+        graph["sample"]["inputs"]["positive"] = ["hooked", 0]
+        return graph
+
+    if lora == "misfit set":
+        latent(server, graph_of("drop-in", "wan.safetensors"))
+        before = places(server)
+        with pytest.raises(PromptFailed, match=r"blocks\.1\.ffn\.0\.weight cannot be put on a weight of"):
+            server.run(scheduled("drop-in"), timeout=120)
+        assert places(server) == before
+        return
+    expected = latent(server, scheduled("stock"))
+    assert difference(latent(server, graph_of("stock", "wan.safetensors")), expected) > 0.01
+    begin = server.log.stat().st_size
+    assert difference(latent(server, scheduled("drop-in")), expected) <= 1e-4
+    log = since(server, begin)
+    assert len(re.findall("the scheduled LoRA fits in part: 1 of 2 layers", log)) == 1
+    assert "ERROR" not in log
+
+
+def places(server: ComfyServer) -> set[int]:
+    """The processes of the workers."""
+    return {one.pid for one in psutil.Process(server.pid).children(recursive=True)
+            if any("ray::" in part for part in one.cmdline()[:1])}
 
 
 @pytest.mark.parametrize(("model", "lora", "ways", "words"), [
@@ -169,7 +196,9 @@ def test_refuses_and_goes_on(server: ComfyServer, model: str, lora: str | None, 
     for way in ways:
         with pytest.raises(PromptFailed, match=words):
             server.run(graph_of(way, f"{model}.safetensors", lora and f"{lora}.safetensors"), timeout=120)
-    latent(server, graph_of("drop-in", "wan.safetensors") | {"seed": node("RandomNoise", noise_seed=1)})
+    last = graph_of("drop-in", "wan.safetensors")
+    last["sample"]["inputs"]["noise_seed"] += 1  # else there would be nothing to do
+    latent(server, last)
     assert places(server) == before
 
 
