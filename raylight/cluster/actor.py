@@ -21,14 +21,14 @@ from typing import Any
 import ray
 import torch
 
-from raylight.parallel import links, pulse
+from raylight.parallel import links, pulse, tally
 from raylight.parallel.mesh import build_mesh
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
 from raylight.parallel.shape import MeshShape
 
 from . import worker_logs
 from .config import ServiceSpec
-from .errors import OutOfMemory, RunCancelled, is_out_of_memory
+from .errors import NCCL_BYTES, OutOfMemory, RunCancelled, is_out_of_memory, may_be_of_memory
 from .status import IDLE, Report, Status
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,15 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Cancelled:
     """What a run returns when it was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a rank has come in its last run: the collectives that each of its groups has begun, and the beats of its
+    pulse, which NCCL's sends are among."""
+
+    begun: tally.Tally | None
+    beats: int
 
 
 @dataclass(slots=True)
@@ -108,6 +117,7 @@ class RankActor:
         self._store: Any = None
         self._service: Any = None
         self._swept_at = time.monotonic()
+        self._beats_before = 0
 
     def place(self) -> Place:
         """Where this rank is. Raises RuntimeError when it should have a GPU and sees none."""
@@ -150,6 +160,8 @@ class RankActor:
         Raises what it raises; OutOfMemory, with what the service holds, where memory was exhausted.
         """
         run = self._run(run_id)
+        self._status.run = run_id
+        self._beats_before = pulse.beats()
         run.enter(f"beginning to {method}")
         try:
             with pulse.checked_by(run.check_cancelled):
@@ -160,11 +172,8 @@ class RankActor:
             logger.info("cancelled")
             run.enter(IDLE)
             return Cancelled()
-        except ValueError:
-            run.enter(IDLE)  # a refusal, after which this rank goes on; after all else it ends
-            raise
-        except Exception as error:
-            if not is_out_of_memory(error):
+        except Exception as error:  # this rank goes on after it if all have met it alike, see `settle`; else it ends
+            if not (is_out_of_memory(error) or (may_be_of_memory(error) and self._is_full())):
                 raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise OutOfMemory(f"{first.rstrip('.')}. It held {self._service.inventory()}") from error
@@ -172,6 +181,25 @@ class RankActor:
             run._events.put(_END)
             if self._rank != 0:
                 self._forget(run_id)
+
+    def stand(self) -> Standing:
+        """How far this rank has come in the run that it has ended."""
+        return Standing(tally.begun(), pulse.beats() - self._beats_before)
+
+    def settle(self) -> bool:
+        """Get ready for the next run after one that has failed; False where that cannot be. Collective: for ranks that
+        stand at the same place, so that what they have begun together ends by itself."""
+        recovers = self._service.recover()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # raises what has gone wrong on the GPU for good
+        any_rank(False)
+        gc.collect()  # what the failed run had, and refers to itself
+        self._status.enter(IDLE)
+        return recovers
+
+    def _is_full(self) -> bool:
+        """Whether this rank's GPU has no room for what NCCL takes."""
+        return self._device.type == "cuda" and torch.cuda.mem_get_info(self._device)[0] < NCCL_BYTES
 
     @ray.method(concurrency_group="control", num_returns="streaming")
     def events(self, run_id: str) -> Iterator[Any]:

@@ -15,9 +15,10 @@ LOCAL = "local"
 class ServiceSpec:
     """What each worker runs once it has joined its world.
 
-    `factory(context, settings)` returns the object whose methods a session calls; its `inventory()` says in words what
-    it holds in memory. It is named by reference, so its module must be importable in a worker under a plain name:
-    `python_path` holds the folders for that, in order.
+    `factory(context, settings)` returns the object whose methods a session calls. Its `inventory()` says in words what
+    it holds in memory; its `recover()`, called on all ranks after they have failed alike and in step, makes it ready
+    for the next run, or returns False where it cannot be. It is named by reference, so its module must be importable in
+    a worker under a plain name: `python_path` holds the folders for that, in order.
     """
 
     factory: Callable[..., Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import psutil
 
@@ -37,12 +37,20 @@ def kill(pids: Iterable[int]) -> None:
     psutil.wait_procs(processes, timeout=_GONE_S)
 
 
-def last_output(place: Place) -> tuple[str, ...]:
-    """The last lines that the process of a worker on this machine has printed, such as the stack of a crash."""
+def printed(place: Place) -> dict[str, int]:
+    """How many bytes the process of a worker on this machine has printed until now, by file."""
     folder = local_ray.log_folder()
+    # Names of folders may hold what `glob` takes for patterns.
+    paths = glob.glob(os.path.join(glob.escape(folder), f"worker-*-{place.pid}.err")) if folder else ()
+    return {path: os.path.getsize(path) for path in paths}
+
+
+def last_output(place: Place, before: Mapping[str, int]) -> tuple[str, ...]:
+    """The last lines that the process of a worker on this machine has printed, such as the stack of a crash, but not
+    what it had printed `before`."""
     lines: list[str] = []
-    for path in glob.glob(os.path.join(folder, f"worker-*-{place.pid}.err")) if folder else ():
+    for path, size in printed(place).items():
         with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - _LAST_BYTES))
+            file.seek(max(before.get(path, 0), size - _LAST_BYTES))
             lines += file.read().decode(errors="replace").splitlines()
     return tuple(line for line in lines if line.strip() and not line.startswith(_RAYS_OWN))[-_LAST_LINES:]

@@ -29,9 +29,24 @@ class RunCancelled(BaseException):
     """
 
 
+# What NCCL takes of a GPU's memory for one more communicator, and some more.
+NCCL_BYTES = 512 * 2**20
+_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cuda calloc", "cuda malloc",
+              "cuda_error_out_of_memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+_OF_CUDA_IN_NCCL = ("unhandled cuda error", "unhandled system error", "ncclunhandledcudaerror", "ncclsystemerror",
+                    "nccl error 1", "nccl error 2")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python, of PyTorch on any device, or of NCCL says that memory was exhausted."""
     if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    return isinstance(error, RuntimeError) and any(mark in text for mark in _OF_MEMORY)
+
+
+def may_be_of_memory(error: BaseException) -> bool:
+    """Whether it is an error of NCCL that does not say what has failed: a full GPU is one of its causes, by which
+    NCCL finds no room for itself."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and "nccl" in text and any(mark in text for mark in _OF_CUDA_IN_NCCL)

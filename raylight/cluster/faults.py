@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,8 @@ def told(fault: Fault, scene: Scene) -> WorkerError:
         return WorkerError(f"{fault.cause}.", fault.kind)
     verb = {DIED: "died", OUT_OF_MEMORY: "ran out of memory"}.get(fault.kind, "failed")
     phase = scene.phases.get(fault.rank)
-    text = f"{scene.place(fault.rank)} {verb}{f' while {phase}' if phase else ''}: {fault.cause}."
+    cause = _of_machine(fault.cause, getattr(scene.places.get(fault.rank), "gpu", None))
+    text = f"{scene.place(fault.rank)} {verb}{f' while {phase}' if phase else ''}: {cause}."
     lines = scene.last_lines.get(fault.rank, ())
     if lines:
         text += "\nIt said last:\n" + "\n".join(f"  {line}" for line in lines)
@@ -66,7 +68,7 @@ def root_of(failures: Mapping[int, BaseException]) -> Fault:
         if isinstance(error, (RayActorError, OutOfMemoryError)):
             return of_process(rank, error, False)
     causes = {rank: cause_of(error) for rank, error in failures.items()}
-    rank = next((rank for rank, cause in causes.items() if not _is_of_peers(cause)), next(iter(causes)))
+    rank = next((rank for rank, cause in causes.items() if not is_of_peers(cause)), next(iter(causes)))
     cause = causes[rank]
     if is_out_of_memory(cause):
         return Fault(OUT_OF_MEMORY, rank, _sentence(str(cause)))
@@ -113,9 +115,15 @@ def of_process(rank: int, error: RayError, killed_for_memory: bool) -> Fault:
     return Fault(DIED, rank, _NO_TRACE)
 
 
-def _is_of_peers(error: BaseException) -> bool:
+def is_of_peers(error: BaseException) -> bool:
+    """Whether it is what a rank meets because another is gone."""
     text = f"{type(error).__name__}: {error}".lower()
     return isinstance(error, RuntimeError) and not is_out_of_memory(error) and any(mark in text for mark in _OF_PEERS)
+
+
+def _of_machine(cause: str, gpu: int | None) -> str:
+    """PyTorch's number of the GPU, which counts what the worker sees, replaced by the machine's."""
+    return cause if gpu is None else re.sub(r"\bGPU 0\b", f"GPU {gpu}", cause)
 
 
 def _sentence(text: str) -> str:

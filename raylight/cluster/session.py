@@ -14,6 +14,7 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylight.parallel.links import Links
+from raylight.parallel.tally import agree
 
 from . import endings, link_check, local_ray, placement
 from .actor import Place, RankActor
@@ -23,7 +24,7 @@ from .errors import RAY_LOST, RunCancelled, WorkerError
 from .faults import Fault, Scene, is_store_full, store_full, told
 from .shared import SharedObjects
 from .status import IDLE, STARTING
-from .waiting import Listening, conclude, is_refusal, wait_for_all
+from .waiting import Listening, Outcome, conclude, met_alike, wait_for_all
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _SHARED_OBJECTS = 8  # in the object store for as long as nothing takes their place
 _PUT_S = 120.0
 _END_S = 10.0
+_STAND_S, _SETTLE_S = 5.0, 10.0
 
 
 class Session:
@@ -46,6 +48,7 @@ class Session:
         self._actors: list[Any] = []
         self._group: Any = None
         self._watchdog: Watchdog | None = None
+        self._printed: dict[int, dict[str, int]] = {}
         self._ready, self._broken = False, False
         self._running, self._closing = threading.Lock(), threading.Lock()
         started = time.monotonic()
@@ -109,14 +112,17 @@ class Session:
         """Call a method of the service on every rank and return the results by rank.
 
         `args` are put into the object store once. Events of rank 0 are given to `on_event` in this thread.
-        Raises what `conclude` raises; a failure that is no refusal of all ranks ends the workers, and so does a cancel
-        that they do not heed.
+        Raises what `conclude` raises. A failure ends the workers unless all of them have met it alike and in step; so
+        does a cancel that they do not heed.
         """
         if not self.alive:
             raise WorkerError("the workers have ended: run the prompt again", RAY_LOST)
         run_id = uuid.uuid4().hex
         shared = [self._put(argument) for argument in args]
         with self._running:
+            self._watchdog.begin(run_id)
+            if self.config.is_local:
+                self._printed = {rank: endings.printed(place) for rank, place in self.places.items()}
             refs = {rank: a.run.remote(run_id, method, *shared) for rank, a in enumerate(self._actors)}
             stream = self._actors[0].events.remote(run_id)
 
@@ -127,12 +133,33 @@ class Session:
             outcome = wait_for_all(refs, stream, Listening(
                 on_event or (lambda _: None), wants_cancel or (lambda: False), cancel,
                 lambda since_s: endings.is_overdue(since_s, self._watchdog.phases.values()), self._fault))
-        scene = Scene(self.places) if outcome.is_clean else self._scene(f"beginning to {method}")
-        if not outcome.is_clean and not is_refusal(outcome, self.config.world_size):
+            scene = Scene(self.places) if outcome.is_clean else self._scene(f"beginning to {method}")
+            stay = outcome.is_clean or self._may_stay(outcome)
+        if not stay:
             # A rank that failed alone leaves the others inside a collective that never ends.
             logger.warning("ending the workers, which start anew with the next prompt")
             self.close()
-        return conclude(outcome, self.config.world_size, scene)
+        return conclude(outcome, self.config.world_size, scene, stay)
+
+    def _may_stay(self, outcome: Outcome) -> bool:
+        """Whether the workers can go on after a run that has failed: all of them have met the same error at the same
+        place, so that none waits for another, and what they hold is ready for the next run."""
+        if met_alike(outcome, self.config.world_size) is None or outcome.fault is not None or outcome.overdue:
+            return False
+        try:
+            standings = self._of_each(lambda actor: actor.stand.remote(), _STAND_S)
+            if len({standing.beats for standing in standings.values()}) > 1:
+                return False
+            return agree([standing.begun for standing in standings.values()]) and all(
+                self._of_each(lambda actor: actor.settle.remote(), _SETTLE_S).values())
+        except Exception as error:
+            logger.debug("the workers cannot go on: %s", error)
+            return False
+
+    def _of_each(self, ask: Callable[[Any], Any], timeout_s: float) -> dict[int, Any]:
+        refs = {rank: ask(actor) for rank, actor in enumerate(self._actors)}
+        outcome = wait_for_all(refs, heed=Listening(fault=self._fault, timeout_s=timeout_s))
+        return conclude(outcome, self.config.world_size, Scene(self.places))
 
     @property
     def phases(self) -> dict[int, str]:
@@ -195,7 +222,7 @@ class Session:
         """What is known now; ranks that have not told yet what they do are `at_least` at that."""
         if self._watchdog is None:
             return Scene(self.places)
-        lines = {rank: self._watchdog.last_lines(rank) or endings.last_output(place)
+        lines = {rank: self._watchdog.last_lines(rank) or endings.last_output(place, self._printed.get(rank, {}))
                  for rank, place in self.places.items()}
         phases = dict.fromkeys(range(self.config.world_size), STARTING) | self._watchdog.phases
         phases = {rank: at_least if phase == IDLE else phase for rank, phase in phases.items()}

@@ -14,11 +14,13 @@ _MOST_LINES = 500  # between two reports; what a rank logs beyond that is lost, 
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """One record of Python's logging."""
+    """One record of Python's logging. `run` is the run that was the rank's last when it was made, empty before the
+    first."""
 
     level: int
     name: str
     text: str
+    run: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Status:
         self._changed = threading.Condition()
         self._phase, self._told_phase = STARTING, ""
         self._lines: deque[LogLine] = deque(maxlen=_MOST_LINES)
+        self.run = ""
 
     def enter(self, phase: str) -> None:
         """Say what begins now; it reads well behind "in" or "while"."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from .actor import Cancelled
-from .errors import HUNG, RunCancelled
-from .faults import Fault, Scene, cause_of, is_store_full, root_of, store_full, told
+from .errors import HUNG, RunCancelled, is_out_of_memory
+from .faults import Fault, Scene, cause_of, is_of_peers, is_store_full, root_of, store_full, told
 
 POLL_S = 0.1
 # How long the other ranks get to end after the first failure. A ValueError is most likely a refusal, to which
@@ -21,6 +22,7 @@ POLL_S = 0.1
 GRACE_S = 3.0
 REFUSAL_GRACE_S = 60.0
 VERDICT_S = 3.0
+_NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 
 @dataclass(slots=True)
@@ -100,22 +102,27 @@ def wait_for_all(refs: Mapping[int, ray.ObjectRef], stream: Any = None, heed: Li
     return outcome
 
 
-def is_refusal(outcome: Outcome, world_size: int) -> bool:
-    """Whether every rank raised the same ValueError: that is about the input, and the workers are as they were."""
+def met_alike(outcome: Outcome, world_size: int) -> BaseException | None:
+    """What every rank raised, if it is one and the same but for numbers (of tokens, ranks, GPUs): an error that is
+    neither of memory nor of a peer that is gone. None otherwise."""
     causes = [cause_of(error) for error in outcome.failures.values()]
-    return (
-        len(causes) == world_size and all(isinstance(cause, ValueError) for cause in causes)
-        and len({str(cause) for cause in causes}) == 1
-    )
+    if len(causes) < world_size or len({(type(cause), _NUMBER.sub("#", str(cause))) for cause in causes}) > 1:
+        return None
+    first = cause_of(outcome.failures[min(outcome.failures)])
+    if isinstance(first, RayError) or is_out_of_memory(first) or is_of_peers(first):
+        return None
+    return first
 
 
-def conclude(outcome: Outcome, world_size: int, scene: Scene) -> dict[int, Any]:
-    """The results by rank. Raises what the listener raised, RunCancelled, a ValueError that all ranks agree on,
-    StoreFull, or WorkerError."""
+def conclude(outcome: Outcome, world_size: int, scene: Scene, stay: bool | None = None) -> dict[int, Any]:
+    """The results by rank. Raises what the listener raised, RunCancelled, StoreFull, or WorkerError; or an error that
+    all ranks have met alike, if the workers `stay` after it (where that is not said, a ValueError)."""
     if outcome.overdue or (outcome.interruption is not None and not outcome.failures and outcome.fault is None):
         raise outcome.interruption or RunCancelled
-    if outcome.failures and is_refusal(outcome, world_size):
-        cause = cause_of(next(iter(outcome.failures.values())))
+    cause = met_alike(outcome, world_size)
+    if cause is not None and (isinstance(cause, ValueError) if stay is None else stay):
+        if not isinstance(cause, ValueError):
+            raise cause from outcome.failures[min(outcome.failures)]  # which tells the log where it was in the worker
         # Of the same kind where that is made as a ValueError is, so that callers can tell refusals apart.
         raise (type(cause) if type(cause).__init__ is ValueError.__init__ else ValueError)(str(cause))
     if outcome.fault is not None:

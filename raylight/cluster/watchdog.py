@@ -22,7 +22,7 @@ from .actor import Place
 from .config import SessionConfig
 from .errors import HUNG, RAY_LOST
 from .faults import Fault, of_process, oom_kills
-from .status import IDLE, Report
+from .status import IDLE, LogLine, Report
 from .worker_logs import repeat
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class Watchdog:
         self._heard: dict[int, float] = {}
         self._moved: dict[int, float] = {}
         self._stopped_since: dict[int, float] = {}
-        self._lines: dict[int, deque[str]] = {rank: deque(maxlen=_KEPT_LINES) for rank in actors}
+        self._run = ""
+        self._lines: dict[int, deque[LogLine]] = {rank: deque(maxlen=_KEPT_LINES) for rank in actors}
         self._oom_kills = oom_kills()
         self._end = threading.Event()
         self._fault: Fault | None = None
@@ -67,9 +68,13 @@ class Watchdog:
         """From now on the ranks' processes are known."""
         self._places = dict(places)
 
+    def begin(self, run: str) -> None:
+        """From now on the ranks do this run: what they have said before is of no more use."""
+        self._run = run
+
     def last_lines(self, rank: int) -> tuple[str, ...]:
-        """The last lines that a rank has logged."""
-        return tuple(self._lines[rank])
+        """The last lines that a rank has logged in the run that it does, or did last."""
+        return tuple(line.text for line in list(self._lines[rank]) if line.run == self._run)
 
     def stop(self) -> None:
         """Watch no more. Does not wait."""
@@ -127,7 +132,7 @@ class Watchdog:
         if before is None or (before.beats, before.phase) != (report.beats, report.phase) or report.phase == IDLE:
             self._moved[rank] = now
         for line in report.lines:
-            self._lines[rank].append(line.text)
+            self._lines[rank].append(line)
             repeat(line, rank)
 
     def _stopped(self) -> Fault | None:

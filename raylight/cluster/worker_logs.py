@@ -33,7 +33,7 @@ class _Forwarding(logging.Handler):
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
-        self._status.add(LogLine(record.levelno, record.name, text))
+        self._status.add(LogLine(record.levelno, record.name, text, self._status.run))
 
 
 class _Printed:

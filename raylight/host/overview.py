@@ -9,7 +9,6 @@ import torch
 
 from raylight.cluster import current
 from raylight.cluster.actor import Place
-from raylight.cluster.errors import WorkerError
 from raylight.cluster.session import Session
 from raylight.parallel.links import Links
 
@@ -27,7 +26,7 @@ def overview() -> str:
         return "\n".join([*lines, _NONE])
     try:
         memory = ask_all(running, "memory")
-    except (WorkerError, ValueError) as error:
+    except Exception as error:
         return "\n".join([*lines, f"the workers do not answer: {error}"])
     return "\n".join([*lines, *_workers(running, memory), "", *_links(running.places, running.links)])
 

@@ -10,6 +10,7 @@ import torch
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.parcel import Parcel
 from raylight.parallel.mesh import sequence_axis, world_axis
+from raylight.sharding.reset import reset
 
 from . import inventory, model
 from .forwards import Forwards, answer
@@ -96,6 +97,11 @@ class ModelService:
     def inventory(self) -> str:
         """What this rank holds, in words."""
         return inventory.in_words(self._context.device, self._models.all())
+
+    def recover(self) -> bool:
+        """Make the models ready for the next run after one that has failed on all ranks alike; False where they cannot
+        be. Collective."""
+        return all([reset(held.patcher.model.diffusion_model) for held in self._models.all()])
 
     def memory(self, run: Run) -> RankMemory:
         """How full this rank is, and of what."""

@@ -46,7 +46,7 @@ def ask_all(session: Session, method: str, *arguments: Any, about: ModelRecipe |
             on_event: Callable[[Any], None] | None = None) -> dict[int, Any]:
     """Call a method of the service on all workers, for the model `about`; the results by rank.
 
-    Raises what `Session.run` raises, errors with what to try, and ComfyUI's interrupt when the person cancels."""
+    Raises what `Session.run_all` raises, errors with what to try, and ComfyUI's interrupt when the person cancels."""
     try:
         return session.run_all(
             method, *arguments, on_event=on_event, wants_cancel=comfy.model_management.processing_interrupted
@@ -70,7 +70,7 @@ def free() -> None:
         return
     try:
         running.run("free")
-    except (WorkerError, RunCancelled, ValueError) as error:
+    except (Exception, RunCancelled) as error:
         logger.warning("the workers could not free their memory: %s", error)
     else:
         logger.info("the workers have let go of their models")

@@ -18,6 +18,7 @@ from raylight.attention.lse import Partial, merge
 
 from .attention import Kernel
 from .partition import offsets
+from .pulse import beat
 from .ulysses import PARTS, UlyssesAttention
 
 
@@ -72,6 +73,7 @@ class RingAttention:
 
     def _pass_on(self, block: Tensor, lengths: Sequence[int], source: int) -> tuple[Tensor, list[dist.Work]]:
         """Start sending this block to the next rank and receiving the previous rank's, beside the computation."""
+        beat()
         shape = list(block.shape)
         if not shape[3]:  # an empty piece travels as a row that nobody reads: not every backend has empty messages
             block = block.new_zeros(*shape[:3], 1, shape[4])

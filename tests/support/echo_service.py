@@ -18,9 +18,13 @@ from raylight.parallel.process_group import any_rank
 class EchoService:
     def __init__(self, context: RankContext, settings: Any) -> None:
         self.context, self.settings = context, settings
+        self.is_beyond_repair = False
 
     def inventory(self) -> str:
         return "nothing but echoes"
+
+    def recover(self) -> bool:
+        return not self.is_beyond_repair
 
     def count(self, run: Run, steps: int) -> tuple:
         for step in range(steps):
@@ -45,6 +49,23 @@ class EchoService:
     def refuse_in_own_time(self, run: Run) -> None:
         time.sleep(7 * self.context.rank)
         raise ValueError("no such thing")
+
+    def fail_alike(self, run: Run, begins: str, kind: type[Exception]) -> None:
+        """All ranks raise the same, after they have begun these collectives."""
+        if begins == "together":
+            dist.barrier()
+        elif begins == "unfinished":
+            dist.all_reduce(torch.ones(1 << 22), async_op=True)
+        elif begins == "more on one" and self.context.rank == 1:
+            dist.isend(torch.ones(1), dst=0)
+        self.is_beyond_repair = begins == "beyond repair"
+        raise kind("no such part")
+
+    def say_and_die(self, run: Run, text: str) -> None:
+        """Log, take a moment to have it sent, and end the process of rank 1."""
+        self.say(run, text)
+        time.sleep(1)
+        self.die_alone(run)
 
     def fail_alone(self, run: Run) -> None:
         if self.context.rank == 1:

@@ -1,0 +1,80 @@
+"""An error that every rank meets at the same place: the workers stay where that is proven, and only there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import echo_service
+import pytest
+
+from raylight.cluster import current
+from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.cluster.errors import WorkerError
+from raylight.cluster.session import Session
+from raylight.cluster.waiting import Outcome, met_alike
+from raylight.parallel.shape import MeshShape
+from raylight.parallel.tally import agree
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICE = ServiceSpec(echo_service.open_service, None, (str(ROOT), str(ROOT / "tests" / "support")))
+
+
+def session() -> Session:
+    return current.session(SessionConfig(MeshShape(ulysses=2), "cpu"), SERVICE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_of_module():
+    yield
+    current.close()
+
+
+@pytest.mark.parametrize(("first", "second", "same"), [
+    (KeyError("blocks"), KeyError("blocks"), True),
+    (RuntimeError("the size of tensor a (53) must match b (6)"), RuntimeError("the size of tensor a (52) must match b "
+                                                                              "(6)"), True),
+    (KeyError("blocks"), KeyError("heads"), False),
+    (KeyError("blocks"), ValueError("'blocks'"), False),
+    (RuntimeError("Connection closed by peer [127.0.0.1]:4242"), RuntimeError("Connection closed by peer "
+                                                                             "[127.0.0.1]:4243"), False),
+    (MemoryError(), MemoryError(), False),
+])
+def test_the_same_error(first: BaseException, second: BaseException, same: bool) -> None:
+    assert (met_alike(Outcome(failures={1: second, 0: first}), 2) is first) is same
+    assert met_alike(Outcome(failures={0: first}), 2) is None, "the other rank is still at work"
+
+
+def test_tallies() -> None:
+    world, row = ("0", "[0, 1, 2]", "cpu"), ("1", "[0, 1]", "cpu")
+    assert agree([{world: 7, row: 3}, {world: 7, row: 3}, {world: 7}])
+    assert not agree([{world: 7, row: 3}, {world: 7, row: 4}, {world: 7}])
+    assert not agree([{world: 7}, None])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("begins", "kind"), [("nothing", KeyError), ("together", KeyError), ("together", ValueError),
+                                              ("unfinished", RuntimeError)])
+def test_workers_stay(begins: str, kind: type[Exception]) -> None:
+    before = session()
+    with pytest.raises(kind, match="no such part"):
+        before.run("fail_alike", begins, kind)
+    assert before.alive
+    assert session() is before and before.run("same_object", b"x" * 10) is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begins", ["more on one", "beyond repair"])
+def test_workers_end_where_they_are_not_known_to_be_in_step(begins: str) -> None:
+    before = session()
+    with pytest.raises(WorkerError, match="KeyError: 'no such part'"):
+        before.run("fail_alike", begins, KeyError)
+    assert not before.alive
+
+
+@pytest.mark.slow
+def test_last_words_are_of_the_run_that_failed() -> None:
+    once = session()
+    once.run("say", "an old story")
+    with pytest.raises(WorkerError) as error:
+        once.run("say_and_die", "a new one")
+    assert "a new one" in str(error.value) and "an old story" not in str(error.value)
