@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from raylight.cluster.config import LOCAL
 from raylight.parallel.shape import MeshShape
+
+from .device import gpus
 
 AUTOMATIC = 0
 MOST = 64
@@ -34,7 +34,7 @@ class Degrees:
         return MeshShape(self.cfg * self.dp, self.ring, self.ulysses)
 
     def __str__(self) -> str:
-        kind = "GPU" if torch.cuda.is_available() else "CPU worker"
+        kind = "GPU" if gpus() else "CPU worker"
         text = f"{self.workers} {kind}{'' if self.workers == 1 else 's'}: ulysses {self.ulysses}"
         text += "".join(f" x {name} {getattr(self, name)}" for name in ("ring", "cfg", "dp")
                         if getattr(self, name) > 1)
@@ -76,8 +76,8 @@ def degrees_from(inputs: Mapping[str, Any], selected: tuple[int, ...] = ()) -> D
 
 
 def gpus_here() -> int:
-    """The GPUs of this machine; where there is none, how many workers the CPU gets."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else WITHOUT_GPU
+    """The GPUs of this machine; where there is none, how many workers the CPU gets. Raises as `device_type`."""
+    return gpus() or WITHOUT_GPU
 
 
 def _check_ranges(workers: int, ulysses: int, ring: int, cfg: int, dp: int) -> None:

@@ -15,6 +15,7 @@ from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
 from raylight.parallel import long_context
 
 from .degrees import Degrees, degrees_from, gpus_here
+from .device import device_type, gpus
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,9 @@ _IGNORED = {"sync_ulysses": False, "use_mmap": False, "ray_dashboard_address": "
 def workers_from(inputs: Mapping[str, Any]) -> tuple[Workers, Degrees]:
     """The workers that the inputs describe, and what was chosen for them where an input is 0.
 
-    Raises ValueError naming the input, its value and what would fit.
+    Raises ValueError naming the input, its value and what would fit; and as `device_type`.
     """
+    kind = device_type()
     selected = _gpu_select(inputs)
     degrees = degrees_from(inputs, selected)
     logger.info("Ray initializer: %s", degrees)
@@ -38,7 +40,7 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[Workers, Degrees]:
     store_gb = inputs.get("ray_object_store_gb")
     config = SessionConfig(
         mesh=degrees.mesh,
-        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        device_type=kind,
         address=address,
         namespace=inputs["ray_cluster_namespace"] or "default",
         gpu_select=selected,
@@ -51,10 +53,11 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[Workers, Degrees]:
 
 
 def all_workers() -> Workers:
-    """One worker for each GPU of this machine, which split the tokens; without a GPU, two workers."""
+    """One worker for each GPU of this machine, which split the tokens; without a GPU, two workers. Raises as
+    `device_type`."""
     degrees = Degrees(gpus_here(), gpus_here(), chosen=("GPU", "ulysses_degree"))
     logger.info("no Ray initializer: %s", degrees)
-    config = SessionConfig(degrees.mesh, "cuda" if torch.cuda.is_available() else "cpu")
+    config = SessionConfig(degrees.mesh, device_type())
     return Workers(config, kernels.AUTO)
 
 
@@ -62,18 +65,18 @@ def _validate(inputs: Mapping[str, Any], workers: int, selected: tuple[int, ...]
     _sharding(inputs)
     if inputs.get("XFuser_attention") is not None:
         local = inputs.get("ray_cluster_address", LOCAL) == LOCAL
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if local else None
+        device = torch.device(device_type()) if local else None
         kernels.check_available(inputs["XFuser_attention"], inputs["ring_degree"], device)
         long_context.check_available(inputs.get("sequence_attention", long_context.OURS), inputs["XFuser_attention"],
                                      inputs["ring_degree"], has_gpu=device is None or device.type == "cuda")
-    if inputs.get("ray_cluster_address", LOCAL) == LOCAL and torch.cuda.is_available():
-        there = torch.cuda.device_count()
+    there = gpus()
+    if inputs.get("ray_cluster_address", LOCAL) == LOCAL and there:
         if workers > there:
             raise ValueError(f"GPU = {workers}, but this machine has {there}: lower GPU to {there} or less")
         beyond = [index for index in selected if index >= there]
         if beyond:
             raise ValueError(f"GPU_SELECT names GPU {beyond[0]}, but this machine has GPUs 0 to {there - 1}")
-    elif selected and not torch.cuda.is_available():
+    elif selected and not there:
         raise ValueError("GPU_SELECT is set, but this machine has no GPU: leave it empty")
 
 

@@ -26,7 +26,7 @@ from raylight.parallel.mesh import build_mesh
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
 from raylight.parallel.shape import MeshShape
 
-from . import worker_logs
+from . import visible, worker_logs
 from .config import ServiceSpec
 from .errors import NCCL_BYTES, OutOfMemory, RunCancelled, is_out_of_memory, may_be_of_memory
 from .status import IDLE, Report, Status
@@ -126,8 +126,7 @@ class RankActor:
             if not torch.cuda.is_available():
                 raise RuntimeError(f"the worker of rank {self._rank} sees no GPU")
             device = torch.cuda.get_device_name(0)
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-            gpu = int(visible) if visible.isdigit() else None
+            gpu = visible.of_machine(os.environ, torch.version.hip is not None)
         return Place(self._rank, ray.util.get_node_ip_address(), os.getpid(), device, gpu)
 
     def open_store(self, host: str, timeout_s: float) -> Rendezvous:

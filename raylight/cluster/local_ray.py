@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Callable
 
 import psutil
 import ray
+import torch
 from ray._private import ray_constants
 
-from . import knock, reaper
+from . import knock, ray_environment, ray_folder, reaper
 from .bounded import Pending, bounded
 from .config import SessionConfig
 
@@ -22,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 _LEFT_START_S = 60.0
 _SHUTDOWN_S = 20.0
-_LEAST_FREE_BYTES = 100_000_000
-_RAYS_FOLDER = "r"  # short, as the paths of sockets must be
 _NEEDED = ("gcs_server", "raylet")
 
 _ours = False
@@ -34,7 +31,7 @@ _guard: subprocess.Popen | None = None
 _not_rays: frozenset[str] = frozenset()  # what ComfyUI and other packs had started before
 _rays: frozenset[str] = frozenset()
 _needed: dict[str, psutil.Process] = {}
-_folder: str | None = None
+_folder: ray_folder.RayFolder | None = None
 
 
 def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
@@ -51,9 +48,7 @@ def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
     if not _is_starting:
         _ours = _is_starting = True
         _not_rays = reaper.family()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # By default workers give way to every other program of the machine.
-        os.environ.setdefault("RAY_worker_niceness", "0")
+        ray_environment.prepare(config.is_local, torch.version.hip is not None)
         _bind_to_loopback(config.is_local)
         _thread = Pending(lambda: _start(config) if config.is_local else _join(config), stays=True)
     try:
@@ -62,25 +57,19 @@ def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
         _forget()
         raise
     except Exception as error:
+        words = _why_not(error)
         abandon()
-        raise RuntimeError(f"Ray does not start on this machine: {error}. Its temporary files go to "
-                           f"{_temporary_root()}, or where RAY_TMPDIR says: make room there, and let this user write "
-                           f"there") from error
+        raise RuntimeError(f"Ray does not start on this machine: {words}") from error
     _is_starting = False
     if config.is_local:
         _note_processes()
-        _guard = reaper.guard(_not_rays, _folder)
+        _guard = reaper.guard(_not_rays, () if _folder is None else _folder.own)
 
 
 def _start(config: SessionConfig) -> None:
     global _folder
     logger.info("starting Ray on this machine for %d workers", config.world_size)
-    root = _temporary_root()
-    free = shutil.disk_usage(root).free
-    if free < _LEAST_FREE_BYTES:  # Ray would only say after half a minute that it has waited in vain
-        raise OSError(f"the disk of {root} has {free / 1e6:.1f} MB left, and {_LEAST_FREE_BYTES / 1e6:.0f} MB are "
-                      f"needed")
-    _folder = tempfile.mkdtemp(prefix="raylight-", dir=root)  # for this user alone; Ray opens its own to all
+    _folder = ray_folder.make()
     ray.init(
         address="local",
         include_dashboard=False,
@@ -89,7 +78,7 @@ def _start(config: SessionConfig) -> None:
         object_store_memory=config.object_store_bytes,
         log_to_driver=False,  # workers send their own, see worker_logs
         logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
-        _temp_dir=os.path.join(_folder, _RAYS_FOLDER),
+        _temp_dir=_folder.path,
     )
 
 
@@ -107,9 +96,14 @@ def _join(config: SessionConfig) -> None:
         ) from error
 
 
-def _temporary_root() -> str:
-    """Where Ray's files go. The paths of its sockets must be short, so on POSIX it is not TMPDIR."""
-    return os.environ.get("RAY_TMPDIR") or ("/tmp" if os.name == "posix" else tempfile.gettempdir())
+def _why_not(error: BaseException) -> str:
+    """Why Ray has not started: in its own words, and with what helps where that is known."""
+    if isinstance(error, ray_folder.NoFolder):
+        return f"{error}."
+    words = str(error).strip().rstrip(".") or type(error).__name__
+    if ray_folder.is_cause(error, _folder):
+        return f"{words}. {ray_folder.advice()}."
+    return f"{words}.{ray_environment.of_person()}"
 
 
 def _note_processes() -> None:
@@ -206,13 +200,14 @@ def _forget() -> None:
         _guard.wait(timeout=30)
         _guard = None
     if _folder is not None:
-        shutil.rmtree(_folder, ignore_errors=True)
+        _folder.remove()
         _folder = None
+    ray_environment.restore()
 
 
 def log_folder() -> str | None:
     """Where the processes of the local Ray write their logs."""
-    return None if _folder is None else os.path.join(_folder, _RAYS_FOLDER, "session_latest", "logs")
+    return None if _folder is None else os.path.join(_folder.path, "session_latest", "logs")
 
 
 def has_room(config: SessionConfig) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from . import visible
 from .config import ServiceSpec, SessionConfig
 from .errors import RunCancelled
 from .local_ray import loopback_interface
+from .ray_environment import of_person
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _LOCAL_S, _POLL_S = 30.0, 0.5
@@ -30,15 +33,24 @@ def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> Placemen
         if wants_cancel():
             remove_placement_group(group)
             raise RunCancelled
-        if time.monotonic() < deadline:
+        # A cluster may grow; a machine does not.
+        never = config.is_local and any(ray.cluster_resources().get(name, 0) < count * config.world_size
+                                        for name, count in bundle.items())
+        if time.monotonic() < deadline and not never:
             continue
-        free = ray.available_resources()
+        free = ray.cluster_resources() if never else ray.available_resources()
         remove_placement_group(group)
+        has, advice = ("has", "Lower GPU") if never else ("has free:", "Lower GPU, or free what uses them")
         raise RuntimeError(
-            f"{config.world_size} workers need {bundle} each, but Ray has free: "
-            f"{free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs. Lower GPU, or free what uses them."
+            f"{config.world_size} workers need {_said(bundle, bundle)} each, but Ray {has} {_said(free, bundle)}. "
+            f"{advice}.{of_person()}"
         )
     return group
+
+
+def _said(resources: Mapping[str, float], names: Iterable[str]) -> str:
+    counts = {name: f"{resources.get(name, 0):g}" for name in sorted(names, reverse=True)}
+    return " and ".join(f"{count} {name}{'' if count == '1' else 's'}" for name, count in counts.items())
 
 
 def environment(config: SessionConfig, service: ServiceSpec, rank: int) -> dict[str, str]:
@@ -54,11 +66,5 @@ def environment(config: SessionConfig, service: ServiceSpec, rank: int) -> dict[
     if interface is not None:
         variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     if config.gpu_select:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(max(config.gpu_select) + 1)]
-        variables |= {
-            "CUDA_VISIBLE_DEVICES": names[config.gpu_select[rank]],
-            # The choice above is the person's; Ray would replace it by its own.
-            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        }
+        variables |= visible.only(config.gpu_select[rank], os.environ, torch.version.hip is not None)
     return variables

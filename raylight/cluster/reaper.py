@@ -9,11 +9,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import psutil
 
 GRACE_S = 3.0
+_THEN = "--"  # between folders and processes in the guard's arguments
 
 
 def family() -> frozenset[str]:
@@ -30,14 +31,14 @@ def names_of(processes: Iterable[psutil.Process]) -> Iterator[str]:
             continue
 
 
-def guard(others: frozenset[str], folder: str | None) -> subprocess.Popen:
+def guard(others: frozenset[str], folders: Sequence[str]) -> subprocess.Popen:
     """Start a guard over the processes that this one has started but for `others`, which are not Ray's; they and what
-    they start end when it ends, however it ends, and the folder of their files goes.
+    they start end when it ends, however it ends, and the folders of their files go.
 
     The guard goes by itself when its standard input is closed.
     """
     return subprocess.Popen(
-        [sys.executable, __file__, folder or "", *sorted(family() - others)], stdin=subprocess.PIPE,
+        [sys.executable, __file__, *folders, _THEN, *sorted(family() - others)], stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )
 
@@ -66,15 +67,16 @@ def _with_children(processes: list[psutil.Process]) -> list[psutil.Process]:
     return list(found)
 
 
-def _main(folder: str, names: list[str]) -> None:
+def _main(folders: Sequence[str], names: Sequence[str]) -> None:
     sys.stdin.buffer.read()  # returns when the last holder of the pipe is gone
     _, left = psutil.wait_procs(_with_children(find(names)), timeout=GRACE_S)
     for process in left:
         process.kill()
     psutil.wait_procs(left, timeout=GRACE_S)
-    if folder:
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2:])
+    _at = sys.argv.index(_THEN)
+    _main(sys.argv[1:_at], sys.argv[_at + 1:])

@@ -34,7 +34,7 @@ def overview() -> str:
 def _gpus() -> list[str]:
     """The GPUs of this machine, as ComfyUI's process sees them."""
     if not torch.cuda.is_available():
-        return ["this machine has no GPU that PyTorch can use: workers run on the CPU"]
+        return ["this machine has no GPU that workers can use"]
     lines = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

@@ -50,6 +50,7 @@ class Resident:
     host_bytes: int
     _worn: tuple[tuple[LoraRecipe, ...], str | None] = ((), None)
     _patched: RankPatcher | None = field(default=None)
+
     def patched(self, loras: tuple[LoraRecipe, ...], patches: Shared | None = None) -> RankPatcher:
         """The patcher with these LoRAs, then these patches, and no others; the same object for the same ones, whose
         weights ComfyUI then leaves as they are. Raises ValueError for a LoRA that does not fit."""

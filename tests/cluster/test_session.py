@@ -191,7 +191,7 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
 
 
 @pytest.mark.parametrize("how", [pytest.param("ends", marks=pytest.mark.slow), "is killed"])
-def test_nothing_is_left_when_the_driver(how: str) -> None:
+def test_nothing_is_left_when_the_driver(how: str, tmp_path: Path) -> None:
     code = (
         "import sys, time; sys.path[:0] = sys.argv[1:3]\n"
         "import echo_service\n"
@@ -205,7 +205,8 @@ def test_nothing_is_left_when_the_driver(how: str) -> None:
     )
     driver = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests" / "support"), "0" if how == "ends" else "600"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": "", "HOME": str(tmp_path)},
     )
     started = [int(pid) for pid in driver.stdout.readline().split()]
     family = started + [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
@@ -214,6 +215,7 @@ def test_nothing_is_left_when_the_driver(how: str) -> None:
         driver.kill()
     driver.wait(timeout=60)
     _wait_gone(family)
+    assert not list(tmp_path.iterdir()), "nothing is left in the home either"
 
 
 def _is_loopback(text: str) -> bool:

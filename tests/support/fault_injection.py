@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-AT_MODEL, AT_END = "model", "end"
+AT_MODEL, AT_BLOCK, AT_END = "model", "block", "end"
 
 
 @dataclass
 class Fault:
     """What is to happen on `rank` (-1: on all): "raise", "allocate", "kill", "stop" or "sleep", at call `call` of the
-    model (from 1; 0: at every call)."""
+    model, or of one of its blocks (from 1; 0: at every call)."""
 
     rank: int
     what: str
@@ -33,6 +33,12 @@ class Fault:
         if self.call in (0, self.calls):
             self._happen()
         return executor(*args, **kwargs)
+
+    def around_block(self, args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        self.calls += 1
+        if self.call in (0, self.calls):
+            self._happen()
+        return extra["original_block"](args)
 
     def around_run(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         result = executor(*args, **kwargs)

@@ -23,6 +23,8 @@ class InjectFault:
         model = model.clone()
         if where == fault_injection.AT_MODEL:
             model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "fault", fault.around_model)
+        elif where == fault_injection.AT_BLOCK:
+            model.set_model_patch_replace(fault.around_block, "dit", "double_block", 1)
         else:
             model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "fault", fault.around_run)
         return (model,)
