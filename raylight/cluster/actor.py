@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,30 +141,33 @@ class RankActor:
             torch.cuda.set_device(self._device)
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._world_size))
-        join_world(rendezvous, self._rank, self._device, self._store)
-        context = RankContext(self._rank, self._world_size, self._device, build_mesh(mesh, self._device))
-        with worker_logs.briefly():
-            self._service = service.factory(context, service.settings)
+        with self._memory_told():
+            join_world(rendezvous, self._rank, self._device, self._store)
+            context = RankContext(self._rank, self._world_size, self._device, build_mesh(mesh, self._device))
+            with worker_logs.briefly():
+                self._service = service.factory(context, service.settings)
         self._status.enter(IDLE)
 
     def try_links(self) -> links.Links:
         """What the ways between the ranks do. Collective."""
         self._status.enter("trying the ways between the workers")
-        measured = links.measure(self._device)
+        with self._memory_told():
+            measured = links.measure(self._device)
         self._status.enter(IDLE)
         return measured
 
     def run(self, run_id: str, method: str, *args: Any) -> Any:
         """Call `method(run, *args)` of the service; returns its result, or `Cancelled`.
 
-        Raises what it raises; OutOfMemory, with what the service holds, where memory was exhausted.
+        Raises what it raises; OutOfMemory, with what the service holds, where memory was exhausted. This rank goes on
+        after it if all have met it alike, see `settle`; else it ends.
         """
         run = self._run(run_id)
         self._status.run = run_id
         self._beats_before = pulse.beats()
         run.enter(f"beginning to {method}")
         try:
-            with pulse.checked_by(run.check_cancelled):
+            with self._memory_told(), pulse.checked_by(run.check_cancelled):
                 result = getattr(self._service, method)(run, *args)
             run.enter(IDLE)
             return result
@@ -171,11 +175,6 @@ class RankActor:
             logger.info("cancelled")
             run.enter(IDLE)
             return Cancelled()
-        except Exception as error:  # this rank goes on after it if all have met it alike, see `settle`; else it ends
-            if not (is_out_of_memory(error) or (may_be_of_memory(error) and self._is_full())):
-                raise
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OutOfMemory(f"{first.rstrip('.')}. It held {self._service.inventory()}") from error
         finally:
             run._events.put(_END)
             if self._rank != 0:
@@ -196,9 +195,24 @@ class RankActor:
         self._status.enter(IDLE)
         return recovers
 
+    @contextmanager
+    def _memory_told(self) -> Iterator[None]:
+        """Within it, what was raised because memory is exhausted becomes OutOfMemory, with what the service holds."""
+        try:
+            yield
+        except Exception as error:
+            if not (is_out_of_memory(error) or (may_be_of_memory(error) and self._is_full())):
+                raise
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            held = "nothing yet" if self._service is None else self._service.inventory()
+            raise OutOfMemory(f"{first.rstrip('.')}. It held {held}") from error
+
     def _is_full(self) -> bool:
-        """Whether this rank's GPU has no room for what NCCL takes."""
-        return self._device.type == "cuda" and torch.cuda.mem_get_info(self._device)[0] < NCCL_BYTES
+        """Whether this rank's GPU has no room for what NCCL takes. False where CUDA does not answer any more."""
+        try:
+            return self._device.type == "cuda" and torch.cuda.mem_get_info(self._device)[0] < NCCL_BYTES
+        except RuntimeError:
+            return False
 
     @ray.method(concurrency_group="control", num_returns="streaming")
     def events(self, run_id: str) -> Iterator[Any]:

@@ -31,10 +31,10 @@ class RunCancelled(BaseException):
 
 # What NCCL takes of a GPU's memory for one more communicator, and some more.
 NCCL_BYTES = 512 * 2**20
-_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cuda calloc", "cuda malloc",
-              "cuda_error_out_of_memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cuda_error_out_of_memory",
+              "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 _OF_CUDA_IN_NCCL = ("unhandled cuda error", "unhandled system error", "ncclunhandledcudaerror", "ncclsystemerror",
-                    "nccl error 1", "nccl error 2")
+                    "cuda calloc", "cuda malloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -46,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def may_be_of_memory(error: BaseException) -> bool:
-    """Whether it is an error of NCCL that does not say what has failed: a full GPU is one of its causes, by which
-    NCCL finds no room for itself."""
+    """Whether it is an error of NCCL that does not say why CUDA has failed: with a full GPU it is for want of memory,
+    which NCCL takes by itself."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and "nccl" in text and any(mark in text for mark in _OF_CUDA_IN_NCCL)

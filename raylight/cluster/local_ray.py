@@ -180,6 +180,7 @@ def _end_leaving() -> None:
     except Exception as error:
         logger.warning("Ray could not be ended in order: %s", error)
     _leaving = None
+    ray_environment.restore()
 
 
 def _name(process: psutil.Process) -> str:
@@ -202,7 +203,8 @@ def _forget() -> None:
     if _folder is not None:
         _folder.remove()
         _folder = None
-    ray_environment.restore()
+    if _leaving is None:
+        ray_environment.restore()  # Ray reads it anew, for which none may be up
 
 
 def log_folder() -> str | None:

@@ -20,7 +20,7 @@ from . import endings, link_check, local_ray, placement
 from .actor import Place, RankActor
 from .bounded import bounded
 from .config import ServiceSpec, SessionConfig
-from .errors import RAY_LOST, RunCancelled, WorkerError
+from .errors import OUT_OF_MEMORY, RAY_LOST, RunCancelled, WorkerError
 from .faults import Fault, Scene, is_store_full, store_full, told
 from .shared import SharedObjects
 from .status import IDLE, STARTING
@@ -93,6 +93,8 @@ class Session:
             try:
                 links = of_each(lambda actor: actor.try_links.remote(), link_check.TIMEOUT_S)[0]
             except WorkerError as error:
+                if error.kind == OUT_OF_MEMORY:
+                    raise
                 raise WorkerError(f"the workers started, but cannot talk to each other: {error} On NVIDIA GPUs, "
                                   f"{link_check.REMEDY}.", error.kind) from error
             link_check.keep(self.places, links)
@@ -144,14 +146,18 @@ class Session:
     def _may_stay(self, outcome: Outcome) -> bool:
         """Whether the workers can go on after a run that has failed: all of them have met the same error at the same
         place, so that none waits for another, and what they hold is ready for the next run."""
-        if met_alike(outcome, self.config.world_size) is None or outcome.fault is not None or outcome.overdue:
+        cause = met_alike(outcome, self.config.world_size)
+        if cause is None or outcome.fault is not None or outcome.overdue:
             return False
         try:
-            standings = self._of_each(lambda actor: actor.stand.remote(), _STAND_S)
-            if len({standing.beats for standing in standings.values()}) > 1:
+            standings = self._of_each(lambda actor: actor.stand.remote(), _STAND_S).values()
+            tallies = [standing.begun for standing in standings]
+            if len({standing.beats for standing in standings}) > 1:
                 return False
-            return agree([standing.begun for standing in standings.values()]) and all(
-                self._of_each(lambda actor: actor.settle.remote(), _SETTLE_S).values())
+            # Where PyTorch does not count, a refusal of an input is trusted to be in step.
+            if not agree(tallies) and not (None in tallies and isinstance(cause, ValueError)):
+                return False
+            return all(self._of_each(lambda actor: actor.settle.remote(), _SETTLE_S).values())
         except Exception as error:
             logger.debug("the workers cannot go on: %s", error)
             return False

@@ -6,8 +6,8 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-from raylight.cluster.actor import Place
-from raylight.cluster.errors import DIED, FAILED, OUT_OF_MEMORY, is_out_of_memory
+from raylight.cluster.actor import Place, RankActor
+from raylight.cluster.errors import DIED, FAILED, OUT_OF_MEMORY, OutOfMemory, is_out_of_memory
 from raylight.cluster.faults import Fault, Scene, root_of, told
 
 OF_A_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
@@ -33,6 +33,30 @@ def test_the_cause_among_failures(failures: dict[int, BaseException], kind: str,
 ])
 def test_out_of_memory(error: BaseException) -> None:
     assert is_out_of_memory(error) and not is_out_of_memory(OF_A_PEER)
+
+
+@pytest.mark.parametrize("text", [
+    "NCCL Error 1: unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.28.9\nncclUnhandledCudaError: Call "
+    "to CUDA function failed.\nLast error:\nFailed to CUDA calloc async 608 bytes",
+])
+def test_nccl_that_does_not_say_what_cuda_has_failed_of(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = object.__new__(RankActor)  # which would else take over what this process logs and prints
+    rank._device, rank._service = torch.device("cuda", 0), None
+    for free, kind in ((10 * 2**20, OutOfMemory), (10 * 2**30, RuntimeError)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 80 * 2**30))
+        with pytest.raises(kind) as error, rank._memory_told():
+            raise RuntimeError(text)
+        assert type(error.value) is kind
+    assert root_of({0: OF_A_PEER, 1: OutOfMemory(text)}).kind == OUT_OF_MEMORY
+
+
+def test_pytorchs_number_of_a_gpu_is_the_machines() -> None:
+    cause = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB"
+    here = told(Fault(OUT_OF_MEMORY, 1, cause), Scene({1: Place(1, "10.0.0.7", 42, "NVIDIA H100", 3)}))
+    assert "GPU 3 has a total capacity" in str(here) and "GPU 0" not in str(here)
+    unknown = told(Fault(OUT_OF_MEMORY, 1, cause), Scene({1: Place(1, "10.0.0.7", 42, "NVIDIA H100")}))
+    assert "GPU 0 has a total capacity" in str(unknown)
 
 
 def test_a_fault_is_told_with_place_phase_cause_and_last_words() -> None:

@@ -43,6 +43,7 @@ def write_files(folder: Path) -> None:
     for name, like in (("lora.safetensors", JOB.model), ("big-lora.safetensors", BIG), ("unfit.safetensors", BIG)):
         shapes = {f"diffusion_model.{key}": tuple(tensor.shape) for key, tensor in load_file(models / like).items()}
         save_file(lora_for(shapes, ["lora"], 1), folder / "models" / name)
+    save_file({"diffusion_model.blocks.0.self_attn.q.set_weight": torch.zeros(3, 3)}, models / "set.safetensors")
     shutil.copytree(SUPPORT / "fault_pack", folder / "packs" / "fault_pack")
 
 
