@@ -15,7 +15,6 @@ from raylight.cluster.tensor_stream import Receiver, Slot
 from . import dress
 from .changes import changed
 from .job import ForwardJob
-from .recipe import WHOLE
 from .split import SplitModel
 from .travel import receive
 
@@ -33,7 +32,7 @@ class Forwards:
         self._extras = None
 
     def call(self, patcher: ModelPatcher, job: ForwardJob, split: SplitModel) -> Any:
-        """What the method returns, of a model that is split so."""
+        """What the method returns, of a model that is split so; to be called in the mode of the model."""
         worn, code, changes = self._unpacked(patcher, job)
         dress.put_on(patcher, worn, job.model.recipe.sharding)
         tensors = self._tensors.receive(job.tensors)
@@ -50,10 +49,9 @@ class Forwards:
             patcher.pre_run()
             diffusion_model = patcher.model.diffusion_model
             try:
-                with torch.inference_mode() if job.model.recipe.sharding == WHOLE else torch.no_grad():
-                    if job.method == "forward":
-                        return diffusion_model(*args, **kwargs, **patcher.model_options)
-                    return getattr(diffusion_model, job.method)(*args, **kwargs)
+                if job.method == "forward":
+                    return diffusion_model(*args, **kwargs, **patcher.model_options)
+                return getattr(diffusion_model, job.method)(*args, **kwargs)
             finally:
                 patcher.model.current_patcher = None
 

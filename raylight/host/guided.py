@@ -16,7 +16,6 @@ from . import dress, lora
 from .changes import changed
 from .hand_over import random_state, set_random_state
 from .job import RunJob, RunResult, StepDone
-from .recipe import WHOLE
 from .remote_patcher import KEY
 from .telling import tell
 from .travel import receive
@@ -49,8 +48,7 @@ class GuidedRun:
     def sample(self) -> RunResult:
         """The result, the same on every rank of the sequence.
 
-        In inference mode as ComfyUI does, but for split weights: not every version of FSDP2 can be used in it. Raises
-        RunCancelled at the first step boundary after a cancel.
+        To be called in the mode of the model. Raises RunCancelled at the first step boundary after a cancel.
         """
         call = self._call | {"callback": self._after_step, "disable_pbar": True}
         mask = call.get("denoise_mask")
@@ -65,8 +63,7 @@ class GuidedRun:
         set_random_state(self._job.random)
         executor = WrapperExecutor.new_class_executor(self._guider.outer_sample, self._guider, self._wrappers)
         try:
-            with (torch.inference_mode() if self._job.model.recipe.sharding == WHOLE else torch.no_grad(),
-                  changed(patcher, self._changes)):
+            with changed(patcher, self._changes):
                 samples = executor.execute(*positional, **call)
         finally:
             # Else the patcher and this run would hold each other, with all that the run has.

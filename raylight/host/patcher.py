@@ -12,6 +12,9 @@ from torch import Tensor
 
 from raylight.parallel.process_group import smallest
 
+from .mode import in_own_mode
+from .recipe import WHOLE
+
 # As ComfyUI names and makes the entries of `ModelPatcher.backup`.
 Backup = namedtuple("Dimension", ["weight", "inplace_update"])
 
@@ -23,6 +26,8 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
     wanted, weights are taken from there, where all ranks share them, and not from a copy in each rank's memory.
     """
 
+    sharding = WHOLE
+
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self.mapped: Mapping[str, Tensor] = {}
@@ -32,6 +37,14 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
         other.mapped = self.mapped
         return other
 
+    # Whatever of it ComfyUI calls to have weights moved or patched.
+    partially_load = in_own_mode(comfy.model_patcher.ModelPatcher.partially_load)
+    partially_unload = in_own_mode(comfy.model_patcher.ModelPatcher.partially_unload)
+    patch_model = in_own_mode(comfy.model_patcher.ModelPatcher.patch_model)
+    load = in_own_mode(comfy.model_patcher.ModelPatcher.load)
+    detach = in_own_mode(comfy.model_patcher.ModelPatcher.detach)
+
+    @in_own_mode
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         super().unpatch_model(device_to, unpatch_weights)
         self.back_up()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import comfy.model_management
-import torch
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.parcel import Parcel
@@ -17,6 +16,7 @@ from .forwards import Forwards, answer
 from .guided import GuidedRun
 from .inventory import RankMemory
 from .job import ForwardJob, ModelJob, RunJob, RunResult
+from .mode import mode_of
 from .patcher import RankPatcher
 from .recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe
 from .residents import Held, Resident, Residents
@@ -41,9 +41,10 @@ class ModelService:
         Raises ValueError for a file that is no such model, a model without a plan, too few heads, or a LoRA that
         does not fit. Other models stay, and the session stays usable.
         """
-        held = self._hold(run, recipe)
-        run.enter("reading LoRAs")
-        held.patched(recipe.loras)
+        with mode_of(recipe.sharding):
+            held = self._hold(run, recipe)
+            run.enter("reading LoRAs")
+            held.patched(recipe.loras)
 
     def sample(self, run: Run, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
         """Do whole runs of one model, which the groups of the batch axis deal out among them; a single run is shared by
@@ -52,20 +53,23 @@ class ModelService:
         Rank 0 emits `(place, StepDone)` after every step of its runs; all can be cancelled at each step.
         """
         first = jobs[0]
-        held, patcher = self._ready(run, first.model)
-        if len(jobs) == 1:
-            results = {0: self._one(run, held, patcher, 0, first)}
-        else:
-            batch = self._context.mesh["batch"]
-            mine = list(range(batch.get_local_rank(), len(jobs), batch.size()))
-            with held.split.groups_apart(in_step=first.model.recipe.sharding != WHOLE):
-                # A group without a run of its own does the first one too: what it does not do, it would wait for.
-                results = {place: self._one(run, held, patcher.clone(), place, jobs[place]) for place in mine or [0]}
-        run.enter("handing over the result")
-        if first.free_memory_after:
-            comfy.model_management.unload_all_models()
-            comfy.model_management.soft_empty_cache()
+        with mode_of(first.model.recipe.sharding):
+            held, patcher = self._ready(run, first.model)
+            results = self._all(run, held, patcher, jobs)
+            run.enter("handing over the result")
+            if first.free_memory_after:
+                comfy.model_management.unload_all_models()
+                comfy.model_management.soft_empty_cache()
         return results if sequence_axis(self._context.mesh).get_local_rank() == 0 else {}
+
+    def _all(self, run: Run, held: Resident, patcher: RankPatcher, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
+        if len(jobs) == 1:
+            return {0: self._one(run, held, patcher, 0, jobs[0])}
+        batch = self._context.mesh["batch"]
+        mine = list(range(batch.get_local_rank(), len(jobs), batch.size()))
+        with held.split.groups_apart(in_step=held.recipe.sharding != WHOLE):
+            # A group without a run of its own does the first one too: what it does not do, it would wait for.
+            return {place: self._one(run, held, patcher.clone(), place, jobs[place]) for place in mine or [0]}
 
     def _one(self, run: Run, held: Resident, patcher: RankPatcher, place: int, job: RunJob) -> RunResult:
         guided = GuidedRun(run, patcher, place, job, self._context.device)
@@ -75,9 +79,10 @@ class ModelService:
 
     def forward(self, run: Run, job: ForwardJob) -> Parcel | None:
         """Do one call of the diffusion model; rank 0 returns what it does, the others None."""
-        held, patcher = self._ready(run, job.model)
-        run.enter("step (one forward of the model)")
-        output = self._forwards.call(patcher, job, held.split)
+        with mode_of(job.model.recipe.sharding):
+            held, patcher = self._ready(run, job.model)
+            run.enter("step (one forward of the model)")
+            output = self._forwards.call(patcher, job, held.split)
         return answer(output) if run.rank == 0 else None
 
     def free(self, run: Run) -> None:
@@ -134,15 +139,13 @@ class ModelService:
         return held
 
     def _place(self, recipe: ModelRecipe) -> Resident:
-        # ComfyUI's quantised tensors can only be used in the mode that they were made in.
-        with torch.inference_mode(recipe.sharding == WHOLE):
-            mapped = model.map_file(recipe)
-            split = SplitModel(mapped.model, self._context.mesh, self._context.device)
-            with model.errors_of(recipe):
-                if recipe.sharding == WHOLE:
-                    patcher, host_bytes = whole(mapped, comfy.model_management.unet_offload_device())
-                else:
-                    patcher, report = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
-                    host_bytes = report.bytes
+        mapped = model.map_file(recipe)
+        split = SplitModel(mapped.model, self._context.mesh, self._context.device)
+        with model.errors_of(recipe):
+            if recipe.sharding == WHOLE:
+                patcher, host_bytes = whole(mapped, comfy.model_management.unet_offload_device())
+            else:
+                patcher, report = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
+                host_bytes = report.bytes
         split.begin()
         return Resident(recipe, patcher, split, mapped.lora_keys, mapped.shapes, host_bytes)

@@ -13,7 +13,9 @@ from raylight.sharding.fsdp import ShardReport, move, shard
 from raylight.sharding.packed import flattened, take_apart
 
 from .mapped import MappedModel, set_parameter
+from .mode import in_own_mode
 from .patcher import RankPatcher
+from .recipe import SHARDED
 from .shard_patches import ShardPatches
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,9 @@ class ShardedPatcher(RankPatcher):
     collective then.
     """
 
+    sharding = SHARDED
+
+    @in_own_mode
     def partially_load(self, device_to: torch.device, extra_memory: int = 0,
                        force_patch_weights: bool = False) -> int:
         """Move the shards to the device and patch them; returns the bytes that came to it."""
@@ -38,6 +43,7 @@ class ShardedPatcher(RankPatcher):
             self.load(device_to)
         return self.model.model_loaded_weight_memory - before
 
+    @in_own_mode
     def load(self, device_to: torch.device | None = None, lowvram_model_memory: int = 0,
              force_patch_weights: bool = False, full_load: bool = False) -> None:
         """Move the shards to the device and patch them. Raises ValueError for a patch that they cannot have."""
@@ -48,6 +54,7 @@ class ShardedPatcher(RankPatcher):
         self.model.shard_patches.apply(self.patches, self.patches_uuid)
         self.model.current_weight_patches_uuid = self.patches_uuid
 
+    @in_own_mode
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """Move the shards away, as they are; take back what is patched besides weights."""
         super().unpatch_model(None, unpatch_weights=False)

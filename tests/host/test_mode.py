@@ -1,0 +1,113 @@
+"""Weights are touched in one mode, whoever touches them.
+
+The CPU by its number stands for a GPU: PyTorch copies what is moved there, into the same parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.model_management
+import pytest
+import torch
+from comfy_cases import CASES, checkpoint
+from mode_cases import moved_in_inference_mode, patches_for
+
+from raylight.host.mapped import MappedModel, load_mapped
+from raylight.host.mode import mode_of
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
+from raylight.host.service import ModelService
+from raylight.host.whole import whole
+from raylight.parallel.local_ranks import run_ranks, values
+
+CPU, GPU = torch.device("cpu"), torch.device("cpu", 0)
+OTHERS = {"no mode": torch.enable_grad, "inference mode": torch.inference_mode}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux"])
+
+
+@pytest.mark.parametrize("mode", OTHERS)
+@pytest.mark.parametrize("patched", [False, True])
+def test_whole_weights_are_moved_and_used_after(mode: str, patched: bool, path: Path) -> None:
+    with mode_of(WHOLE):
+        mapped = load_mapped(str(path), {})
+        patcher, _ = whole(mapped, CPU)
+        before, here = result(mapped), places(mapped)
+    patcher.load_device = GPU
+    if patched:
+        patcher = patcher.clone()
+        patcher.add_patches(patches_for(mapped), 0.8)
+    with OTHERS[mode]():
+        loaded = comfy.model_management.LoadedModel(patcher)
+        loaded.model_load()
+    assert not places(mapped) & here
+    with mode_of(WHOLE):
+        assert torch.equal(result(mapped), before) != patched
+    with OTHERS[mode]():
+        loaded.model_unload()
+    with mode_of(WHOLE):
+        assert torch.equal(result(mapped), before)
+
+
+@pytest.mark.parametrize("mode", OTHERS)
+def test_whole_weights_leave_in_part(mode: str, path: Path) -> None:
+    with mode_of(WHOLE):
+        mapped = load_mapped(str(path), {})
+        patcher, _ = whole(mapped, CPU)
+        before = result(mapped)
+        patcher.load(GPU, full_load=True)
+        there = places(mapped)
+    with OTHERS[mode]():
+        assert patcher.partially_unload(CPU, patcher.model_size() // 2) > 0
+    assert there & places(mapped) and there - places(mapped)
+    with OTHERS[mode]():
+        patcher.load(GPU, full_load=True)  # ComfyUI casts weights of a model that is there in part
+    with mode_of(WHOLE):
+        assert torch.allclose(result(mapped), before, atol=1e-5)
+
+
+def test_split_weights_stay_out_of_inference_mode(path: Path) -> None:
+    assert values(run_ranks(1, moved_in_inference_mode, path, timeout_s=120)) == [[0, 0]]
+
+
+@pytest.mark.parametrize("sharding", [WHOLE, SHARDED, OFFLOADED])
+def test_all_of_a_job_is_done_in_the_mode_of_its_model(sharding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = SimpleNamespace(sharding=sharding, without_loras=None, loras=())
+    job = SimpleNamespace(model=SimpleNamespace(recipe=recipe, patches=None))
+    seen: list[tuple[bool, bool]] = []
+
+    def hold(*_: object) -> None:
+        seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        raise StopIteration
+
+    monkeypatch.setattr(ModelService, "_hold", hold)
+    service = ModelService(SimpleNamespace(device=CPU, world_size=1))
+    calls: list[Callable[[], object]] = [lambda: service.load(None, recipe), lambda: service.sample(None, (job,)),
+                                         lambda: service.forward(None, job)]
+    for call in calls:
+        for mode in OTHERS.values():
+            with mode(), ends():
+                call()
+    assert seen == [(sharding == WHOLE, False)] * len(calls) * len(OTHERS)
+
+
+@contextmanager
+def ends() -> Iterator[None]:
+    with pytest.raises(StopIteration):
+        yield
+
+
+def places(mapped: MappedModel) -> set[int]:
+    return {weight.data_ptr() for weight in mapped.model.parameters()}
+
+
+def result(mapped: MappedModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    latent, context = torch.randn(1, 16, 8, 6, generator=generator), torch.randn(1, 5, 160, generator=generator)
+    return mapped.model.apply_model(latent, torch.tensor([0.7]), c_crossattn=context,
+                                    y=torch.randn(1, 96, generator=generator))

@@ -1,0 +1,50 @@
+"""Split weights that a run in inference mode moves and patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy.cli_args import args
+
+args.cpu = not torch.cuda.is_available()  # before ComfyUI picks a device
+
+from loras import lora_for  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+
+from raylight.host import lora  # noqa: E402
+from raylight.host.mapped import MappedModel, load_mapped  # noqa: E402
+from raylight.host.mode import mode_of  # noqa: E402
+from raylight.host.recipe import SHARDED  # noqa: E402
+from raylight.host.sharded import shard_over  # noqa: E402
+from raylight.parallel.mesh import build_mesh, world_axis  # noqa: E402
+from raylight.parallel.shape import MeshShape  # noqa: E402
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def moved_in_inference_mode(rank: int, world: int, path: Path) -> list[int]:
+    """For shards that move and those that stay: how many weights are of inference mode after they were patched and
+    moved by a run in it."""
+    mesh = world_axis(build_mesh(MeshShape(), CPU))
+    found = []
+    for offload in (False, True):
+        with mode_of(SHARDED):
+            mapped = load_mapped(str(path), {})
+            patcher, _ = shard_over(mapped, mesh, offload)
+        patcher = patcher.clone()
+        patcher.add_patches(patches_for(mapped), 0.8)
+        patcher.offload_device = META
+        with torch.inference_mode():
+            patcher.partially_load(CPU)
+            patcher.detach()
+        weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in mapped.model.parameters()]
+        found.append(sum(weight.is_inference() for weight in weights))
+    return found
+
+
+def patches_for(mapped: MappedModel) -> dict[Any, Any]:
+    kinds = lora_for({f"diffusion_model.{name.removeprefix('diffusion_model.')}": shape
+                      for name, shape in mapped.shapes.items()}, ["lora", "lokr"], 1)
+    return lora.fitting("lora", kinds, mapped.lora_keys, mapped.shapes)
