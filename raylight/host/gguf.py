@@ -7,7 +7,7 @@ rows that a rank holds of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +80,6 @@ def load_gguf(path: str, folder: str) -> MappedModel:
     tensors, metadata = pack.read(path)
     ggml = GgmlTensors(pack)
     tensors = {name: value if ggml.is_quantised(value) else plain(value) for name, value in tensors.items()}
-    _try_patches(pack, ggml, tensors)
 
     def load(options: dict[str, Any]) -> Any:
         patcher = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=options, metadata=metadata)
@@ -88,6 +87,13 @@ def load_gguf(path: str, folder: str) -> MappedModel:
             raise ValueError("ComfyUI knows no diffusion model with such tensors")
         return patcher
 
+    return map_ggml(pack, ggml, tensors, load)
+
+
+def map_ggml(pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor], load: Callable[[dict[str, Any]], Any]
+             ) -> MappedModel:
+    """The model that `load` makes of these tensors with ComfyUI's options for it. Raises as `load_gguf`."""
+    _try_patches(pack, ggml, tensors)
     mapped = map_with(load, {"custom_operations": _operations(pack)()})
     _unpack_outside_of_layers(mapped, pack)
     return replace(mapped, ggml=ggml)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from raylight.cluster.errors import is_out_of_memory
 
+from .exported import load_exported
 from .gguf import load_gguf
 from .mapped import MappedModel, load_mapped
 from .recipe import WEIGHT_DTYPES, ModelRecipe
@@ -35,6 +36,8 @@ def map_file(recipe: ModelRecipe) -> MappedModel:
     Raises ValueError, naming the file, when it cannot be a diffusion model. Logs, as ComfyUI does, what the model has
     no place for; in ComfyUI's process only, which maps each file too."""
     with errors_of(recipe):
+        if recipe.export is not None:
+            return load_exported(recipe)
         if recipe.gguf_pack:
             mapped = load_gguf(recipe.path, recipe.gguf_pack)
         else:
@@ -49,6 +52,9 @@ def map_file(recipe: ModelRecipe) -> MappedModel:
 @contextmanager
 def errors_of(recipe: ModelRecipe) -> Iterator[None]:
     """Within it, what is wrong with the file is a ValueError that names it."""
+    if recipe.export is not None and not recipe.is_there:
+        raise ValueError(f"the weights of {recipe.name} that workers had in memory have gone with the model that they "
+                         f"were of, or others have taken their place: run the prompt again from its loader")
     if not os.path.isfile(recipe.path):
         raise ValueError(f"the model file {recipe.path} is not there on the machine of this worker")
     try:

@@ -34,6 +34,16 @@ class LoraRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class Export:
+    """A model that was taken from the memory of ComfyUI's process: what people call it, what `exported` builds it by,
+    and the inode that tells its weights from others which come to the same place later."""
+
+    name: str
+    blueprint: bytes
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRecipe:
     """A diffusion model file, how to load it, and the LoRAs on it in their order. Two equal recipes give the same
     weights.
@@ -41,7 +51,8 @@ class ModelRecipe:
     `size` (bytes), `modified_ns`, `changed_ns` and `inode` tell a file from its replacement under the same name, also
     one that was written in place and given the old time of modification. They are of the machine that made the recipe;
     another machine compares recipes only with each other. `sharding` is WHOLE, SHARDED or OFFLOADED. `gguf_pack` is
-    the folder of the ComfyUI-GGUF that reads a GGUF file, and empty for any other.
+    the folder of the ComfyUI-GGUF that reads a GGUF file, or whose layers an exported model has, and empty for any
+    other. With `export` the file is one that Raylight wrote, in memory of this machine.
     """
 
     path: str
@@ -53,6 +64,7 @@ class ModelRecipe:
     gguf_pack: str = ""
     changed_ns: int = 0
     inode: int = 0
+    export: Export | None = None
 
     @classmethod
     def of(cls, path: str, weight_dtype: str, sharding: str = WHOLE, loras: tuple[LoraRecipe, ...] = (),
@@ -76,7 +88,17 @@ class ModelRecipe:
 
     @property
     def name(self) -> str:
-        return os.path.basename(self.path)
+        return os.path.basename(self.path) if self.export is None else self.export.name
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the weights are still where the recipe says, as they were."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return False
+        same = (status.st_size, status.st_mtime_ns) == (self.size, self.modified_ns)
+        return same and (self.export is None or status.st_ino == self.export.inode)
 
     @property
     def without_loras(self) -> ModelRecipe:

@@ -95,6 +95,8 @@ class Residents:
         found = self._models.pop(recipe.without_loras, None)
         if found is not None:
             self._models[recipe.without_loras] = found
+        else:
+            self._drop_gone()
         return found
 
     def add(self, model: Resident) -> None:
@@ -168,6 +170,12 @@ class Residents:
             return True
         memory = psutil.virtual_memory()
         return smallest(memory.available) >= needed * self._world_size + int(_HOST_RESERVE * memory.total)
+
+    def _drop_gone(self) -> None:
+        """Drop models whose weights were in ComfyUI's memory and no longer are: until then they take it. Collective."""
+        for model in self.all():
+            if model.recipe.export is not None and smallest(int(model.recipe.is_there)) == 0:
+                self.drop(model)
 
     def _drop_for_want_of_memory(self, model: Resident) -> None:
         logger.info("%s is dropped: memory is short", model.recipe.name)

@@ -61,6 +61,12 @@ def forget(base: BaseModel) -> None:
         del _built[recipe]
 
 
+def forget_file(path: str) -> None:
+    """Let go of the models of a file that is no longer there."""
+    for recipe in [one for one in _built if one.path == path]:
+        _built.pop(recipe, None)
+
+
 def _build(recipe: ModelRecipe, call: Calls) -> BaseModel:
     # ComfyUI runs nodes in inference mode, and what is made there does not know whether it was written to.
     with torch.inference_mode(False), torch.no_grad():

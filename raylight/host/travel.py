@@ -118,6 +118,12 @@ def origin(code: Any) -> str:
     return f"{module}.{qualname}"
 
 
+def is_of_a_pack(kind: type) -> bool:
+    """Whether a class is of a node pack, or of a module that no process can import."""
+    module = sys.modules.get(kind.__module__)
+    return module is None or _is_foreign(module)
+
+
 def ancestry(model: ModelPatcher) -> Iterator[ModelPatcher]:
     """The patcher, and those it was cloned from, which nodes before may still refer to."""
     one: ModelPatcher | None = model
