@@ -46,9 +46,9 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     call = inspect.signature(executor.original).bind(*arguments, **named).arguments
     callback, call["callback"] = call.get("callback"), None
     inner = executor.wrappers[executor.idx + 1:]
-    written_weights.look(patcher.model, patcher.recipe)
     try:
         changes = _changes(patcher)
+        written_weights.look(patcher.model, patcher.recipe)
         content = send((dress.of_run(patcher), changes, guider, call, len(arguments), inner), patcher,
                        foreign_code=False)
     except CannotTravel as reason:

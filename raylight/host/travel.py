@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -84,14 +85,12 @@ def receive(parcel: Parcel, patcher: ModelPatcher, also: Callable[[Any], Any] | 
             copies: bool = True) -> Any:
     """What `send` packed, on the device of this rank's patcher; `also` resolves what its `also` named, and `copies` is
     as for `unpack`. Raises CannotTravel."""
-    base = patcher.model
-
     def resolve(reference: Any) -> Any:
         if not isinstance(reference, _Part):
             return also(reference) if also is not None else reference
         if reference.kind == "patcher":
             return patcher
-        return base.get_submodule(reference.name) if reference.kind == "module" else base.get_parameter(reference.name)
+        return _part(patcher, reference.name)
 
     try:
         return unpack(parcel, resolve, patcher.load_device, copies)
@@ -99,6 +98,14 @@ def receive(parcel: Parcel, patcher: ModelPatcher, also: Callable[[Any], Any] | 
         if is_out_of_memory(error):
             raise
         raise CannotTravel(f"it could not be unpacked by the workers: {type(error).__name__}: {error}") from error
+
+
+def _part(patcher: ModelPatcher, name: str) -> Any:
+    """A module or a parameter by its name, as it is without the object patches that an earlier run may have left."""
+    for key, before in patcher.object_patches_backup.items():
+        if name == key or name.startswith(f"{key}."):
+            return operator.attrgetter(name.removeprefix(key).lstrip("."))(before) if name != key else before
+    return operator.attrgetter(name)(patcher.model) if name else patcher.model
 
 
 def origin(code: Any) -> str:
@@ -134,14 +141,16 @@ def ancestry(model: ModelPatcher) -> Iterator[ModelPatcher]:
 
 def _parts_of_all(model: ModelPatcher) -> dict[int, _Part]:
     found: dict[int, _Part] = {}
-    for one in ancestry(model):  # of several models where this one was taken over from another
+    patchers = list(ancestry(model))
+    for one in patchers:  # of several models where this one was taken over from another
         found = _parts(one.model) | found
-        for key, put in one.object_patches.items():
-            if isinstance(put, nn.Module) and one.object_patches_backup.get(key) is not None:
-                # ComfyUI has put it there: it is no part of the worker's model, but what was there before is.
-                for module in put.modules():
+    for one in patchers:
+        for key, before in one.object_patches_backup.items():
+            if isinstance(before, nn.Module):
+                # What ComfyUI has put there is no part of the worker's model, but what was there before is.
+                for module in operator.attrgetter(key)(one.model).modules():
                     found.pop(id(module), None)
-                found |= _parts(one.object_patches_backup[key], key)
+                found |= _parts(before, key)
     return found
 
 
