@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
@@ -11,10 +12,12 @@ import pytest
 import torch
 from comfy.weight_adapter import LoKrAdapter, LoRAAdapter, OFTAdapter
 from loras import KINDS
+from safetensors.torch import save_file
 from torch import Tensor
 
 from raylight.host import lora
 from raylight.host.fitting import Fitting
+from raylight.host.recipe import LoraRecipe
 
 OUT, WIDTH = 24, 16
 NAME = "diffusion_model.layer.weight"
@@ -143,6 +146,21 @@ def test_warns_once_of_what_does_not_fit() -> None:
     for name in "bc":
         assert comfy.lora.calculate_weight([(0.7, fitted.patches[NAMES[name]], 1.0, None, None)],
                                            torch.ones(OUT, WIDTH), name).eq(1).all()
+
+
+def test_a_file_with_bytes_after_the_last_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file(a_lora(a=(OUT, WIDTH)), path)
+    path.write_bytes(path.read_bytes() + bytes(5))
+    fitted = lora.read(LoraRecipe.of(str(path), 1.0), NAMES, Fitting(SHAPES))
+    assert torch.equal(fitted.patches[NAMES["a"]].weights[0], a_lora(a=(OUT, WIDTH))["a.lora_up.weight"])
+
+
+@pytest.mark.parametrize("content", [[1], torch.zeros(3), {"a": {"b": 1}}])
+def test_refuses_pickles_of_something_else(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match=r"lora\.pt"):
+        lora.read(LoraRecipe.of(str(tmp_path / "lora.pt"), 1.0), NAMES, Fitting(SHAPES))
 
 
 def test_warns_of_what_has_no_place_but_not_of_a_text_encoder(caplog: pytest.LogCaptureFixture) -> None:
