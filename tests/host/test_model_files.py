@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import mmap
@@ -180,6 +181,8 @@ def test_bytes_of_no_tensor(tensors: Tensors, tmp_path: Path, change: Callable[[
 
 def _by_comfyui_with_dynamic_vram(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensors, dict[str, str]]:
     """What ComfyUI's own parser makes of a file, which maps it by a library that needs a GPU."""
+    if not hasattr(comfy.utils, "load_safetensors"):
+        pytest.skip("this ComfyUI has no parser of its own")
     import comfy_aimdo.model_mmap
 
     class Map:
@@ -191,11 +194,8 @@ def _by_comfyui_with_dynamic_vram(path: Path, monkeypatch: pytest.MonkeyPatch) -
             return SimpleNamespace()
 
         def get(self) -> int:
-            import ctypes
             return ctypes.addressof(ctypes.c_uint8.from_buffer(self._map))
 
-    if not hasattr(comfy.utils, "load_safetensors"):
-        pytest.skip("this ComfyUI has no parser of its own")
     monkeypatch.setattr(comfy_aimdo.model_mmap, "ModelMMAP", Map)
     return comfy.utils.load_safetensors(str(path))
 
