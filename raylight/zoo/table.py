@@ -15,6 +15,8 @@ Written by `make models` from the parity matrix (`tests/zoo/test_matrix.py`), ne
 tiny width with random weights from its ComfyUI configuration and called in each of the situations named: whole in one
 process, and split by sequence over ranks, at sizes that do not divide. In float32, the largest difference is at most
 {tolerance:.0e} of the output's standard deviation, on each of these meshes: {meshes}.
+Each is also called with a text of one token, which is fewer than ranks, on 2 and 4 ranks by Ulysses and by ring
+(`tests/zoo/test_one_token.py`).
 
 | Family | Model class | Situations |
 |---|---|---|

@@ -24,7 +24,8 @@ from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
 
 @dataclass(frozen=True)
 class ParityCase:
-    """One sampling run. `shape` is the latent's; `extras` names what the conditioning carries besides text."""
+    """One sampling run. `shape` is the latent's; `extras` names what the conditioning carries besides text; `tokens`
+    are those of the positive and of the negative prompt."""
 
     family: str
     shape: tuple[int, ...]
@@ -39,11 +40,12 @@ class ParityCase:
     regions: bool = False
     strategy: str = "raylight"
     sharding: str = WHOLE
+    tokens: tuple[int, int] = (11, 7)
 
     def conditioning(self) -> tuple[list[Any], list[Any]]:
         """Positive and negative, of different lengths."""
         both = []
-        for tokens, seed in ((11, 1), (7, 2)):
+        for seed, tokens in enumerate(self.tokens, start=1):
             prompt = random_prompt(tokens, self.text_width, seed, self.pooled, **self.options)
             for extra in self.extras:
                 prompt[0][1].update(EXTRAS[extra](self, torch.Generator().manual_seed(seed + 10)))
@@ -99,6 +101,10 @@ CASES = {
     "Flux": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, cfg=1.0),
     "Flux, batch of 2, odd size": ParityCase("flux-schnell", (2, 16, 17, 13), 160, 96, sampler="heun"),
     "Flux, regional prompts": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, regions=True),
+    "Flux, negative prompt of one token": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, tokens=(11, 1)),
+    "Flux, negative prompt of one token, FSDP": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, sharding=SHARDED,
+                                                           tokens=(2, 1)),
+    "Flux, picture and prompts of one token": ParityCase("flux-schnell", (1, 16, 2, 2), 160, 96, tokens=(1, 1)),
     "Flux with guidance": ParityCase("flux-dev", (1, 16, 18, 22), 160, 96, options={"guidance": 4.0}, heads=4),
     "Flux Kontext references": ParityCase("flux-dev", (1, 16, 12, 14), 160, 96, ("references",), {"guidance": 2.5}),
 }
