@@ -94,8 +94,8 @@ class SequenceAttention:
         """Say once that there are fewer tokens than ranks to split them."""
         if total < self._tokens.degree and total not in self._told:
             self._told.add(total)
-            logger.info("a sequence of %d tokens is too short for %d workers: %d of them split it", total,
-                        self._tokens.degree, total)
+            logger.info("a sequence has fewer tokens than there are workers: only %d of %d have a part of it", total,
+                        self._tokens.degree)
 
     def _in_order(self, kernel: Kernel, streams: Sequence[str]) -> Kernel:
         """The kernel as one that is given tokens stream by stream, as a model without ranks has them, and not in rank

@@ -102,6 +102,25 @@ def test_attention_before_the_split_is_left_alone() -> None:
     assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
 
 
+def test_a_rank_without_tokens_takes_part_in_the_exchange(caplog: pytest.LogCaptureFixture) -> None:
+    tokens, exchanged = TokenState(0, 2), []
+    tokens.localize(torch.zeros(1, 1, 4), Stream("x"))
+    tokens.push(SelfAttention(("x",)))
+
+    def strategy(kernel, q, k, v, lengths, mask, scale):
+        exchanged.append((lengths, *(t.shape[2] for t in (q, k, v))))
+        return q
+
+    attention = SequenceAttention(tokens, strategy)
+    stand_in = torch.randn(1, 2, 1, 4)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert torch.equal(attention(plain_kernel, stand_in, stand_in, stand_in, None, None),
+                               torch.zeros_like(stand_in))
+    assert exchanged == [([0, 1], 0, 0, 0)] * 2
+    assert caplog.messages == ["a sequence has fewer tokens than there are workers: only 1 of 2 have a part of it"]
+
+
 def test_attention_in_a_module_that_runs_whole_is_left_alone() -> None:
     tokens = TokenState(0, 2)
     tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
