@@ -139,10 +139,11 @@ def test_rejects_more_workers_than_heads(folder: Path) -> None:
         driver.load(model_of(checkpoint(folder, narrow)))
 
 
-def test_rejects_fewer_tokens_than_workers(folder: Path) -> None:
+def test_fewer_tokens_than_workers_are_no_refusal(folder: Path) -> None:
     tiny = ParityCase("wan-t2v", (1, 16, 1, 2, 2), 4096)
-    with pytest.raises(ValueError, match="'video' sequence has 1 tokens, too few for 2 ranks"):
-        sample_on_workers(model_of(checkpoint(folder, tiny)), tiny)
+    path = checkpoint(folder, tiny)
+    actual, expected = sample_on_workers(model_of(path), tiny), sample_stock(path, tiny)
+    assert (actual - expected).abs().max() <= 1e-4 * expected.std()
 
 
 def test_a_file_that_vanishes_after_loading_is_named(folder: Path) -> None:
