@@ -96,6 +96,7 @@ def test_cancel_takes_one_step_and_the_next_prompt_works(server: ComfyServer, re
     assert started(server) == before, "cancel costs no worker"
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_starts_anew(server: ComfyServer, reference: torch.Tensor) -> None:
     before = started(server)
     assert_same(latent(server, on_workers(JOB, 3)), reference)
