@@ -1,4 +1,4 @@
-"""Parallelize Model: the MODEL of any of ComfyUI's loaders, from now on run by workers."""
+"""Parallelize Model: the MODEL of any loader, from now on run by workers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from .types import CATEGORY, RayActorsInit
 
 
 class RayParallelizeModel(io.ComfyNode):
-    """Has workers run a MODEL that one of ComfyUI's loaders has loaded, with all that nodes have put on it.
+    """Has workers run a MODEL that any loader has loaded, with all that nodes have put on it.
 
-    The workers read the file themselves; put this node where the model goes to a sampler or a guider.
+    The workers read its file themselves where it is known, and get the weights from ComfyUI's memory where it is not.
+    Put this node where the model goes to a sampler or a guider.
     """
 
     @classmethod
@@ -29,8 +30,8 @@ class RayParallelizeModel(io.ComfyNode):
             description=cleandoc(cls.__doc__),
             search_aliases=["multi gpu model", "ray model", "distribute model"],
             inputs=[
-                io.Model.Input("model", tooltip="A model from Load Diffusion Model or Load Checkpoint, with LoRAs and "
-                                                "patches."),
+                io.Model.Input("model", tooltip="A model from Load Diffusion Model, Load Checkpoint, or a loader of "
+                                                "another pack, with LoRAs and patches."),
                 RayActorsInit.Input("ray_actors_init", optional=True,
                                     tooltip="The workers, from a Ray initializer. Without it: one for each GPU."),
             ],

@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -178,8 +178,7 @@ def _write(model: str, blueprint: bytes, weights: dict[str, _Item], around: dict
     logger.info("the workers get the weights of the %s model from ComfyUI's memory, as they are in no file: this takes "
                 "%.2f GB once for all of them, in %s", model, status.st_size / 1e9, file.where)
     made = Export(f"{model} (from memory)", blueprint, status.st_ino)
-    return ModelRecipe(file.path, "default", status.st_size, status.st_mtime_ns, gguf_pack=gguf_folder,
-                       export=made), file
+    return replace(ModelRecipe.of(file.path, "default"), gguf_pack=gguf_folder, export=made), file
 
 
 def _bytes(value: Tensor) -> Any:

@@ -94,11 +94,12 @@ class ModelRecipe:
     def is_there(self) -> bool:
         """Whether the weights are still where the recipe says, as they were."""
         try:
-            status = os.stat(self.path)
+            now = ModelRecipe.of(self.path, self.weight_dtype, gguf_pack=self.gguf_pack)
+            inode = os.stat(self.path).st_ino
         except OSError:
             return False
-        same = (status.st_size, status.st_mtime_ns) == (self.size, self.modified_ns)
-        return same and (self.export is None or status.st_ino == self.export.inode)
+        same = replace(now, sharding=self.sharding, loras=self.loras, gguf_pack=self.gguf_pack, export=self.export)
+        return same == self and (self.export is None or inode == self.export.inode)
 
     @property
     def without_loras(self) -> ModelRecipe:

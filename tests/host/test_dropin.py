@@ -124,13 +124,6 @@ def test_a_lora_by_comfyuis_loader_reaches_the_workers(sharding: str, stock: Mod
         assert _error(actual, expected) <= TOLERANCE
 
 
-def test_rejects_a_model_whose_loader_left_no_recipe(stock: ModelPatcher) -> None:
-    nameless = stock.clone()
-    nameless.cached_patcher_init = None
-    with pytest.raises(ValueError, match="Flux model comes from a loader that does not tell which file"):
-        driver.parallelize(nameless, WORKERS)
-
-
 def test_rejects_merging_and_saving_what_is_not_here(dropin: ModelPatcher) -> None:
     for use in (lambda: dropin.get_key_patches("diffusion_model."), lambda: dropin.state_dict_for_saving()):
         with pytest.raises(ValueError, match="are on Raylight's workers and not in ComfyUI"):

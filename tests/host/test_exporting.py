@@ -1,4 +1,4 @@
-"""Models of ComfyUI's memory, built again from what workers map: in one process, against the models that they are of."""
+"""Models of ComfyUI's memory, built again from what workers map: in one process, against what they are of."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_cases import CASES, checkpoint
+from diffusers_names import as_diffusers
 from gguf_cases import stock as stock_gguf
 from gguf_files import write_gguf
 from loaded_cases import CPU, wan_inputs
@@ -155,6 +156,13 @@ def test_what_a_loader_converts_is_no_change(folder: Path, wan: Path) -> None:
         assert parallelized.recipe_of(model, WORKERS) == ModelRecipe.of(str(wan), weight_dtype)
     for form in FORMATS:
         assert parallelized.recipe_of(quantised(folder, wan, form), WORKERS).export is None
+    # Of diffusers' names, of which ComfyUI joins several to one weight.
+    as_diffusers(checkpoint(folder, CASES["Flux"]), folder / "diffusers.safetensors")
+    model = comfy.sd.load_diffusion_model(str(folder / "diffusers.safetensors"))
+    assert parallelized.recipe_of(model, WORKERS).export is None
+    with torch.no_grad():
+        model.model.diffusion_model.double_blocks[1].img_attn.qkv.weight[-1] += 1
+    assert parallelized.recipe_of(model, WORKERS).export is not None
 
 
 def test_another_dtype_is_a_change(model: ModelPatcher) -> None:
@@ -240,7 +248,7 @@ class OfAPack(torch.nn.Linear):
 def test_refuses_what_workers_cannot_build(model: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     model.cached_patcher_init = None
     elsewhere = Workers(SessionConfig(MeshShape(), "cpu", address="ray://elsewhere"), "TORCH")
-    with pytest.raises(ValueError, match="the WAN21 model are in the memory of this ComfyUI .* set ray_cluster_address"):
+    with pytest.raises(ValueError, match="WAN21 model are in the memory of this ComfyUI .* set ray_cluster_address"):
         parallelized.recipe_of(model, elsewhere)
     model.model.diffusion_model.head.head.__class__ = OfAPack
     monkeypatch.setattr(OfAPack, "__module__", "a_pack.nodes")

@@ -1,0 +1,163 @@
+"""Parallelize behind loaders that leave no file, and behind nodes that change weights, against ComfyUI itself."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_cases import CASES, ParityCase, checkpoint, sample
+from comfy_extras import nodes_model_merging
+from gguf_cases import stock as stock_gguf
+from gguf_files import write_gguf
+from loras import KINDS, lora_for
+from quantised import quantise
+
+from raylight.cluster import current
+from raylight.cluster.config import SessionConfig
+from raylight.host import driver, parallelized
+from raylight.host.handles import Workers
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
+from raylight.parallel.shape import MeshShape
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-4
+WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
+WAN, FLUX = CASES["Wan T2V"], CASES["Flux"]
+EXPORTED = "from ComfyUI's memory"
+
+
+@pytest.fixture(autouse=True)
+def as_comfyui_runs_nodes() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallelized")
+
+
+def of_a_pack(model: ModelPatcher) -> ModelPatcher:
+    """As loaders of packs return it, which do not say what they have read."""
+    model.cached_patcher_init = None
+    return model
+
+
+def with_lora(model: ModelPatcher, kinds: Any = ("lora",)) -> ModelPatcher:
+    shapes = {name: tuple(weight.shape) for name, weight in model.model.named_parameters()}
+    return comfy.sd.load_lora_for_models(model, None, lora_for(shapes, list(kinds), 1), 0.7, 0)[0]
+
+
+def parallel(model: ModelPatcher, sharding: str = WHOLE) -> ModelPatcher:
+    return driver.parallelize(model, replace(WORKERS, sharding=sharding))
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.std()).item()
+
+
+def wan(folder: Path) -> ModelPatcher:
+    return of_a_pack(comfy.sd.load_diffusion_model(str(checkpoint(folder, WAN))))
+
+
+def flux(folder: Path) -> ModelPatcher:
+    return of_a_pack(comfy.sd.load_diffusion_model(str(checkpoint(folder, FLUX))))
+
+
+def scaled_fp8(folder: Path) -> ModelPatcher:
+    path = folder / "fp8.safetensors"
+    quantise(checkpoint(folder, WAN), path, "float8_e4m3fn")
+    return of_a_pack(comfy.sd.load_diffusion_model(str(path)))
+
+
+def in_bf16(folder: Path) -> ModelPatcher:
+    return of_a_pack(comfy.sd.load_diffusion_model(str(checkpoint(folder, WAN)), {"dtype": torch.bfloat16}))
+
+
+def gguf(folder: Path) -> ModelPatcher:
+    path = folder / "flux.gguf"
+    write_gguf(checkpoint(folder, FLUX), path, "Q8_0", "flux")
+    model = stock_gguf(path)
+    path.unlink()  # so that it has to come from memory
+    return model
+
+
+@pytest.mark.parametrize(("load", "case", "shardings"), [
+    (wan, WAN, (WHOLE, SHARDED)), (flux, FLUX, (OFFLOADED,)), (scaled_fp8, WAN, (WHOLE, SHARDED)),
+    (in_bf16, WAN, (SHARDED,)), (gguf, FLUX, (WHOLE, SHARDED))])
+def test_behind_a_loader_that_tells_nothing(load: Callable[[Path], ModelPatcher], case: ParityCase,
+                                            shardings: tuple[str, ...], folder: Path, report_parity,
+                                            caplog: pytest.LogCaptureFixture) -> None:
+    model = load(folder)
+    plain, dressed = sample(model, case), sample(with_lora(model), case)
+    assert error(dressed, plain) > 1e-2, "the LoRA changes nothing"
+    with caplog.at_level(logging.INFO, "raylight"):
+        for sharding in shardings:
+            worst = max(error(sample(parallel(with_lora(model), sharding), case), dressed),
+                        error(sample(parallel(model, sharding), case), plain),
+                        error(sample(with_lora(parallel(model, sharding)), case), dressed))
+            report_parity(f"Parallelize behind a loader that tells no file, {load.__name__:<10} {sharding:<9} max "
+                          f"error {worst:.1e} of the standard deviation")
+            assert worst <= TOLERANCE
+    assert caplog.text.count(EXPORTED) == 1
+    assert "the sampling loop stays in ComfyUI" not in caplog.text
+
+
+def test_a_pack_of_which_the_file_is_mapped_needs_no_memory(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_gguf(checkpoint(folder, FLUX), folder / "mapped.gguf", "Q4_0", "flux")
+    model = stock_gguf(folder / "mapped.gguf")
+    expected = sample(with_lora(model, KINDS), FLUX)
+    with caplog.at_level(logging.INFO, "raylight"):
+        actual = sample(parallel(with_lora(stock_gguf(folder / "mapped.gguf"), KINDS)), FLUX)
+    assert EXPORTED not in caplog.text
+    assert error(actual, expected) <= TOLERANCE
+
+
+def test_merged_models(folder: Path) -> None:
+    one = flux(folder)
+    other = of_a_pack(comfy.sd.load_diffusion_model(str(checkpoint(folder, FLUX, seed=1))))
+    merged, = nodes_model_merging.ModelMergeSimple().merge(one, other, 0.4)
+    expected = sample(merged, FLUX)
+    assert error(sample(one, FLUX), expected) > 1e-2
+    assert error(sample(parallel(merged), FLUX), expected) <= TOLERANCE
+
+
+def test_weights_that_were_changed_in_place(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = comfy.sd.load_diffusion_model(str(checkpoint(folder, WAN)))
+    plain = sample(model, WAN)
+    assert error(sample(parallel(model), WAN), plain) <= TOLERANCE
+    with caplog.at_level(logging.INFO, "raylight"):
+        for _ in range(2):
+            model.model.diffusion_model.head.head.weight.mul_(1.5)
+            expected = sample(model, WAN)
+            assert error(expected, plain) > 1e-2
+            assert error(sample(parallel(model), WAN), expected) <= TOLERANCE
+            assert error(sample(parallel(model), WAN), expected) <= TOLERANCE
+        assert caplog.text.count(EXPORTED) == 2
+    assert "weights of the WAN21 model are not those of wan-t2v-3-0.safetensors any more, or it has others: " \
+           "head.head.weight" in caplog.text
+
+
+def test_workers_let_go_of_what_has_gone(folder: Path) -> None:
+    model = wan(folder)
+    sample(parallel(model), WAN)
+    recipe = parallelized.recipe_of(model, WORKERS)
+    session = current.running()
+    before = session.run("held")
+    del model
+    gc.collect()
+    assert not recipe.is_there
+    sample(parallel(flux(folder)), FLUX)
+    assert current.running() is session
+    held = [one.name for one in session.run("held")]
+    assert held[-1] == "Flux (from memory)"
+    assert held.count("WAN21 (from memory)") < [one.name for one in before].count("WAN21 (from memory)")
