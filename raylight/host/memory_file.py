@@ -23,10 +23,10 @@ class MemoryFile:
     def __init__(self, name: str, nbytes: int) -> None:
         """Raises ValueError where neither memory nor the temporary folder has room for it, or where the system has no
         such files."""
+        self._fd = -1
         if not os.path.isdir(f"/proc/{os.getpid()}/fd"):
             raise ValueError("only on Linux can workers share weights that are in no file")
         self.nbytes = nbytes
-        self._fd = -1
         free, reserve = available_memory(), int(_RESERVE * psutil.virtual_memory().total)
         if nbytes + reserve <= free:
             self._open_in_memory(name)
@@ -78,6 +78,9 @@ class MemoryFile:
             seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
         return os.fstat(self._fd)
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give it back, once no process maps it any more. Harmless when repeated."""

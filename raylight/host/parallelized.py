@@ -34,14 +34,16 @@ _NAMED = 3  # weights that are named where many have changed
 
 @dataclass(slots=True)
 class _Known:
-    """Where a model's weights are for workers, and what these were like then; `give_up` ends the file of an export."""
+    """Where a model's weights are for workers, what these were like then, and the file of an export."""
 
     digests: dict[str, bytes]
     recipe: ModelRecipe
-    give_up: Any = None
+    file: MemoryFile | None = None
 
 
 _known: weakref.WeakKeyDictionary[BaseModel, _Known] = weakref.WeakKeyDictionary()
+# Of models on workers, by their weightless ones: a file stays for as long as one of them needs it.
+_used: weakref.WeakKeyDictionary[BaseModel, MemoryFile] = weakref.WeakKeyDictionary()
 
 
 def recipe_of(model: ModelPatcher, workers: Workers) -> ModelRecipe:
@@ -125,8 +127,8 @@ def _export(model: ModelPatcher, workers: Workers, now: dict[str, bytes]) -> _Kn
     _refuse_other_machines(model.model, workers)
     _forget(model.model)  # room for the new one
     recipe, file = exporting.export(model)
-    give_up = weakref.finalize(model.model, _close, file)
-    return _remember(model.model, _Known(now, recipe, give_up))
+    weakref.finalize(model.model, skeleton.forget_file, recipe.path)
+    return _remember(model.model, _Known(now, recipe, file))
 
 
 def _remember(base: BaseModel, known: _Known) -> _Known:
@@ -137,13 +139,8 @@ def _remember(base: BaseModel, known: _Known) -> _Known:
 
 def _forget(base: BaseModel) -> None:
     old = _known.pop(base, None)
-    if old is not None and old.give_up is not None:
-        old.give_up()
-
-
-def _close(file: MemoryFile) -> None:
-    skeleton.forget_file(file.path)
-    file.close()
+    if old is not None and old.recipe.export is not None:
+        skeleton.forget_file(old.recipe.path)
 
 
 def _digests(model: ModelPatcher) -> dict[str, bytes]:
@@ -168,8 +165,21 @@ def _elsewhere(name: str) -> str:
             f"{exporting.REMEDY}")
 
 
+def _keep(base: BaseModel, remote: RemotePatcher) -> None:
+    """Let the file of an export stay for as long as a model on workers is of it."""
+    known = _known.get(base)
+    file = _used.get(base) if known is None else known.file
+    if file is None:
+        return
+    _used[remote.model] = file
+    if all(one.file is not file for one in _known.values()):
+        skeleton.forget_file(remote.recipe.path)  # nobody else will ask for it
+
+
 def take_over(model: ModelPatcher, remote: RemotePatcher) -> None:
     """Put on `remote` what nodes have put on `model`; what they put there refers to `model` for it."""
+    if remote.recipe.export is not None:
+        _keep(model.model, remote)
     source = model.clone()
     wrappers = {kind: {**of_kind} for kind, of_kind in remote.wrappers.items()}
     if isinstance(model, RemotePatcher):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import subprocess
+import sys
 import tempfile
 import weakref
 from collections import namedtuple
@@ -34,6 +36,7 @@ from raylight.host.handles import Workers
 from raylight.host.memory_file import MemoryFile
 from raylight.host.model import map_file
 from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
+from raylight.host.settings import PACK_ROOT
 from raylight.host.stock_weights import weights_differ
 from raylight.host.whole import whole
 from raylight.parallel.shape import MeshShape
@@ -227,6 +230,33 @@ def test_what_is_interrupted_leaves_nothing(model: ModelPatcher, monkeypatch: py
         export(model)
     assert len(closed) == 1
     assert set(os.listdir("/proc/self/fd")) <= before
+
+
+WRITES = """
+import time
+from raylight.host.memory_file import MemoryFile
+file = MemoryFile("test", {size})
+file.write(b"x" * {size}, 0)
+file.finish()
+print(file.path, file.in_memory, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_process_that_is_killed_leaves_nothing(in_memory: bool, tmp_path: Path) -> None:
+    code = WRITES.format(size=1 << 16)
+    if not in_memory:
+        code = "import os\ndel os.memfd_create" + code
+    with subprocess.Popen([sys.executable, "-c", code], cwd=PACK_ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
+                          stdout=subprocess.PIPE, text=True) as process:
+        path, where = process.stdout.readline().split()
+        assert where == str(in_memory)
+        content = torch.from_file(path, shared=False, size=1 << 16, dtype=torch.uint8)
+        process.kill()
+    assert content.eq(ord("x")).all(), "a worker that has it mapped goes on"
+    assert not os.path.exists(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_memory_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

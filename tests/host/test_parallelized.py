@@ -147,6 +147,22 @@ def test_weights_that_were_changed_in_place(folder: Path, caplog: pytest.LogCapt
            "head.head.weight" in caplog.text
 
 
+def test_what_an_earlier_node_gave_goes_on(folder: Path) -> None:
+    """A graph may run a model before and after a node that changes it."""
+    model = wan(folder)
+    plain = sample(model, WAN)
+    before = parallel(model)
+    recipe = parallelized.recipe_of(model, WORKERS)
+    model.model.diffusion_model.head.head.weight.mul_(1.5)
+    after = parallel(model)
+    assert error(sample(after, WAN), sample(model, WAN)) <= TOLERANCE
+    assert error(sample(parallel(before, SHARDED), WAN), plain) <= TOLERANCE
+    del before
+    gc.collect()
+    assert not recipe.is_there
+    assert parallelized.recipe_of(model, WORKERS).is_there
+
+
 def test_workers_let_go_of_what_has_gone(folder: Path) -> None:
     model = wan(folder)
     sample(parallel(model), WAN)

@@ -123,6 +123,33 @@ def test_equals_the_untouched_graph(server: ComfyServer, name: str) -> None:
         assert ((actual - expected).abs().max() / expected.std()).item() <= 1e-4
 
 
+def test_parallelize_behind_a_loader_and_a_weight_of_another_pack(server: ComfyServer) -> None:
+    def at_the_end(graph: Graph) -> Graph:
+        last = graph["sample"]["inputs"]["model"]
+        graph = copy.deepcopy(graph) | {"workers": WORKERS}
+        graph["sample"]["inputs"]["model"] = ["parallel", 0]
+        return graph | {"parallel": node("RayParallelizeModel", model=last, ray_actors_init=["workers", 0])}
+
+    def exports() -> int:
+        return server.log.read_text("utf-8", errors="replace").count("from ComfyUI's memory")
+
+    graph, before = plain(), exports()
+    graph["model"] = node("ForeignLoader", unet_name="wan.safetensors")
+    unchanged = latent(server, graph)
+    graph |= {"weight": node("ForeignWeight", model=["model", 0]),
+              "lora": node("LoraLoaderModelOnly", lora_name="lora.safetensors", strength_model=0.7,
+                           model=["weight", 0])}
+    for last, count in (("model", 1), ("weight", 2), ("lora", 2)):
+        graph["sample"]["inputs"]["model"] = [last, 0]
+        # First on workers: ComfyUI runs a node that changes a weight once, and keeps the model.
+        actual = latent(server, at_the_end(graph))
+        expected = latent(server, graph)
+        assert ((actual - expected).abs().max() / expected.std()).item() <= 1e-4, last
+        assert exports() - before == count, last
+        if last != "model":
+            assert ((expected - unchanged).abs().max() / expected.std()).item() > 1e-2, last
+
+
 @pytest.mark.parametrize("kind", ["DPKSamplerAdvanced", "UnifiedParallelSampler"])
 def test_several_images_at_once(server: ComfyServer, kind: str) -> None:
     graph = plain() | {

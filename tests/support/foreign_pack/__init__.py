@@ -1,8 +1,12 @@
-"""A node pack of somebody else, as far as Raylight goes: a sampler, and patches of a transformer's inside."""
+"""A node pack of somebody else, as far as Raylight goes: a loader, a sampler, patches of a transformer's inside, and a
+weight that is set in place."""
 
 import threading
 
 import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
 
 from .strength import Strength
 
@@ -56,5 +60,36 @@ class ForeignPatch:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"ForeignSampler": ForeignSampler, "ForeignPatch": ForeignPatch}
+class ForeignLoader:
+    """Does not say what it has read."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+    CATEGORY = "foreign"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"unet_name": (folder_paths.get_filename_list("diffusion_models"),)}}
+
+    def load(self, unet_name):
+        tensors = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
+        return (comfy.sd.load_diffusion_model_state_dict(tensors),)
+
+
+class ForeignWeight:
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "change"
+    CATEGORY = "foreign"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}}
+
+    def change(self, model):
+        model.model.diffusion_model.head.head.weight.mul_(1.5)
+        return (model.clone(),)
+
+
+NODE_CLASS_MAPPINGS = {"ForeignSampler": ForeignSampler, "ForeignPatch": ForeignPatch, "ForeignLoader": ForeignLoader,
+                       "ForeignWeight": ForeignWeight}
 NODE_DISPLAY_NAME_MAPPINGS = {"ForeignPatch": "Foreign Patch"}
