@@ -72,7 +72,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         self.model.current_weight_patches_uuid = self.patches_uuid
 
     def partially_load(self, device_to: torch.device, *_: Any, **__: Any) -> int:
-        """Put objects in place; nothing to move."""
+        """Put objects in place, and take back those of the clone before; nothing to move."""
+        self.unpatch_model(unpatch_weights=False)
         self.patch_model(load_weights=False)
         self.load(device_to)
         return 1

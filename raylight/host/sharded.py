@@ -39,6 +39,7 @@ class ShardedPatcher(RankPatcher):
         """Move the shards to the device and patch them; returns the bytes that came to it."""
         before = self.model.model_loaded_weight_memory
         with self.use_ejected(skip_and_inject_on_exit_only=True):
+            self.unpatch_model(unpatch_weights=False)  # of what the clone before has put there
             self.patch_model(load_weights=False)
             self.load(device_to)
         return self.model.model_loaded_weight_memory - before

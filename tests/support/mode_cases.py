@@ -17,7 +17,7 @@ from raylight.host import lora  # noqa: E402
 from raylight.host.mapped import MappedModel, load_mapped  # noqa: E402
 from raylight.host.mode import mode_of  # noqa: E402
 from raylight.host.recipe import SHARDED  # noqa: E402
-from raylight.host.sharded import shard_over  # noqa: E402
+from raylight.host.sharded import ShardedPatcher, shard_over  # noqa: E402
 from raylight.parallel.mesh import build_mesh, world_axis  # noqa: E402
 from raylight.parallel.shape import MeshShape  # noqa: E402
 
@@ -33,6 +33,7 @@ def moved_in_inference_mode(rank: int, world: int, path: Path) -> list[int]:
         with mode_of(SHARDED):
             mapped = load_mapped(str(path), {})
             patcher, _ = shard_over(mapped, mesh, offload)
+        _take_turns(patcher)
         patcher = patcher.clone()
         patcher.add_patches(patches_for(mapped), 0.8)
         patcher.offload_device = META
@@ -42,6 +43,16 @@ def moved_in_inference_mode(rank: int, world: int, path: Path) -> list[int]:
         weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in mapped.model.parameters()]
         found.append(sum(weight.is_inference() for weight in weights))
     return found
+
+
+def _take_turns(patcher: ShardedPatcher) -> None:
+    """Objects that one clone puts into the model are not there for the next."""
+    before = patcher.model.model_sampling
+    other = patcher.clone()
+    other.add_object_patch("model_sampling", object())
+    for one, there in ((other, other.object_patches["model_sampling"]), (patcher.clone(), before)):
+        one.partially_load(CPU)
+        assert patcher.model.model_sampling is there
 
 
 def patches_for(mapped: MappedModel) -> dict[Any, Any]:
