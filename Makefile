@@ -7,7 +7,7 @@ COMFYUI ?=
 BOOTSTRAP = $(PYTHON) raylight/setup/bootstrap.py $(if $(COMFYUI),--comfyui $(COMFYUI))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all smoke lint models versions workflows screenshots clean
+.PHONY: help setup demo test test-all test-gpu smoke lint models versions workflows screenshots clean
 
 help:
 	@echo "make demo                   sample a small model in a real ComfyUI, by stock nodes and by Ray workers"
@@ -15,6 +15,7 @@ help:
 	@echo "make test ARGS=\"-k parity\"  run those that a path in tests/, -k or -m chooses, slow or not"
 	@echo "make test-all               run all tests, some of them in a browser if there is Chromium"
 	@echo "make smoke                  run the few tests that say whether a release of ComfyUI works at all"
+	@echo "make test-gpu               run the tests that need GPUs, on all that PyTorch sees (CUDA_VISIBLE_DEVICES chooses)"
 	@echo "make lint                   run ruff"
 	@echo "make models                 write docs/models.md from what the parity matrix measures"
 	@echo "make versions               write tests/versions.txt from what is installed, once all tests have passed with it"
@@ -41,6 +42,9 @@ test-all:
 
 smoke:
 	@$(BOOTSTRAP) smoke $(ARGS)
+
+test-gpu:
+	@$(BOOTSTRAP) test-gpu $(ARGS)
 
 lint:
 	@$(BOOTSTRAP) lint $(ARGS)

@@ -8,6 +8,7 @@
                     arguments chooses tests: a path inside tests/, -k, -m, --last-failed
     test-all [...]  the same with the tests marked slow
     smoke [...]     set up, then run the few tests that say whether a release of ComfyUI works at all
+    test-gpu [...]  set up, then run the tests that need GPUs, on all that PyTorch sees
     lint [...]      set up, then run ruff check with these arguments
     workflows       set up, then write the templates in example_workflows
     versions        set up, then write the versions of what is installed to tests/versions.txt
@@ -43,6 +44,7 @@ COMMANDS = {
     "test": ["-m", "pytest", "-q"],
     "test-all": ["-m", "pytest", "-q"],
     "smoke": ["-m", "pytest", "-q", "-m", "smoke"],
+    "test-gpu": ["-m", "pytest", "-q", "-rs", "tests/gpu"],
     "lint": ["-m", "ruff", "check"],
     "workflows": ["-m", "raylight.workflows"],
     "versions": ["tests/support/versions.py"],

@@ -82,6 +82,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[st
         (["test", "-x", "tests/setup"], ["-m", "pytest", "-q", "-x", "tests/setup"]),
         (["test", "tests/setup/test_link.py::t"], ["-m", "pytest", "-q", "tests/setup/test_link.py::t"]),
         (["smoke"], ["-m", "pytest", "-q", "-m", "smoke", "tests"]),
+        (["test-gpu", "-k", "lora"], ["-m", "pytest", "-q", "-rs", "tests/gpu", "-k", "lora"]),
         (["lint"], ["-m", "ruff", "check"]),
     ],
 )

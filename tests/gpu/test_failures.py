@@ -1,0 +1,43 @@
+"""A worker that is killed in a step, a GPU that is full, and the run after it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_cases import DEPTHS, GPUS, HUGE, LONG, latent, little_room, on_workers
+from torch import Tensor
+
+from raylight.cluster import current
+from raylight.cluster.errors import DIED, OUT_OF_MEMORY, WorkerError
+from raylight.host.recipe import SHARDED, WHOLE
+
+LAST = GPUS - 1
+
+
+@pytest.mark.parametrize(("depth", "sharding"), [("whole run", SHARDED), ("loop in ComfyUI", WHOLE)])
+def test_a_worker_killed_in_a_step(depth: str, sharding: str, path: Path, expected: Tensor, compare) -> None:
+    model = on_workers(path, sharding)
+
+    def kill(step: int) -> None:
+        if step == 1:
+            os.kill(current.running().places[LAST].pid, signal.SIGKILL)
+
+    with pytest.raises(WorkerError, match=rf"rank {LAST} .* died while (step|beginning to forward)") as told:
+        latent(model, DEPTHS[depth], LONG, steps=60, on_step=kill)
+    assert told.value.kind == DIED
+    compare(latent(model, DEPTHS[depth]), expected, "the run after it")
+
+
+@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+def test_a_full_gpu(sharding: str, path: Path, expected: Tensor, compare) -> None:
+    model = on_workers(path, sharding)
+    compare(latent(model), expected, "before")
+    torch.cuda.empty_cache()
+    with little_room(500), pytest.raises(WorkerError, match=r"ran out of memory") as told:
+        latent(model, shape=HUGE)
+    assert told.value.kind == OUT_OF_MEMORY
+    compare(latent(model), expected, "the run after it")
