@@ -49,7 +49,7 @@ def _take_turns(patcher: ShardedPatcher) -> None:
     """Objects that one clone puts into the model are not there for the next."""
     before = patcher.model.model_sampling
     other = patcher.clone()
-    other.add_object_patch("model_sampling", object())
+    other.add_object_patch("model_sampling", torch.nn.Identity())
     for one, there in ((other, other.object_patches["model_sampling"]), (patcher.clone(), before)):
         one.partially_load(CPU)
         assert patcher.model.model_sampling is there
