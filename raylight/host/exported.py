@@ -122,7 +122,7 @@ def _assign(base: BaseModel, tensors: dict[str, Tensor], around: dict[str, Tenso
     keys = diffusion_model.load_state_dict(dict(tensors), strict=False, assign=True)
     for name in (*keys.missing_keys, *keys.unexpected_keys):
         raise ValueError(f"the tensor {name} is missing, or has no place in a {type(diffusion_model).__name__} as "
-                         f"ComfyUI builds it")
+                         f"ComfyUI builds it: a node has put another part into the model, or taken one out")
     for name, parameter in list(diffusion_model.named_parameters()):
         # Some layers convert what they load; these have been converted already.
         if name in tensors and type(parameter) is torch.nn.Parameter and parameter.dtype != tensors[name].dtype:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from raylight.cluster import current
 from raylight.cluster.session import Session
 
-from . import dress, model_changes, written_weights
+from . import dress, inside, model_changes, written_weights
 from . import workers as at_workers
 from .changes import Change
 from .foreign_code import replaced_in_loop
@@ -46,6 +46,7 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     call = inspect.signature(executor.original).bind(*arguments, **named).arguments
     callback, call["callback"] = call.get("callback"), None
     inner = executor.wrappers[executor.idx + 1:]
+    inside.begin()
     try:
         changes = _changes(patcher)
         written_weights.look(patcher.model, patcher.recipe)

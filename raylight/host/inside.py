@@ -62,8 +62,13 @@ def inside_of(patcher: RemotePatcher, changes: Sequence[Change]) -> Inside:
     return Inside("", tuple(dict.fromkeys(watched)))
 
 
+def begin() -> None:
+    """To be called when a run begins: what it asks for is told once."""
+    _told.clear()
+
+
 def tell(inside: Inside, ranks: int) -> None:
-    """Say once what whole tokens cost."""
+    """Say once in a run what whole tokens cost."""
     if inside.whole and ranks > 1 and inside.whole not in _told:
         _told.add(inside.whole)
         logger.warning(

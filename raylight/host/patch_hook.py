@@ -66,7 +66,7 @@ def wrap(kind: str, patch: Patch, plan: SequencePlan, whole: WholeTokens, replac
         named = dict(zip(_POSITIONAL.get(kind, ()), args, strict=False)) if isinstance(args[0], Tensor) else {}
         joined = [*(_join(value, name, rules, whole) for name, value in named.items()),
                   *(_join(value, "", rules, whole) for value in args[len(named):])]
-        with whole.local_attention():
+        with whole.local_attention(replaces=replaces):
             output = patch(*joined, **{name: _join(value, name, rules, whole) for name, value in kwargs.items()})
         return _each(output, rules, whole.cut)
 
