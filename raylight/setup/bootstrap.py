@@ -34,7 +34,7 @@ if __package__ in (None, ""):
 from raylight.host.release import MINIMUM
 from raylight.setup import comfyui, environment, overlay
 from raylight.setup.child import run_child
-from raylight.setup.link import link_into
+from raylight.setup.link import check_place, link_into
 from raylight.setup.report import SetupError, say
 
 MINIMUM_PYTHON = (3, 10)
@@ -130,6 +130,8 @@ def set_up(checkouts: list[Path]) -> tuple[comfyui.ComfyUI, environment.Environm
     checkout = checkouts[0]
     say(f"Python {'.'.join(map(str, sys.version_info[:3]))}")
     host = comfyui.find(checkouts, os.environ)  # before the minutes that pip takes: COMFYUI_PATH may be wrong
+    if host is not None:
+        check_place(host.root, checkout)  # likewise
     env = environment.Environment(checkout / ".venv")
     environment.create(env)
     host = host or comfyui.fetch(checkout, env.python)

@@ -13,25 +13,31 @@ NAME = "raylight"
 def link_into(comfyui: Path, checkout: Path) -> tuple[Path, bool]:
     """Have `checkout` in comfyui/custom_nodes. Returns the entry there, and whether it was made now.
 
-    Nothing is made where the checkout lies there itself, or a link to it does under whatever name.
-    Raises SetupError when custom_nodes/raylight is something else.
+    Nothing is made where the checkout lies there itself, or a link to it does under whatever name. Raises SetupError
+    as `check_place`.
     """
     custom_nodes = comfyui / "custom_nodes"
     existing = _entry_of(checkout, custom_nodes)
     if existing is not None:
         return existing, False
+    check_place(comfyui, checkout)
     target = custom_nodes / NAME
-    if os.path.lexists(target):
-        raise SetupError(
-            f"{target} exists and is {_describe(target)}, not this checkout ({checkout}). Move it away if you want "
-            "this checkout in that ComfyUI, or set COMFYUI_PATH to another ComfyUI."
-        )
     try:
         custom_nodes.mkdir(exist_ok=True)
         _make_link(checkout, target)
     except OSError as error:
         raise SetupError(f"{target} could not be made a link to {checkout}: {error}. Make it yourself.") from error
     return target, True
+
+
+def check_place(comfyui: Path, checkout: Path) -> None:
+    """Raise SetupError when custom_nodes/raylight is something else than this checkout."""
+    target = comfyui / "custom_nodes" / NAME
+    if os.path.lexists(target) and _entry_of(checkout, target.parent) is None:
+        raise SetupError(
+            f"{target} exists and is {_describe(target)}, not this checkout ({checkout}). Move it away if you want "
+            "this checkout in that ComfyUI, or set COMFYUI_PATH to another ComfyUI."
+        )
 
 
 def _entry_of(checkout: Path, custom_nodes: Path) -> Path | None:

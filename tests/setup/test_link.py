@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from raylight.setup import bootstrap, comfyui
 from raylight.setup.link import link_into
 from raylight.setup.report import SetupError
 
@@ -79,3 +80,12 @@ def test_rejects_a_foreign_raylight(host: Path, checkout: Path, tmp_path: Path, 
     with pytest.raises(SetupError, match=f"exists and is {kind}"):
         link_into(host, checkout)
     assert foreign.lstat() == before and entries(host) == ["raylight"]
+
+
+def test_the_place_is_looked_at_before_anything_is_installed(host: Path, checkout: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    (host / "custom_nodes" / "raylight").mkdir()
+    monkeypatch.setattr(bootstrap.comfyui, "find", lambda *_: comfyui.ComfyUI(host, "set"))
+    monkeypatch.setattr(bootstrap.environment, "create", lambda *_: pytest.fail("an environment is made"))
+    with pytest.raises(SetupError, match="another directory, not this checkout"):
+        bootstrap.set_up([checkout])
