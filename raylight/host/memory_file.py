@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 
 import psutil
 
@@ -23,15 +24,16 @@ class MemoryFile:
     def __init__(self, name: str, nbytes: int) -> None:
         """Raises ValueError where neither memory nor the temporary folder has room for it, or where the system has no
         such files."""
-        self._fd = -1
         if not os.path.isdir(f"/proc/{os.getpid()}/fd"):
             raise ValueError("only on Linux can workers share weights that are in no file")
         self.nbytes = nbytes
+        self._fd = -1
         free, reserve = available_memory(), int(_RESERVE * psutil.virtual_memory().total)
         if nbytes + reserve <= free:
             self._open_in_memory(name)
         if self._fd < 0:
             self._open_on_disk(f"{_gb(free)} of memory are left, of which {_gb(reserve)} are kept free")
+        self._close = weakref.finalize(self, os.close, self._fd)
         os.fchmod(self._fd, 0o600)
 
     def _open_in_memory(self, name: str) -> None:
@@ -79,14 +81,10 @@ class MemoryFile:
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
         return os.fstat(self._fd)
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Give it back, once no process maps it any more. Harmless when repeated."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Give it back, once no process maps it any more; when this object is gone, that is done too. Harmless when
+        repeated."""
+        self._close()
 
 
 def available_memory() -> int:
