@@ -102,6 +102,12 @@ class Watchdog:
     def _look(self) -> Fault | None:
         if (fault := self._ray_lost()) is not None:
             return fault
+        if not ray.is_initialized():  # any call would start another one
+            if threading.main_thread().is_alive():
+                return Fault(RAY_LOST, None, "Ray was shut down in ComfyUI's process, by another node pack for "
+                                             "example. Run the prompt again: Ray and the workers then start anew")
+            self._end.set()  # this process ends
+            return None
         ready, _ = ray.wait(list(self._refs), timeout=_TICK_S)
         for ref in ready:
             rank = self._refs.pop(ref)
