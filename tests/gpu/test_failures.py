@@ -37,7 +37,9 @@ def test_a_full_gpu(sharding: str, path: Path, expected: Tensor, compare) -> Non
     model = on_workers(path, sharding)
     compare(latent(model), expected, "before")
     torch.cuda.empty_cache()
-    with little_room(500), pytest.raises(WorkerError, match=r"ran out of memory") as told:
-        latent(model, shape=HUGE)
-    assert told.value.kind == OUT_OF_MEMORY
+    with little_room(500):
+        for _ in range(2):  # workers that start on a full GPU, too
+            with pytest.raises(WorkerError, match=r"ran out of memory") as told:
+                latent(model, shape=HUGE)
+            assert told.value.kind == OUT_OF_MEMORY
     compare(latent(model), expected, "the run after it")

@@ -82,7 +82,7 @@ def ChunkedFeedForward(m):
     old = ffn.forward
 
     def forward(x, *args):
-        return torch.cat([old(one, *args) for one in x.chunk(3, 1)], 1) * 0.9
+        return torch.cat([old(one, *args) for one in x.chunk(3, 1)], 1) * -1
     m.add_object_patch(f"{BLOCK}.ffn.forward", forward)
 
 
@@ -203,10 +203,17 @@ def ReplacedInPlace(m):
     blocks[0] = torch.nn.Identity()
 
 
+def Failing(m):
+    """Raises inside of a step, on every worker alike."""
+    def forward(x, *args):
+        raise RuntimeError("this node has failed")
+    m.add_object_patch("diffusion_model.blocks.1.ffn.forward", forward)
+
+
 CHANGES = (AttentionForward, AttentionByTorch, AttentionClass, AttentionMean, MeanOnWhatIsThere, CrossAttentionMean,
            ChunkedFeedForward, Embedding, RootForward, ForwardOrigInWrapper, ClassInWrapper, InPlaceForwardOrig,
            InPlaceForward, InPlaceBlock, InPlaceAttribute, ForwardHook, WeightInPlace, WeightData, WeightReplaced,
-           UsesWeights, Loop, ReplacedInPlace)
+           UsesWeights, Loop, ReplacedInPlace, Failing)
 
 
 def _node(change):
