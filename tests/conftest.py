@@ -51,6 +51,9 @@ from comfy.cli_args import args  # noqa: E402
 # ComfyUI reads this when its modules are first imported, and would ask for a GPU otherwise.
 args.cpu = not torch.cuda.is_available()
 
+# Threads that wait for each other on a busy machine make seconds of small models into minutes.
+torch.set_num_threads(1)
+
 local_ranks.fork_from_server("preloaded", [*sys.path[:2], str(ROOT)])
 
 LONGEST = 12

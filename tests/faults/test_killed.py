@@ -45,7 +45,8 @@ def test_while_loading(server: FaultServer, reference: torch.Tensor) -> None:
     server.wait_for_phase(f"loading {BIG}")
     before, since = server.workers(), time.monotonic()
     server.worker(0).kill()
-    server.fails(prompt, r"rank 0 .* died while (loading|reading|putting|bringing|step).*: its process", since)
+    server.fails(prompt, r"rank 0 .* died while (loading|reading|putting|bringing|beginning|step).*: its process",
+                 since)
     server.lose(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
