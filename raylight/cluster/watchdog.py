@@ -6,6 +6,7 @@ log, which is repeated here.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -53,6 +54,8 @@ class Watchdog:
         self._fault: Fault | None = None
         self._thread = threading.Thread(target=self._watch, name="raylight-watchdog", daemon=True)
         self._thread.start()
+        # Before Ray's own end of a process, as it was registered later: what asked Ray after it would start another.
+        atexit.register(self._end_with_process)
 
     @property
     def fault(self) -> Fault | None:
@@ -79,6 +82,11 @@ class Watchdog:
     def stop(self) -> None:
         """Watch no more. Does not wait."""
         self._end.set()
+        atexit.unregister(self._end_with_process)
+
+    def _end_with_process(self) -> None:
+        self._end.set()
+        self._thread.join(4 * _TICK_S)
 
     def _watch(self) -> None:
         for rank, actor in self._actors.items():
