@@ -73,6 +73,11 @@ class AsBuilt:
             seen = self._seen[base] = state, patched, found
         return [*seen[2], *replaced_in(self._classes)]
 
+    @property
+    def diffusion_model(self) -> type[nn.Module]:
+        """The class that the diffusion model had."""
+        return self._kept[INNER].kind
+
     def is_changed(self, base: BaseModel) -> bool:
         """Whether nodes have changed the very model that this was taken of; object patches are no change."""
         try:

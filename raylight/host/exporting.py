@@ -24,6 +24,7 @@ from . import stock_weights, travel
 from .exported import ALIGNMENT, Blueprint, Entry, header_of
 from .gguf_pack import open_pack
 from .memory_file import MemoryFile
+from .origin import origin
 from .recipe import Export, ModelRecipe
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def _check_classes(base: BaseModel, gguf_folder: str) -> None:
         of_pack = gguf_folder and path is not None and os.path.dirname(os.path.abspath(path)) == gguf_folder
         if not of_pack and travel.is_of_a_pack(kind):
             raise ValueError(f"the {type(base).__name__} model has a part of the class {kind.__name__} "
-                             f"({travel.origin(kind)}), which workers cannot build, as only its pack can: {REMEDY}")
+                             f"({origin(kind)}), which workers cannot build, as only its pack can: {REMEDY}")
 
 
 def _blueprint(base: BaseModel, gguf_folder: str) -> bytes:

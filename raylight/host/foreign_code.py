@@ -6,7 +6,8 @@ import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from types import FunctionType
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from .changes import Change
@@ -16,16 +17,25 @@ from .settings import PACK_ROOT
 _LOOP = ("comfy.sample", "comfy.samplers", "comfy.sampler_helpers", "comfy.k_diffusion.sampling",
          "comfy.extra_samplers.uni_pc", "comfy.model_base", "comfy.model_sampling", "comfy.conds", "comfy.hooks",
          "comfy.context_windows")
+_OF_MODELS = ("comfy.ldm.", "comfy.ops.", "comfy.rmsnorm.")
+_WRAPPINGS = 8
 
 
 def replaced_in(classes: Iterable[type]) -> Iterator[Change]:
     """Functions of packs in these classes of ComfyUI's models and their bases, and in the Python modules that define
-    them and that they call."""
+    them and that they call.
+
+    Raises ValueError for one of these classes that a pack has put in the place of one of ComfyUI's: workers build the
+    model with ComfyUI's.
+    """
     for owner in _with_bases(tuple(classes)):
-        yield from ((Change(owner, name, value)) for name, value in _foreign_functions(vars(owner)))
+        yield from (Change(owner, name, value) for name, value in _replaced_in_class(owner))
     for module in _called_by(tuple(classes)):
-        yield from (Change(f"python:{module}", name, value)
-                    for name, value in _foreign_functions(vars(sys.modules[module])))
+        for name, value in list(vars(sys.modules[module]).items()):
+            if isinstance(value, type) and value in classes and is_foreign_class(value) and name in _names_of(module):
+                raise ValueError(f"{module}.{name}, of which it is built, was replaced by {value.__module__}."
+                                 f"{value.__qualname__}")
+        yield from (Change(f"python:{module}", name, value) for name, value in _replaced_in_module(sys.modules[module]))
 
 
 def replaced_in_loop() -> list[Change]:
@@ -35,10 +45,10 @@ def replaced_in_loop() -> list[Change]:
         module = sys.modules.get(name)
         if module is None:
             continue
-        found += [Change(f"python:{name}", key, value) for key, value in _foreign_functions(vars(module))]
+        found += [Change(f"python:{name}", key, value) for key, value in _replaced_in_module(module)]
         for kind in vars(module).values():
             if isinstance(kind, type) and kind.__module__ == name:
-                found += [Change(kind, key, value) for key, value in _foreign_functions(vars(kind))]
+                found += [Change(kind, key, value) for key, value in _replaced_in_class(kind)]
     return found
 
 
@@ -48,23 +58,77 @@ def is_foreign_function(value: Any) -> bool:
     return function is not None and is_foreign_file(function.__code__.co_filename)
 
 
+def is_foreign(value: Any) -> bool:
+    """The same of whatever can be called, or is on a class: a function in what Python and PyTorch wrap one in, and an
+    object whose class was written there."""
+    for _ in range(_WRAPPINGS):
+        if isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, functools.partial):
+            value = value.func
+        elif isinstance(value, (MethodType, staticmethod, classmethod)):
+            value = value.__func__
+        elif isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
+            value = value._torchdynamo_orig_callable
+        else:
+            break
+    if isinstance(value, FunctionType):
+        return is_foreign_file(value.__code__.co_filename)
+    return callable(value) and not isinstance(value, (type, ModuleType)) and is_foreign_class(type(value))
+
+
+def is_foreign_class(kind: type) -> bool:
+    """Whether a class was written in a node pack other than this one."""
+    path = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return isinstance(path, str) and is_foreign_file(path)
+
+
 @functools.lru_cache(maxsize=4096)
 def is_foreign_file(path: str) -> bool:
     """Whether a file belongs to a node pack other than this one."""
+    return pack_of(path) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def pack_of(path: str) -> str | None:
+    """The name of the node pack, other than this one, to which a file belongs."""
     import folder_paths
 
     real = os.path.realpath(path)
     if real.startswith(str(PACK_ROOT) + os.sep):
-        return False
-    return any(_within(one, folder) for one in (real, path) for folder in folder_paths.get_folder_paths("custom_nodes"))
+        return None
+    for folder in folder_paths.get_folder_paths("custom_nodes"):
+        root = os.path.abspath(folder) + os.sep
+        for one in (real, os.path.abspath(path)):
+            if one.startswith(root):
+                return one.removeprefix(root).split(os.sep)[0].removesuffix(".py")
+    return None
 
 
-def _within(path: str, folder: str) -> bool:
-    return os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
+def _replaced_in_module(module: ModuleType) -> list[tuple[str, Any]]:
+    own = _names_of(module.__name__)
+    return [(name, value) for name, value in list(vars(module).items()) if is_foreign(value) and name in own]
 
 
-def _foreign_functions(names: Any) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in list(names.items()) if is_foreign_function(value)]
+def _replaced_in_class(kind: type) -> list[tuple[str, Any]]:
+    own = _names_of(kind.__module__)
+    inherited = kind.__mro__[1:]
+    return [(name, value) for name, value in list(vars(kind).items()) if is_foreign(value) and (
+        name in own or any(name in vars(base) for base in inherited))]
+
+
+@functools.lru_cache(maxsize=256)
+def _names_of(module: str) -> frozenset[str]:
+    """All names that the source of a Python module uses. Packs add others (samplers above all), which ComfyUI's code
+    does not call."""
+    source = Path(sys.modules[module].__file__ or "")
+    names: set[str] = set()
+    codes = [compile(source.read_bytes(), str(source), "exec", dont_inherit=True)]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    return frozenset(names)
 
 
 def _function(value: Any) -> FunctionType | None:
@@ -80,11 +144,19 @@ def _with_bases(classes: tuple[type, ...]) -> tuple[type, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _called_by(classes: tuple[type, ...]) -> tuple[str, ...]:
-    """The Python modules of ComfyUI's models that define these classes, and those whose functions they import."""
-    own = {kind.__module__: None for kind in _with_bases(classes) if kind.__module__.startswith("comfy.ldm.")}
-    for name in list(own):
-        for value in vars(sys.modules[name]).values():
-            of = getattr(value, "__module__", None)
-            if isinstance(value, FunctionType) and isinstance(of, str) and of.startswith("comfy.ldm."):
+    """The Python modules of ComfyUI's models that define these classes, and those whose functions they call, directly
+    or by others of these."""
+    own = {kind.__module__: None for kind in _with_bases(classes) if _is_of_models(kind.__module__)}
+    rest = list(own)
+    while rest:
+        for value in list(vars(sys.modules[rest.pop()]).values()):
+            of = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if isinstance(value, (FunctionType, ModuleType)) and isinstance(of, str) and _is_of_models(of) and (
+                    of not in own and of in sys.modules):
                 own[of] = None
-    return tuple(name for name in own if name in sys.modules)
+                rest.append(of)
+    return tuple(own)
+
+
+def _is_of_models(module: str) -> bool:
+    return f"{module}.".startswith(_OF_MODELS)

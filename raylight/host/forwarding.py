@@ -19,8 +19,9 @@ from .changes import Change
 from .job import ForwardJob
 from .model_job import model_job
 from .model_wrappers import OPTIONS, named, wrapped
+from .origin import origin
 from .remote_patcher import RemotePatcher
-from .travel import CannotTravel, origin, send
+from .travel import CannotTravel, send
 
 FORWARD = "forward"
 _KEPT_BYTES = 128 * 2**20

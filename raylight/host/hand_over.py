@@ -26,9 +26,10 @@ from .changes import Change
 from .foreign_code import replaced_in_loop
 from .job import RandomState, RunJob, RunResult, StepDone
 from .model_job import model_job
+from .origin import origin
 from .remote_patcher import RemotePatcher
 from .together import Handed, meet
-from .travel import CannotTravel, origin, send
+from .travel import CannotTravel, send
 
 logger = logging.getLogger(__name__)
 

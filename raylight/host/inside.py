@@ -20,15 +20,16 @@ import comfy.model_patcher
 from torch import nn
 
 from raylight.parallel.plan import SequencePlan
-from raylight.plans import plan_for
+from raylight.plans import plan_of
 
+from . import skeleton
 from .as_built import INNER
 from .attention_hook import OVERRIDE
 from .changes import HOOKS, Change
 from .foreign_code import is_foreign_function
 from .job import Inside
+from .origin import origin
 from .remote_patcher import RemotePatcher
-from .travel import origin
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def inside_of(patcher: RemotePatcher, changes: Sequence[Change]) -> Inside:
     """What nodes have put inside of the diffusion model by this patcher, and past it by `changes`."""
     model = patcher.model.diffusion_model
     try:
-        plan = plan_for(model, type(patcher.model.model_config).__name__)
+        # By its own class: a node may have given it another.
+        plan = plan_of(skeleton.as_built(patcher.model).diffusion_model, type(patcher.model.model_config).__name__)
     except ValueError:  # nothing is split then
         return Inside()
     override = patcher.model_options.get("transformer_options", {}).get(OVERRIDE)

@@ -14,9 +14,10 @@ from comfy.model_patcher import ModelPatcher
 from . import skeleton
 from .as_built import INNER
 from .changes import HOOKS, Change
+from .origin import origin
 from .remote_patcher import RemotePatcher
 from .settings import comfy_root
-from .travel import ancestry, origin
+from .travel import ancestry
 
 
 def of_run(patcher: RemotePatcher) -> list[Change]:

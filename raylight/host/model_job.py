@@ -9,14 +9,14 @@ from raylight.cluster.session import Session
 from . import written_weights
 from .changes import Change
 from .inside import inside_of, tell
-from .job import ModelJob
+from .job import Inside, ModelJob
 from .remote_patcher import RemotePatcher
 from .travel import CannotTravel, send
 
 
-def model_job(session: Session, patcher: RemotePatcher, changes: Sequence[Change]) -> ModelJob:
-    """The model of a patcher as it is now, with what nodes have changed on the model itself. Raises ValueError for
-    patches of weights that cannot be sent."""
+def model_job(session: Session, patcher: RemotePatcher, changes: Sequence[Change], whole: str = "") -> ModelJob:
+    """The model of a patcher as it is now, with what nodes have changed on the model itself. `whole` is as in `Inside`,
+    for code that is not there yet. Raises ValueError for patches of weights that cannot be sent."""
     patches = None
     written = written_weights.of(patcher.model)
     if patcher.patches or written:
@@ -25,6 +25,6 @@ def model_job(session: Session, patcher: RemotePatcher, changes: Sequence[Change
                                         lambda: send((written, patcher.patches), patcher, foreign_code=True))
         except CannotTravel as error:
             raise ValueError(f"a patch of the model's weights cannot be sent to the workers: {error}") from error
-    inside = inside_of(patcher, changes)
+    inside = Inside(whole) if whole else inside_of(patcher, changes)
     tell(inside, patcher.workers.config.world_size)
     return ModelJob(patcher.recipe, patcher.workers.attention, patcher.workers.strategy, patches, inside)

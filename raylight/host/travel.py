@@ -28,6 +28,7 @@ from raylight.cluster.errors import is_out_of_memory
 from raylight.cluster.parcel import BY_VALUE, Parcel, Referrer, by_value, pack, unpack
 
 from .foreign_code import is_foreign_file, is_foreign_function
+from .origin import origin
 from .settings import comfy_root
 
 EXTRAS = "comfy_extras"
@@ -106,23 +107,6 @@ def _part(patcher: ModelPatcher, name: str) -> Any:
         if name == key or name.startswith(f"{key}."):
             return operator.attrgetter(name.removeprefix(key).lstrip("."))(before) if name != key else before
     return operator.attrgetter(name)(patcher.model) if name else patcher.model
-
-
-def origin(code: Any) -> str:
-    """Which node made this function or object, for a message to the person who uses it."""
-    code = code if isinstance(code, (type, FunctionType)) else getattr(code, "__func__", type(code))
-    module, qualname = getattr(code, "__module__", "?"), getattr(code, "__qualname__", "?")
-    comfy_nodes = sys.modules.get("nodes")
-    of_module = {}
-    for node_id, node in getattr(comfy_nodes, "NODE_CLASS_MAPPINGS", {}).items():
-        if node.__module__ == module:
-            of_module[node.__qualname__] = comfy_nodes.NODE_DISPLAY_NAME_MAPPINGS.get(node_id) or node_id
-    own = of_module.get(qualname.split(".")[0])
-    if own is not None:
-        return f"the node {own}"
-    if of_module:
-        return f"one of the nodes {', '.join(sorted(of_module.values())[:5])}"
-    return f"{module}.{qualname}"
 
 
 def is_of_a_pack(kind: type) -> bool:

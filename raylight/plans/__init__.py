@@ -31,7 +31,12 @@ def plan_for(model: nn.Module, config: str = "") -> SequencePlan:
     Raises ValueError, naming the class and where it is known the reason, where there is none. A subclass does not
     inherit its parent's plan: it may add streams that the plan does not know.
     """
-    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    return plan_of(type(model), config)
+
+
+def plan_of(kind: type[nn.Module], config: str = "") -> SequencePlan:
+    """The same by the class. Raises as `plan_for`."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
     plan = all_plans().get(name)
     if plan is None:
         reason = f" ({EXCEPTIONS[config]})" if config in EXCEPTIONS else ""
