@@ -13,7 +13,7 @@ from raylight.cluster.parcel import Parcel, unpack
 from raylight.cluster.session import Session
 from raylight.cluster.tensor_stream import Sender
 
-from . import dress, model_changes
+from . import dress, going_over, model_changes
 from . import workers as at_workers
 from .changes import Change
 from .job import ForwardJob
@@ -74,7 +74,9 @@ def _send(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: di
         extras = line.session.shared.of(*_extras(line, patcher, options, changes))
         data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
         call = send((args, kwargs, data), patcher, foreign_code=True, also=_taking(line.sender))
-        job = ForwardJob(model_job(line.session, patcher, changes), method, call, line.sender.message(), extras)
+        model = model_job(line.session, patcher, changes)
+        going_over.meet(model.inside.whole)
+        job = ForwardJob(model, method, call, line.sender.message(), extras)
         answer: Parcel = at_workers.ask(line.session, "forward", job, about=patcher.recipe)
     except BaseException:
         _line = None  # what the workers have of this stream is not known any more

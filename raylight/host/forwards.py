@@ -15,6 +15,7 @@ from raylight.cluster.tensor_stream import Receiver, Slot
 from . import dress
 from .changes import changed
 from .job import ForwardJob
+from .left_behind import AsBefore
 from .split import SplitModel
 from .travel import receive
 
@@ -26,13 +27,20 @@ class Forwards:
         self._device = device
         self._tensors = Receiver(device)
         self._extras: tuple[str, Any, Any] | None = None
+        self._before: AsBefore | None = None
 
     def clear(self) -> None:
-        """Let go of what nodes have put into a model."""
+        """Let go of what nodes have put into a model, and of what their code has left on it."""
         self._extras = None
+        if self._before is not None:
+            self._before.restore()
+            self._before = None
 
     def call(self, patcher: ModelPatcher, job: ForwardJob, split: SplitModel) -> Any:
-        """What the method returns, of a model that is split so; to be called in the mode of the model."""
+        """What the method returns, of a model that is split so; to be called in the mode of the model.
+
+        Raises ValueError where code of nodes keeps a state on the model, of which its part in ComfyUI knows nothing.
+        """
         worn, code, changes = self._unpacked(patcher, job)
         dress.put_on(patcher, worn, job.model.recipe.sharding)
         tensors = self._tensors.receive(job.tensors)
@@ -44,20 +52,31 @@ class Forwards:
         args, kwargs, data = receive(job.call, patcher, resolve)
         patcher.model_options = {"transformer_options": data | _copied(code)}
         split.install(patcher.model_options, job.model)
+        whole = job.model.inside.whole
+        if whole and self._before is None:
+            self._before = AsBefore(patcher.model.diffusion_model)
         with changed(patcher, changes), split.watching(patcher, job.model.inside.watched):
             comfy.model_management.load_models_gpu([patcher], memory_required=_memory(patcher, args))
             patcher.pre_run()
             diffusion_model = patcher.model.diffusion_model
             try:
                 if job.method == "forward":
-                    return diffusion_model(*args, **kwargs, **patcher.model_options)
-                return getattr(diffusion_model, job.method)(*args, **kwargs)
+                    output = diffusion_model(*args, **kwargs, **patcher.model_options)
+                else:
+                    output = getattr(diffusion_model, job.method)(*args, **kwargs)
             finally:
                 patcher.model.current_patcher = None
+        state = self._before.state() if whole and self._before is not None else ""
+        if state:
+            raise ValueError(f"{whole} keeps {state} on the model from one step to the next, which cannot be shared "
+                             f"with ComfyUI, and the sampling loop stays there in this run (the log says why): remove "
+                             f"the node, or what keeps the loop there")
+        return output
 
     def _unpacked(self, patcher: ModelPatcher, job: ForwardJob) -> tuple[Any, Any]:
         # Unpacked once: some patches keep what they have computed.
         if self._extras is None or self._extras[0] != job.extras.key or self._extras[1] is not patcher.model:
+            self.clear()
             self._extras = job.extras.key, patcher.model, receive(job.extras.get(), patcher)
         return self._extras[2]
 

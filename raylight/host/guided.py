@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from . import dress, lora
 from .changes import changed
 from .hand_over import random_state, set_random_state
 from .job import RunJob, RunResult, StepDone
+from .left_behind import leaving_nothing
 from .remote_patcher import KEY
 from .telling import tell
 from .travel import receive
@@ -63,12 +65,16 @@ class GuidedRun:
         set_random_state(self._job.random)
         executor = WrapperExecutor.new_class_executor(self._guider.outer_sample, self._guider, self._wrappers)
         try:
-            with changed(patcher, self._changes):
+            with self._clean(), changed(patcher, self._changes):
                 samples = executor.execute(*positional, **call)
         finally:
             # Else the patcher and this run would hold each other, with all that the run has.
             patcher.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
         return RunResult(samples.cpu(), random_state(self._device), self._last_step())
+
+    def _clean(self) -> AbstractContextManager[None]:
+        return leaving_nothing(self._guider.model_patcher.model.diffusion_model) if self._job.model.inside.whole \
+            else nullcontext()
 
     def _enter_step(self, number: int) -> None:
         self._run.enter(f"step {number} of {self._steps}" if number <= self._steps else "ending the last step")

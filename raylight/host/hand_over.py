@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from raylight.cluster import current
 from raylight.cluster.session import Session
 
-from . import dress, inside, model_changes, written_weights
+from . import dress, going_over, inside, model_changes, written_weights
 from . import workers as at_workers
 from .changes import Change
 from .foreign_code import replaced_in_loop
@@ -48,18 +48,33 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     callback, call["callback"] = call.get("callback"), None
     inner = executor.wrappers[executor.idx + 1:]
     inside.begin()
+    random = random_state(patcher.load_device)
+    whole = ""
     try:
         changes = _changes(patcher)
         written_weights.look(patcher.model, patcher.recipe)
-        content = send((dress.of_run(patcher), changes, guider, call, len(arguments), inner), patcher,
-                       foreign_code=False)
     except CannotTravel as reason:
         return _stay(reason, patcher, executor, arguments, named)
+    parts = (dress.of_run(patcher), changes, guider, call, len(arguments), inner)
+    try:
+        content = send(parts, patcher, foreign_code=False)
+    except CannotTravel as reason:
+        try:
+            content = send(parts, patcher, foreign_code=True, networks=False)  # as it is before the run
+        except CannotTravel:
+            return _stay(reason, patcher, executor, arguments, named)
+        whole = inside.inside_of(patcher, changes).whole
+        if not whole:
+            try:
+                with going_over.at_first_forward():
+                    return _stay(reason, patcher, executor, arguments, named)
+            except going_over.GoOver as gone:
+                whole = gone.whole
     session = at_workers.session(patcher.workers, patcher.recipe, call["noise"].shape)
     # Of ComfyUI's own callback it is known what it looks at.
     every_step = callback is not None and getattr(callback, "__module__", None) != "latent_preview"
     job = RunJob(
-        model_job(session, patcher, changes), content, random_state(patcher.load_device),
+        model_job(session, patcher, changes, whole), content, random,
         patcher.workers.free_memory_after,
         wants_preview=callback is not None and args.preview_method != LatentPreviewMethod.NoPreviews,
         every_step=every_step, wants_last=callback is not None and not every_step,
@@ -69,7 +84,7 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     result = meet(handed)
     if result is not None:
         return result
-    logger.info("the workers do the whole run")
+    logger.info("the workers do the whole run%s", ", with the code of node packs" if whole else "")
     try:
         result = _finished(session, [handed])[0]
     except CannotTravel as reason:

@@ -54,6 +54,7 @@ class ModelService:
         """
         first = jobs[0]
         with mode_of(first.model.recipe.sharding):
+            self._forwards.clear()
             held, patcher = self._ready(run, first.model)
             results = self._all(run, held, patcher, jobs)
             run.enter("handing over the result")

@@ -46,11 +46,12 @@ class _Part:
     name: str = ""
 
 
-def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | None = None) -> Parcel:
+def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | None = None,
+         networks: bool | None = None) -> Parcel:
     """Pack what a run of `model` needs, for workers that hold the weights of it.
 
-    `foreign_code` tells whether code of custom node packs, and small networks of patches, may go along; they are sent
-    by value, as workers load no packs.
+    `foreign_code` tells whether code of custom node packs may go along, by value, as workers load no packs; `networks`
+    whether small networks of patches may, by default where code may.
     `also` names further parts as `pack`'s `refer` does. Raises CannotTravel.
     """
     parts: dict[int, _Part] = {}
@@ -59,7 +60,7 @@ def send(value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | N
         if isinstance(part, ModelPatcher):
             if any(part is one for one in ancestry(model)):
                 return _Part("patcher")
-            if not foreign_code:
+            if not (foreign_code if networks is None else networks):
                 raise CannotTravel(f"another model ({type(part.model).__name__}) takes part")
             if isinstance(part.model, BaseModel):
                 raise CannotTravel(f"it holds another diffusion model ({type(part.model).__name__})")
