@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,7 @@ class _Packer(cloudpickle.CloudPickler):
         self._reduce = reduce
         # By id; the tensor is kept, or another could get its id.
         self._stored_already: dict[int, tuple[_Stored, Tensor]] = {}
+        self._cells: dict[int, tuple[CellType, CellType]] = {}
 
     def persistent_id(self, value: Any) -> Any:
         reference = self._refer(value)
@@ -72,6 +73,18 @@ class _Packer(cloudpickle.CloudPickler):
         if reduced is BY_VALUE:
             return self._dynamic_function_reduce(value)
         return super().reducer_override(value) if reduced is NotImplemented else reduced
+
+    def _dynamic_function_reduce(self, function: FunctionType) -> Any:
+        """As Ray's, but functions that share a variable of the function around them (`nonlocal`) still do there: Ray's
+        gives each a cell of its own, with the same content at first."""
+        make, arguments, *rest = super()._dynamic_function_reduce(function)
+        if function.__closure__:
+            arguments = (*arguments[:-1], tuple(map(self._cell, function.__closure__)))
+        return make, arguments, *rest
+
+    def _cell(self, cell: CellType) -> CellType:
+        """An empty cell, the same one for the same; it is filled with the function's state."""
+        return self._cells.setdefault(id(cell), (CellType(), cell))[0]
 
     def _stored(self, value: Tensor) -> _Stored:
         if id(value) not in self._stored_already:

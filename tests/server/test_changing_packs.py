@@ -31,8 +31,8 @@ SPLIT = ["ChunkedFeedForward", "Embedding", "UsesWeights", "WeightInPlace", "Wei
          "InPlaceAttribute"]
 """These leave tokens split, the others need them whole."""
 WHOLE = ["AttentionForward", "AttentionByTorch", "AttentionClass", "AttentionMean", "CrossAttentionMean", "RootForward",
-         "ForwardOrigInWrapper", "ClassInWrapper", "InPlaceForwardOrig", "InPlaceForward", "InPlaceBlock",
-         "ForwardHook"]
+         "ForwardOrigInWrapper", "ClassInWrapper", "PartialInWrapper", "StateOnModel", "StateInClosure",
+         "InPlaceClasses", "InPlaceForwardOrig", "InPlaceForward", "InPlaceBlock", "ForwardHook"]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_the_node_is_named(server: ComfyServer) -> None:
 
 def test_nothing_is_left_for_the_next_run(server: ComfyServer) -> None:
     expected = [latent(server, change, "stock") for change in (None, "MeanOnWhatIsThere")]
-    for change in ("AttentionMean", "InPlaceBlock", "WeightInPlace"):
+    for change in ("AttentionMean", "InPlaceBlock", "WeightInPlace", "StateOnModel"):
         assert error(latent(server, change, "drop-in"), expected[0]) > 1e-2
         latent(server, None, "stock")  # after which ComfyUI loads the model anew
         for other, of_stock in zip((None, "MeanOnWhatIsThere"), expected, strict=True):

@@ -3,12 +3,13 @@
 import functools
 from unittest.mock import patch
 
+import comfy.ldm.wan.model
 import comfy.patcher_extension
 import comfy.samplers
 import torch
 from comfy.ldm.flux.math import apply_rope
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.ldm.wan.model import WanSelfAttention
+from comfy.ldm.wan.model import WanModel, WanSelfAttention
 
 BLOCK = "diffusion_model.blocks.0"
 
@@ -135,6 +136,64 @@ def ClassInWrapper(m):
     m.set_model_unet_function_wrapper(wrapper)
 
 
+def PartialInWrapper(m):
+    module = comfy.ldm.wan.model
+    old = module.sinusoidal_embedding_1d
+
+    def other(factor, dim, position):
+        return old(dim, position * factor)
+
+    def wrapper(apply, kwargs):
+        with patch.object(module, "sinusoidal_embedding_1d", functools.partial(other, 0.5)):
+            return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+    m.set_model_unet_function_wrapper(wrapper)
+
+
+def StateOnModel(m):
+    """Keeps on the model, as caching packs do, what the forward and the code around it know of a run."""
+    dm = m.get_model_object("diffusion_model")
+    old = type(dm).forward_orig
+
+    def other(self, *args, **kwargs):
+        self.their_calls = [*getattr(self, "their_calls", ()), 1]
+        return old(self, *args, **kwargs) * (1 + 0.2 * len(self.their_calls))
+
+    def wrapper(apply, kwargs):
+        if len(getattr(dm, "their_calls", ())) > 2:
+            del dm.their_calls
+        with patch.multiple(dm, forward_orig=_bound(other, dm)):
+            return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+    m.set_model_unet_function_wrapper(wrapper)
+
+
+def StateInClosure(m):
+    dm = m.get_model_object("diffusion_model")
+    old = type(dm).forward_orig
+    calls = 0
+
+    def other(self, *args, **kwargs):
+        return old(self, *args, **kwargs) * (1 + 0.2 * calls)
+
+    def wrapper(apply, kwargs):
+        nonlocal calls
+        calls += 1
+        with patch.multiple(dm, forward_orig=_bound(other, dm)):
+            return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+    m.set_model_unet_function_wrapper(wrapper)
+
+
+class _Root(WanModel):
+    def forward_orig(self, *args, **kwargs):
+        return super().forward_orig(*args, **kwargs) * 1.2
+
+
+def InPlaceClasses(m):
+    dm = m.model.diffusion_model
+    dm.__class__ = _Root
+    for block in dm.blocks:
+        block.self_attn.__class__ = _Dropping
+
+
 def InPlaceForwardOrig(m):
     dm = m.model.diffusion_model
     old = type(dm).forward_orig
@@ -211,9 +270,10 @@ def Failing(m):
 
 
 CHANGES = (AttentionForward, AttentionByTorch, AttentionClass, AttentionMean, MeanOnWhatIsThere, CrossAttentionMean,
-           ChunkedFeedForward, Embedding, RootForward, ForwardOrigInWrapper, ClassInWrapper, InPlaceForwardOrig,
-           InPlaceForward, InPlaceBlock, InPlaceAttribute, ForwardHook, WeightInPlace, WeightData, WeightReplaced,
-           UsesWeights, Loop, ReplacedInPlace, Failing)
+           ChunkedFeedForward, Embedding, RootForward, ForwardOrigInWrapper, ClassInWrapper, PartialInWrapper,
+           StateOnModel, StateInClosure, InPlaceClasses, InPlaceForwardOrig, InPlaceForward, InPlaceBlock,
+           InPlaceAttribute, ForwardHook, WeightInPlace, WeightData, WeightReplaced, UsesWeights, Loop, ReplacedInPlace,
+           Failing)
 
 
 def _node(change):

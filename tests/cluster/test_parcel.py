@@ -1,0 +1,42 @@
+"""Code that travels by value goes on to work as one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from raylight.cluster import parcel
+
+
+def there(value: Any) -> Any:
+    return parcel.unpack(parcel.pack(value, lambda _: None), lambda one: one, torch.device("cpu"))
+
+
+def counter() -> tuple[Callable[[], None], Callable[[], int]]:
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+
+    def steps() -> int:
+        return count
+
+    return step, steps
+
+
+def test_functions_go_on_sharing_their_variables() -> None:
+    step, steps = counter()
+    step()
+    step_there, steps_there = there((step, steps))
+    step_there()
+    assert (steps_there(), steps()) == (2, 1)
+
+
+def test_a_function_that_calls_itself() -> None:
+    def fall(number: int) -> int:
+        return number and fall(number - 1)
+
+    assert there(fall)(3) == 0
