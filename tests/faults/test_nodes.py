@@ -13,8 +13,8 @@ from raylight.demo.graphs import on_workers
 
 def status(server: FaultServer) -> str:
     # A seed of its own: of a graph that comes again ComfyUI would run nothing, and start no workers.
-    graph = on_workers(replace(JOB, seed=20), 2) | {"status": {"class_type": "RaylightStatus", "inputs": {"after": ["sample", 0]}}}
-    history = server.run(graph, timeout=180)
+    asked = {"class_type": "RaylightStatus", "inputs": {"after": ["sample", 0]}}
+    history = server.run(on_workers(replace(JOB, seed=20), 2) | {"status": asked}, timeout=180)
     return history.outputs["status"]["text"][0]
 
 
