@@ -33,8 +33,8 @@ def replaced_in(classes: Iterable[type]) -> Iterator[Change]:
     for module in _called_by(tuple(classes)):
         for name, value in list(vars(sys.modules[module]).items()):
             if isinstance(value, type) and value in classes and is_foreign_class(value) and name in _names_of(module):
-                raise ValueError(f"{module}.{name}, of which it is built, was replaced by {value.__module__}."
-                                 f"{value.__qualname__}")
+                raise ValueError(f"{module}.{name}, of which it is built, was replaced by {value.__qualname__} of the "
+                                 f"node pack {pack_of(sys.modules[value.__module__].__file__ or '')}")
         yield from (Change(f"python:{module}", name, value) for name, value in _replaced_in_module(sys.modules[module]))
 
 

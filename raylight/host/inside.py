@@ -25,6 +25,7 @@ from raylight.plans import plan_of
 from . import skeleton
 from .as_built import INNER
 from .attention_hook import OVERRIDE
+from .attention_kernels import is_kernel
 from .changes import HOOKS, Change
 from .foreign_code import is_foreign_function
 from .job import Inside
@@ -48,7 +49,8 @@ def inside_of(patcher: RemotePatcher, changes: Sequence[Change]) -> Inside:
     except ValueError:  # nothing is split then
         return Inside()
     override = patcher.model_options.get("transformer_options", {}).get(OVERRIDE)
-    if override is not None and patcher.workers.config.mesh.ring > 1:  # a ring merges parts by their log-sum-exp
+    # A ring merges parts by their log-sum-exp.
+    if override is not None and (patcher.workers.config.mesh.ring > 1 or not is_kernel(override)):
         return Inside(_named(override, OVERRIDE))
     split = _region(plan)
     watched: list[str] = []

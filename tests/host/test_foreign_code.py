@@ -12,7 +12,8 @@ import comfy.samplers
 import pytest
 from comfy.ldm.wan.model import WanAttentionBlock, WanModel
 
-from raylight.host import foreign_code
+from raylight.host import attention_kernels, foreign_code
+from raylight.host.attention_kernels import is_kernel
 
 CLASSES = (WanModel, WanAttentionBlock)
 
@@ -32,6 +33,7 @@ class TheirBlock(WanAttentionBlock): ...
 @pytest.fixture(autouse=True)
 def this_file_is_of_a_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreign_code, "is_foreign_file", lambda path: path == __file__)
+    assert attention_kernels.is_foreign is foreign_code.is_foreign
 
 
 @pytest.mark.parametrize("code", [theirs, functools.partial(theirs, 1), Theirs(), Theirs().method,
@@ -54,8 +56,23 @@ def test_a_class_of_which_the_model_is_built(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(comfy.ldm.wan.model, "WanAttentionBlock", TheirBlock)
     assert list(foreign_code.replaced_in(CLASSES)) == []  # built before
     with pytest.raises(ValueError, match=r"comfy\.ldm\.wan\.model\.WanAttentionBlock, of which it is built, was "
-                                         r"replaced by .*TheirBlock"):
+                                         r"replaced by TheirBlock of the node pack"):
         list(foreign_code.replaced_in((WanModel, TheirBlock)))
+
+
+def sageattn(*_: Any) -> None: ...
+
+
+def test_an_override_that_calls_a_library_of_kernels() -> None:
+    def fast(attention: Any, *args: Any, **kwargs: Any) -> Any:
+        return sageattn(*args, **kwargs)
+
+    def deeper(attention: Any, *args: Any, **kwargs: Any) -> Any:
+        return fast(attention, *args, **kwargs)
+
+    assert is_kernel(fast) and is_kernel(deeper) and is_kernel(functools.partial(deeper))
+    assert is_kernel(comfy.ldm.wan.model.optimized_attention)
+    assert not is_kernel(theirs) and not is_kernel(Theirs()) and not is_kernel(functools.partial(theirs))
 
 
 def test_what_is_only_added_takes_the_place_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

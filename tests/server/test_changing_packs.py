@@ -27,10 +27,11 @@ JOB = Sampling("wan.safetensors", width=112, height=80, frames=9, steps=2)
 WORKERS = on_workers(JOB, 2)["workers"]
 PACK = Path(__file__).resolve().parents[1] / "support" / "changing_pack"
 
-SPLIT = ["ChunkedFeedForward", "Embedding", "UsesWeights", "WeightInPlace", "WeightData", "WeightReplaced", "Loop",
+SPLIT = ["ChunkedFeedForward", "Embedding", "WeightInPlace", "WeightData", "WeightReplaced", "Loop",
          "InPlaceAttribute"]
 """These leave tokens split, the others need them whole."""
 WHOLE = ["AttentionForward", "AttentionByTorch", "AttentionClass", "AttentionMean", "CrossAttentionMean", "RootForward",
+         "UsesWeights", "OverrideByHead", "OverrideByToken",
          "ForwardOrigInWrapper", "ClassInWrapper", "PartialInWrapper", "StateOnModel", "StateInClosure",
          "InPlaceClasses", "InPlaceForwardOrig", "InPlaceForward", "InPlaceBlock", "ForwardHook"]
 

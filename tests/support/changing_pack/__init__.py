@@ -243,6 +243,25 @@ def UsesWeights(m):
     m.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **k: f(*a, **k) + c
 
 
+def OverrideByHead(m):
+    def override(attention, q, k, v, heads, **kwargs):
+        out = attention(q, k, v, heads, **kwargs).clone()
+        if kwargs.get("skip_output_reshape"):
+            out[:, 0] *= 1.5
+        else:
+            out[..., :out.shape[-1] // heads] *= 1.5
+        return out
+    m.model_options["transformer_options"]["optimized_attention_override"] = override
+
+
+def OverrideByToken(m):
+    def override(attention, q, k, v, heads, **kwargs):
+        out = attention(q, k, v, heads, **kwargs).clone()
+        (out[:, :, :7] if kwargs.get("skip_output_reshape") else out[:, :7]).mul_(1.5)
+        return out
+    m.model_options["transformer_options"]["optimized_attention_override"] = override
+
+
 def Loop(m):
     """A pack that takes the place of a function of ComfyUI's sampling as long as this model's run goes on."""
     old = comfy.samplers.cfg_function
@@ -272,8 +291,8 @@ def Failing(m):
 CHANGES = (AttentionForward, AttentionByTorch, AttentionClass, AttentionMean, MeanOnWhatIsThere, CrossAttentionMean,
            ChunkedFeedForward, Embedding, RootForward, ForwardOrigInWrapper, ClassInWrapper, PartialInWrapper,
            StateOnModel, StateInClosure, InPlaceClasses, InPlaceForwardOrig, InPlaceForward, InPlaceBlock,
-           InPlaceAttribute, ForwardHook, WeightInPlace, WeightData, WeightReplaced, UsesWeights, Loop, ReplacedInPlace,
-           Failing)
+           InPlaceAttribute, ForwardHook, WeightInPlace, WeightData, WeightReplaced, UsesWeights,
+           OverrideByHead, OverrideByToken, Loop, ReplacedInPlace, Failing)
 
 
 def _node(change):
