@@ -55,6 +55,9 @@ class AsBuilt:
         self._weights = {name: (weight, _place(weight), _version(weight), weight.shape)
                          for name, weight in base.diffusion_model.named_parameters()}
         self._classes = tuple({kept.kind: None for kept in self._kept.values()})
+        # By the model: its modules when it was seen first, as others of the same class may take their places.
+        self._first: weakref.WeakKeyDictionary[BaseModel, dict[str, nn.Module]] = weakref.WeakKeyDictionary(
+            {base: {path: kept.module for path, kept in self._kept.items()}})
         # By the model that was compared: its state then, the patches that were left out, and what differed.
         self._seen: weakref.WeakKeyDictionary[BaseModel, tuple[list[Any], frozenset[str], list[Change]]] = \
             weakref.WeakKeyDictionary()
@@ -103,12 +106,15 @@ class AsBuilt:
             if isinstance(value, _FUNCTIONS) and _is_method(base, name) and not _is_its_own(base, name, value):
                 yield Change("", name, value)
         now = dict(_parts(base))
+        first = self._first.setdefault(base, {})
         for path, kept in self._kept.items():
             module = now.pop(path, None)
             if _is_within(path, patched):
                 continue
             if module is None:
                 raise ValueError(f"{path} was taken out of the model")
+            if first.setdefault(path, module) is not module:
+                raise ValueError(f"{path} was replaced by another ({type(module).__qualname__})")
             yield from _differences(path, kept, module)
         for path in now:
             if not _is_within(path, patched):

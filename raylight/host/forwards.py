@@ -55,7 +55,7 @@ class Forwards:
         whole = job.model.inside.whole
         if whole and self._before is None:
             self._before = AsBefore(patcher.model.diffusion_model)
-        with changed(patcher, changes), split.watching(patcher, job.model.inside.watched):
+        with changed(patcher, changes), split.watching(patcher, job.model.inside):
             comfy.model_management.load_models_gpu([patcher], memory_required=_memory(patcher, args))
             patcher.pre_run()
             diffusion_model = patcher.model.diffusion_model

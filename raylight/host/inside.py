@@ -54,16 +54,20 @@ def inside_of(patcher: RemotePatcher, changes: Sequence[Change]) -> Inside:
         return Inside(_named(override, OVERRIDE))
     split = _region(plan)
     watched: list[str] = []
+    by_token: list[str] = []
     for path, code in (*_patched(patcher), *_changed(changes)):
         if path is None:
             return Inside(_named(code, ""))
         module = _submodule(model, path)
-        if _is_own(module, code) or _works_by_token(path, module, code):
+        if _is_own(module, code):
+            continue
+        if _works_by_token(path, module, code):
+            by_token.append(path)
             continue
         if path == "" or split.matches(path):
             return Inside(_named(code, path))
         watched.append(path)
-    return Inside("", tuple(dict.fromkeys(watched)))
+    return Inside("", tuple(dict.fromkeys(watched)), tuple(dict.fromkeys(by_token)))
 
 
 def begin() -> None:

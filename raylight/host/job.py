@@ -17,10 +17,12 @@ from .recipe import ModelRecipe
 @dataclass(frozen=True, slots=True)
 class Inside:
     """What code of nodes inside of a diffusion model asks for. `whole` says whose code asks for whole tokens, "" where
-    none does; `watched` are paths of modules, from the diffusion model, that must not be called with split tokens."""
+    none does; `watched` are paths of modules, from the diffusion model, that must not be called with split tokens;
+    `by_token` of those that have to work on each token by itself."""
 
     whole: str = ""
     watched: tuple[str, ...] = ()
+    by_token: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

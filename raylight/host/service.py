@@ -75,7 +75,7 @@ class ModelService:
     def _one(self, run: Run, held: Resident, patcher: RankPatcher, place: int, job: RunJob) -> RunResult:
         guided = GuidedRun(run, patcher, place, job, self._context.device)
         held.split.install(guided.model_options, job.model)
-        with held.split.watching(patcher, job.model.inside.watched):
+        with held.split.watching(patcher, job.model.inside):
             return guided.sample()
 
     def forward(self, run: Run, job: ForwardJob) -> Parcel | None:

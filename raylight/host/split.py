@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.attention.kernels import kernel
@@ -28,8 +29,9 @@ from raylight.parallel.whole import WholeTokens
 from raylight.plans import plan_for
 
 from . import attention_door, attention_hook, patch_hook
-from .job import ModelJob
+from .job import Inside, ModelJob
 from .sharing import Sharing
+from .token_probe import TokenProbe
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +89,15 @@ class SplitModel:
             self._sharing.use(split, sequence, None if whole else self._crews.everyone(local))
 
     @contextmanager
-    def watching(self, patcher: ModelPatcher, paths: Sequence[str]) -> Iterator[None]:
-        """Within it, modules at these paths of the diffusion model, or what object patches put there, raise ValueError
-        where they are called with split tokens."""
+    def watching(self, patcher: ModelPatcher, inside: Inside) -> Iterator[None]:
+        """Within it, the modules that `inside` names, or what object patches put there, raise ValueError: the watched
+        where they are called with split tokens, the others where they do not work on each token by itself."""
         with ExitStack() as stack:
-            for path in paths if self._tokens is not None else ():
+            for path in inside.by_token if self._tokens is not None and self._tokens.degree > 1 else ():
+                module = patcher.get_model_object(f"diffusion_model.{path}")
+                if isinstance(module, nn.Module):
+                    stack.callback(TokenProbe(path, module).remove)
+            for path in inside.watched if self._tokens is not None else ():
                 module = patcher.get_model_object(f"diffusion_model.{path}")
                 stack.callback(module.register_forward_pre_hook(functools.partial(self._refuse, path)).remove)
             yield

@@ -107,6 +107,19 @@ def test_the_node_is_named(server: ComfyServer) -> None:
                      log_since(server, 0))
 
 
+@pytest.mark.parametrize("way", ["drop-in", "behind", "end"])
+def test_rejects_modules_in_another_order(server: ComfyServer, way: str) -> None:
+    with pytest.raises(PromptFailed, match=r"blocks\.0 was replaced by another \(WanAttentionBlock\)"):
+        server.run(graph("OtherOrderInWrapper", way), timeout=120)
+
+
+def test_rejects_a_norm_that_looks_at_other_tokens(server: ComfyServer) -> None:
+    began = len(log_since(server, 0))
+    with pytest.raises(PromptFailed, match=r"changed blocks\.0\.norm1 of the model, which does not work on each"):
+        server.run(graph("NormOverTokens", "drop-in"), timeout=120)
+    assert "ending the workers" not in log_since(server, began)
+
+
 def test_nothing_is_left_for_the_next_run(server: ComfyServer) -> None:
     expected = [latent(server, change, "stock") for change in (None, "MeanOnWhatIsThere")]
     for change in ("AttentionMean", "InPlaceBlock", "WeightInPlace", "StateOnModel"):

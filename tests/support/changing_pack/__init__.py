@@ -87,6 +87,11 @@ def ChunkedFeedForward(m):
     m.add_object_patch(f"{BLOCK}.ffn.forward", forward)
 
 
+def NormOverTokens(m):
+    old = m.get_model_object(f"{BLOCK}.norm1").forward
+    m.add_object_patch(f"{BLOCK}.norm1.forward", lambda x: old(x) - x.mean(1, keepdim=True))
+
+
 def Embedding(m):
     old = m.get_model_object("diffusion_model.rope_embedder")
 
@@ -281,18 +286,21 @@ def ReplacedInPlace(m):
     blocks[0] = torch.nn.Identity()
 
 
-def Failing(m):
-    """Raises inside of a step, on every worker alike."""
-    def forward(x, *args):
-        raise RuntimeError("this node has failed")
-    m.add_object_patch("diffusion_model.blocks.1.ffn.forward", forward)
+def OtherOrderInWrapper(m):
+    dm = m.model.diffusion_model
+    blocks = torch.nn.ModuleList([*dm.blocks][::-1])
+
+    def wrapper(apply, kwargs):
+        with patch.object(dm, "blocks", blocks):
+            return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+    m.set_model_unet_function_wrapper(wrapper)
 
 
 CHANGES = (AttentionForward, AttentionByTorch, AttentionClass, AttentionMean, MeanOnWhatIsThere, CrossAttentionMean,
-           ChunkedFeedForward, Embedding, RootForward, ForwardOrigInWrapper, ClassInWrapper, PartialInWrapper,
-           StateOnModel, StateInClosure, InPlaceClasses, InPlaceForwardOrig, InPlaceForward, InPlaceBlock,
-           InPlaceAttribute, ForwardHook, WeightInPlace, WeightData, WeightReplaced, UsesWeights,
-           OverrideByHead, OverrideByToken, Loop, ReplacedInPlace, Failing)
+           ChunkedFeedForward, NormOverTokens, Embedding, RootForward, ForwardOrigInWrapper, ClassInWrapper,
+           PartialInWrapper, StateOnModel, StateInClosure, InPlaceClasses, InPlaceForwardOrig, InPlaceForward,
+           InPlaceBlock, InPlaceAttribute, ForwardHook, WeightInPlace, WeightData, WeightReplaced, UsesWeights,
+           OverrideByHead, OverrideByToken, Loop, ReplacedInPlace, OtherOrderInWrapper, Failing)
 
 
 def _node(change):
