@@ -296,6 +296,13 @@ def OtherOrderInWrapper(m):
     m.set_model_unet_function_wrapper(wrapper)
 
 
+def Failing(m):
+    """Raises inside of a step, on every worker alike."""
+    def forward(x, *args):
+        raise RuntimeError("this node has failed")
+    m.add_object_patch("diffusion_model.blocks.1.ffn.forward", forward)
+
+
 CHANGES = (AttentionForward, AttentionByTorch, AttentionClass, AttentionMean, MeanOnWhatIsThere, CrossAttentionMean,
            ChunkedFeedForward, NormOverTokens, Embedding, RootForward, ForwardOrigInWrapper, ClassInWrapper,
            PartialInWrapper, StateOnModel, StateInClosure, InPlaceClasses, InPlaceForwardOrig, InPlaceForward,
