@@ -113,7 +113,8 @@ class AsBuilt:
                 continue
             if module is None:
                 raise ValueError(f"{path} was taken out of the model")
-            if first.setdefault(path, module) is not module:
+            # Of a list only what is in it matters.
+            if first.setdefault(path, module) is not module and not isinstance(module, nn.ModuleList):
                 raise ValueError(f"{path} was replaced by another ({type(module).__qualname__})")
             yield from _differences(path, kept, module)
         for path in now:
