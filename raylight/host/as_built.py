@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class AsBuilt:
 
 def _differences(path: str, kept: _Kept, module: nn.Module) -> Iterator[Change]:
     is_same = module is kept.module
-    if type(module) is not kept.kind:
+    if type(module) is not kept.kind and (is_same or not _is_made_alike(type(module), kept.kind)):
         if not is_same and not issubclass(type(module), kept.kind):
             raise ValueError(f"{path} was replaced by another ({type(module).__qualname__})")
         yield Change(path, "__class__", type(module))
@@ -139,6 +140,20 @@ def _differences(path: str, kept: _Kept, module: nn.Module) -> Iterator[Change]:
         for key, hook in attributes[kind].items():
             if not is_same or key not in kept.hooks:
                 yield Change(path, kind, hook, key in takes_kwargs)
+
+
+def _is_made_alike(kind: type, other: type) -> bool:
+    """Whether classes of two models are the same code: ComfyUI makes those of quantised layers anew for each model, and
+    a GGUF pack is imported once for ComfyUI and once for Raylight, which gives its layers a class of their own."""
+    if other.__module__.startswith(f"{__package__}."):
+        other = other.__bases__[0]
+    return kind.__qualname__ == other.__qualname__ and _file(kind) is not None and _file(kind) == _file(other)
+
+
+def _file(kind: type) -> str | None:
+    """Where the code of a class is; its module may not be among those that Python knows."""
+    code = next((value.__code__ for value in vars(kind).values() if isinstance(value, FunctionType)), None)
+    return None if code is None else os.path.realpath(code.co_filename)
 
 
 def _differs(before: Any, name: str, value: Any, is_method: bool) -> bool:

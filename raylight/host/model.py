@@ -30,11 +30,11 @@ _OF_FILES = (RuntimeError, ValueError, OSError, EOFError, LookupError, TypeError
              zipfile.BadZipFile, SafetensorError)
 
 
-def map_file(recipe: ModelRecipe) -> MappedModel:
+def map_file(recipe: ModelRecipe, tells: bool = True) -> MappedModel:
     """The model of a recipe with its weights still in the file.
 
     Raises ValueError, naming the file, when it cannot be a diffusion model. Logs, as ComfyUI does, what the model has
-    no place for; in ComfyUI's process only, which maps each file too."""
+    no place for; in ComfyUI's process only, which maps each file too, and not where it only looks (`tells`)."""
     with errors_of(recipe):
         if recipe.export is not None:
             return load_exported(recipe)
@@ -42,7 +42,7 @@ def map_file(recipe: ModelRecipe) -> MappedModel:
             mapped = load_gguf(recipe.path, recipe.gguf_pack)
         else:
             mapped = load_mapped(recipe.path, _options(recipe.weight_dtype))
-    if mapped.unused and not is_rank():
+    if mapped.unused and tells and not is_rank():
         logger.warning("%s is loaded without %d of its tensors, for which %s has no place (unet unexpected: %s)",
                        recipe.name, len(mapped.unused), type(mapped.model.diffusion_model).__name__,
                        some(mapped.unused))

@@ -84,7 +84,7 @@ def _of_remote(old: ModelRecipe, workers: Workers) -> ModelRecipe:
 def _look(model: ModelPatcher, workers: Workers, now: dict[str, bytes]) -> _Known:
     """Find the file of a model, or make one."""
     for recipe in _files(model):
-        changed = _changed(model, models.map_file(recipe))
+        changed = _changed(model, models.map_file(recipe, tells=False))
         if not changed:
             return _remember(model.model, _Known(now, recipe))
         more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
