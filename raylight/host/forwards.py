@@ -54,7 +54,7 @@ class Forwards:
         split.install(patcher.model_options, job.model)
         whole = job.model.inside.whole
         if whole and self._before is None:
-            self._before = AsBefore(patcher.model.diffusion_model)
+            self._before = AsBefore(patcher)
         with changed(patcher, changes), split.watching(patcher, job.model.inside):
             comfy.model_management.load_models_gpu([patcher], memory_required=_memory(patcher, args))
             patcher.pre_run()

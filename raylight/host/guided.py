@@ -73,7 +73,7 @@ class GuidedRun:
         return RunResult(samples.cpu(), random_state(self._device), self._last_step())
 
     def _clean(self) -> AbstractContextManager[None]:
-        return leaving_nothing(self._guider.model_patcher.model.diffusion_model) if self._job.model.inside.whole \
+        return leaving_nothing(self._guider.model_patcher) if self._job.model.inside.whole \
             else nullcontext()
 
     def _enter_step(self, number: int) -> None:

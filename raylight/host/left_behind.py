@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from .changes import HOOKS
@@ -20,7 +21,11 @@ _NOTHING = object()
 class AsBefore:
     """A model before code of nodes runs in it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, patcher: ModelPatcher) -> None:
+        """Takes back what ComfyUI has put on the patcher's model for the run before, which would be put back else."""
+        patcher.unpatch_model(unpatch_weights=False)
+        model = patcher.model.diffusion_model
+        self._patcher = patcher
         self._kept = [(path, module, type(module), _attributes(module), {kind: set(vars(module)[kind])
                                                                         for kind in HOOKS})
                       for path, module in model.named_modules()]
@@ -28,6 +33,7 @@ class AsBefore:
 
     def restore(self) -> None:
         """Take away what has come since, and put back what was there."""
+        self._patcher.unpatch_model(unpatch_weights=False)
         for _, module, kind, attributes, hooks in self._kept:
             if type(module) is not kind:
                 module.__class__ = kind
@@ -50,9 +56,9 @@ class AsBefore:
 
 
 @contextmanager
-def leaving_nothing(model: nn.Module) -> Iterator[None]:
-    """Within it code may leave on the model what it likes; after it nothing is left."""
-    before = AsBefore(model)
+def leaving_nothing(patcher: ModelPatcher) -> Iterator[None]:
+    """Within it code may leave on the patcher's model what it likes; after it nothing is left."""
+    before = AsBefore(patcher)
     try:
         yield
     finally:

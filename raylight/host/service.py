@@ -53,6 +53,7 @@ class ModelService:
         Rank 0 emits `(place, StepDone)` after every step of its runs; all can be cancelled at each step.
         """
         first = jobs[0]
+        self._forwards.clear()  # a run may find nothing on the model of what the loops in ComfyUI have left
         with mode_of(first.model.recipe.sharding):
             self._forwards.clear()
             held, patcher = self._ready(run, first.model)
