@@ -19,16 +19,12 @@ from typing import Any
 from comfy.model_base import BaseModel
 from torch import Tensor, nn
 
-from .changes import HOOKS, Change
+from .changes import HOOKS, OF_LOADING, OF_TORCH, SIMPLE, Change
 from .foreign_code import replaced_in
 from .private_pages import are_written
 
 INNER = "diffusion_model"
-# What `nn.Module` itself keeps in a module, and what ComfyUI sets on the modules of models that it loads and moves.
-_OF_TORCH = frozenset(vars(nn.Module()))
-_OF_LOADING = ("comfy_", "prev_comfy_", "weight_", "bias_", "_")
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
-_SIMPLE = (bool, int, float, str, bytes, type(None))
 _NOTHING = object()
 
 
@@ -43,7 +39,7 @@ class _Kept:
 
     @classmethod
     def of(cls, module: nn.Module) -> _Kept:
-        attributes = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+        attributes = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
         return cls(module, type(module), attributes, frozenset(key for kind in HOOKS for key in vars(module)[kind]))
 
 
@@ -131,7 +127,7 @@ def _differences(path: str, kept: _Kept, module: nn.Module) -> Iterator[Change]:
         yield Change(path, "__class__", type(module))
     attributes = vars(module)
     for name, value in attributes.items():
-        if name not in _OF_TORCH and not _is_its_own(module, name, value):
+        if name not in OF_TORCH and not _is_its_own(module, name, value):
             before = kept.attributes.get(name, _NOTHING)
             if before is not value and (is_same or _differs(before, name, value, _is_method(module, name))):
                 yield Change(path, name, value)
@@ -160,13 +156,13 @@ def _differs(before: Any, name: str, value: Any, is_method: bool) -> bool:
     """Whether an attribute of another model of the same file is not what it was when that was built."""
     if is_method:  # put before a method of the class
         return True
-    if name.startswith(_OF_LOADING):
+    if name.startswith(OF_LOADING):
         return False
     if before is _NOTHING:
-        return isinstance(value, (*_FUNCTIONS, *_SIMPLE))
+        return isinstance(value, (*_FUNCTIONS, *SIMPLE))
     if isinstance(value, _FUNCTIONS):
         return type(before) is not type(value) or _name(before) != _name(value)
-    return isinstance(value, _SIMPLE) and (type(before) is not type(value) or before != value)
+    return isinstance(value, SIMPLE) and (type(before) is not type(value) or before != value)
 
 
 def _name(function: Any) -> str:
@@ -186,7 +182,7 @@ def _state(base: BaseModel) -> list[Any]:
     for _, module in _parts(base):
         found += [module, type(module)]
         for name, value in vars(module).items():
-            if name not in _OF_TORCH:
+            if name not in OF_TORCH:
                 found.append(value)
             elif name in HOOKS:
                 found += value.values()

@@ -14,6 +14,12 @@ from torch import nn
 
 _MISSING = object()
 
+# What `nn.Module` itself keeps in a module, and how attributes begin that ComfyUI and PyTorch set on the modules of
+# models that they load, move and split: none of these is a change of a node's.
+OF_TORCH = frozenset(vars(nn.Module()))
+OF_LOADING = ("comfy_", "prev_comfy_", "weight_", "bias_", "_")
+SIMPLE = (bool, int, float, str, bytes, type(None))
+
 # PyTorch's hooks that take part in a forward, by the dict in which a module keeps them.
 HOOKS = {"_forward_pre_hooks": "register_forward_pre_hook", "_forward_hooks": "register_forward_hook"}
 

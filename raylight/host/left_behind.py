@@ -9,12 +9,8 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from .changes import HOOKS
+from .changes import HOOKS, OF_LOADING, OF_TORCH, SIMPLE
 
-_OF_TORCH = frozenset(vars(nn.Module()))
-# What ComfyUI and PyTorch set on the modules of models that they load, move and split.
-_OF_LOADING = ("comfy_", "prev_comfy_", "weight_", "bias_", "_")
-_VALUES = (bool, int, float, str, bytes, type(None))
 _NOTHING = object()
 
 
@@ -67,14 +63,14 @@ def leaving_nothing(patcher: ModelPatcher) -> Iterator[None]:
 
 def _attributes(module: nn.Module) -> Mapping[str, Any]:
     return {name: value for name, value in vars(module).items()
-            if name not in _OF_TORCH and not name.startswith(_OF_LOADING)}
+            if name not in OF_TORCH and not name.startswith(OF_LOADING)}
 
 
 def _is_state(value: Any) -> bool:
-    return not callable(value) and not isinstance(value, (*_VALUES, Tensor, tuple))
+    return not callable(value) and not isinstance(value, (*SIMPLE, Tensor, tuple))
 
 
 def _differs(before: Any, value: Any) -> bool:
-    if isinstance(value, _VALUES):
+    if isinstance(value, SIMPLE):
         return type(before) is not type(value) or before != value
     return isinstance(value, Tensor) and before is not value
