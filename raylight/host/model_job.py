@@ -18,10 +18,10 @@ def model_job(session: Session, patcher: RemotePatcher, changes: Sequence[Change
     """The model of a patcher as it is now, with what nodes have changed on the model itself. `whole` is as in `Inside`,
     for code that is not there yet. Raises ValueError for patches of weights that cannot be sent."""
     patches = None
-    written = written_weights.of(patcher.model)
+    written, content = written_weights.of(patcher.model)
     if patcher.patches or written:
         try:
-            patches = session.shared.of(f"{patcher.patches_uuid}{written_weights.version(written)}",
+            patches = session.shared.of(f"{patcher.patches_uuid}{content}",
                                         lambda: send((written, patcher.patches), patcher, foreign_code=True))
         except CannotTravel as error:
             raise ValueError(f"a patch of the model's weights cannot be sent to the workers: {error}") from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Mapping
 
 import torch
 from comfy.model_base import BaseModel
 from torch import Tensor
+
+from raylight.cluster.parcel import as_bytes
 
 from . import model, skeleton
 from .private_pages import are_written
@@ -20,13 +23,13 @@ _REMEDY = ("take the model from Load Diffusion Model, and put Parallelize Model 
            "weights")
 
 
-# As they were when the last run began.
-_found: weakref.WeakKeyDictionary[BaseModel, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+# As they were when the last run began, and a text of what they were.
+_found: weakref.WeakKeyDictionary[BaseModel, tuple[dict[str, Tensor], str]] = weakref.WeakKeyDictionary()
 
 
-def of(base: BaseModel) -> dict[str, Tensor]:
-    """What `look` found last."""
-    return _found.get(base, {})
+def of(base: BaseModel) -> tuple[dict[str, Tensor], str]:
+    """What `look` found last, and a text that is another for other weights or content; "" where there are none."""
+    return _found.get(base, ({}, ""))
 
 
 def look(base: BaseModel, recipe: ModelRecipe) -> None:
@@ -49,14 +52,20 @@ def look(base: BaseModel, recipe: ModelRecipe) -> None:
     if size > LARGEST:
         raise ValueError(f"a node has changed {len(names)} weights of {recipe.name} in ComfyUI's process, "
                          f"{size / 1e9:.1f} GB, which is too much to be sent with each run: {_REMEDY}")
-    _found[base] = {PREFIX + name: now[name].detach() for name in names}
+    weights = {PREFIX + name: now[name].detach() for name in names}
+    _found[base] = weights, _digest(weights)
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """Of their content: what is written by `.data` changes neither a weight's place nor its version."""
+    if not weights:
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in weights.items():
+        digest.update(name.encode())
+        digest.update(as_bytes(weight))
+    return digest.hexdigest()
 
 
 def _is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype.is_floating_point and not weight.is_meta
-
-
-def version(weights: Mapping[str, Tensor]) -> str:
-    """Another text where other weights, or the same ones changed again, are sent."""
-    return "-".join(f"{name}:{weight.data_ptr():x}:{-1 if weight.is_inference() else weight._version}"
-                    for name, weight in weights.items())

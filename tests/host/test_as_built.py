@@ -114,12 +114,17 @@ def test_finds_a_weight_that_was_written_to(write: Callable[[Any], Any], base: B
     before = base.diffusion_model.head.head.weight.clone()
     with torch.inference_mode():  # as ComfyUI runs nodes
         written_weights.look(base, recipe)
-        assert written_weights.of(base) == {}
+        assert written_weights.of(base) == ({}, "")
         write(base.diffusion_model.head.head)
         written_weights.look(base, recipe)
-    found = written_weights.of(base)
+    found, content = written_weights.of(base)
     assert list(found) == [WEIGHT]
     assert torch.equal(found[WEIGHT], before * 2)
+    with torch.inference_mode():
+        base.diffusion_model.head.head.weight.data.mul_(3)
+        written_weights.look(base, recipe)
+    found, again = written_weights.of(base)
+    assert torch.equal(found[WEIGHT], before * 6) and again != content, "the same weight, written to once more"
     assert skeleton.of(recipe, lambda *_: None) is not base, "a loader gives a model that nobody has changed"
 
 
