@@ -164,14 +164,14 @@ def workers(path: Path, ranks: int, sharding: str, step: bool) -> Row:
     from raylight.cluster import current
     from raylight.cluster.config import SessionConfig
     from raylight.demo.prompts import random_prompt
-    from raylight.host import boot, driver
+    from raylight.host import driver, workers
     from raylight.host.handles import RayModel, Workers
     from raylight.host.recipe import ModelRecipe
     from raylight.parallel.shape import MeshShape
 
     config = SessionConfig(MeshShape(ulysses=ranks), "cpu")
     model = RayModel(Workers(config, "TORCH"), ModelRecipe.of(str(path), "bf16", sharding))
-    session = current.session(config, boot.service_spec())
+    session = current.session(config, workers.service_spec())
     try:
         with Memory([place.pid for place in session.places.values()]) as memory:
             began = time.perf_counter()

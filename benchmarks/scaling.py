@@ -84,9 +84,9 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
         raylight.parallel.hooks.SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens,
                                               world // ring)
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        attention_hook.install(options, SequenceAttention(tokens, strategy), kernel("TORCH_FLASH"))
+        attention_hook.install_override(options, SequenceAttention(tokens, strategy), kernel("TORCH_FLASH"))
     else:
-        attention_hook.install(options, lambda k, q, key, v, mask, scale: k(q, key, v, mask, scale),
+        attention_hook.install_override(options, lambda k, q, key, v, mask, scale: k(q, key, v, mask, scale),
                                kernel("TORCH_FLASH"))
     seconds, communication = [], []
     with torch.inference_mode():

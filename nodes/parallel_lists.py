@@ -12,7 +12,7 @@ from .types import CATEGORY
 SLOTS = 8
 
 
-def _schema(node_id: str, display_name: str, description: str, kind: Any, name: str, what: str) -> io.Schema:
+def _list_schema(node_id: str, display_name: str, description: str, kind: Any, name: str, what: str) -> io.Schema:
     return io.Schema(
         node_id=node_id,
         display_name=display_name,
@@ -36,7 +36,7 @@ class DPNoiseList(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema("DPNoiseList", "DP Noise List", cleandoc(cls.__doc__), io.Noise, "noise", "Noise")
+        return _list_schema("DPNoiseList", "DP Noise List", cleandoc(cls.__doc__), io.Noise, "noise", "Noise")
 
     @classmethod
     def execute(cls, **slots: Any) -> io.NodeOutput:
@@ -48,7 +48,7 @@ class DPConditioningList(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema("DPConditioningList", "DP Conditioning List", cleandoc(cls.__doc__), io.Conditioning,
+        return _list_schema("DPConditioningList", "DP Conditioning List", cleandoc(cls.__doc__), io.Conditioning,
                        "conditioning", "Prompt")
 
     @classmethod
@@ -61,7 +61,7 @@ class DPLatentList(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema("DPLatentList", "DP Latent List", cleandoc(cls.__doc__), io.Latent, "latent", "Latent")
+        return _list_schema("DPLatentList", "DP Latent List", cleandoc(cls.__doc__), io.Latent, "latent", "Latent")
 
     @classmethod
     def execute(cls, **slots: Any) -> io.NodeOutput:

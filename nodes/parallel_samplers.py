@@ -14,7 +14,7 @@ from .engine import driver
 from .types import CATEGORY, RayActors
 
 
-def _schema(node_id: str, display_name: str, description: str, aliases: list[str]) -> io.Schema:
+def _sampler_schema(node_id: str, display_name: str, description: str, aliases: list[str]) -> io.Schema:
     return io.Schema(
         node_id=node_id,
         display_name=display_name,
@@ -58,7 +58,7 @@ class DPKSamplerAdvanced(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema("DPKSamplerAdvanced", "DP KSampler (Advanced)", cleandoc(cls.__doc__),
+        return _sampler_schema("DPKSamplerAdvanced", "DP KSampler (Advanced)", cleandoc(cls.__doc__),
                        ["data parallel sampler", "multi gpu batch"])
 
     @classmethod
@@ -75,7 +75,7 @@ class UnifiedParallelSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema("UnifiedParallelSampler", "Unified Parallel Sampler", cleandoc(cls.__doc__),
+        return _sampler_schema("UnifiedParallelSampler", "Unified Parallel Sampler", cleandoc(cls.__doc__),
                        ["data parallel sampler", "usp sampler", "multi gpu batch"])
 
     @classmethod

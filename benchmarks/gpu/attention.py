@@ -73,7 +73,7 @@ def measure_step(model: Any, given: dict[str, Tensor], name: str | None, device:
     """Median seconds of a forward and its result, with a backend, or with what ComfyUI takes by itself."""
     options: dict[str, Any] = {"transformer_options": {}}
     if name is not None:
-        attention_hook.install(options, lambda own, q, k, v, mask, scale: own(q, k, v, mask, scale),
+        attention_hook.install_override(options, lambda own, q, k, v, mask, scale: own(q, k, v, mask, scale),
                                kernel(name, device))
 
     def forward() -> Tensor:

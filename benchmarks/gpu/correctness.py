@@ -142,7 +142,7 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
         tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
         SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens, ulysses)
         strategy = StagedThroughCpuHybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        attention_hook.install(options, SequenceAttention(tokens, strategy), kernel("auto", device))
+        attention_hook.install_override(options, SequenceAttention(tokens, strategy), kernel("auto", device))
     if way.shards:
         patcher, _ = shard_over(mapped, world_axis(mesh), way.offload)
     else:
@@ -200,7 +200,7 @@ def compare_alone(rank: int, world: int, device_type: str, names: tuple[str, ...
                     key = f"{name}, {form}, {backend}"
                     options: dict[str, Any] = {}
                     try:
-                        attention_hook.install(options, lambda own, *rest: own(*rest), kernel(backend, device))
+                        attention_hook.install_override(options, lambda own, *rest: own(*rest), kernel(backend, device))
                         results[key] = relative(stock(family, form, given, device, options=options[
                             "transformer_options"]), expected)
                     except ValueError as reason:

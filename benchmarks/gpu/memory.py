@@ -59,7 +59,7 @@ def model_on(name: str, layers: int | None, weights_are: str, device: torch.devi
     tokens = TokenState(sequence.get_local_rank(), world, sequence.get_group())
     if world > 1:
         SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens)
-    attention_hook.install(options, SequenceAttention(tokens, UlyssesAttention(sequence.get_group())),
+    attention_hook.install_override(options, SequenceAttention(tokens, UlyssesAttention(sequence.get_group())),
                            kernel("auto", device))
     weights = RandomWeights(model.diffusion_model, device)
     if weights_are == WHOLE:

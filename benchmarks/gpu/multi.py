@@ -122,7 +122,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
     hybrid = StagedThroughCpuHybrid if setting.shared_gpu else HybridAttention
     strategy = hybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
     options: dict[str, Any] = {}
-    attention_hook.install(options, SequenceAttention(tokens, strategy), kernel("auto", device))
+    attention_hook.install_override(options, SequenceAttention(tokens, strategy), kernel("auto", device))
     weights = RandomWeights(diffusion_model, device)
     if way.shards:
         shard(diffusion_model, weights, world_axis(mesh), device)

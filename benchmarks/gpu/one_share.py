@@ -139,7 +139,7 @@ def share_of(model: Any, inputs: dict[str, Tensor], degree: int, attention: str,
     tokens, share = TokenState(0, degree), OneShare(degree, large, parts)
     hooks = ShareHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens) if degree > 1 else None
     options: dict[str, Any] = {}
-    attention_hook.install(options, SequenceAttention(tokens, share), kernel(attention, device))
+    attention_hook.install_override(options, SequenceAttention(tokens, share), kernel(attention, device))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

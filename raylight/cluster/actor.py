@@ -145,7 +145,7 @@ class RankActor:
             join_world(rendezvous, self._rank, self._device, self._store)
             context = RankContext(self._rank, self._world_size, self._device, build_mesh(mesh, self._device))
             with worker_logs.briefly():
-                self._service = service.factory(context, service.settings)
+                self._service = service.open(context)
         self._status.enter(IDLE)
 
     def try_links(self) -> links.Links:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,18 @@ class ServiceSpec:
 
     `factory(context, settings)` returns the object whose methods a session calls. Its `inventory()` says in words what
     it holds in memory; its `recover()`, called on all ranks after they have failed alike and in step, makes it ready
-    for the next run, or returns False where it cannot be. It is named by reference, so its module must be importable in
-    a worker under a plain name: `python_path` holds the folders for that, in order.
+    for the next run, or returns False where it cannot be. It is named "module:function", and imported by workers only:
+    `python_path` holds the folders in which they find the module, in order.
     """
 
-    factory: Callable[..., Any]
+    factory: str
     settings: Any
     python_path: tuple[str, ...]
+
+    def open(self, context: Any) -> Any:
+        """The service of the rank that `context` describes. Imports the module of `factory`."""
+        module, function = self.factory.split(":")
+        return getattr(importlib.import_module(module), function)(context, self.settings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from raylight.parallel.attention import Kernel, SequenceAttention
 OVERRIDE = "optimized_attention_override"
 
 
-def install(model_options: dict[str, Any], attention: SequenceAttention, kernel: Kernel) -> None:
+def install_override(model_options: dict[str, Any], attention: SequenceAttention, kernel: Kernel) -> None:
     """Route every attention call of a model through `attention`, in `model_options` of a patcher.
 
     An override that is there already stays, as the kernel of each rank: it gets all tokens, of some of the heads.

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raylight.cluster.config import ServiceSpec
-
 from . import settings as host_settings
 
 if TYPE_CHECKING:
     from raylight.cluster.actor import RankContext
 
     from .service import ModelService
-
-
-def service_spec() -> ServiceSpec:
-    """What a session started from this ComfyUI runs in its workers."""
-    return ServiceSpec(open_service, host_settings.capture(), host_settings.python_path())
 
 
 def open_service(context: RankContext, settings: host_settings.HostSettings) -> ModelService:

@@ -15,10 +15,8 @@ from raylight.cluster.actor import Run
 
 from . import dress, lora
 from .changes import changed
-from .hand_over import random_state, set_random_state
-from .job import RunJob, RunResult, StepDone
+from .job import KEY, RunJob, RunResult, StepDone, random_state, set_random_state
 from .left_behind import leaving_nothing
-from .remote_patcher import KEY
 from .telling import tell
 from .travel import receive
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.utils
-import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,7 +23,7 @@ from . import dress, going_over, inside, model_changes, written_weights
 from . import workers as at_workers
 from .changes import Change
 from .foreign_code import replaced_in_loop
-from .job import RandomState, RunJob, RunResult, StepDone
+from .job import RunJob, RunResult, StepDone, random_state, set_random_state
 from .model_job import model_job
 from .origin import origin
 from .remote_patcher import RemotePatcher
@@ -140,19 +139,6 @@ def _concluded(callback: Callable[..., Any] | None, result: RunResult) -> Tensor
         _tell(callback, result.last)
     set_random_state(result.random)
     return result.samples
-
-
-def random_state(device: torch.device) -> RandomState:
-    """The state of this process's global generators."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return RandomState(torch.get_rng_state(), cuda)
-
-
-def set_random_state(state: RandomState) -> None:
-    """Have this process's global generators go on from a state."""
-    torch.set_rng_state(state.cpu.clone())
-    if state.cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state.cuda.clone())
 
 
 class _Teller:

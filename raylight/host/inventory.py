@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import psutil
 import torch
 
+from .job import HeldModel, RankMemory
 from .residents import Resident
-
-
-@dataclass(frozen=True, slots=True)
-class HeldModel:
-    """A model on a rank: bytes of its weights on the device and in this rank's own memory on the host."""
-
-    name: str
-    sharding: str
-    device_bytes: int
-    host_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class RankMemory:
-    """The memory of one rank in bytes: of its process on the host, and of its GPU where it has one: free, in all, and
-    taken by PyTorch for tensors."""
-
-    process_bytes: int
-    free_bytes: int
-    total_bytes: int
-    tensor_bytes: int
-    models: tuple[HeldModel, ...]
 
 
 def memory(device: torch.device, models: Sequence[Resident]) -> RankMemory:

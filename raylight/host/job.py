@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from raylight.cluster.parcel import Parcel
@@ -12,6 +12,8 @@ from raylight.cluster.shared import Shared
 from raylight.cluster.tensor_stream import Message
 
 from .recipe import ModelRecipe
+
+KEY = "raylight"  # of wrappers and callbacks that are put on a patcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +99,36 @@ class RunResult:
     last: StepDone | None
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+@dataclass(frozen=True, slots=True)
+class HeldModel:
+    """A model on a rank: bytes of its weights on the device and in this rank's own memory on the host."""
+
+    name: str
+    sharding: str
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """The memory of one rank in bytes: of its process on the host, and of its GPU where it has one: free, in all, and
+    taken by PyTorch for tensors."""
+
+    process_bytes: int
+    free_bytes: int
+    total_bytes: int
+    tensor_bytes: int
+    models: tuple[HeldModel, ...]
+
+
+def random_state(device: torch.device) -> RandomState:
+    """The state of this process's global generators."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return RandomState(torch.get_rng_state(), cuda)
+
+
+def set_random_state(state: RandomState) -> None:
+    """Have this process's global generators go on from a state."""
+    torch.set_rng_state(state.cpu.clone())
+    if state.cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state.cuda.clone())

@@ -12,7 +12,7 @@ from raylight.cluster.actor import Place
 from raylight.cluster.session import Session
 from raylight.parallel.links import Links
 
-from .inventory import RankMemory
+from .job import RankMemory
 from .workers import ask_all
 
 _NONE = "no workers are running: they start with the first prompt that has a Ray loader"

@@ -23,7 +23,7 @@ _POSITIONAL = {"attn1_patch": ("q", "k", "v"), "attn2_patch": ("q", "k", "v"), "
 _OPTIONS = ("transformer_options", "extra_options")
 
 
-def install(model: nn.Module, plan: SequencePlan, whole: WholeTokens) -> RemovableHandle:
+def install_patches(model: nn.Module, plan: SequencePlan, whole: WholeTokens) -> RemovableHandle:
     """From now on the model's forward sees its patches wrapped; those in the caller's options stay as they are."""
 
     def wrap_all(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from . import skeleton
 from .handles import Workers
+from .job import KEY
 from .recipe import ModelRecipe
 
-KEY = "raylight"
 _FIRST = "raylight_patcher"
 
 

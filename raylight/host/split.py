@@ -83,7 +83,7 @@ class SplitModel:
         whole = bool(job.inside.whole)
         sequence = self._crews.alone() if whole else self._crews.sequence(self._strategy(job.strategy))
         split = SequenceAttention(self._tokens, sequence.strategy)
-        attention_hook.install(model_options, split, local)
+        attention_hook.install_override(model_options, split, local)
         sequence.take(self._tokens, split)
         if self._sharing is not None:
             self._sharing.use(split, sequence, None if whole else self._crews.everyone(local))
@@ -113,7 +113,7 @@ class SplitModel:
         tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
         SequenceHooks(diffusion_model, plan, tokens, self._mesh["ulysses"].size())
         attention_door.open_for(diffusion_model, plan.unhooked)
-        patch_hook.install(diffusion_model, plan, WholeTokens(tokens))
+        patch_hook.install_patches(diffusion_model, plan, WholeTokens(tokens))
         self._tokens, self._crews = tokens, Crews(self._mesh, attrgetter(plan.heads)(diffusion_model))
 
     def _strategy(self, name: str) -> Strategy:

@@ -9,10 +9,11 @@ from typing import Any, NoReturn
 import comfy.model_management
 
 from raylight.cluster import current
+from raylight.cluster.config import ServiceSpec
 from raylight.cluster.errors import RunCancelled, WorkerError
 from raylight.cluster.session import Session
 
-from . import boot, presence
+from . import presence, settings
 from .advice import advised
 from .handles import Workers
 from .recipe import ModelRecipe
@@ -20,11 +21,16 @@ from .recipe import ModelRecipe
 logger = logging.getLogger(__name__)
 
 
+def service_spec() -> ServiceSpec:
+    """What a session started from this ComfyUI runs in its workers."""
+    return ServiceSpec("raylight.host.boot:open_service", settings.capture(), settings.python_path())
+
+
 def session(workers: Workers, recipe: ModelRecipe, latent_shape: Sequence[int] | None = None) -> Session:
     """The workers' session, started now if it is not running, with room for a model and, where its latent's shape is
     known, for what sampling takes."""
     try:
-        found = current.session(workers.config, boot.service_spec(), comfy.model_management.processing_interrupted)
+        found = current.session(workers.config, service_spec(), comfy.model_management.processing_interrupted)
     except RunCancelled:
         _interrupt()
     except WorkerError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import echo_service
 import pytest
 
 from raylight.cluster import current
@@ -16,7 +15,7 @@ from raylight.parallel.shape import MeshShape
 from raylight.parallel.tally import agree
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVICE = ServiceSpec(echo_service.open_service, None, (str(ROOT), str(ROOT / "tests" / "support")))
+SERVICE = ServiceSpec("echo_service:open_service", None, (str(ROOT), str(ROOT / "tests" / "support")))
 
 
 def session() -> Session:

@@ -149,7 +149,7 @@ from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.parallel.shape import MeshShape
 
 def start(**changes):
-    service = ServiceSpec(echo_service.open_service, None, tuple(sys.argv[1:3]))
+    service = ServiceSpec("echo_service:open_service", None, tuple(sys.argv[1:3]))
     began = time.monotonic()
     try:
         print(current.session(SessionConfig(MeshShape(ulysses=2), "cpu", **changes), service).run("count", 3)[0])

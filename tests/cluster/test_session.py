@@ -12,7 +12,6 @@ import threading
 import time
 from pathlib import Path
 
-import echo_service
 import psutil
 import pytest
 import ray
@@ -23,7 +22,7 @@ from raylight.cluster.errors import RunCancelled, WorkerError
 from raylight.parallel.shape import MeshShape
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVICE = ServiceSpec(echo_service.open_service, "settings", (str(ROOT), str(ROOT / "tests" / "support")))
+SERVICE = ServiceSpec("echo_service:open_service", "settings", (str(ROOT), str(ROOT / "tests" / "support")))
 
 
 def config(workers: int = 2, **changes: object) -> SessionConfig:
@@ -170,7 +169,7 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
             "from raylight.cluster import current\n"
             "from raylight.cluster.config import ServiceSpec, SessionConfig\n"
             "from raylight.parallel.shape import MeshShape\n"
-            "service = ServiceSpec(echo_service.open_service, None, tuple(sys.argv[1:3]))\n"
+            "service = ServiceSpec('echo_service:open_service', None, tuple(sys.argv[1:3]))\n"
             "config = SessionConfig(MeshShape(ulysses=2), 'cpu', address=sys.argv[3], start_timeout_s=60)\n"
             "print(current.session(config, service).run('count', 3)[0])\n"
             "current.close()\n"
@@ -198,7 +197,7 @@ def test_nothing_is_left_when_the_driver(how: str, tmp_path: Path) -> None:
         "from raylight.cluster import current\n"
         "from raylight.cluster.config import ServiceSpec, SessionConfig\n"
         "from raylight.parallel.shape import MeshShape\n"
-        "service = ServiceSpec(echo_service.open_service, None, tuple(sys.argv[1:3]))\n"
+        "service = ServiceSpec('echo_service:open_service', None, tuple(sys.argv[1:3]))\n"
         "session = current.session(SessionConfig(MeshShape(ulysses=2), 'cpu'), service)\n"
         "print(*[place.pid for place in session.places.values()], flush=True)\n"
         "time.sleep(float(sys.argv[3]))\n"

@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import echo_service
 import pytest
 import ray
 
@@ -19,7 +18,7 @@ from raylight.parallel.shape import MeshShape
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVICE = ServiceSpec(echo_service.open_service, "settings", (str(ROOT), str(ROOT / "tests" / "support")))
+SERVICE = ServiceSpec("echo_service:open_service", "settings", (str(ROOT), str(ROOT / "tests" / "support")))
 
 
 def session(**changes: object):

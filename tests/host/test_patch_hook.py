@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import TOY_PLAN
 
-from raylight.host.patch_hook import install, wrap
+from raylight.host.patch_hook import install_patches, wrap
 from raylight.parallel.plan import Stream
 from raylight.parallel.tokens import TokenState
 from raylight.parallel.whole import WholeTokens
@@ -48,7 +48,7 @@ def test_the_options_of_the_caller_stay_as_they_are() -> None:
     model = Recorder()
     patch = after = lambda arguments: arguments  # noqa: E731
     options = {"patches": {"double_block": [patch]}, "patches_replace": {"dit": {("double_block", 0): after}}}
-    handle = install(model, TOY_PLAN, cut())
+    handle = install_patches(model, TOY_PLAN, cut())
     seen = model(torch.zeros(1), transformer_options=options)
     assert seen["patches"]["double_block"][0] is not patch
     assert seen["patches_replace"]["dit"]["double_block", 0] is not after

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from raylight.cluster import current
 from raylight.cluster.config import SessionConfig
-from raylight.host import boot, driver
+from raylight.host import driver, workers
 from raylight.host.handles import RayModel, Workers
 from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
 from raylight.parallel.shape import MeshShape
@@ -50,7 +50,7 @@ def model_of(path: Path, sharding: str = WHOLE, *loras: tuple[Path, float]) -> R
 
 
 def held() -> tuple[str, ...]:
-    return tuple(model.name for model in current.session(WORKERS.config, boot.service_spec()).run("held"))
+    return tuple(model.name for model in current.session(WORKERS.config, workers.service_spec()).run("held"))
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED, OFFLOADED])

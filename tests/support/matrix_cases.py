@@ -139,7 +139,7 @@ class Split:
     def options(self, options: dict[str, Any]) -> dict[str, Any]:
         """The transformer options for a call."""
         model_options = {"transformer_options": dict(options)}
-        attention_hook.install(model_options, self.attention, kernel("TORCH"))
+        attention_hook.install_override(model_options, self.attention, kernel("TORCH"))
         return model_options["transformer_options"]
 
     def remove(self) -> None:
