@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 COMFYUI ?=
-BOOTSTRAP = $(PYTHON) raylight/setup/bootstrap.py $(if $(COMFYUI),--comfyui $(COMFYUI))
+BOOTSTRAP = $(PYTHON) raylight/dev/setup/bootstrap.py $(if $(COMFYUI),--comfyui $(COMFYUI))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-gpu smoke lint models versions workflows screenshots clean
@@ -19,7 +19,7 @@ help:
 	@echo "make lint                   run ruff"
 	@echo "make models                 write docs/models.md from what the parity matrix measures"
 	@echo "make versions               write tests/versions.txt from what is installed, once all tests have passed with it"
-	@echo "make workflows              write example_workflows anew from raylight/workflows"
+	@echo "make workflows              write example_workflows anew from raylight/dev/workflows"
 	@echo "make screenshots            run the browser test and keep what it saw in screenshots/ (needs Chromium)"
 	@echo "make setup                  only set up what the others need"
 	@echo "make clean                  remove .venv, .comfyui, demo_output, screenshots and caches"

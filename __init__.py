@@ -9,11 +9,11 @@ _ROOT = os.path.dirname(os.path.realpath(__file__))
 if _ROOT not in sys.path:
     sys.path.append(_ROOT)
 
-from raylight.host import start  # noqa: E402
+from raylight.driver import preflight
 
-start.announce()  # before the nodes: a ComfyUI that is too old for them should at least say so
+preflight.announce()  # before the nodes: a ComfyUI that is too old for them should at least say so
 
-from .nodes import comfy_entrypoint  # noqa: E402
+from .nodes import comfy_entrypoint
 
 WEB_DIRECTORY = "./nodes/web"  # a help page for each node, in docs/
 

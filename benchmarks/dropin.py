@@ -34,25 +34,24 @@ PARSER.add_argument("--repeats", type=int, default=5)
 PARSER.add_argument("--steps", type=int, default=5)
 OPTIONS = PARSER.parse_args()
 
-from comfy.cli_args import args as comfy_args  # noqa: E402
+from comfy.cli_args import args as comfy_args
 
 comfy_args.cpu = OPTIONS.device == "cpu"  # before ComfyUI's modules choose a device
 
-import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-from comfy.model_patcher import ModelPatcher  # noqa: E402
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
 
-from raylight.cluster import current  # noqa: E402
-from raylight.cluster.config import SessionConfig  # noqa: E402
-from raylight.cluster.session import Session  # noqa: E402
-from raylight.demo.prompts import random_prompt  # noqa: E402
-from raylight.demo.tiny import write_checkpoint  # noqa: E402
-from raylight.host import driver  # noqa: E402
-from raylight.host.handles import RayModel, Workers  # noqa: E402
-from raylight.host.recipe import ModelRecipe  # noqa: E402
-from raylight.parallel.shape import MeshShape  # noqa: E402
+from raylight.cluster import active_session
+from raylight.cluster.config import SessionConfig
+from raylight.cluster.session import Session
+from raylight.dev.demo.prompts import random_prompt
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.driver import api
+from raylight.host.recipe import ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 WAN, FLUX = (1, 16, 21, 60, 104), (1, 16, 128, 128)
 WAYS = ("stock", "whole run", "each forward")
@@ -111,38 +110,58 @@ def without_attention(model: ModelPatcher) -> ModelPatcher:
     return model
 
 
-def values_only(func: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *_: Any,
-                skip_reshape: bool = False, **__: Any) -> torch.Tensor:
+def values_only(
+    func: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    *_: Any,
+    skip_reshape: bool = False,
+    **__: Any,
+) -> torch.Tensor:
     """In the place of attention: the queries, which have the shape of its result."""
     return q.transpose(1, 2).flatten(2) if skip_reshape else q
 
 
-def sample(model: ModelPatcher, way: str, seed: int, shape: tuple[int, ...], cfg: float, prompts: list[Any],
-           steps: int) -> torch.Tensor:
+def sample(
+    model: ModelPatcher, way: str, seed: int, shape: tuple[int, ...], cfg: float, prompts: list[Any], steps: int
+) -> torch.Tensor:
     sampler = comfy.samplers.sampler_object("euler")
     if way == WAYS[2]:
         sampler.held = threading.Lock()  # which no other process can have
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     latent = torch.zeros(shape)
-    return comfy.sample.sample_custom(model, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas, *prompts,
-                                      latent, disable_pbar=True, seed=seed)
+    return comfy.sample.sample_custom(
+        model,
+        comfy.sample.prepare_noise(latent, seed),
+        cfg,
+        sampler,
+        sigmas,
+        *prompts,
+        latent,
+        disable_pbar=True,
+        seed=seed,
+    )
 
 
 @torch.inference_mode()
 def main() -> None:
     traffic = Traffic()
     workers = Workers(SessionConfig(MeshShape(), OPTIONS.device), "auto")
-    print(f"{'':<26} {'way':<14} {'ms a step':>10} {'over stock':>11} {'sent a run':>11} {'sent a step':>12} "
-          f"{'back a step':>12} (bytes) {'relative L2':>11}")
+    print(
+        f"{'':<26} {'way':<14} {'ms a step':>10} {'over stock':>11} {'sent a run':>11} {'sent a step':>12} "
+        f"{'back a step':>12} (bytes) {'relative L2':>11}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, (family, *run) in cases().items():
             path = Path(folder) / f"{family}.safetensors"
             if not path.exists():
                 write_checkpoint(path, family, heads=1 if family.startswith("wan") else 3, layers=1)
-            remote = driver.load(RayModel(workers, ModelRecipe.of(str(path), "default")))
+            remote = api.load(RayModel(workers, ModelRecipe.of(str(path), "default")))
             models = {WAYS[0]: comfy.sd.load_diffusion_model(str(path)), WAYS[1]: remote, WAYS[2]: remote}
             _report(name, models, run, traffic)
-    current.close()
+    active_session.close()
 
 
 def _report(name: str, models: dict[str, ModelPatcher], run: list[Any], traffic: Traffic) -> None:
@@ -168,8 +187,11 @@ def _report(name: str, models: dict[str, ModelPatcher], run: list[Any], traffic:
     for way in models:
         step = statistics.median(seconds[way])
         once, more, back = sent[way]
-        print(f"{name:<26} {way:<14} {1e3 * step:10.1f} {1e3 * (step - stock):11.1f} {once:11,} {more:12,} {back:12,}"
-              f" {_relative(latents[way], latents[WAYS[0]]):19.1e}", flush=True)
+        print(
+            f"{name:<26} {way:<14} {1e3 * step:10.1f} {1e3 * (step - stock):11.1f} {once:11,} {more:12,} {back:12,}"
+            f" {_relative(latents[way], latents[WAYS[0]]):19.1e}",
+            flush=True,
+        )
         name = ""
 
 

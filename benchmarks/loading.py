@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [os.environ["COMFYUI_PATH"]]
 sys.path.append(str(ROOT))
 
-from comfy.cli_args import args as comfy_args  # noqa: E402
+from comfy.cli_args import args as comfy_args
 
 comfy_args.cpu = True  # before ComfyUI's modules choose a device
 
@@ -68,9 +68,19 @@ def write_checkpoint(path: Path, size: int, scaled_fp8: bool) -> None:
     def entries(layers: int) -> list[tuple[str, str, list[int], int]]:
         """Name, dtype, shape and bytes of every tensor."""
         model = comfy.ldm.wan.model.WanModel(
-            model_type="t2v", in_dim=16, out_dim=16, dim=HEADS * HEAD_WIDTH, ffn_dim=13824, freq_dim=256,
-            text_dim=TEXT_WIDTH, num_heads=HEADS, num_layers=layers, dtype=torch.bfloat16, device="meta",
-            operations=comfy.ops.disable_weight_init)
+            model_type="t2v",
+            in_dim=16,
+            out_dim=16,
+            dim=HEADS * HEAD_WIDTH,
+            ffn_dim=13824,
+            freq_dim=256,
+            text_dim=TEXT_WIDTH,
+            num_heads=HEADS,
+            num_layers=layers,
+            dtype=torch.bfloat16,
+            device="meta",
+            operations=comfy.ops.disable_weight_init,
+        )
         found = []
         for name, parameter in model.state_dict().items():
             fp8 = scaled_fp8 and parameter.ndim == 2 and "blocks." in name
@@ -161,31 +171,41 @@ def workers(path: Path, ranks: int, sharding: str, step: bool) -> Row:
     import comfy.sample
     import torch
 
-    from raylight.cluster import current
+    from raylight.cluster import active_session
     from raylight.cluster.config import SessionConfig
-    from raylight.demo.prompts import random_prompt
-    from raylight.host import driver, workers
-    from raylight.host.handles import RayModel, Workers
-    from raylight.host.recipe import ModelRecipe
-    from raylight.parallel.shape import MeshShape
+    from raylight.dev.demo.prompts import random_prompt
+    from raylight.driver import api, workers
+    from raylight.host.recipe import ModelRecipe, RayModel, Workers
+    from raylight.parallel.mesh import MeshShape
 
     config = SessionConfig(MeshShape(ulysses=ranks), "cpu")
     model = RayModel(Workers(config, "TORCH"), ModelRecipe.of(str(path), "bf16", sharding))
-    session = current.session(config, workers.service_spec())
+    session = active_session.session(config, workers.service_spec())
     try:
         with Memory([place.pid for place in session.places.values()]) as memory:
             began = time.perf_counter()
-            patcher = driver.load(model)
+            patcher = api.load(model)
             seconds = time.perf_counter() - began
             grown = memory.grown()
         if step:
             prompt = random_prompt(8, TEXT_WIDTH, 1)
             latent = torch.zeros(LATENT)
-            comfy.sample.sample(patcher, comfy.sample.prepare_noise(latent, 1), 1, 1.0, "euler", "simple", prompt,
-                                prompt, latent, disable_pbar=True, seed=1)
+            comfy.sample.sample(
+                patcher,
+                comfy.sample.prepare_noise(latent, 1),
+                1,
+                1.0,
+                "euler",
+                "simple",
+                prompt,
+                prompt,
+                latent,
+                disable_pbar=True,
+                seed=1,
+            )
         return Row(seconds, grown, memory.peak, memory.grown(), session.run("held")[0].host_bytes)
     finally:
-        current.close()
+        active_session.close()
 
 
 def main() -> None:
@@ -200,8 +220,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        figures = {form: _measure(folder / f"{form.replace(' ', '-')}-{options.gib}.safetensors", form, options)
-                   for form in options.forms}
+        figures = {
+            form: _measure(folder / f"{form.replace(' ', '-')}-{options.gib}.safetensors", form, options)
+            for form in options.forms
+        }
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 
@@ -224,18 +246,24 @@ def _measure(path: Path, form: str, options: argparse.Namespace) -> dict[str, An
     for repeat in range(options.repeats):
         for name, (_, run) in setups.items():
             rows[name].append(run(repeat == 0 and not name.endswith("FSDP")))
-    medians = {name: Row(*(statistics.median(getattr(row, field.name) for row in of_name) for field in fields(Row)))
-               for name, of_name in rows.items()}
+    medians = {
+        name: Row(*(statistics.median(getattr(row, field.name) for row in of_name) for field in fields(Row)))
+        for name, of_name in rows.items()
+    }
     base = medians["stock ComfyUI"].seconds
     print(f"\n{form}, {size / 2**30:.2f} GiB, {options.repeats} loads each, medians")
-    print(f"{'':<20} {'seconds':>8} {'/ stock':>8} {'PSS / file':>11} {'peak':>6} {'after a step':>13} "
-          f"{'shard / (file / N)':>19}")
+    print(
+        f"{'':<20} {'seconds':>8} {'/ stock':>8} {'PSS / file':>11} {'peak':>6} {'after a step':>13} "
+        f"{'shard / (file / N)':>19}"
+    )
     for name, row in medians.items():
         is_sharded = name.endswith("FSDP")
         stepped = f"{rows[name][0].stepped / size:13.3f}" if "worker" in name and not is_sharded else " " * 13
         shard = f"{row.own / (size / setups[name][0]):19.3f}" if is_sharded else " " * 19
-        print(f"{name:<20} {row.seconds:8.2f} {row.seconds / base:8.2f} {row.grown / size:11.3f} "
-              f"{row.peak / size:6.2f} {stepped} {shard}")
+        print(
+            f"{name:<20} {row.seconds:8.2f} {row.seconds / base:8.2f} {row.grown / size:11.3f} "
+            f"{row.peak / size:6.2f} {stepped} {shard}"
+        )
     return {"file_bytes": size, "medians": {name: asdict(row) for name, row in medians.items()}}
 
 

@@ -24,12 +24,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from raylight.parallel.local_ranks import run_ranks, values  # noqa: E402
+from raylight.dev.local_ranks import run_ranks, values
 
 WIDE = {
     "wan": ("Wan T2V", {"dim": 1536, "ffn_dim": 4096, "num_heads": 12, "num_layers": 2}, (1, 16, 5, 44, 60)),
-    "flux": ("Flux Schnell", {"hidden_size": 1536, "num_heads": 12, "depth": 1, "depth_single_blocks": 2,
-                              "axes_dim": [16, 56, 56], "mlp_ratio": 4.0}, (1, 16, 98, 98)),
+    "flux": (
+        "Flux Schnell",
+        {
+            "hidden_size": 1536,
+            "num_heads": 12,
+            "depth": 1,
+            "depth_single_blocks": 2,
+            "axes_dim": [16, 56, 56],
+            "mlp_ratio": 4.0,
+        },
+        (1, 16, 98, 98),
+    ),
 }
 
 
@@ -44,15 +54,14 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
     import raylight.parallel.hooks
     import raylight.parallel.ulysses
     from raylight.attention.kernels import kernel
-    from raylight.host import attention_hook
-    from raylight.parallel.attention import SequenceAttention
-    from raylight.parallel.mesh import build_mesh, sequence_axis
+    from raylight.dev.zoo import families
+    from raylight.dev.zoo.family import Draw
+    from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
     from raylight.parallel.ring import HybridAttention
-    from raylight.parallel.shape import MeshShape
+    from raylight.parallel.sequence_attention import SequenceAttention
     from raylight.parallel.tokens import TokenState
     from raylight.plans import plan_for
-    from raylight.zoo import families
-    from raylight.zoo.family import Draw
+    from raylight.worker import transformer_options
 
     spent = [0.0]
 
@@ -62,6 +71,7 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
             result = function(*arguments)
             spent[0] += time.perf_counter() - began
             return result
+
         return call
 
     start_exchange = timed(raylight.parallel.ulysses.start_exchange)
@@ -81,13 +91,15 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
     if world > 1:
         mesh = build_mesh(MeshShape(ring=ring, ulysses=world // ring), torch.device("cpu"))
         tokens = TokenState(rank, world, sequence_axis(mesh).get_group())
-        raylight.parallel.hooks.SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens,
-                                              world // ring)
+        raylight.parallel.hooks.SequenceHooks(
+            model.diffusion_model, plan_for(model.diffusion_model), tokens, world // ring
+        )
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        attention_hook.install_override(options, SequenceAttention(tokens, strategy), kernel("TORCH_FLASH"))
+        transformer_options.install_override(options, SequenceAttention(tokens, strategy), kernel("TORCH_FLASH"))
     else:
-        attention_hook.install_override(options, lambda k, q, key, v, mask, scale: k(q, key, v, mask, scale),
-                               kernel("TORCH_FLASH"))
+        transformer_options.install_override(
+            options, lambda k, q, key, v, mask, scale: k(q, key, v, mask, scale), kernel("TORCH_FLASH")
+        )
     seconds, communication = [], []
     with torch.inference_mode():
         for turn in range(repeats + 1):
@@ -126,8 +138,10 @@ def main() -> None:
         for world in options.ranks:
             median = statistics.median(taken[world])
             speed_up = base / median * options.ranks[0]
-            print(f"{world:>5} {median:>8.3f} {speed_up:>9.2f}x {speed_up / world:>11.0%} "
-                  f"{statistics.median(shares[world]):>14.1%}")
+            print(
+                f"{world:>5} {median:>8.3f} {speed_up:>9.2f}x {speed_up / world:>11.0%} "
+                f"{statistics.median(shares[world]):>14.1%}"
+            )
 
 
 if __name__ == "__main__":

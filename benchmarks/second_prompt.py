@@ -20,23 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "support"), os.environ["COMFYUI_PATH"]]
 sys.path.append(str(ROOT))
 
-from comfy.cli_args import args as comfy_args  # noqa: E402
+from comfy.cli_args import args as comfy_args
 
 comfy_args.cpu = True  # before ComfyUI's modules choose a device
 
-import comfy.sample  # noqa: E402
-import torch  # noqa: E402
-from loras import lora_for  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import comfy.sample
+import torch
+from loras import lora_for
+from safetensors.torch import load_file, save_file
 
-from raylight.cluster import current  # noqa: E402
-from raylight.cluster.config import SessionConfig  # noqa: E402
-from raylight.demo.prompts import random_prompt  # noqa: E402
-from raylight.demo.tiny import write_checkpoint  # noqa: E402
-from raylight.host import driver  # noqa: E402
-from raylight.host.handles import RayModel, Workers  # noqa: E402
-from raylight.host.recipe import SHARDED, WHOLE, LoraRecipe, ModelRecipe  # noqa: E402
-from raylight.parallel.shape import MeshShape  # noqa: E402
+from raylight.cluster import active_session
+from raylight.cluster.config import SessionConfig
+from raylight.dev.demo.prompts import random_prompt
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.driver import api
+from raylight.host.recipe import SHARDED, WHOLE, LoraRecipe, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
 LATENT = (1, 16, 3, 30, 40)
@@ -47,10 +46,21 @@ def seconds(model: RayModel, seed: int, steps: int) -> float:
     """A prompt, from the sampler node's call to the latent."""
     prompt = random_prompt(32, 4096, 1)
     began = time.perf_counter()
-    patcher = driver.load(model)  # as the loader node does
+    patcher = api.load(model)  # as the loader node does
     latent = torch.zeros(LATENT)
-    comfy.sample.sample(patcher, comfy.sample.prepare_noise(latent, seed), steps, 1.0, "euler", "simple", prompt,
-                        prompt, latent, disable_pbar=True, seed=seed)
+    comfy.sample.sample(
+        patcher,
+        comfy.sample.prepare_noise(latent, seed),
+        steps,
+        1.0,
+        "euler",
+        "simple",
+        prompt,
+        prompt,
+        latent,
+        disable_pbar=True,
+        seed=seed,
+    )
     return time.perf_counter() - began
 
 
@@ -61,12 +71,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path, lora = Path(temporary) / "wan.safetensors", Path(temporary) / "lora.safetensors"
         write_checkpoint(path, "wan-t2v", heads=12, layers=4)
-        save_file(lora_for({f"diffusion_model.{name}": tuple(t.shape) for name, t in load_file(path).items()},
-                           ["lora"], 1), lora)
+        save_file(
+            lora_for({f"diffusion_model.{name}": tuple(t.shape) for name, t in load_file(path).items()}, ["lora"], 1),
+            lora,
+        )
         print(f"{'seconds':<34} {'a step':>8} {'before it':>10} {'of a step':>10}")
         for sharding in (WHOLE, SHARDED):
             _report(str(path), str(lora), sharding, options.repeats)
-        current.close()
+        active_session.close()
 
 
 def _report(path: str, lora: str, sharding: str, repeats: int) -> None:

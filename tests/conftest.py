@@ -3,7 +3,7 @@
 `make test` leaves out the tests marked `slow`, `make test-all` runs all, and so does pytest itself. All that starts is
 shared where it can be, because starts take most of the time on a small machine:
 
-- Ranks (`raylight.parallel.local_ranks.run_ranks`) are forked from a server that has imported PyTorch, ComfyUI and
+- Ranks (`raylight.dev.local_ranks.run_ranks`) are forked from a server that has imported PyTorch, ComfyUI and
   `support/preloaded.py`, so they start in a fraction of a second. Still, let one call measure all cases of a module in
   the ranks (`functools.cache`, or a fixture of the module), and each test look at its part.
 - Ray's workers stay as long as their SessionConfig is the same, over modules too: 2 workers as
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from raylight.parallel import local_ranks  # noqa: E402
-from raylight.setup import comfyui  # noqa: E402
+from raylight.dev import local_ranks
+from raylight.dev.setup import comfyui
 
 COMFYUI = comfyui.find([ROOT], os.environ)
 if COMFYUI is None:
@@ -45,8 +45,8 @@ os.environ[comfyui.VARIABLE] = str(COMFYUI.root)  # for the servers that tests s
 # ComfyUI before the pack, as in the workers: both have a module named `nodes`.
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(COMFYUI.root)]
 
-import versions  # noqa: E402
-from comfy.cli_args import args  # noqa: E402
+import versions
+from comfy.cli_args import args
 
 # ComfyUI reads this when its modules are first imported, and would ask for a GPU otherwise.
 args.cpu = not torch.cuda.is_available()

@@ -21,9 +21,9 @@ from full_size import SIZES, build, inputs, synchronize, versions
 from one_share import between, mark
 from torch import Tensor
 
-from raylight.attention import lse
+from raylight.attention import torch_kernels
 from raylight.attention.kernels import AUTO, NAMES, kernel
-from raylight.host import attention_hook
+from raylight.worker import transformer_options
 
 HEADS, WIDTH = 40, 128
 SOME_HEADS, SOME_QUERIES = 2, 512
@@ -48,10 +48,12 @@ def measure_kernel(name: str, tokens: int, device: torch.device, repeats: int) -
     except (ValueError, ImportError) as reason:
         return {"missing": str(reason)}
     generator = torch.Generator(device).manual_seed(1)
-    q, k, v = (torch.randn(1, tokens, HEADS, WIDTH, generator=generator, device=device, dtype=torch.bfloat16)
-               .transpose(1, 2) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, tokens, HEADS, WIDTH, generator=generator, device=device, dtype=torch.bfloat16).transpose(1, 2)
+        for _ in range(3)
+    )
     part = q[:, :SOME_HEADS, :SOME_QUERIES], k[:, :SOME_HEADS], v[:, :SOME_HEADS]
-    true, true_total = lse.written_out(*(t.float() for t in part), None, None)
+    true, true_total = torch_kernels.written_out(*(t.float() for t in part), None, None)
     out = chosen(q, k, v, None, None)
     found: dict[str, Any] = {"takes": chosen.name, "error": relative(out[:, :SOME_HEADS, :SOME_QUERIES], true)}
     found["seconds"] = median(lambda: chosen(q, k, v, None, None), device, repeats)
@@ -68,13 +70,15 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected).norm() / expected.norm()).item()
 
 
-def measure_step(model: Any, given: dict[str, Tensor], name: str | None, device: torch.device,
-                 repeats: int) -> tuple[float, Tensor]:
+def measure_step(
+    model: Any, given: dict[str, Tensor], name: str | None, device: torch.device, repeats: int
+) -> tuple[float, Tensor]:
     """Median seconds of a forward and its result, with a backend, or with what ComfyUI takes by itself."""
     options: dict[str, Any] = {"transformer_options": {}}
     if name is not None:
-        attention_hook.install_override(options, lambda own, q, k, v, mask, scale: own(q, k, v, mask, scale),
-                               kernel(name, device))
+        transformer_options.install_override(
+            options, lambda own, q, k, v, mask, scale: own(q, k, v, mask, scale), kernel(name, device)
+        )
 
     def forward() -> Tensor:
         return model.apply_model(**given, transformer_options=dict(options["transformer_options"]))
@@ -105,10 +109,13 @@ def main() -> None:
                 missing[name] = row["missing"]
                 continue
             figures[f"{tokens} {name}"] = row
-            operations = 4 * HEADS * WIDTH * tokens ** 2
+            operations = 4 * HEADS * WIDTH * tokens**2
             ring = f"{1e3 * row['with_lse_seconds']:>11.2f} {row['lse_error']:>8.1e}" if "lse_error" in row else ""
-            print(f"{name + (' = ' + row['takes']) * (name == AUTO):<18} {1e3 * row['seconds']:>9.2f} "
-                  f"{operations / row['seconds'] / 1e12:>8.0f} {row['error']:>8.1e} {ring}", flush=True)
+            print(
+                f"{name + (' = ' + row['takes']) * (name == AUTO):<18} {1e3 * row['seconds']:>9.2f} "
+                f"{operations / row['seconds'] / 1e12:>8.0f} {row['error']:>8.1e} {ring}",
+                flush=True,
+            )
     figures["missing"] = missing
     for name, reason in missing.items():
         print(f"{name}: {reason}")

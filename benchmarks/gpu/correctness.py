@@ -22,14 +22,16 @@ import torch
 from full_size import versions
 from torch import Tensor
 
-from raylight.parallel.local_ranks import run_ranks, values
+from raylight.dev.local_ranks import run_ranks, values
 
 HEADS = 5
 WIDE = {
     "Wan T2V": ({"dim": 128 * HEADS, "ffn_dim": 1024, "num_heads": HEADS}, (1, 16, 7, 44, 60)),
     "Flux Dev": ({"hidden_size": 128 * HEADS, "num_heads": HEADS, "axes_dim": [16, 56, 56]}, (2, 16, 98, 94)),
-    "Qwen Image": ({"attention_head_dim": 128, "num_attention_heads": HEADS, "axes_dims_rope": (16, 56, 56)},
-                   (1, 16, 1, 136, 142)),
+    "Qwen Image": (
+        {"attention_head_dim": 128, "num_attention_heads": HEADS, "axes_dims_rope": (16, 56, 56)},
+        (1, 16, 1, 136, 142),
+    ),
     "Hunyuan Video": ({"hidden_size": 128 * HEADS, "num_heads": HEADS, "axes_dim": [16, 56, 56]}, (1, 16, 7, 44, 60)),
 }
 FORMS = {"bf16": (torch.bfloat16, None), "fp16": (torch.float16, None), "fp8": (torch.float8_e4m3fn, torch.bfloat16)}
@@ -52,9 +54,15 @@ def ways(world: int) -> list[Way]:
     if world == 1:
         return []
     usp = (1, world)
-    found = [Way("Ulysses", usp), Way("ring", (world, 1)), Way("FSDP", shards=True),
-             Way("Ulysses + FSDP", usp, True), Way("Ulysses + FSDP offloaded", usp, True, True),
-             Way("Ulysses + FSDP, LoRA", usp, True, False, True), Way("Ulysses, LoRA", usp, patched=True)]
+    found = [
+        Way("Ulysses", usp),
+        Way("ring", (world, 1)),
+        Way("FSDP", shards=True),
+        Way("Ulysses + FSDP", usp, True),
+        Way("Ulysses + FSDP offloaded", usp, True, True),
+        Way("Ulysses + FSDP, LoRA", usp, True, False, True),
+        Way("Ulysses, LoRA", usp, patched=True),
+    ]
     if world % 2 == 0 and world > 2:
         found.insert(2, Way("Ulysses x ring", (2, world // 2)))
     return found
@@ -74,14 +82,14 @@ def setup(device_type: str) -> torch.device:
 
 
 def family_of(name: str) -> Any:
-    from raylight.zoo import families
+    from raylight.dev.zoo import families
 
     family = families()[name]
     return dataclasses.replace(family, unet_config={**family.unet_config, **WIDE[name][0]})
 
 
 def inputs(family: Any, device: torch.device, small: bool) -> dict[str, Tensor]:
-    from raylight.zoo.family import Draw
+    from raylight.dev.zoo.family import Draw
 
     given = next(iter(family.calls.values()))(Draw(3))
     if not small:
@@ -89,8 +97,14 @@ def inputs(family: Any, device: torch.device, small: bool) -> dict[str, Tensor]:
     return {key: value.to(device) for key, value in given.items()}
 
 
-def stock(family: Any, form: str, given: dict[str, Tensor], device: torch.device, patched: bool = False,
-          options: dict[str, Any] | None = None) -> Tensor:
+def stock(
+    family: Any,
+    form: str,
+    given: dict[str, Tensor],
+    device: torch.device,
+    patched: bool = False,
+    options: dict[str, Any] | None = None,
+) -> Tensor:
     """ComfyUI's result by itself, or with attention replaced by its own hook."""
     import comfy.model_patcher
     import comfy.sd
@@ -118,16 +132,15 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
     from staged_ring import StagedThroughCpuHybrid
 
     from raylight.attention.kernels import kernel
-    from raylight.host import attention_hook, lora
-    from raylight.host.mapped import MappedModel
-    from raylight.host.patcher import RankPatcher
-    from raylight.host.sharded import shard_over
-    from raylight.parallel.attention import SequenceAttention
+    from raylight.host.checkpoint import MappedModel
     from raylight.parallel.hooks import SequenceHooks
-    from raylight.parallel.mesh import build_mesh, sequence_axis, world_axis
-    from raylight.parallel.shape import MeshShape
+    from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis, world_axis
+    from raylight.parallel.sequence_attention import SequenceAttention
     from raylight.parallel.tokens import TokenState
     from raylight.plans import plan_for
+    from raylight.worker import lora, transformer_options
+    from raylight.worker.patcher import RankPatcher
+    from raylight.worker.sharded_patcher import shard_over
 
     ring, ulysses = way.degrees
     mesh = build_mesh(MeshShape(world // (ring * ulysses), ring, ulysses), device)
@@ -142,7 +155,7 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
         tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
         SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens, ulysses)
         strategy = StagedThroughCpuHybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        attention_hook.install_override(options, SequenceAttention(tokens, strategy), kernel("auto", device))
+        transformer_options.install_override(options, SequenceAttention(tokens, strategy), kernel("auto", device))
     if way.shards:
         patcher, _ = shard_over(mapped, world_axis(mesh), way.offload)
     else:
@@ -157,8 +170,9 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
     return model.apply_model(**given, transformer_options=options["transformer_options"]).float()
 
 
-def compare(rank: int, world: int, device_type: str, names: tuple[str, ...], forms: tuple[str, ...],
-            small: bool) -> dict[str, float | str]:
+def compare(
+    rank: int, world: int, device_type: str, names: tuple[str, ...], forms: tuple[str, ...], small: bool
+) -> dict[str, float | str]:
     """Every way on this many ranks."""
     device = setup(device_type)
     results: dict[str, float | str] = {}
@@ -180,11 +194,12 @@ def compare(rank: int, world: int, device_type: str, names: tuple[str, ...], for
     return results
 
 
-def compare_alone(rank: int, world: int, device_type: str, names: tuple[str, ...], forms: tuple[str, ...],
-                  small: bool) -> dict[str, float | str]:
+def compare_alone(
+    rank: int, world: int, device_type: str, names: tuple[str, ...], forms: tuple[str, ...], small: bool
+) -> dict[str, float | str]:
     """Every attention backend on one rank."""
     from raylight.attention.kernels import NAMES, kernel
-    from raylight.host import attention_hook
+    from raylight.worker import transformer_options
 
     device = setup(device_type)
     results: dict[str, float | str] = {}
@@ -200,9 +215,12 @@ def compare_alone(rank: int, world: int, device_type: str, names: tuple[str, ...
                     key = f"{name}, {form}, {backend}"
                     options: dict[str, Any] = {}
                     try:
-                        attention_hook.install_override(options, lambda own, *rest: own(*rest), kernel(backend, device))
-                        results[key] = relative(stock(family, form, given, device, options=options[
-                            "transformer_options"]), expected)
+                        transformer_options.install_override(
+                            options, lambda own, *rest: own(*rest), kernel(backend, device)
+                        )
+                        results[key] = relative(
+                            stock(family, form, given, device, options=options["transformer_options"]), expected
+                        )
                     except ValueError as reason:
                         results[key] = f"refused: {reason}"
                     except Exception:
@@ -238,8 +256,19 @@ def main() -> None:
     failed = []
     for world in options.ranks:
         function = compare_alone if world == 1 else compare
-        found = worst(values(run_ranks(world, function, options.device, tuple(options.families), tuple(options.forms),
-                                       options.small, timeout_s=900)))
+        found = worst(
+            values(
+                run_ranks(
+                    world,
+                    function,
+                    options.device,
+                    tuple(options.families),
+                    tuple(options.forms),
+                    options.small,
+                    timeout_s=900,
+                )
+            )
+        )
         figures |= found
         for key, error in found.items():
             if isinstance(error, str):

@@ -25,20 +25,19 @@ PARSER.add_argument("--runs", type=int, default=50)
 PARSER.add_argument("--left-mib", type=int, default=600, help="what the run that is to fail finds free")
 OPTIONS = PARSER.parse_args()
 
-import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
-import torch  # noqa: E402
-from comfy.model_patcher import ModelPatcher  # noqa: E402
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
 
-from raylight.cluster import current  # noqa: E402
-from raylight.cluster.config import SessionConfig  # noqa: E402
-from raylight.cluster.errors import OUT_OF_MEMORY, WorkerError  # noqa: E402
-from raylight.demo.prompts import random_prompt  # noqa: E402
-from raylight.demo.tiny import write_checkpoint  # noqa: E402
-from raylight.host import driver  # noqa: E402
-from raylight.host.handles import RayModel, Workers  # noqa: E402
-from raylight.host.recipe import ModelRecipe  # noqa: E402
-from raylight.parallel.shape import MeshShape  # noqa: E402
+from raylight.cluster import active_session
+from raylight.cluster.config import SessionConfig
+from raylight.cluster.errors import OUT_OF_MEMORY, WorkerError
+from raylight.dev.demo.prompts import random_prompt
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.driver import api
+from raylight.host.recipe import ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 SHAPE, LARGE = (1, 16, 9, 60, 104), (1, 16, 41, 120, 208)
 
@@ -47,16 +46,22 @@ def sample(model: ModelPatcher, seed: int, shape: tuple[int, ...], prompts: list
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
     latent = torch.zeros(shape)
     noise, euler = comfy.sample.prepare_noise(latent, seed), comfy.samplers.sampler_object("euler")
-    return comfy.sample.sample_custom(model, noise, 4.0, euler, sigmas, *prompts, latent, disable_pbar=True,
-                                      seed=seed).float().cpu()
+    return (
+        comfy.sample.sample_custom(model, noise, 4.0, euler, sigmas, *prompts, latent, disable_pbar=True, seed=seed)
+        .float()
+        .cpu()
+    )
 
 
 def taken() -> dict[str, int]:
     """Bytes: of the device by all programs, and of system memory by this process and the worker for themselves. Ray's
     store of objects lies in memory that both share, of a size that is given to it."""
     free, total = torch.cuda.mem_get_info()
-    return {"device": total - free, "ComfyUI": anonymous_bytes(os.getpid()),
-            "worker": anonymous_bytes(current.running().places[0].pid)}
+    return {
+        "device": total - free,
+        "ComfyUI": anonymous_bytes(os.getpid()),
+        "worker": anonymous_bytes(active_session.running().places[0].pid),
+    }
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -72,7 +77,7 @@ def main() -> int:
         path = Path(folder) / "wan.safetensors"
         write_checkpoint(path, "wan-t2v", heads=12, layers=4)
         workers = Workers(SessionConfig(MeshShape(), "cuda"), "auto")
-        model = driver.load(RayModel(workers, ModelRecipe.of(str(path), "bf16")))
+        model = api.load(RayModel(workers, ModelRecipe.of(str(path), "bf16")))
         first, history = None, []
         for seed in range(OPTIONS.runs):
             result = sample(model, seed, SHAPE, prompts)
@@ -83,7 +88,7 @@ def main() -> int:
         again = sample(model, 0, SHAPE, prompts)
         difference = ((again - first).norm() / first.norm()).item()
         print(f"after that, the first run again: relative L2 {difference:.1e}")
-        current.close()
+        active_session.close()
     return int(grown or not told or difference > 1e-2)
 
 
@@ -93,14 +98,16 @@ def _report(history: list[dict[str, int]]) -> bool:
         series = [of_run[name] for of_run in history]
         settled, last = max(series[5:10]), max(series[-5:])
         grown |= last >= 1.01 * settled
-        print(f"{name:<8} after run 1, 6, {len(series)}: {series[0] / 1e6:.1f} {series[5] / 1e6:.1f} "
-              f"{series[-1] / 1e6:.1f} MB; growth after the fifth {100 * (last / settled - 1):+.2f} %")
+        print(
+            f"{name:<8} after run 1, 6, {len(series)}: {series[0] / 1e6:.1f} {series[5] / 1e6:.1f} "
+            f"{series[-1] / 1e6:.1f} MB; growth after the fifth {100 * (last / settled - 1):+.2f} %"
+        )
     return grown
 
 
 def _fail(model: ModelPatcher, prompts: list) -> bool:
     """Fill the device, and have a run fail. Returns whether it did, and was told as what it is."""
-    current.running().run("free")
+    active_session.running().run("free")
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - (OPTIONS.left_mib << 20), dtype=torch.uint8, device="cuda")
     try:

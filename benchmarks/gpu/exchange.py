@@ -19,7 +19,7 @@ from attention import median
 from full_size import versions
 
 from raylight.attention.kernels import kernel
-from raylight.parallel.packing import packed_heads, parts_of, place_heads, unpacked_heads
+from raylight.parallel.exchange_layout import packed_heads, parts_of, place_heads, unpacked_heads
 
 SIZES = {"wan-480p": (40, 14040), "wan-720p": (40, 75600), "flux-1024": (24, 4608)}
 WIDTH = 128
@@ -27,8 +27,12 @@ WIDTH = 128
 
 def measure(heads: int, tokens: int, ranks: int, device: torch.device, repeats: int) -> dict[str, float]:
     local = tokens // ranks
-    q, k, v = (torch.randn(1, local, heads * WIDTH, device=device, dtype=torch.bfloat16)
-               .unflatten(-1, (heads, WIDTH)).transpose(1, 2) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, local, heads * WIDTH, device=device, dtype=torch.bfloat16)
+        .unflatten(-1, (heads, WIDTH))
+        .transpose(1, 2)
+        for _ in range(3)
+    )
     ranges = parts_of(heads, 1, ranks, 1)[0].queries
     attend = kernel("auto", device)
 
@@ -38,8 +42,11 @@ def measure(heads: int, tokens: int, ranks: int, device: torch.device, repeats: 
     buffer, _ = packed_heads((q, k, v), (ranges, ranges, ranges))
     out = q.new_empty(1, local, heads, WIDTH)
     back = torch.randn(out.numel(), device=device, dtype=out.dtype)
-    found = {"pack": clock(lambda: packed_heads((q, k, v), (ranges, ranges, ranges))),
-             "place": clock(lambda: place_heads(back, ranges, out)), "floor": 4 * clock(lambda: back.clone())}
+    found = {
+        "pack": clock(lambda: packed_heads((q, k, v), (ranges, ranges, ranges))),
+        "place": clock(lambda: place_heads(back, ranges, out)),
+        "floor": 4 * clock(lambda: back.clone()),
+    }
     own = heads // ranks
     # As if every rank had sent what this one sends to itself.
     received = buffer.view(ranks, -1)[0].repeat(ranks)
@@ -49,10 +56,13 @@ def measure(heads: int, tokens: int, ranks: int, device: torch.device, repeats: 
     found["apart"] = clock(lambda: attend(*whole, None, None))
     for parts in (2, 4):
         if own >= parts:
-            cut = [[t.contiguous() for t in pieces]
-                   for pieces in zip(*(t.transpose(1, 2).tensor_split(parts, 2) for t in whole), strict=True)]
-            found[f"in {parts}"] = clock(lambda cut=cut: [attend(*(t.transpose(1, 2) for t in piece), None, None)
-                                                          for piece in cut])
+            cut = [
+                [t.contiguous() for t in pieces]
+                for pieces in zip(*(t.transpose(1, 2).tensor_split(parts, 2) for t in whole), strict=True)
+            ]
+            found[f"in {parts}"] = clock(
+                lambda cut=cut: [attend(*(t.transpose(1, 2) for t in piece), None, None) for piece in cut]
+            )
     return found
 
 
@@ -73,8 +83,11 @@ def main() -> None:
         for ranks in options.ranks:
             found = measure(*SIZES[name], ranks, device, options.repeats)
             figures[f"{name} {ranks}"] = found
-            print(f"{name:<12} {ranks:>2} " + " ".join(
-                f"{1e3 * found[column]:>9.3f}" if column in found else " " * 9 for column in columns), flush=True)
+            print(
+                f"{name:<12} {ranks:>2} "
+                + " ".join(f"{1e3 * found[column]:>9.3f}" if column in found else " " * 9 for column in columns),
+                flush=True,
+            )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 

@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "support"), os.environ["COMFYUI_PATH"]]
 sys.path.append(str(ROOT))
 
-from comfy.cli_args import args as comfy_args  # noqa: E402
+from comfy.cli_args import args as comfy_args
 
 comfy_args.cpu = not torch.cuda.is_available()  # before ComfyUI's modules choose a device
 
 
 @dataclass(frozen=True)
 class FullSize:
-    """A family of `raylight.zoo` with the widths of the real model, a latent and the shapes of its texts."""
+    """A family of `raylight.dev.zoo` with the widths of the real model, a latent and the shapes of its texts."""
 
     title: str
     family: str
@@ -36,20 +36,38 @@ class FullSize:
 
 
 WAN = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "text_dim": 4096, "freq_dim": 256}
-FLUX = {"hidden_size": 3072, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56],
-        "mlp_ratio": 4.0, "context_in_dim": 4096, "vec_in_dim": 768}
+FLUX = {
+    "hidden_size": 3072,
+    "num_heads": 24,
+    "depth": 19,
+    "depth_single_blocks": 38,
+    "axes_dim": [16, 56, 56],
+    "mlp_ratio": 4.0,
+    "context_in_dim": 4096,
+    "vec_in_dim": 768,
+}
 LAYERS = ("num_layers", "depth", "depth_single_blocks")
 SIZES = {
-    "wan-480p": FullSize("Wan 2.1 14B, 832x480, 33 frames", "Wan T2V", WAN, (1, 16, 9, 60, 104),
-                         {"c_crossattn": (1, 512, 4096)}),
-    "wan-720p": FullSize("Wan 2.1 14B, 1280x720, 81 frames", "Wan T2V", WAN, (1, 16, 21, 90, 160),
-                         {"c_crossattn": (1, 512, 4096)}),
-    "flux-1024": FullSize("Flux dev, 1024x1024", "Flux Dev", FLUX, (1, 16, 128, 128),
-                          {"c_crossattn": (1, 512, 4096), "y": (1, 768), "guidance": (1,)}),
-    "tiny-wan": FullSize("a tiny Wan, to try a benchmark on a CPU", "Wan T2V",
-                         {"dim": 1024, "ffn_dim": 1024, "num_heads": 8, "num_layers": 2, "text_dim": 4096,
-                          "freq_dim": 256},
-                         (1, 16, 3, 14, 18), {"c_crossattn": (1, 11, 4096)}),
+    "wan-480p": FullSize(
+        "Wan 2.1 14B, 832x480, 33 frames", "Wan T2V", WAN, (1, 16, 9, 60, 104), {"c_crossattn": (1, 512, 4096)}
+    ),
+    "wan-720p": FullSize(
+        "Wan 2.1 14B, 1280x720, 81 frames", "Wan T2V", WAN, (1, 16, 21, 90, 160), {"c_crossattn": (1, 512, 4096)}
+    ),
+    "flux-1024": FullSize(
+        "Flux dev, 1024x1024",
+        "Flux Dev",
+        FLUX,
+        (1, 16, 128, 128),
+        {"c_crossattn": (1, 512, 4096), "y": (1, 768), "guidance": (1,)},
+    ),
+    "tiny-wan": FullSize(
+        "a tiny Wan, to try a benchmark on a CPU",
+        "Wan T2V",
+        {"dim": 1024, "ffn_dim": 1024, "num_heads": 8, "num_layers": 2, "text_dim": 4096, "freq_dim": 256},
+        (1, 16, 3, 14, 18),
+        {"c_crossattn": (1, 11, 4096)},
+    ),
 }
 
 
@@ -57,7 +75,7 @@ def skeleton(name: str, layers: int | None = None, dtype: torch.dtype = torch.bf
     """ComfyUI's model of that size on `meta`; with `layers`, so many of each kind instead of all."""
     import comfy.supported_models
 
-    from raylight.zoo import families
+    from raylight.dev.zoo import families
 
     size = SIZES[name]
     family = families()[size.family]
@@ -114,8 +132,10 @@ class RandomWeights(Mapping):
 def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """Arguments of `BaseModel.apply_model`."""
     size, generator = SIZES[name], torch.Generator(device).manual_seed(0)
-    made = {key: torch.randn(shape, generator=generator, device=device, dtype=dtype)
-            for key, shape in {"x": size.latent, **size.texts}.items()}
+    made = {
+        key: torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        for key, shape in {"x": size.latent, **size.texts}.items()
+    }
     return made | {"t": torch.tensor([0.7], device=device)}
 
 
@@ -140,6 +160,9 @@ def versions() -> dict[str, str]:
 
     found = {"torch": torch.__version__, "ComfyUI": comfyui}
     if torch.cuda.is_available():
-        found |= {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda or "",
-                  "cuDNN": str(torch.backends.cudnn.version())}
+        found |= {
+            "GPU": torch.cuda.get_device_name(),
+            "CUDA": torch.version.cuda or "",
+            "cuDNN": str(torch.backends.cudnn.version()),
+        }
     return found

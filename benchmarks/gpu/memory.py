@@ -21,7 +21,7 @@ import torch
 from full_size import SIZES, RandomWeights, fill, inputs, skeleton, synchronize, versions
 from one_share import between, mark
 
-from raylight.parallel.local_ranks import run_ranks, values
+from raylight.dev.local_ranks import run_ranks, values
 
 WHOLE, SHARDED, OFFLOADED = "whole", "split", "split, offloaded"
 
@@ -39,16 +39,14 @@ def model_on(name: str, layers: int | None, weights_are: str, device: torch.devi
     import torch.distributed as dist
 
     from raylight.attention.kernels import kernel
-    from raylight.host import attention_hook
-    from raylight.parallel.attention import SequenceAttention
     from raylight.parallel.hooks import SequenceHooks
-    from raylight.parallel.mesh import build_mesh, sequence_axis, world_axis
-    from raylight.parallel.shape import MeshShape
+    from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis, world_axis
+    from raylight.parallel.sequence_attention import SequenceAttention
     from raylight.parallel.tokens import TokenState
     from raylight.parallel.ulysses import UlyssesAttention
     from raylight.plans import plan_for
-    from raylight.sharding.fsdp import shard
-    from raylight.sharding.units import units
+    from raylight.sharding.fsdp import shard, units
+    from raylight.worker import transformer_options
 
     world = dist.get_world_size()
     mesh = build_mesh(MeshShape(ulysses=world), device)
@@ -59,8 +57,9 @@ def model_on(name: str, layers: int | None, weights_are: str, device: torch.devi
     tokens = TokenState(sequence.get_local_rank(), world, sequence.get_group())
     if world > 1:
         SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens)
-    attention_hook.install_override(options, SequenceAttention(tokens, UlyssesAttention(sequence.get_group())),
-                           kernel("auto", device))
+    transformer_options.install_override(
+        options, SequenceAttention(tokens, UlyssesAttention(sequence.get_group())), kernel("auto", device)
+    )
     weights = RandomWeights(model.diffusion_model, device)
     if weights_are == WHOLE:
         fill(model.diffusion_model, weights, device)
@@ -87,8 +86,7 @@ def peak(rank: int, world: int, name: str, layers: int | None, weights_are: str,
         return {"weights": before, "more": torch.cuda.max_memory_allocated() - before, "block": block}
 
 
-def offloading(rank: int, world: int, name: str, layers: int | None, repeats: int,
-               device_type: str) -> dict[str, Any]:
+def offloading(rank: int, world: int, name: str, layers: int | None, repeats: int, device_type: str) -> dict[str, Any]:
     """Seconds of a forward with the weights of one rank whole, in its own shards and offloaded, and of copying them."""
     device = device_of(device_type)
     found: dict[str, Any] = {}
@@ -140,25 +138,52 @@ def main() -> None:
     figures: dict[str, Any] = {"versions": versions(), "layers": options.layers}
     print(figures["versions"])
     shortened = "" if options.layers is None else f", {options.layers} layers of each kind"
-    print(f"{SIZES[options.size].title}{shortened}, bfloat16, tokens split over the ranks; GB of one rank\n"
-          f"{'ranks':>5} {'weights are':<18} {'weights':>8} {'more':>8} {'sum':>8} {'in blocks':>9}")
+    print(
+        f"{SIZES[options.size].title}{shortened}, bfloat16, tokens split over the ranks; GB of one rank\n"
+        f"{'ranks':>5} {'weights are':<18} {'weights':>8} {'more':>8} {'sum':>8} {'in blocks':>9}"
+    )
     for world in options.ranks:
         whole = 0.0
         for weights_are in (WHOLE, SHARDED, OFFLOADED):
             if world == 1 and weights_are != WHOLE:
                 continue
-            ranks = values(run_ranks(world, peak, options.size, options.layers, weights_are, options.device,
-                                     timeout_s=300, collective_timeout_s=200))
+            ranks = values(
+                run_ranks(
+                    world,
+                    peak,
+                    options.size,
+                    options.layers,
+                    weights_are,
+                    options.device,
+                    timeout_s=300,
+                    collective_timeout_s=200,
+                )
+            )
             most = max(ranks, key=lambda one: one["weights"] + one["more"])
             whole = whole or most["more"]
             blocks = f"{(most['more'] - whole) / most['block']:9.2f}" if weights_are != WHOLE else ""
-            print(f"{world:>5} {weights_are:<18} {most['weights'] / 1e9:8.2f} {most['more'] / 1e9:8.2f} "
-                  f"{(most['weights'] + most['more']) / 1e9:8.2f} {blocks}", flush=True)
+            print(
+                f"{world:>5} {weights_are:<18} {most['weights'] / 1e9:8.2f} {most['more'] / 1e9:8.2f} "
+                f"{(most['weights'] + most['more']) / 1e9:8.2f} {blocks}",
+                flush=True,
+            )
             figures[f"{world} ranks, {weights_are}"] = most
-    found = values(run_ranks(1, offloading, options.size, options.layers, options.repeats, options.device,
-                             timeout_s=300, device_type=options.device))[0]
-    print(f"\none rank, seconds of a forward: whole {found[WHOLE]:.3f}, in shards {found[SHARDED]:.3f}, offloaded "
-          f"{found[OFFLOADED]:.3f}; the copy alone {found['copy']:.3f}, of which {found['hidden']:.1%} is hidden")
+    found = values(
+        run_ranks(
+            1,
+            offloading,
+            options.size,
+            options.layers,
+            options.repeats,
+            options.device,
+            timeout_s=300,
+            device_type=options.device,
+        )
+    )[0]
+    print(
+        f"\none rank, seconds of a forward: whole {found[WHOLE]:.3f}, in shards {found[SHARDED]:.3f}, offloaded "
+        f"{found[OFFLOADED]:.3f}; the copy alone {found['copy']:.3f}, of which {found['hidden']:.1%} is hidden"
+    )
     figures["offloading"] = found
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))

@@ -26,7 +26,7 @@ from full_size import SIZES, RandomWeights, fill, inputs, skeleton, synchronize,
 from one_share import between, mark
 from torch import Tensor
 
-from raylight.parallel.local_ranks import run_ranks, values
+from raylight.dev.local_ranks import run_ranks, values
 
 LARGEST = 1e-2  # relative L2 of results in bfloat16
 GOALS = {2: 1.95, 4: 3.8, 8: 7.2}  # speed-up of Wan at 720p
@@ -49,9 +49,13 @@ def ways(world: int) -> list[Way]:
     """What is run on so many ranks. The batch axis has two rows, positive and negative prompt, as with CFG."""
     if world == 1:
         return [Way("one GPU")]
-    found = [Way("Ulysses", ulysses=world), Way("ring", ring=world), Way("FSDP", batch=world, shards=True),
-             Way("FSDP + Ulysses", ulysses=world, shards=True),
-             Way("CFG axis x Ulysses" if world > 2 else "CFG axis", ulysses=world // 2, batch=2)]
+    found = [
+        Way("Ulysses", ulysses=world),
+        Way("ring", ring=world),
+        Way("FSDP", batch=world, shards=True),
+        Way("FSDP + Ulysses", ulysses=world, shards=True),
+        Way("CFG axis x Ulysses" if world > 2 else "CFG axis", ulysses=world // 2, batch=2),
+    ]
     if world > 2:
         found.insert(2, Way("Ulysses x ring", ulysses=world // 2, ring=2))
     return found
@@ -93,8 +97,13 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
             taken.append(between(start, end))
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         link, bare = communication(forward, device)
-    return {"seconds": taken, "peak_bytes": peak, "link": link, "bare": bare,
-            "result": result.float().cpu().numpy() if rank == 0 else None}
+    return {
+        "seconds": taken,
+        "peak_bytes": peak,
+        "link": link,
+        "bare": bare,
+        "result": result.float().cpu().numpy() if rank == 0 else None,
+    }
 
 
 def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> Any:
@@ -102,16 +111,15 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
     from staged_ring import StagedThroughCpuHybrid
 
     from raylight.attention.kernels import kernel
-    from raylight.host import attention_hook
-    from raylight.parallel.attention import SequenceAttention
     from raylight.parallel.batch import BatchAxis, Rows
     from raylight.parallel.hooks import SequenceHooks
-    from raylight.parallel.mesh import build_mesh, sequence_axis, world_axis
+    from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis, world_axis
     from raylight.parallel.ring import HybridAttention
-    from raylight.parallel.shape import MeshShape
+    from raylight.parallel.sequence_attention import SequenceAttention
     from raylight.parallel.tokens import TokenState
     from raylight.plans import plan_for
     from raylight.sharding.fsdp import shard
+    from raylight.worker import transformer_options
 
     mesh = build_mesh(MeshShape(way.batch, way.ring, way.ulysses), device)
     model = skeleton(setting.size, setting.layers)
@@ -122,7 +130,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
     hybrid = StagedThroughCpuHybrid if setting.shared_gpu else HybridAttention
     strategy = hybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
     options: dict[str, Any] = {}
-    attention_hook.install_override(options, SequenceAttention(tokens, strategy), kernel("auto", device))
+    transformer_options.install_override(options, SequenceAttention(tokens, strategy), kernel("auto", device))
     weights = RandomWeights(diffusion_model, device)
     if way.shards:
         shard(diffusion_model, weights, world_axis(mesh), device)
@@ -131,8 +139,10 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
     given = inputs(setting.size, device)
     rows = 2 if setting.cfg else 1
     if setting.cfg:
-        given = {name: torch.cat([value, value.flip(-1) if name == "c_crossattn" else value])
-                 for name, value in given.items()}
+        given = {
+            name: torch.cat([value, value.flip(-1) if name == "c_crossattn" else value])
+            for name, value in given.items()
+        }
     axis = BatchAxis(mesh.get_group("batch"))
 
     def part(of: Rows) -> Tensor:
@@ -177,12 +187,24 @@ def covered(spans: list[tuple[float, float]]) -> float:
 def run(world: int, way: Way, setting: Setting, timeout_s: float) -> dict[str, Any]:
     """One row of the table: the slowest rank's median, the largest peak, the mean shares."""
     over_gloo = setting.shared_gpu or setting.device_type == "cpu"
-    ranks = values(run_ranks(world, measure, way, setting, timeout_s=timeout_s, collective_timeout_s=timeout_s / 2,
-                             device_type="cpu" if over_gloo else "cuda"))
-    return {"seconds": max(statistics.median(rank["seconds"]) for rank in ranks),
-            "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
-            "link": statistics.mean(rank["link"] for rank in ranks),
-            "bare": statistics.mean(rank["bare"] for rank in ranks), "result": torch.from_numpy(ranks[0]["result"])}
+    ranks = values(
+        run_ranks(
+            world,
+            measure,
+            way,
+            setting,
+            timeout_s=timeout_s,
+            collective_timeout_s=timeout_s / 2,
+            device_type="cpu" if over_gloo else "cuda",
+        )
+    )
+    return {
+        "seconds": max(statistics.median(rank["seconds"]) for rank in ranks),
+        "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
+        "link": statistics.mean(rank["link"] for rank in ranks),
+        "bare": statistics.mean(rank["bare"] for rank in ranks),
+        "result": torch.from_numpy(ranks[0]["result"]),
+    }
 
 
 def report(size: str, worlds: list[int], options: argparse.Namespace, predicted: dict[str, Any]) -> dict[str, Any]:
@@ -191,9 +213,11 @@ def report(size: str, worlds: list[int], options: argparse.Namespace, predicted:
     expected: dict[bool, Tensor] = {}
     alone: dict[bool, float] = {}
     seconds: dict[tuple[int, str], float] = {}
-    print(f"\n{SIZES[size].title}{'' if options.layers is None else f', {options.layers} layers of each kind'}\n"
-          f"{'GPUs':>4} {'way':<20} {'s a step':>9} {'speed-up':>9} {'efficiency':>10} {'peak GB':>8} {'link':>6} "
-          f"{'bare':>6} {'L2':>8} {'predicted':>9}")
+    print(
+        f"\n{SIZES[size].title}{'' if options.layers is None else f', {options.layers} layers of each kind'}\n"
+        f"{'GPUs':>4} {'way':<20} {'s a step':>9} {'speed-up':>9} {'efficiency':>10} {'peak GB':>8} {'link':>6} "
+        f"{'bare':>6} {'L2':>8} {'predicted':>9}"
+    )
     for world in worlds:
         for way in [*ways(world), *([Way("one GPU, CFG")] if world == 1 and max(worlds) > 1 else [])]:
             cfg = "CFG" in way.name
@@ -213,9 +237,11 @@ def report(size: str, worlds: list[int], options: argparse.Namespace, predicted:
             speed_up = alone[cfg] / row["seconds"]
             promised = predicted.get(f"{size} {world}", {}).get("predicted_s", {}).get(options.link)
             told = "" if promised is None or way.name != "Ulysses" else f"{promised:9.4f}"
-            print(f"{world:>4} {way.name:<20} {row['seconds']:>9.4f} {speed_up:>8.2f}x {speed_up / world:>10.1%} "
-                  f"{row['peak_bytes'] / 1e9:>8.2f} {row['link']:>6.1%} {row['bare']:>6.1%} {error:>8.1e} {told}",
-                  flush=True)
+            print(
+                f"{world:>4} {way.name:<20} {row['seconds']:>9.4f} {speed_up:>8.2f}x {speed_up / world:>10.1%} "
+                f"{row['peak_bytes'] / 1e9:>8.2f} {row['link']:>6.1%} {row['bare']:>6.1%} {error:>8.1e} {told}",
+                flush=True,
+            )
             figures[f"{world} {way.name}"] = row | {"speed_up": speed_up, "relative_l2": error}
             where = f"{world} GPUs, {way.name}"
             if error > LARGEST:
@@ -247,8 +273,12 @@ def main() -> None:
     one_each = options.device == "cuda" and not options.share_gpu
     worlds = [world for world in options.ranks if world <= gpus or not one_each]
     predicted = json.loads(options.prediction.read_text()) if options.prediction else {}
-    figures: dict[str, Any] = {"versions": versions(), "GPUs": gpus, "options": {
-        key: str(value) for key, value in vars(options).items()}, "ways": [asdict(w) for n in worlds for w in ways(n)]}
+    figures: dict[str, Any] = {
+        "versions": versions(),
+        "GPUs": gpus,
+        "options": {key: str(value) for key, value in vars(options).items()},
+        "ways": [asdict(w) for n in worlds for w in ways(n)],
+    }
     print(figures["versions"], f"{gpus} GPUs, so {worlds} ranks")
     for size in options.sizes:
         figures[size] = report(size, worlds, options, predicted)

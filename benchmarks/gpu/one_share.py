@@ -16,12 +16,12 @@ from full_size import synchronize
 from torch import Tensor
 
 from raylight.attention.kernels import kernel
-from raylight.host import attention_hook
-from raylight.parallel.attention import SequenceAttention
 from raylight.parallel.hooks import SequenceHooks
+from raylight.parallel.sequence_attention import SequenceAttention
 from raylight.parallel.tokens import TokenState
 from raylight.parallel.ulysses import UlyssesAttention
 from raylight.plans import plan_for
+from raylight.worker import transformer_options
 
 _DONE = SimpleNamespace(wait=lambda: True)
 
@@ -93,8 +93,8 @@ class OneShare(UlyssesAttention):
     def _exchange(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> Any:
         received = sent.new_empty(sum(receive_counts))
         for start in range(0, received.numel(), sent.numel()):
-            piece = received[start:start + sent.numel()]
-            piece.copy_(sent[:piece.numel()])
+            piece = received[start : start + sent.numel()]
+            piece.copy_(sent[: piece.numel()])
         return received, _DONE
 
 
@@ -139,7 +139,7 @@ def share_of(model: Any, inputs: dict[str, Tensor], degree: int, attention: str,
     tokens, share = TokenState(0, degree), OneShare(degree, large, parts)
     hooks = ShareHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens) if degree > 1 else None
     options: dict[str, Any] = {}
-    attention_hook.install_override(options, SequenceAttention(tokens, share), kernel(attention, device))
+    transformer_options.install_override(options, SequenceAttention(tokens, share), kernel(attention, device))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

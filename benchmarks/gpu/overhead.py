@@ -49,8 +49,17 @@ def sample(model: Any, way: str, name: str, seed: int, steps: int) -> Tensor:
         sampler.held = threading.Lock()  # which no other process can have
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     latent = torch.zeros(SIZES[name].latent)
-    return comfy.sample.sample_custom(model, comfy.sample.prepare_noise(latent, seed), 1.0, sampler, sigmas,
-                                      *[prompt(name)] * 2, latent, disable_pbar=True, seed=seed)
+    return comfy.sample.sample_custom(
+        model,
+        comfy.sample.prepare_noise(latent, seed),
+        1.0,
+        sampler,
+        sigmas,
+        *[prompt(name)] * 2,
+        latent,
+        disable_pbar=True,
+        seed=seed,
+    )
 
 
 def prompt(name: str) -> list[Any]:
@@ -73,8 +82,14 @@ def measure(models: dict[str, Any], name: str, steps: int, repeats: int) -> dict
             often, latents[way] = timed(model, way, name, 2 * turn + 1, steps)
             taken[way].append((often - once) / (steps - 1))
     expected = latents[STOCK]
-    return {way: {"seconds": statistics.median(taken[way]), "all": taken[way],
-                  "relative_l2": ((latents[way] - expected).norm() / expected.norm()).item()} for way in models}
+    return {
+        way: {
+            "seconds": statistics.median(taken[way]),
+            "all": taken[way],
+            "relative_l2": ((latents[way] - expected).norm() / expected.norm()).item(),
+        }
+        for way in models
+    }
 
 
 def timed(model: Any, way: str, name: str, seed: int, steps: int) -> tuple[float, Tensor]:
@@ -91,19 +106,19 @@ def main() -> None:
     import comfy.model_management
     import comfy.sd
 
-    from raylight.cluster import current
+    from raylight.cluster import active_session
     from raylight.cluster.config import SessionConfig
-    from raylight.host import driver
-    from raylight.host import workers as at_workers
-    from raylight.host.handles import RayModel, Workers
-    from raylight.host.recipe import ModelRecipe
-    from raylight.parallel.shape import MeshShape
+    from raylight.driver import api
+    from raylight.driver import workers as at_workers
+    from raylight.host.recipe import ModelRecipe, RayModel, Workers
+    from raylight.parallel.mesh import MeshShape
 
     workers = Workers(SessionConfig(MeshShape(), options.device), options.attention)
     figures: dict[str, Any] = {"versions": versions(), "attention": options.attention}
     print(figures["versions"])
-    steps, repeats = (given * len(options.sizes) if len(given) == 1 else given
-                      for given in (options.steps, options.repeats))
+    steps, repeats = (
+        given * len(options.sizes) if len(given) == 1 else given for given in (options.steps, options.repeats)
+    )
     print(f"{'':<34} {'way':<14} {'s a step':>9} {'of stock':>9} {'goal':>5} {'relative L2':>11}")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path, of_file = Path(folder) / "model.safetensors", None
@@ -114,17 +129,20 @@ def main() -> None:
                 path.unlink(missing_ok=True)
                 write_checkpoint(name, path, torch.device(options.device), options.layers)
                 of_file = SIZES[name].family, SIZES[name].widths
-                remote = driver.load(RayModel(workers, ModelRecipe.of(str(path), "default")))
+                remote = api.load(RayModel(workers, ModelRecipe.of(str(path), "default")))
                 models = {STOCK: comfy.sd.load_diffusion_model(str(path)), WORKER: remote, DROP_IN: remote}
             found = measure(models, name, count, turns)
             for way, row in found.items():
                 ratio = row["seconds"] / found[STOCK]["seconds"]
-                print(f"{SIZES[name].title if way == STOCK else '':<34} {way:<14} {row['seconds']:>9.4f} {ratio:>9.4f} "
-                      f"{GOALS.get(way, ''):>5} {row['relative_l2']:>11.1e}", flush=True)
+                print(
+                    f"{SIZES[name].title if way == STOCK else '':<34} {way:<14} {row['seconds']:>9.4f} {ratio:>9.4f} "
+                    f"{GOALS.get(way, ''):>5} {row['relative_l2']:>11.1e}",
+                    flush=True,
+                )
             figures[name] = found
             if options.json:
                 options.json.write_text(json.dumps(figures, indent=1))
-    current.close()
+    active_session.close()
 
 
 if __name__ == "__main__":

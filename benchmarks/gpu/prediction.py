@@ -19,7 +19,7 @@ from full_size import SIZES, build, inputs, versions
 from one_share import Share, share_of
 
 from raylight.parallel.ulysses import LARGE, PARTS
-from raylight.sharding.units import units
+from raylight.sharding.fsdp import units
 
 LINKS = {"NVLink": 450.0, "PCIe 4 x16": 25.0, "PCIe 3 x8": 6.0}  # GB/s one way
 
@@ -53,28 +53,42 @@ def main() -> None:
         blocks = list(units(model.diffusion_model).values())
         block_bytes = sum(p.nbytes for p in model.diffusion_model.parameters()) // len(blocks)
         given = inputs(name, device)
-        print(f"\n{SIZES[name].title}{'' if options.layers is None else f', {options.layers} layers of each kind'}, "
-              f"{options.attention}, exchanges in {options.parts} parts: one rank's share measured, N GPUs predicted")
-        print(f"{'N':>2} {'share s':>9} {'of 1/N':>7} {'attention s':>11} {'peak GB':>8} {'received MB':>11}  "
-              + "  ".join(f"{link:>16} {'+ FSDP':>7}" for link in LINKS))
+        print(
+            f"\n{SIZES[name].title}{'' if options.layers is None else f', {options.layers} layers of each kind'}, "
+            f"{options.attention}, exchanges in {options.parts} parts: one rank's share measured, N GPUs predicted"
+        )
+        print(
+            f"{'N':>2} {'share s':>9} {'of 1/N':>7} {'attention s':>11} {'peak GB':>8} {'received MB':>11}  "
+            + "  ".join(f"{link:>16} {'+ FSDP':>7}" for link in LINKS)
+        )
         whole = 0.0
         share_of(model, given, options.ranks[0], options.attention, LARGE, options.parts)  # warm-up
         for degree in options.ranks:
-            shares = [share_of(model, given, degree, options.attention, LARGE, options.parts)
-                      for _ in range(options.repeats)]
-            share = next(one for one in shares
-                         if one.seconds == statistics.median_low(other.seconds for other in shares))
+            shares = [
+                share_of(model, given, degree, options.attention, LARGE, options.parts) for _ in range(options.repeats)
+            ]
+            share = next(
+                one for one in shares if one.seconds == statistics.median_low(other.seconds for other in shares)
+            )
             whole = whole or share.seconds * degree
             predicted = {link: share.predicted(speed) for link, speed in LINKS.items()}
             sharded = {link: with_shards(share, len(blocks), block_bytes, speed) for link, speed in LINKS.items()}
             attention = sum(sum(call.seconds) for call in share.calls)
-            print(f"{degree:>2} {share.seconds:>9.4f} {share.seconds * degree / whole:>7.1%} {attention:>11.4f} "
-                  f"{share.peak / 1e9:>8.2f} {share.received / 1e6:>11.0f}  "
-                  + "  ".join(f"{predicted[link]:>8.4f} {whole / predicted[link]:>6.2f}x {sharded[link]:>7.3f}"
-                              for link in LINKS), flush=True)
+            print(
+                f"{degree:>2} {share.seconds:>9.4f} {share.seconds * degree / whole:>7.1%} {attention:>11.4f} "
+                f"{share.peak / 1e9:>8.2f} {share.received / 1e6:>11.0f}  "
+                + "  ".join(
+                    f"{predicted[link]:>8.4f} {whole / predicted[link]:>6.2f}x {sharded[link]:>7.3f}" for link in LINKS
+                ),
+                flush=True,
+            )
             figures[f"{name} {degree}"] = {
-                "seconds": [one.seconds for one in shares], "attention_s": attention, "peak_bytes": share.peak,
-                "received_bytes": share.received, "parts": options.parts, "predicted_s": predicted,
+                "seconds": [one.seconds for one in shares],
+                "attention_s": attention,
+                "peak_bytes": share.peak,
+                "received_bytes": share.received,
+                "parts": options.parts,
+                "predicted_s": predicted,
                 "predicted_speed_up": {link: whole / seconds for link, seconds in predicted.items()},
                 "predicted_with_fsdp_s": sharded,
             }

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "support"), os.environ["COMFYUI_PATH"]]
 sys.path.append(str(ROOT))
 
-from raylight.parallel.local_ranks import run_ranks, values  # noqa: E402
+from raylight.dev.local_ranks import run_ranks, values
 
 HEADS = 8
 LARGE_LAYERS = 6
@@ -35,8 +35,11 @@ LARGE_LAYERS = 6
 
 def inputs() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return {"x": torch.randn(1, 16, 3, 30, 26, generator=generator).cuda(), "t": torch.tensor([0.7]).cuda(),
-            "c_crossattn": torch.randn(1, 21, 4096, generator=generator).cuda()}
+    return {
+        "x": torch.randn(1, 16, 3, 30, 26, generator=generator).cuda(),
+        "t": torch.tensor([0.7]).cuda(),
+        "c_crossattn": torch.randn(1, 21, 4096, generator=generator).cuda(),
+    }
 
 
 def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dict[str, dict[str, Any]]:
@@ -45,11 +48,10 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
     import comfy.sd
     from loras import KINDS, lora_for
 
-    from raylight.host import lora
-    from raylight.host.mapped import load_mapped
-    from raylight.host.sharded import shard_over
-    from raylight.parallel.mesh import build_mesh, world_axis
-    from raylight.parallel.shape import MeshShape
+    from raylight.host.checkpoint import load_mapped
+    from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+    from raylight.worker import lora
+    from raylight.worker.sharded_patcher import shard_over
 
     torch.cuda.set_device(0)
     device = torch.device("cuda", 0)
@@ -88,9 +90,12 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
             patcher.load(device)
             moved = patcher.model.apply_model(**inputs()).float()
         results[form] = {
-            "whole": _relative(first, expected), "lora": _relative(of_patched, expected_patched),
-            "effect": _relative(expected_patched, expected), "removed": torch.equal(removed, first),
-            "moved": torch.equal(moved, first), "share": report.bytes / report.whole_bytes,
+            "whole": _relative(first, expected),
+            "lora": _relative(of_patched, expected_patched),
+            "effect": _relative(expected_patched, expected),
+            "removed": torch.equal(removed, first),
+            "moved": torch.equal(moved, first),
+            "share": report.bytes / report.whole_bytes,
         }
         del patcher, patched, mapped
     return results
@@ -98,10 +103,9 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
 
 def peak(rank: int, world: int, path: Path, offload: bool) -> dict[str, float]:
     """GPU memory of one rank with blocks of Wan 14B, in blocks: between forwards, and more in one."""
-    from raylight.host.mapped import load_mapped
-    from raylight.host.sharded import shard_over
-    from raylight.parallel.mesh import build_mesh, world_axis
-    from raylight.parallel.shape import MeshShape
+    from raylight.host.checkpoint import load_mapped
+    from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+    from raylight.worker.sharded_patcher import shard_over
 
     torch.cuda.set_device(0)
     mesh = world_axis(build_mesh(MeshShape(batch=world), torch.device("cuda", 0)))
@@ -122,10 +126,26 @@ def write_large(path: Path) -> None:
     from safetensors.torch import save_file
 
     model = comfy.ldm.wan.model.WanModel(
-        model_type="t2v", in_dim=16, out_dim=16, dim=5120, ffn_dim=13824, freq_dim=256, text_dim=4096, num_heads=40,
-        num_layers=LARGE_LAYERS, dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init)
-    save_file({name: torch.randn(p.shape, dtype=torch.bfloat16, device="cuda").mul_(0.01).cpu()
-               for name, p in model.state_dict().items()}, path)
+        model_type="t2v",
+        in_dim=16,
+        out_dim=16,
+        dim=5120,
+        ffn_dim=13824,
+        freq_dim=256,
+        text_dim=4096,
+        num_heads=40,
+        num_layers=LARGE_LAYERS,
+        dtype=torch.bfloat16,
+        device="meta",
+        operations=comfy.ops.disable_weight_init,
+    )
+    save_file(
+        {
+            name: torch.randn(p.shape, dtype=torch.bfloat16, device="cuda").mul_(0.01).cpu()
+            for name, p in model.state_dict().items()
+        },
+        path,
+    )
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
@@ -136,7 +156,7 @@ def _write(folder: Path) -> dict[str, Path]:
     from quantised import FORMATS, quantise
     from safetensors.torch import load_file, save_file
 
-    from raylight.demo.tiny import write_checkpoint
+    from raylight.dev.demo.tiny import write_checkpoint
 
     source = folder / "float32.safetensors"
     write_checkpoint(source, "wan-t2v", heads=HEADS, layers=3)
@@ -158,8 +178,11 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
-        paths = {form: path for form, path in _write(Path(temporary)).items()
-                 if options.forms is None or form in options.forms}
+        paths = {
+            form: path
+            for form, path in _write(Path(temporary)).items()
+            if options.forms is None or form in options.forms
+        }
         large = Path(temporary) / "large.safetensors"
         write_large(large)
         for world in options.ranks:
@@ -167,8 +190,10 @@ def main() -> None:
                 setup = f"{world} rank{'s' * (world > 1)}{', offloaded' * offload}"
                 forms = values(run_ranks(world, compare, paths, offload, timeout_s=400))
                 memory = values(run_ranks(world, peak, large, offload, timeout_s=200))[0]
-                print(f"\n{setup}: {memory['between']:.2f} blocks on the GPU between forwards, {memory['more']:.2f} "
-                      f"more in one")
+                print(
+                    f"\n{setup}: {memory['between']:.2f} blocks on the GPU between forwards, {memory['more']:.2f} "
+                    f"more in one"
+                )
                 print(f"{'':<20} {'whole':>8} {'LoRA':>8} {'effect':>8} {'removed':>8} {'moved':>6} {'share':>6}")
                 for form in paths:
                     ranks = [rank[form] for rank in forms]
@@ -177,8 +202,10 @@ def main() -> None:
                         continue
                     worst = {key: max(rank[key] for rank in ranks) for key in ("whole", "lora", "effect", "share")}
                     exact = {key: all(rank[key] for rank in ranks) for key in ("removed", "moved")}
-                    print(f"{form:<20} {worst['whole']:8.1e} {worst['lora']:8.1e} {worst['effect']:8.1e} "
-                          f"{exact['removed']!s:>8} {exact['moved']!s:>6} {worst['share']:6.3f}")
+                    print(
+                        f"{form:<20} {worst['whole']:8.1e} {worst['lora']:8.1e} {worst['effect']:8.1e} "
+                        f"{exact['removed']!s:>8} {exact['moved']!s:>6} {worst['share']:6.3f}"
+                    )
                     figures[f"{setup}, {form}"] = worst | exact | memory
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))

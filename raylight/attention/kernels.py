@@ -10,7 +10,7 @@ import logging
 
 import torch
 
-from . import lse
+from . import torch_kernels
 from .library import LIBRARIES, LibraryKernel, LibraryKernelWithLse, sage_has_lse
 from .torch_kernels import NAMES as TORCH_NAMES
 from .torch_kernels import TorchKernel
@@ -24,8 +24,11 @@ SPARSE = "SPARSE_SAGE"
 NAMES = (AUTO, *TORCH_NAMES, *LIBRARIES, SPARSE)
 
 # PyTorch's attention by compute capability. Measured on Hopper: cuDNN takes 0.6 of flash attention's time.
-_PREFERRED = (((9, 0), ("TORCH_CUDNN", "TORCH_FLASH")), ((8, 0), ("TORCH_FLASH", "TORCH_EFFICIENT")),
-              ((0, 0), ("TORCH_EFFICIENT",)))
+_PREFERRED = (
+    ((9, 0), ("TORCH_CUDNN", "TORCH_FLASH")),
+    ((8, 0), ("TORCH_FLASH", "TORCH_EFFICIENT")),
+    ((0, 0), ("TORCH_EFFICIENT",)),
+)
 _TRIALS = (96, 128)  # tokens: blocks that are full, and one that is not
 _LARGEST_ERROR = 0.05  # of values of size 1: far above rounding in half precision, far below a wrong result
 
@@ -98,7 +101,7 @@ def _fault(candidate: Kernel, device: torch.device, dtype: torch.dtype) -> str |
     error = 0.0
     for tokens in _TRIALS:
         q, k, v = (torch.randn(1, 2, tokens, 64, generator=generator, device=device, dtype=dtype) for _ in range(3))
-        expected, expected_total = lse.written_out(q.float(), k.float(), v.float(), None, None)
+        expected, expected_total = torch_kernels.written_out(q.float(), k.float(), v.float(), None, None)
         try:
             pairs = [(candidate(q, k, v, None, None), expected)]
             if hasattr(candidate, "with_lse"):

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lse import Partial
-from .torch_kernels import TorchKernel
+from .torch_kernels import Partial, TorchKernel
 
 # q, k, v (B, S, H, D) and a scale; the output (B, S, H, D) and the log-sum-exp (B, H, S), or None.
 Function = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None]]
@@ -56,8 +55,10 @@ class Library:
             version = importlib.metadata.version(self.module)
             return f"{self.module} {version} is installed, which does not have it: {self.install}"
         if self.through and importlib.util.find_spec(self.through) is None:
-            return (f"it is called through the Python package {self.through}, which is not installed: "
-                    f"run pip install --no-deps {self.through}")
+            return (
+                f"it is called through the Python package {self.through}, which is not installed: "
+                f"run pip install --no-deps {self.through}"
+            )
         return None
 
     def unsupported(self, device: torch.device) -> str | None:
@@ -71,8 +72,10 @@ class Library:
         capability, (low, high) = torch.cuda.get_device_capability(device), self.capabilities
         if capability < low or (high is not None and capability > high):
             wanted = f"{low[0]}.{low[1]}" + (" or higher" if high is None else f" to {high[0]}.{high[1]}")
-            return (f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, "
-                    f"and it needs {wanted}")
+            return (
+                f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, "
+                f"and it needs {wanted}"
+            )
         return None
 
 
@@ -100,15 +103,20 @@ class LibraryKernel:
     def _run(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor | None]:
         width = q.shape[-1]
         if q.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"XFuser_attention = {self.name} computes in float16 or bfloat16, and this model in "
-                             f"{str(q.dtype).removeprefix('torch.')}: choose auto or one of the TORCH choices")
+            raise ValueError(
+                f"XFuser_attention = {self.name} computes in float16 or bfloat16, and this model in "
+                f"{str(q.dtype).removeprefix('torch.')}: choose auto or one of the TORCH choices"
+            )
         if width not in self._library.head_sizes:
-            raise ValueError(f"XFuser_attention = {self.name} does not take attention heads of size {width}, which "
-                             f"this model has: choose auto or one of the TORCH choices")
+            raise ValueError(
+                f"XFuser_attention = {self.name} does not take attention heads of size {width}, which "
+                f"this model has: choose auto or one of the TORCH choices"
+            )
         # Groups of queries are written out: not every library takes them.
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        out, total = self._function(*(t.transpose(1, 2).contiguous() for t in (q, k, v)),
-                                    width ** -0.5 if scale is None else scale)
+        out, total = self._function(
+            *(t.transpose(1, 2).contiguous() for t in (q, k, v)), width**-0.5 if scale is None else scale
+        )
         return out.transpose(1, 2), total
 
 
@@ -127,14 +135,24 @@ def _yunchang(member: str, whole_batch: bool = True) -> Callable[[], Function]:
         forward = select_flash_attn_impl(AttnType[member], stage="fwd-only")
 
         def call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-            return forward(q, k, v, dropout_p=0.0, softmax_scale=scale, causal=False, window_size=(-1, -1),
-                           softcap=0.0, alibi_slopes=None, return_softmax=False)
+            return forward(
+                q,
+                k,
+                v,
+                dropout_p=0.0,
+                softmax_scale=scale,
+                causal=False,
+                window_size=(-1, -1),
+                softcap=0.0,
+                alibi_slopes=None,
+                return_softmax=False,
+            )
 
         if whole_batch:
             return call
 
         def one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-            rows = [call(*(t[i:i + 1] for t in (q, k, v)), scale) for i in range(q.shape[0])]
+            rows = [call(*(t[i : i + 1] for t in (q, k, v)), scale) for i in range(q.shape[0])]
             return torch.cat([out for out, _ in rows]), torch.cat([total for _, total in rows])
 
         return one_by_one
@@ -179,26 +197,58 @@ _SAGE_SIZES = (64, 96, 128)
 YUNCHANG = "yunchang"
 
 LIBRARIES = {
-    "AITER": Library("aiter", "see https://github.com/ROCm/aiter", _yunchang("AITER"), rocm=True,
-                     through=YUNCHANG),
-    "FA": Library("flash_attn", "run pip install flash-attn --no-build-isolation", _yunchang("FA"),
-                  through=YUNCHANG),
-    "FA3": Library("flash_attn_interface", "see FlashAttention-3 at https://github.com/Dao-AILab/flash-attention",
-                   _yunchang("FA3"), capabilities=((9, 0), (9, 0)), through=YUNCHANG),
-    "FLASHINFER": Library("flashinfer", "run pip install flashinfer-python", _yunchang("FLASHINFER", whole_batch=False),
-                          head_sizes=(64, 128, 256), through=YUNCHANG),
-    "SAGE_AUTO": Library("sageattention", "run pip install sageattention", _sage("sageattn"), head_sizes=_SAGE_SIZES,
-                         key_block=_sage_key_block),
-    "SAGE_FP16": Library("sageattention", _SAGE_2, _sage("sageattn_qk_int8_pv_fp16_cuda", pv_accum_dtype="fp32"),
-                         head_sizes=_SAGE_SIZES, attribute="sageattn_qk_int8_pv_fp16_cuda"),
+    "AITER": Library("aiter", "see https://github.com/ROCm/aiter", _yunchang("AITER"), rocm=True, through=YUNCHANG),
+    "FA": Library("flash_attn", "run pip install flash-attn --no-build-isolation", _yunchang("FA"), through=YUNCHANG),
+    "FA3": Library(
+        "flash_attn_interface",
+        "see FlashAttention-3 at https://github.com/Dao-AILab/flash-attention",
+        _yunchang("FA3"),
+        capabilities=((9, 0), (9, 0)),
+        through=YUNCHANG,
+    ),
+    "FLASHINFER": Library(
+        "flashinfer",
+        "run pip install flashinfer-python",
+        _yunchang("FLASHINFER", whole_batch=False),
+        head_sizes=(64, 128, 256),
+        through=YUNCHANG,
+    ),
+    "SAGE_AUTO": Library(
+        "sageattention",
+        "run pip install sageattention",
+        _sage("sageattn"),
+        head_sizes=_SAGE_SIZES,
+        key_block=_sage_key_block,
+    ),
+    "SAGE_FP16": Library(
+        "sageattention",
+        _SAGE_2,
+        _sage("sageattn_qk_int8_pv_fp16_cuda", pv_accum_dtype="fp32"),
+        head_sizes=_SAGE_SIZES,
+        attribute="sageattn_qk_int8_pv_fp16_cuda",
+    ),
     # In version 1 this is the only one, named sageattn.
-    "SAGE_FP16_TRITON": Library("sageattention", "run pip install sageattention",
-                                _sage("sageattn_qk_int8_pv_fp16_triton"), head_sizes=_SAGE_SIZES,
-                                key_block=_sage_key_block),
-    "SAGE_FP8": Library("sageattention", _SAGE_2, _sage("sageattn_qk_int8_pv_fp8_cuda", pv_accum_dtype="fp32+fp32"),
-                        capabilities=((8, 9), None), head_sizes=_SAGE_SIZES, attribute="sageattn_qk_int8_pv_fp8_cuda"),
-    "SAGE_FP8_SM90": Library("sageattention", _SAGE_2,
-                             _sage("sageattn_qk_int8_pv_fp8_cuda_sm90", pv_accum_dtype="fp32+fp32"),
-                             capabilities=((9, 0), (9, 0)), head_sizes=_SAGE_SIZES,
-                             attribute="sageattn_qk_int8_pv_fp8_cuda_sm90"),
+    "SAGE_FP16_TRITON": Library(
+        "sageattention",
+        "run pip install sageattention",
+        _sage("sageattn_qk_int8_pv_fp16_triton"),
+        head_sizes=_SAGE_SIZES,
+        key_block=_sage_key_block,
+    ),
+    "SAGE_FP8": Library(
+        "sageattention",
+        _SAGE_2,
+        _sage("sageattn_qk_int8_pv_fp8_cuda", pv_accum_dtype="fp32+fp32"),
+        capabilities=((8, 9), None),
+        head_sizes=_SAGE_SIZES,
+        attribute="sageattn_qk_int8_pv_fp8_cuda",
+    ),
+    "SAGE_FP8_SM90": Library(
+        "sageattention",
+        _SAGE_2,
+        _sage("sageattn_qk_int8_pv_fp8_cuda_sm90", pv_accum_dtype="fp32+fp32"),
+        capabilities=((9, 0), (9, 0)),
+        head_sizes=_SAGE_SIZES,
+        attribute="sageattn_qk_int8_pv_fp8_cuda_sm90",
+    ),
 }

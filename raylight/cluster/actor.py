@@ -22,12 +22,11 @@ from typing import Any
 import ray
 import torch
 
-from raylight.parallel import links, pulse, tally
-from raylight.parallel.mesh import build_mesh
+from raylight.parallel import bandwidth, heartbeat
+from raylight.parallel.mesh import MeshShape, build_mesh
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
-from raylight.parallel.shape import MeshShape
 
-from . import visible, worker_logs
+from . import ray_environment, status
 from .config import ServiceSpec
 from .errors import NCCL_BYTES, OutOfMemory, RunCancelled, is_out_of_memory, may_be_of_memory
 from .status import IDLE, Report, Status
@@ -60,7 +59,7 @@ class Standing:
     """How far a rank has come in its last run: the collectives that each of its groups has begun, and the beats of its
     pulse, which NCCL's sends are among."""
 
-    begun: tally.Tally | None
+    begun: heartbeat.Tally | None
     beats: int
 
 
@@ -110,7 +109,7 @@ class RankActor:
         self._rank = rank
         self._status = Status()
         faulthandler.enable(sys.__stderr__)  # a crash leaves its stack in the file of this worker's output
-        worker_logs.forward(self._status, rank, log_level)
+        status.forward(self._status, rank, log_level)
         self._world_size = world_size
         self._device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
         self._runs: dict[str, Run] = {}
@@ -127,7 +126,7 @@ class RankActor:
             if not torch.cuda.is_available():
                 raise RuntimeError(f"the worker of rank {self._rank} sees no GPU")
             device = torch.cuda.get_device_name(0)
-            gpu = visible.of_machine(os.environ, torch.version.hip is not None)
+            gpu = ray_environment.of_machine(os.environ, torch.version.hip is not None)
         return Place(self._rank, ray.util.get_node_ip_address(), os.getpid(), device, gpu)
 
     def open_store(self, host: str, timeout_s: float) -> Rendezvous:
@@ -144,15 +143,15 @@ class RankActor:
         with self._memory_told():
             join_world(rendezvous, self._rank, self._device, self._store)
             context = RankContext(self._rank, self._world_size, self._device, build_mesh(mesh, self._device))
-            with worker_logs.briefly():
+            with status.briefly():
                 self._service = service.open(context)
         self._status.enter(IDLE)
 
-    def try_links(self) -> links.Links:
+    def try_links(self) -> bandwidth.Links:
         """What the ways between the ranks do. Collective."""
         self._status.enter("trying the ways between the workers")
         with self._memory_told():
-            measured = links.measure(self._device)
+            measured = bandwidth.measure(self._device)
         self._status.enter(IDLE)
         return measured
 
@@ -164,10 +163,10 @@ class RankActor:
         """
         run = self._run(run_id)
         self._status.run = run_id
-        self._beats_before = pulse.beats()
+        self._beats_before = heartbeat.beats()
         run.enter(f"beginning to {method}")
         try:
-            with self._memory_told(), pulse.checked_by(run.check_cancelled):
+            with self._memory_told(), heartbeat.checked_by(run.check_cancelled):
                 result = getattr(self._service, method)(run, *args)
             run.enter(IDLE)
             return result
@@ -182,7 +181,7 @@ class RankActor:
 
     def stand(self) -> Standing:
         """How far this rank has come in the run that it has ended."""
-        return Standing(tally.begun(), pulse.beats() - self._beats_before)
+        return Standing(heartbeat.begun(), heartbeat.beats() - self._beats_before)
 
     def settle(self) -> bool:
         """Get ready for the next run after one that has failed; False where that cannot be. Collective: for ranks that

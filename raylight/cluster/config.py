@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from raylight.parallel.shape import MeshShape
+from raylight.parallel.mesh import MeshShape
 
 LOCAL = "local"
 

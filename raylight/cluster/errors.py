@@ -31,10 +31,22 @@ class RunCancelled(BaseException):
 
 # What NCCL takes of a GPU's memory for one more communicator, and some more.
 NCCL_BYTES = 512 * 2**20
-_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cuda_error_out_of_memory",
-              "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
-_OF_CUDA_IN_NCCL = ("unhandled cuda error", "unhandled system error", "ncclunhandledcudaerror", "ncclsystemerror",
-                    "cuda calloc", "cuda malloc")
+_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "cuda_error_out_of_memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
+_OF_CUDA_IN_NCCL = (
+    "unhandled cuda error",
+    "unhandled system error",
+    "ncclunhandledcudaerror",
+    "ncclsystemerror",
+    "cuda calloc",
+    "cuda malloc",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,11 +10,11 @@ import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from . import visible
+from . import ray_environment
 from .config import ServiceSpec, SessionConfig
 from .errors import RunCancelled
-from .local_ray import loopback_interface
 from .ray_environment import of_person
+from .ray_runtime import loopback_interface
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _LOCAL_S, _POLL_S = 30.0, 0.5
@@ -34,8 +34,9 @@ def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> Placemen
             remove_placement_group(group)
             raise RunCancelled
         # A cluster may grow; a machine does not.
-        never = config.is_local and any(ray.cluster_resources().get(name, 0) < count * config.world_size
-                                        for name, count in bundle.items())
+        never = config.is_local and any(
+            ray.cluster_resources().get(name, 0) < count * config.world_size for name, count in bundle.items()
+        )
         if time.monotonic() < deadline and not never:
             continue
         free = ray.cluster_resources() if never else ray.available_resources()
@@ -66,5 +67,5 @@ def environment(config: SessionConfig, service: ServiceSpec, rank: int) -> dict[
     if interface is not None:
         variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     if config.gpu_select:
-        variables |= visible.only(config.gpu_select[rank], os.environ, torch.version.hip is not None)
+        variables |= ray_environment.only(config.gpu_select[rank], os.environ, torch.version.hip is not None)
     return variables

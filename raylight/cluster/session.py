@@ -13,18 +13,18 @@ import ray
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raylight.parallel.links import Links
-from raylight.parallel.tally import agree
+from raylight.parallel.bandwidth import Links
+from raylight.parallel.heartbeat import agree
 
-from . import endings, link_check, local_ray, placement
+from . import bandwidth_check, diagnosis, placement, ray_runtime
 from .actor import Place, RankActor
-from .bounded import bounded
+from .collect import Listening, Outcome, conclude, met_alike, wait_for_all
 from .config import ServiceSpec, SessionConfig
+from .diagnosis import Fault, Scene, is_store_full, store_full, told
 from .errors import OUT_OF_MEMORY, RAY_LOST, RunCancelled, WorkerError
-from .faults import Fault, Scene, is_store_full, store_full, told
-from .shared import SharedObjects
+from .object_store import SharedObjects
 from .status import IDLE, STARTING
-from .waiting import Listening, Outcome, conclude, met_alike, wait_for_all
+from .timeouts import bounded
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -36,10 +36,11 @@ _STAND_S, _SETTLE_S = 5.0, 10.0
 
 
 class Session:
-    """The workers of one configuration. Use `raylight.cluster.current.session` to share one between prompts."""
+    """The workers of one configuration. Use `raylight.cluster.active_session.session` to share one between prompts."""
 
-    def __init__(self, config: SessionConfig, service: ServiceSpec,
-                 wants_cancel: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, config: SessionConfig, service: ServiceSpec, wants_cancel: Callable[[], bool] = lambda: False
+    ) -> None:
         """Start the workers. Raises ConnectionError, RuntimeError, WorkerError or RunCancelled; no worker is left
         then."""
         self.config = config
@@ -53,7 +54,7 @@ class Session:
         self._running, self._closing = threading.Lock(), threading.Lock()
         started = time.monotonic()
         try:
-            local_ray.connect(config, wants_cancel)
+            ray_runtime.connect(config, wants_cancel)
             self._group = placement.reserve(config, wants_cancel)
             self._start(service, wants_cancel)
         except BaseException:
@@ -61,7 +62,9 @@ class Session:
             raise
         self._ready = True
         logger.info(
-            "%d workers ready in %.1f s: %s", config.world_size, time.monotonic() - started,
+            "%d workers ready in %.1f s: %s",
+            config.world_size,
+            time.monotonic() - started,
             "; ".join(str(place) for place in self.places.values()),
         )
 
@@ -69,16 +72,21 @@ class Session:
         config = self.config
         actor = ray.remote(max_restarts=0, concurrency_groups={"control": 2, "watch": 1})(RankActor)
         for rank in range(config.world_size):
-            self._actors.append(actor.options(
-                num_cpus=1,
-                num_gpus=1 if config.device_type == "cuda" and not config.gpu_select else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-                runtime_env={"env_vars": placement.environment(config, service, rank)},
-            ).remote(rank, config.world_size, config.device_type, logging.getLogger().level))
+            self._actors.append(
+                actor.options(
+                    num_cpus=1,
+                    num_gpus=1 if config.device_type == "cuda" and not config.gpu_select else 0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        self._group, placement_group_bundle_index=rank
+                    ),
+                    runtime_env={"env_vars": placement.environment(config, service, rank)},
+                ).remote(rank, config.world_size, config.device_type, logging.getLogger().level)
+            )
         self._watchdog = Watchdog(config, dict(enumerate(self._actors)), self._on_fault)
 
-        def of_each(ask: Callable[[Any], Any], timeout_s: float = config.start_timeout_s,
-                    actors: Sequence[Any] = self._actors) -> dict[int, Any]:
+        def of_each(
+            ask: Callable[[Any], Any], timeout_s: float = config.start_timeout_s, actors: Sequence[Any] = self._actors
+        ) -> dict[int, Any]:
             refs = {rank: ask(actor) for rank, actor in enumerate(actors)}
             heed = Listening(wants_cancel=wants_cancel, cancel=_raise_cancelled, fault=self._fault, timeout_s=timeout_s)
             return conclude(wait_for_all(refs, heed=heed), config.world_size, self._scene())
@@ -86,31 +94,45 @@ class Session:
         self.places = dict(sorted(of_each(lambda actor: actor.place.remote()).items()))
         self._watchdog.know(self.places)
         host = self.places[0].host
-        rendezvous = of_each(lambda actor: actor.open_store.remote(host, config.collective_timeout_s),
-                             actors=self._actors[:1])[0]
+        rendezvous = of_each(
+            lambda actor: actor.open_store.remote(host, config.collective_timeout_s), actors=self._actors[:1]
+        )[0]
         of_each(lambda actor: actor.join.remote(rendezvous, config.mesh, service))
         if config.check_links and config.world_size > 1 and self.links is None:
             try:
-                links = of_each(lambda actor: actor.try_links.remote(), link_check.TIMEOUT_S)[0]
+                links = of_each(lambda actor: actor.try_links.remote(), bandwidth_check.TIMEOUT_S)[0]
             except WorkerError as error:
                 if error.kind == OUT_OF_MEMORY:
                     raise
-                raise WorkerError(f"the workers started, but cannot talk to each other: {error} On NVIDIA GPUs, "
-                                  f"{link_check.REMEDY}.", error.kind) from error
-            link_check.keep(self.places, links)
+                raise WorkerError(
+                    f"the workers started, but cannot talk to each other: {error} On NVIDIA GPUs, "
+                    f"{bandwidth_check.REMEDY}.",
+                    error.kind,
+                ) from error
+            bandwidth_check.keep(self.places, links)
 
     @property
     def links(self) -> Links | None:
         """What is known of the ways between these workers."""
-        return link_check.known(self.places.values())
+        return bandwidth_check.known(self.places.values())
 
-    def run(self, method: str, *args: Any, on_event: Callable[[Any], None] | None = None,
-            wants_cancel: Callable[[], bool] | None = None) -> Any:
+    def run(
+        self,
+        method: str,
+        *args: Any,
+        on_event: Callable[[Any], None] | None = None,
+        wants_cancel: Callable[[], bool] | None = None,
+    ) -> Any:
         """Call a method of the service on every rank and return rank 0's result, as `run_all`."""
         return self.run_all(method, *args, on_event=on_event, wants_cancel=wants_cancel)[0]
 
-    def run_all(self, method: str, *args: Any, on_event: Callable[[Any], None] | None = None,
-                wants_cancel: Callable[[], bool] | None = None) -> dict[int, Any]:
+    def run_all(
+        self,
+        method: str,
+        *args: Any,
+        on_event: Callable[[Any], None] | None = None,
+        wants_cancel: Callable[[], bool] | None = None,
+    ) -> dict[int, Any]:
         """Call a method of the service on every rank and return the results by rank.
 
         `args` are put into the object store once. Events of rank 0 are given to `on_event` in this thread.
@@ -124,7 +146,7 @@ class Session:
         with self._running:
             self._watchdog.begin(run_id)
             if self.config.is_local:
-                self._printed = {rank: endings.printed(place) for rank, place in self.places.items()}
+                self._printed = {rank: diagnosis.printed(place) for rank, place in self.places.items()}
             refs = {rank: a.run.remote(run_id, method, *shared) for rank, a in enumerate(self._actors)}
             stream = self._actors[0].events.remote(run_id)
 
@@ -132,9 +154,17 @@ class Session:
                 for actor in self._actors:
                     actor.cancel.remote(run_id)
 
-            outcome = wait_for_all(refs, stream, Listening(
-                on_event or (lambda _: None), wants_cancel or (lambda: False), cancel,
-                lambda since_s: endings.is_overdue(since_s, self._watchdog.phases.values()), self._fault))
+            outcome = wait_for_all(
+                refs,
+                stream,
+                Listening(
+                    on_event or (lambda _: None),
+                    wants_cancel or (lambda: False),
+                    cancel,
+                    lambda since_s: diagnosis.is_overdue(since_s, self._watchdog.phases.values()),
+                    self._fault,
+                ),
+            )
             scene = Scene(self.places) if outcome.is_clean else self._scene(f"beginning to {method}")
             stay = outcome.is_clean or self._may_stay(outcome)
         if not stay:
@@ -190,15 +220,15 @@ class Session:
         group, self._group = self._group, None
         if not actors and group is None:
             return
-        if self.config.is_local and local_ray.lost() is not None:
-            local_ray.abandon()
+        if self.config.is_local and ray_runtime.lost() is not None:
+            ray_runtime.abandon()
         elif ray.is_initialized():
             try:
                 bounded(lambda: _give_back(actors, group), _END_S, "the end of the workers")
             except Exception as error:
                 logger.warning("%s", error)
         if self.config.is_local:
-            endings.kill(place.pid for place in self.places.values())
+            diagnosis.kill(place.pid for place in self.places.values())
 
     def _put(self, value: Any) -> ray.ObjectRef:
         """A reference to an object in Ray's store. Raises StoreFull."""
@@ -228,8 +258,10 @@ class Session:
         """What is known now; ranks that have not told yet what they do are `at_least` at that."""
         if self._watchdog is None:
             return Scene(self.places)
-        lines = {rank: self._watchdog.last_lines(rank) or endings.last_output(place, self._printed.get(rank, {}))
-                 for rank, place in self.places.items()}
+        lines = {
+            rank: self._watchdog.last_lines(rank) or diagnosis.last_output(place, self._printed.get(rank, {}))
+            for rank, place in self.places.items()
+        }
         phases = dict.fromkeys(range(self.config.world_size), STARTING) | self._watchdog.phases
         phases = {rank: at_least if phase == IDLE else phase for rank, phase in phases.items()}
         return Scene(self.places, phases, lines)

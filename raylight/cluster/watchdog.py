@@ -18,13 +18,12 @@ import psutil
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
-from . import local_ray
+from . import ray_runtime
 from .actor import Place
 from .config import SessionConfig
+from .diagnosis import Fault, of_process, oom_kills
 from .errors import HUNG, RAY_LOST
-from .faults import Fault, of_process, oom_kills
-from .status import IDLE, LogLine, Report
-from .worker_logs import repeat
+from .status import IDLE, LogLine, Report, repeat
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +111,12 @@ class Watchdog:
             return fault
         if not ray.is_initialized():  # any call would start another one
             if threading.main_thread().is_alive():
-                return Fault(RAY_LOST, None, "Ray was shut down in ComfyUI's process, by another node pack for "
-                                             "example. Run the prompt again: Ray and the workers then start anew")
+                return Fault(
+                    RAY_LOST,
+                    None,
+                    "Ray was shut down in ComfyUI's process, by another node pack for "
+                    "example. Run the prompt again: Ray and the workers then start anew",
+                )
             self._end.set()  # this process ends
             return None
         ready, _ = ray.wait(list(self._refs), timeout=_TICK_S)
@@ -130,11 +133,15 @@ class Watchdog:
         return self._stopped() or self._silent() or self._standing()
 
     def _ray_lost(self) -> Fault | None:
-        lost = local_ray.lost() if self._config.is_local else None
+        lost = ray_runtime.lost() if self._config.is_local else None
         if lost is None:
             return None
-        return Fault(RAY_LOST, None, f"Ray's process {lost} has ended, which the workers need: it was killed, or "
-                                     f"crashed. Run the prompt again: Ray and the workers then start anew")
+        return Fault(
+            RAY_LOST,
+            None,
+            f"Ray's process {lost} has ended, which the workers need: it was killed, or "
+            f"crashed. Run the prompt again: Ray and the workers then start anew",
+        )
 
     def _ask(self, rank: int, actor: Any) -> None:
         self._refs[actor.report.remote(_PATIENCE_S)] = rank

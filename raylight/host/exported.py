@@ -19,9 +19,8 @@ import torch
 from comfy.model_base import BaseModel
 from torch import Tensor
 
-from .gguf import GgmlTensors, map_ggml
-from .gguf_pack import GgufPack, open_pack
-from .mapped import MappedModel, map_with, set_parameter
+from .checkpoint import MappedModel, map_with, set_parameter
+from .gguf import GgmlTensors, GgufPack, map_ggml, open_pack
 from .recipe import ModelRecipe
 
 ALIGNMENT = 64
@@ -59,8 +58,10 @@ class Blueprint:
 def header_of(weights: dict[str, Entry], around: dict[str, Entry]) -> bytes:
     """The beginning of a file with these tensors, of the diffusion model and of the model around it by name."""
     entries = {"diffusion_model": weights, "around": around}
-    fields = {kind: {name: [getattr(one, field) for field in Entry.__slots__] for name, one in of_kind.items()}
-              for kind, of_kind in entries.items()}
+    fields = {
+        kind: {name: [getattr(one, field) for field in Entry.__slots__] for name, one in of_kind.items()}
+        for kind, of_kind in entries.items()
+    }
     content = json.dumps(fields).encode()
     content += b" " * (-(LENGTH_BYTES + len(content)) % ALIGNMENT)
     return len(content).to_bytes(LENGTH_BYTES, "little") + content
@@ -74,12 +75,13 @@ def load_exported(recipe: ModelRecipe) -> MappedModel:
     content = torch.from_file(recipe.path, shared=False, size=recipe.size, dtype=torch.uint8)
     start = LENGTH_BYTES + int.from_bytes(bytes(content[:LENGTH_BYTES].tolist()), "little")
     header = json.loads(content[LENGTH_BYTES:start].numpy().tobytes())
-    entries, around = ({name: Entry(*fields) for name, fields in header[kind].items()}
-                       for kind in ("diffusion_model", "around"))
+    entries, around = (
+        {name: Entry(*fields) for name, fields in header[kind].items()} for kind in ("diffusion_model", "around")
+    )
     pack = open_pack(recipe.gguf_pack) if recipe.gguf_pack else None
 
     def read(entry: Entry) -> Tensor:
-        value = content[start + entry.offset:start + entry.offset + entry.nbytes]
+        value = content[start + entry.offset : start + entry.offset + entry.nbytes]
         value = value.view(getattr(torch, entry.dtype)).view(entry.shape)
         return value if entry.ggml is None else _ggml(pack, blueprint, entry, value)
 
@@ -92,8 +94,9 @@ def load_exported(recipe: ModelRecipe) -> MappedModel:
 
 def _ggml(pack: GgufPack | None, blueprint: Blueprint, entry: Entry, value: Tensor) -> Tensor:
     assert pack is not None and blueprint.ggml_kind is not None
-    return pack.tensor(value, tensor_type=blueprint.ggml_kind(entry.ggml), tensor_shape=torch.Size(entry.whole_shape),
-                       patches=[])
+    return pack.tensor(
+        value, tensor_type=blueprint.ggml_kind(entry.ggml), tensor_shape=torch.Size(entry.whole_shape), patches=[]
+    )
 
 
 def _loader(blueprint: Blueprint, tensors: dict[str, Tensor], around: dict[str, Tensor]) -> Callable[..., Any]:
@@ -110,7 +113,8 @@ def _loader(blueprint: Blueprint, tensors: dict[str, Tensor], around: dict[str, 
             if type(got) is not wanted:
                 raise ValueError(f"ComfyUI makes a {type(got).__name__} of the configuration of a {wanted.__name__}")
         patcher = comfy.model_patcher.CoreModelPatcher(
-            base, load_device=comfy.model_management.get_torch_device(), offload_device=options["offload_device"])
+            base, load_device=comfy.model_management.get_torch_device(), offload_device=options["offload_device"]
+        )
         _assign(base, tensors, around)
         return patcher
 
@@ -121,8 +125,10 @@ def _assign(base: BaseModel, tensors: dict[str, Tensor], around: dict[str, Tenso
     diffusion_model = base.diffusion_model
     keys = diffusion_model.load_state_dict(dict(tensors), strict=False, assign=True)
     for name in (*keys.missing_keys, *keys.unexpected_keys):
-        raise ValueError(f"the tensor {name} is missing, or has no place in a {type(diffusion_model).__name__} as "
-                         f"ComfyUI builds it: a node has put another part into the model, or taken one out")
+        raise ValueError(
+            f"the tensor {name} is missing, or has no place in a {type(diffusion_model).__name__} as "
+            f"ComfyUI builds it: a node has put another part into the model, or taken one out"
+        )
     for name, parameter in list(diffusion_model.named_parameters()):
         # Some layers convert what they load; these have been converted already.
         if name in tensors and type(parameter) is torch.nn.Parameter and parameter.dtype != tensors[name].dtype:

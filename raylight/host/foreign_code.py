@@ -10,13 +10,22 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from .changes import Change
+from .patcher_state import Change
 from .settings import PACK_ROOT
 
 # What runs a sampling loop, as opposed to a model.
-_LOOP = ("comfy.sample", "comfy.samplers", "comfy.sampler_helpers", "comfy.k_diffusion.sampling",
-         "comfy.extra_samplers.uni_pc", "comfy.model_base", "comfy.model_sampling", "comfy.conds", "comfy.hooks",
-         "comfy.context_windows")
+_LOOP = (
+    "comfy.sample",
+    "comfy.samplers",
+    "comfy.sampler_helpers",
+    "comfy.k_diffusion.sampling",
+    "comfy.extra_samplers.uni_pc",
+    "comfy.model_base",
+    "comfy.model_sampling",
+    "comfy.conds",
+    "comfy.hooks",
+    "comfy.context_windows",
+)
 _OF_MODELS = ("comfy.ldm.", "comfy.ops.", "comfy.rmsnorm.")
 _WRAPPINGS = 8
 
@@ -33,8 +42,10 @@ def replaced_in(classes: Iterable[type]) -> Iterator[Change]:
     for module in _called_by(tuple(classes)):
         for name, value in list(vars(sys.modules[module]).items()):
             if isinstance(value, type) and value in classes and is_foreign_class(value) and name in _names_of(module):
-                raise ValueError(f"{module}.{name}, of which it is built, was replaced by {value.__qualname__} of the "
-                                 f"node pack {pack_of(sys.modules[value.__module__].__file__ or '')}")
+                raise ValueError(
+                    f"{module}.{name}, of which it is built, was replaced by {value.__qualname__} of the "
+                    f"node pack {pack_of(sys.modules[value.__module__].__file__ or '')}"
+                )
         yield from (Change(f"python:{module}", name, value) for name, value in _replaced_in_module(sys.modules[module]))
 
 
@@ -113,8 +124,11 @@ def _replaced_in_module(module: ModuleType) -> list[tuple[str, Any]]:
 def _replaced_in_class(kind: type) -> list[tuple[str, Any]]:
     own = _names_of(kind.__module__)
     inherited = kind.__mro__[1:]
-    return [(name, value) for name, value in list(vars(kind).items()) if is_foreign(value) and (
-        name in own or any(name in vars(base) for base in inherited))]
+    return [
+        (name, value)
+        for name, value in list(vars(kind).items())
+        if is_foreign(value) and (name in own or any(name in vars(base) for base in inherited))
+    ]
 
 
 @functools.lru_cache(maxsize=256)
@@ -151,8 +165,12 @@ def _called_by(classes: tuple[type, ...]) -> tuple[str, ...]:
     while rest:
         for value in list(vars(sys.modules[rest.pop()]).values()):
             of = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            if isinstance(value, (FunctionType, ModuleType)) and isinstance(of, str) and _is_of_models(of) and (
-                    of not in own and of in sys.modules):
+            if (
+                isinstance(value, (FunctionType, ModuleType))
+                and isinstance(of, str)
+                and _is_of_models(of)
+                and (of not in own and of in sys.modules)
+            ):
                 own[of] = None
                 rest.append(of)
     return tuple(own)
@@ -160,3 +178,69 @@ def _called_by(classes: tuple[type, ...]) -> tuple[str, ...]:
 
 def _is_of_models(module: str) -> bool:
     return f"{module}.".startswith(_OF_MODELS)
+
+
+_NAMED = 5
+
+
+def origin(code: Any) -> str:
+    """Which node made this function or object.
+
+    Of a pack's several nodes those that are in the prompt that runs; the pack itself where that does not tell either.
+    """
+    if isinstance(code, functools.partial):
+        return origin(code.func)
+    code = code if isinstance(code, (type, FunctionType)) else getattr(code, "__func__", type(code))
+    if isinstance(code, functools.partial):  # bound, as a method
+        return origin(code.func)
+    module, qualname = getattr(code, "__module__", "?"), getattr(code, "__qualname__", "?")
+    pack = _pack_of(code)
+    of_module, of_pack = {}, {}
+    for node_id, node in _all_nodes().items():
+        if node.__module__ == module:
+            of_module[node_id] = node
+        if pack is not None and _pack_of(node) == pack:
+            of_pack[node_id] = node
+    own = next((one for one, node in of_module.items() if node.__qualname__ == qualname.split(".")[0]), None)
+    if own is not None:
+        return f"the node {_display_name(own)}"
+    running = _running()
+    for nodes in (of_module, of_pack):
+        names = sorted({_display_name(one) for one in nodes if one in running})
+        if len(names) == 1:
+            return f"the node {names[0]}"
+        if names:
+            return f"one of the nodes {', '.join(names)}"
+    if pack is not None:
+        return f"the node pack {pack} ({qualname})"
+    names = sorted({_display_name(one) for one in of_module})
+    if 0 < len(names) <= _NAMED:
+        return f"one of the nodes {', '.join(names)}"
+    return f"{module}.{qualname}"
+
+
+def _pack_of(code: Any) -> str | None:
+    path = (
+        code.__code__.co_filename
+        if isinstance(code, FunctionType)
+        else getattr(sys.modules.get(getattr(code, "__module__", None) or ""), "__file__", None)
+    )
+    return pack_of(path) if isinstance(path, str) else None
+
+
+def _all_nodes() -> dict[str, type]:
+    return getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+
+
+def _display_name(node_id: str) -> str:
+    return getattr(sys.modules.get("nodes"), "NODE_DISPLAY_NAME_MAPPINGS", {}).get(node_id) or node_id
+
+
+def _running() -> frozenset[str]:
+    """The kinds of nodes in the prompts that ComfyUI runs now; of none where this is no server."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    items = getattr(getattr(server, "prompt_queue", None), "currently_running", {})
+    kinds = set()
+    for item in list(items.values()):
+        kinds |= {node.get("class_type", "") for node in item[2].values()}
+    return frozenset(kinds)

@@ -1,24 +1,110 @@
-"""GGUF files: weights that are rows of quantised blocks, which the layers of ComfyUI-GGUF unpack when they are used.
+"""The ComfyUI-GGUF pack: found in ComfyUI's process, and its reader and layers imported in a worker.
 
-LoRAs come to such a weight when it is used, too, and so leave its bytes alone: these stay in the mapped file, or in the
-rows that a rank holds of it.
+GGUF's formats are that pack's business: which tensors there are, and what their blocks of bytes mean. Workers load no
+custom nodes, so they take the modules that they need from the pack's folder, without what registers its nodes.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib
+import inspect
+import os
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from raylight.sharding.packed import Parts, Unpacked, flattened
+from raylight.sharding.subclass_weights import Parts, Unpacked, flattened
 
-from .gguf_pack import GgufPack, open_pack
-from .mapped import MappedModel, map_with, set_parameter
+from .checkpoint import MappedModel, map_with, set_parameter
+
+NODE = "UnetLoaderGGUF"
+_TAKEN = {
+    "loader": ("gguf_sd_loader",),
+    "ops": ("GGMLOps", "GGMLTensor", "GGMLLayer"),
+    "dequant": ("is_quantized", "dequantize_tensor"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPack:
+    """What workers use of the pack. `tensor` is its class of quantised tensors, `operations` its layers for ComfyUI's
+    models, `layer` the class of those that know quantised weights."""
+
+    name: str
+    folder: str
+    tensor: type
+    layer: type
+    operations: type
+    is_quantized: Callable[[Any], bool]
+    dequantize: Callable[..., Tensor]
+    _read: Callable[[str], Any]
+
+    def read(self, path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """The tensors of a file, still in it, and its metadata where the pack tells it.
+
+        Raises ValueError for whatever the pack does not understand.
+        """
+        try:
+            found = self._read(path)
+        except Exception as error:  # its reader walks through bytes, and fails in the ways of numpy and Python
+            raise ValueError(f"ComfyUI-GGUF cannot read it: {type(error).__name__}: {error}") from error
+        # Older versions return the tensors alone.
+        tensors, extra = found if isinstance(found, tuple) else (found, {})
+        return tensors, extra.get("metadata") if isinstance(extra, dict) else None
+
+
+def find() -> str:
+    """The folder of the pack that this ComfyUI has started with; empty where it has none."""
+    # By its node, and not by its folder: people rename folders, and a pack can fail to start.
+    nodes = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    if NODE not in nodes:
+        return ""
+    folder = os.path.dirname(os.path.abspath(inspect.getfile(nodes[NODE])))
+    complete = all(os.path.isfile(os.path.join(folder, f"{module}.py")) for module in _TAKEN)
+    return folder if complete else ""
+
+
+@functools.cache
+def open_pack(folder: str) -> GgufPack:
+    """Import the pack in this process. Raises ValueError where it is not there, or not as it was."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"ComfyUI-GGUF is not in {folder} on the machine of this worker")
+    name = f"raylight_gguf_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
+    package = ModuleType(name)
+    package.__path__ = [folder]  # a package whose __init__, which registers nodes, does not run
+    sys.modules[name] = package
+    taken = {}
+    for module, names in _TAKEN.items():
+        try:
+            imported = importlib.import_module(f"{name}.{module}")
+        except Exception as error:  # of code that is not ours
+            raise ValueError(f"{module}.py of ComfyUI-GGUF in {folder} cannot be imported: {error}") from error
+        for one in names:
+            if not hasattr(imported, one):
+                raise ValueError(
+                    f"{module}.py of ComfyUI-GGUF in {folder} has no {one}, which Raylight needs: update "
+                    f"Raylight, or use the version of ComfyUI-GGUF that has it"
+                )
+            taken[one] = getattr(imported, one)
+    return GgufPack(
+        name,
+        folder,
+        taken["GGMLTensor"],
+        taken["GGMLLayer"],
+        taken["GGMLOps"],
+        taken["is_quantized"],
+        taken["dequantize_tensor"],
+        taken["gguf_sd_loader"],
+    )
+
 
 # What a layer adds to a weight when it unpacks it: ComfyUI's patches with the weight's name, as the pack has them.
 Patches = list[tuple[list[Any], str]]
@@ -53,15 +139,17 @@ class GgmlTensors:
         `value` itself where it is not quantised."""
         if not self.is_quantised(value):
             return value
-        return self._pack.tensor(plain(value), tensor_type=value.tensor_type, tensor_shape=value.tensor_shape,
-                                 patches=patches)
+        return self._pack.tensor(
+            plain(value), tensor_type=value.tensor_type, tensor_shape=value.tensor_shape, patches=patches
+        )
 
     def unpack(self, parameter: Tensor) -> Unpacked | None:
         """The bytes of a quantised parameter, (rows, bytes of a row), to be split by rows; see `packed`."""
         if not self.is_quantised(parameter):
             return flattened(parameter)
-        return Unpacked({"raw": plain(parameter)},
-                        PatchedOnUse(self._pack.tensor, parameter.tensor_type, parameter.tensor_shape))
+        return Unpacked(
+            {"raw": plain(parameter)}, PatchedOnUse(self._pack.tensor, parameter.tensor_type, parameter.tensor_shape)
+        )
 
 
 def plain(value: Tensor) -> Tensor:
@@ -90,8 +178,9 @@ def load_gguf(path: str, folder: str) -> MappedModel:
     return map_ggml(pack, ggml, tensors, load)
 
 
-def map_ggml(pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor], load: Callable[[dict[str, Any]], Any]
-             ) -> MappedModel:
+def map_ggml(
+    pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor], load: Callable[[dict[str, Any]], Any]
+) -> MappedModel:
     """The model that `load` makes of these tensors with ComfyUI's options for it. Raises as `load_gguf`."""
     _try_patches(pack, ggml, tensors)
     mapped = map_with(load, {"custom_operations": _operations(pack)()})
@@ -104,8 +193,9 @@ def _operations(pack: GgufPack) -> type:
     """The pack's layers, of which the linear ones miss what they are not given: its own take any tensor, or none."""
 
     class Linear(pack.operations.Linear):
-        def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None,
-                     dtype: Any = None) -> None:
+        def __init__(
+            self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+        ) -> None:
             super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
             self._shapes = {"weight": (out_features, in_features)} | ({"bias": (out_features,)} if bias else {})
 
@@ -137,8 +227,14 @@ def _unpack_outside_of_layers(mapped: MappedModel, pack: GgufPack) -> None:
 def _try_patches(pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor]) -> None:
     """Let a layer of the pack use one row of one weight, with a patch: a version that takes patches in another way
     would leave LoRAs out without a word."""
-    rows = (value for value in tensors.values() if ggml.is_quantised(value) and value.ndim == 2
-            and plain(value).ndim == 2 and plain(value).shape[0] == value.shape[0])
+    rows = (
+        value
+        for value in tensors.values()
+        if ggml.is_quantised(value)
+        and value.ndim == 2
+        and plain(value).ndim == 2
+        and plain(value).shape[0] == value.shape[0]
+    )
     weight = next(rows, None)
     if weight is None:
         return
@@ -152,8 +248,10 @@ def _try_patches(pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor]) 
             layer.weight = nn.Parameter(ggml.with_patches(row, patches), requires_grad=False)
             results.append(layer(torch.ones(1, width)).item())
     except Exception as error:  # of code that is not ours
-        raise ValueError(f"the layers of ComfyUI-GGUF in {pack.folder} cannot be used as Raylight does: {error}; "
-                         f"update both") from error
+        raise ValueError(
+            f"the layers of ComfyUI-GGUF in {pack.folder} cannot be used as Raylight does: {error}; update both"
+        ) from error
     if abs(results[1] - results[0] - width) > 0.01 * width + 0.01 * abs(results[0]):
-        raise ValueError(f"the layers of ComfyUI-GGUF in {pack.folder} take LoRAs in a way that Raylight does not "
-                         f"know: update both")
+        raise ValueError(
+            f"the layers of ComfyUI-GGUF in {pack.folder} take LoRAs in a way that Raylight does not know: update both"
+        )

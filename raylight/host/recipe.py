@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+from raylight.cluster.config import SessionConfig
+from raylight.parallel.external_strategies import OURS
+
 # Where a rank's weights are: all of them on each rank's device, or a part of each on the device or on the host.
 WHOLE, SHARDED, OFFLOADED = "whole", "sharded", "offloaded"
 GGUF = ".gguf"
@@ -67,8 +70,14 @@ class ModelRecipe:
     export: Export | None = None
 
     @classmethod
-    def of(cls, path: str, weight_dtype: str, sharding: str = WHOLE, loras: tuple[LoraRecipe, ...] = (),
-           gguf_pack: str = "") -> ModelRecipe:
+    def of(
+        cls,
+        path: str,
+        weight_dtype: str,
+        sharding: str = WHOLE,
+        loras: tuple[LoraRecipe, ...] = (),
+        gguf_pack: str = "",
+    ) -> ModelRecipe:
         """The recipe of a file as it is now. `gguf_pack` is the folder of ComfyUI-GGUF, if this ComfyUI has it.
 
         Raises FileNotFoundError, or ValueError for a dtype that is unknown or that the file cannot have, and for a
@@ -78,13 +87,24 @@ class ModelRecipe:
             raise ValueError(f"weight_dtype = {weight_dtype} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}")
         if is_gguf(path):
             if weight_dtype != "default":
-                raise ValueError(f"weight_dtype = {weight_dtype} is not for {os.path.basename(path)}: weights of a "
-                                 f"GGUF file stay quantised as they are there. Choose default")
+                raise ValueError(
+                    f"weight_dtype = {weight_dtype} is not for {os.path.basename(path)}: weights of a "
+                    f"GGUF file stay quantised as they are there. Choose default"
+                )
             if not gguf_pack:
                 raise ValueError(needs_pack(path))
         size, modified_ns, changed_ns, inode = stamp(path)
-        return cls(os.path.abspath(path), weight_dtype, size, modified_ns, sharding, loras,
-                   gguf_pack if is_gguf(path) else "", changed_ns, inode)
+        return cls(
+            os.path.abspath(path),
+            weight_dtype,
+            size,
+            modified_ns,
+            sharding,
+            loras,
+            gguf_pack if is_gguf(path) else "",
+            changed_ns,
+            inode,
+        )
 
     @property
     def name(self) -> str:
@@ -120,6 +140,29 @@ def is_gguf(path: str) -> bool:
 
 def needs_pack(path: str) -> str:
     """What a person is told who has a GGUF file and no ComfyUI-GGUF."""
-    return (f"{os.path.basename(path)} is a GGUF file, which needs the custom node ComfyUI-GGUF; this ComfyUI does not "
-            f"have it, or could not start it, which its log tells. Install it by ComfyUI-Manager or from "
-            f"https://github.com/city96/ComfyUI-GGUF and restart ComfyUI, or choose the model as .safetensors")
+    return (
+        f"{os.path.basename(path)} is a GGUF file, which needs the custom node ComfyUI-GGUF; this ComfyUI does not "
+        f"have it, or could not start it, which its log tells. Install it by ComfyUI-Manager or from "
+        f"https://github.com/city96/ComfyUI-GGUF and restart ComfyUI, or choose the model as .safetensors"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The workers that a graph asks for. `attention` is the name of their kernel, `strategy` of what exchanges tokens
+    around it; with `free_memory_after` they move the model out of GPU memory after each run. `sharding` is where they
+    keep a model's weights: WHOLE, SHARDED or OFFLOADED of `recipe`."""
+
+    config: SessionConfig
+    attention: str
+    free_memory_after: bool = False
+    strategy: str = OURS
+    sharding: str = WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class RayModel:
+    """A model on workers, by what it is made of."""
+
+    workers: Workers
+    recipe: ModelRecipe

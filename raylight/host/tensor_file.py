@@ -21,11 +21,29 @@ from torch import Tensor
 _ENDINGS = (".safetensors", ".sft")
 _LENGTH_BYTES = 8  # of the header's length, little-endian, at the begin of the file
 # By their names in a header; what is missing here is missing in older versions of PyTorch.
-_DTYPES = {name: getattr(torch, dtype) for name, dtype in {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
-    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-}.items() if hasattr(torch, dtype)}
+_DTYPES = {
+    name: getattr(torch, dtype)
+    for name, dtype in {
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "I64": "int64",
+        "I32": "int32",
+        "I16": "int16",
+        "I8": "int8",
+        "U8": "uint8",
+        "U16": "uint16",
+        "U32": "uint32",
+        "U64": "uint64",
+        "BOOL": "bool",
+        "C64": "complex64",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E8M0": "float8_e8m0fnu",
+    }.items()
+    if hasattr(torch, dtype)
+}
 
 
 def tolerant(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,6 +51,7 @@ def tolerant(read: Callable[..., Any]) -> Callable[..., Any]:
 
     What it returns raises what `read` raises, for a file that has none of its tensors where it says.
     """
+
     def read_either(path: str, *args: Any, **kwargs: Any) -> Any:
         try:
             return read(path, *args, **kwargs)
@@ -72,7 +91,7 @@ def _by_header(path: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
         if not 0 <= start <= end <= size - begin or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"the tensor {name} is not where the header says")
         # A storage for each, as by safetensors: then a tensor may begin at any byte.
-        tensors[name] = torch.empty(0, dtype=dtype).set_(mapped[begin + start:begin + end], 0, shape)
+        tensors[name] = torch.empty(0, dtype=dtype).set_(mapped[begin + start : begin + end], 0, shape)
         if getattr(comfy.utils, "DISABLE_MMAP", False):
             tensors[name] = tensors[name].clone()
     return tensors, metadata

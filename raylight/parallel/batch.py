@@ -28,7 +28,7 @@ class Rows:
     def of(self, value: Any) -> Any:
         """These rows of every tensor that has `total`, in nested lists, tuples and dicts."""
         if isinstance(value, Tensor):
-            return value[self.start:self.stop] if value.ndim and value.shape[0] == self.total else value
+            return value[self.start : self.stop] if value.ndim and value.shape[0] == self.total else value
         if isinstance(value, Mapping):
             return {name: self.of(item) for name, item in value.items()}
         if type(value) in (list, tuple):
@@ -40,7 +40,7 @@ class Rows:
         one for each row."""
         height = self.total // len(marks)
         if self.start % height == 0 and self.stop % height == 0:
-            return marks[self.start // height:self.stop // height]
+            return marks[self.start // height : self.stop // height]
         return [marks[row // height] for row in range(self.start, self.stop)]
 
 

@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .pulse import beat
+from .heartbeat import beat
 
 # torch 2.14 has the new name and warns of the old one; earlier versions have the old one only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def start_exchange(sent: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int],
-                   group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
+def start_exchange(
+    sent: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup
+) -> tuple[Tensor, dist.Work]:
     """Begin an all-to-all beside the computation; what arrives is there after `wait` of the work.
 
     `sent` (elements,) holds `send_counts[d]` elements for rank d of the group, one after the other; the result holds

@@ -39,8 +39,9 @@ from .tokens import TokenState
 class SequenceHooks:
     """The hooks of one plan on one model. `remove` leaves the model as it was."""
 
-    def __init__(self, model: nn.Module, plan: SequencePlan, tokens: TokenState,
-                 ulysses_degree: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: SequencePlan, tokens: TokenState, ulysses_degree: int | None = None
+    ) -> None:
         """`ulysses_degree` of the ranks split heads, all where it is None. They do nothing while `tokens` is of one
         rank.
 
@@ -105,8 +106,9 @@ class SequenceHooks:
         return self._tokens.localize(value, rule)
 
     def _mark_attention(self, module: nn.Module, attention: Attention | Whole) -> None:
-        kinds = () if isinstance(attention, Whole) else tuple(_of_module(kind, module)
-                                                              for kind in alternatives(attention))
+        kinds = (
+            () if isinstance(attention, Whole) else tuple(_of_module(kind, module) for kind in alternatives(attention))
+        )
         rule = attention if not kinds else kinds if isinstance(attention, tuple) else kinds[0]
 
         def leave(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
@@ -131,7 +133,7 @@ class SequenceHooks:
                 if gather.index is None:
                     output = whole
                 else:
-                    output = (*output[: gather.index], whole, *output[gather.index + 1:])
+                    output = (*output[: gather.index], whole, *output[gather.index + 1 :])
             return output
 
         self._handles.append(module.register_forward_hook(join))
@@ -171,8 +173,9 @@ def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Mod
     return iter(found)
 
 
-def _of_module(kind: SelfAttention | CrossAttention | WholeAttention,
-               module: nn.Module) -> SelfAttention | CrossAttention | WholeAttention:
+def _of_module(
+    kind: SelfAttention | CrossAttention | WholeAttention, module: nn.Module
+) -> SelfAttention | CrossAttention | WholeAttention:
     """A kind of attention call with what depends on the module itself."""
     if not isinstance(kind, SelfAttention):
         return kind
@@ -189,8 +192,9 @@ def _bypassed(module: nn.Module, made: int, expected: int) -> str:
     )
 
 
-def _parameter_positions(module: nn.Module, path: str, rules: dict[str | int, Input],
-                         plan: SequencePlan) -> dict[str | int, int]:
+def _parameter_positions(
+    module: nn.Module, path: str, rules: dict[str | int, Input], plan: SequencePlan
+) -> dict[str | int, int]:
     signature = inspect.signature(module.forward).parameters
     parameters = list(signature)
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
@@ -202,5 +206,7 @@ def _parameter_positions(module: nn.Module, path: str, rules: dict[str | int, In
             f"the plan is for. Update ComfyUI and Raylight, or use GPU = 1"
         )
     # What goes into `**kwargs` is never met by position.
-    return {name: name if isinstance(name, int) else parameters.index(name) if name in parameters else sys.maxsize
-            for name in rules}
+    return {
+        name: name if isinstance(name, int) else parameters.index(name) if name in parameters else sys.maxsize
+        for name in rules
+    }

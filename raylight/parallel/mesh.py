@@ -1,12 +1,33 @@
-"""One device mesh with named axes: every kind of parallelism is an axis of it."""
+"""The degrees of the mesh, apart from torch.distributed so that a description of it costs no import."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch.distributed.device_mesh import init_device_mesh
 
-from .shape import AXES, MeshShape
+AXES = ("batch", "ring", "ulysses")
+
+
+@dataclass(frozen=True, slots=True)
+class MeshShape:
+    """Degrees of the mesh axes. `ulysses` is the fastest, so its ranks are neighbours."""
+
+    batch: int = 1
+    ring: int = 1
+    ulysses: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            degree = getattr(self, axis)
+            if degree < 1:
+                raise ValueError(f"the {axis} degree must be at least 1, got {degree}")
+
+    @property
+    def world_size(self) -> int:
+        return self.batch * self.ring * self.ulysses
+
 
 if TYPE_CHECKING:
     import torch

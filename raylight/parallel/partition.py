@@ -50,8 +50,9 @@ class Pieces:
 
     def prefix(self, count: int) -> Pieces:
         """Of the first `count` tokens."""
-        sizes = tuple(min(max(count - start, 0), size)
-                      for start, size in zip(offsets(self.sizes), self.sizes, strict=True))
+        sizes = tuple(
+            min(max(count - start, 0), size) for start, size in zip(offsets(self.sizes), self.sizes, strict=True)
+        )
         return Pieces(sizes, tuple((start, max(min(stop, count), start)) for start, stop in self.held))
 
 
@@ -69,6 +70,8 @@ def deal(total: int, loads: Sequence[int]) -> Pieces:
     else:
         taking = sorted(range(ranks), key=lambda rank: (loads[rank], -rank))[:total]
         sizes = tuple(int(rank in taking) for rank in range(ranks))
-    held = tuple((start, start + size) if size else (max(total - 1, 0), total)
-                 for start, size in zip(offsets(sizes), sizes, strict=True))
+    held = tuple(
+        (start, start + size) if size else (max(total - 1, 0), total)
+        for start, size in zip(offsets(sizes), sizes, strict=True)
+    )
     return Pieces(sizes, held)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from .pulse import beat
+from .heartbeat import beat
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,12 @@ def host_store(host: str, world_size: int, timeout_s: float) -> tuple[dist.TCPSt
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     store = dist.TCPStore(
-        host, port, world_size, is_master=True, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False,
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
     return store, Rendezvous(host, port, world_size, timeout_s)

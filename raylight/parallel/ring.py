@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylight.attention.lse import Partial, merge
+from raylight.attention.torch_kernels import Partial, merge
 
-from .attention import Kernel
+from .heartbeat import beat
 from .partition import offsets
-from .pulse import beat
+from .sequence_attention import Kernel
 from .ulysses import PARTS, UlyssesAttention
 
 
@@ -36,8 +36,16 @@ class RingAttention:
         self._rank = dist.get_rank(group)
         self._degree = dist.get_world_size(group)
 
-    def __call__(self, kernel: LseKernel, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int],
-                 mask: Tensor | None, scale: float | None) -> Tensor:
+    def __call__(
+        self,
+        kernel: LseKernel,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
         """q (B, H, S_r, D), k and v (B, Hkv, S_r, D) of this rank's tokens; returns (B, H, S_r, D).
 
         The kernel is not called where there are no queries or no keys.
@@ -80,10 +88,12 @@ class RingAttention:
         shape[3] = max(lengths[(source - 1) % self._degree], 1)
         arriving = block.new_empty(shape)
         to, origin = (dist.get_global_rank(self._group, (self._rank + way) % self._degree) for way in (1, -1))
-        requests = dist.batch_isend_irecv([
-            dist.P2POp(dist.isend, block.contiguous(), to, self._group),
-            dist.P2POp(dist.irecv, arriving, origin, self._group),
-        ])
+        requests = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, block.contiguous(), to, self._group),
+                dist.P2POp(dist.irecv, arriving, origin, self._group),
+            ]
+        )
         return arriving, requests
 
 
@@ -97,10 +107,18 @@ class HybridAttention:
         self._ring = RingAttention(ring)
         self._row = dist.get_rank(ring)
 
-    def __call__(self, kernel: LseKernel, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int],
-                 mask: Tensor | None, scale: float | None) -> Tensor:
+    def __call__(
+        self,
+        kernel: LseKernel,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
         """As `Strategy`, for the tokens of all rows and ranks, Ulysses ranks next to each other."""
-        rows = [lengths[start:start + self._width] for start in range(0, len(lengths), self._width)]
+        rows = [lengths[start : start + self._width] for start in range(0, len(lengths), self._width)]
         row_lengths = [sum(row) for row in rows]
 
         def around(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -104,8 +104,9 @@ class TokenState:
         """A tensor of this rank without its stand-ins: what it has to exchange."""
         if not any(self._of(name).lent(self.rank) for name in streams):
             return local
-        return torch.cat([piece.narrow(dim, 0, self.sizes(name)[self.rank])
-                          for name, piece in self._apart(local, streams, dim)], dim)
+        return torch.cat(
+            [piece.narrow(dim, 0, self.sizes(name)[self.rank]) for name, piece in self._apart(local, streams, dim)], dim
+        )
 
     def filled(self, own: Tensor, streams: Sequence[str], dim: int) -> Tensor:
         """The inverse of `own`, with zeros for stand-ins."""
@@ -133,7 +134,7 @@ class TokenState:
     def on_grid(self, whole: Tensor, stream: str, dim: int) -> Tensor:
         """A stream that was joined along `dim`, with its tokens where they lay before it was cut."""
         grid = self._grids.get(stream)
-        return whole if grid is None else whole.reshape(*whole.shape[:dim], *grid, *whole.shape[dim + len(grid):])
+        return whole if grid is None else whole.reshape(*whole.shape[:dim], *grid, *whole.shape[dim + len(grid) :])
 
     def push(self, rule: Attention | Whole) -> None:
         self._scopes.append(Scope(rule))
@@ -155,8 +156,9 @@ class TokenState:
         """Attention over whole tokens, which stands for every call of the module around it."""
         around = next((scope for scope in reversed(self._scopes) if not isinstance(scope.rule, WholeAttention)), None)
         if around is not None and not isinstance(around.rule, Whole):
-            around.calls.update({kind: kind.calls for kind in alternatives(around.rule)
-                                 if isinstance(kind, SelfAttention)})
+            around.calls.update(
+                {kind: kind.calls for kind in alternatives(around.rule) if isinstance(kind, SelfAttention)}
+            )
 
     def localize(self, value: Any, rule: Input) -> Any:
         """This rank's part of an argument."""
@@ -172,14 +174,14 @@ class TokenState:
             self._pieces[rule.name] = self._of(rule.stream).prefix(value)
             return self.held((rule.name,))
         if isinstance(rule, TokenIndex):
-            (start, stop), = self.spans((rule.stream,), self.rank)
+            ((start, stop),) = self.spans((rule.stream,), self.rank)
             return min(max(value, start), stop) - start
         if isinstance(rule, Converted):
             return rule.convert(value, self)
         if isinstance(rule, Stream):
             if rule.index is None:
                 return self._cut(value, rule)
-            return (*value[:rule.index], self._cut(value[rule.index], rule), *value[rule.index + 1:])
+            return (*value[: rule.index], self._cut(value[rule.index], rule), *value[rule.index + 1 :])
         if isinstance(rule, Control):
             return {name: LocalResiduals(items, self, rule.stream) for name, items in value.items()}
         if isinstance(value, Mapping):
@@ -208,9 +210,9 @@ class TokenState:
             head, tail = value.split([before, value.shape[rule.dim] - before], rule.dim)
             return torch.cat([head, self._cut(tail, replace(rule, after=()))], rule.dim)
         if rule.grid > 1:
-            self._grids[rule.name] = value.shape[rule.dim:rule.dim + rule.grid]
+            self._grids[rule.name] = value.shape[rule.dim : rule.dim + rule.grid]
             value = value.flatten(rule.dim, rule.dim + rule.grid - 1)
-            value = value.reshape(*value.shape[:rule.dim + 1], *[1] * (rule.grid - 1), *value.shape[rule.dim + 1:])
+            value = value.reshape(*value.shape[: rule.dim + 1], *[1] * (rule.grid - 1), *value.shape[rule.dim + 1 :])
         total = value.shape[rule.dim]
         known = self._pieces.get(rule.name)
         if known is None or known.total != total:
@@ -222,7 +224,7 @@ class TokenState:
 
     def part(self, value: Tensor, stream: str, dim: int) -> Tensor:
         """This rank's tokens of a whole stream, as it holds them."""
-        (start, stop), = self.spans((stream,), self.rank)
+        ((start, stop),) = self.spans((stream,), self.rank)
         # A copy: blocks add to their input in place, and the whole stream can be freed.
         return value.narrow(dim, start, stop - start).clone()
 
@@ -275,12 +277,16 @@ class TokenState:
             raise RuntimeError(f"an attention mask of shape {tuple(mask.shape)} does not fit {total} tokens")
         key = (id(mask), tuple(streams))
         if key not in self._cache:
-            order = torch.cat([torch.arange(start, start + self.sizes(name)[rank], device=mask.device)
-                               for rank in range(self.degree) for name, start in self._starts(streams, rank)])
+            order = torch.cat(
+                [
+                    torch.arange(start, start + self.sizes(name)[rank], device=mask.device)
+                    for rank in range(self.degree)
+                    for name, start in self._starts(streams, rank)
+                ]
+            )
             permuted = mask.index_select(-1, order)
             self._cache[key] = (mask, permuted if mask.shape[-2] == 1 else permuted.index_select(-2, order))
         return self._cache[key][1]
-
 
     def _starts(self, streams: Sequence[str], rank: int) -> list[tuple[str, int]]:
         """Where rank's tokens of each stream start, with the whole streams laid end to end."""
@@ -307,6 +313,6 @@ class LocalResiduals(list):
     def _local(self, residual: Tensor | None) -> Tensor | None:
         if residual is None or not self._tokens.is_open(self._stream):
             return residual
-        (start, stop), = self._tokens.spans((self._stream,), self._tokens.rank)
+        ((start, stop),) = self._tokens.spans((self._stream,), self._tokens.rank)
         rows = residual.shape[1]
-        return residual[:, min(start, rows):min(stop, rows)]
+        return residual[:, min(start, rows) : min(stop, rows)]

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .attention import Kernel
 from .collectives import start_exchange
-from .packing import Part, packed_heads, packed_tokens, parts_of, place_heads, unpacked_heads
+from .exchange_layout import Part, packed_heads, packed_tokens, parts_of, place_heads, unpacked_heads
+from .sequence_attention import Kernel
 
 PARTS = 2
 LARGE = 32 * 2**20  # bytes that come to each rank: below it, a second launch of everything costs more than it hides
@@ -30,8 +30,16 @@ class UlyssesAttention:
         self._degree = dist.get_world_size(group)
         self._large, self._parts = large, parts
 
-    def __call__(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int],
-                 mask: Tensor | None, scale: float | None) -> Tensor:
+    def __call__(
+        self,
+        kernel: Kernel,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
         """q (B, H, S_r, D), k and v (B, Hkv, S_r, D) of this rank's tokens; returns (B, H, S_r, D)."""
         if self._degree == 1:
             return kernel(q, k, v, mask, scale)
@@ -68,8 +76,9 @@ class UlyssesAttention:
         width = q.shape[1] * q.shape[3] + k.shape[1] * (k.shape[3] + v.shape[3])
         return q.shape[0] * sum(lengths) * width * q.element_size() // self._degree >= self._large
 
-    def _send_heads(self, q: Tensor, k: Tensor, v: Tensor, part: Part, lengths: Sequence[int]
-                    ) -> tuple[Tensor, dist.Work]:
+    def _send_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, part: Part, lengths: Sequence[int]
+    ) -> tuple[Tensor, dist.Work]:
         """To each rank its heads of these tokens; what comes is (S, B, H_r x D of q, k and v)."""
         buffer, counts = packed_heads((q, k, v), (part.queries, part.keys, part.keys))
         (start, stop), (first, last) = part.queries[self._rank], part.keys[self._rank]

@@ -24,8 +24,10 @@ PLANS = (
     SequencePlan(
         model="comfy.ldm.ace.ace_step15.AceStepConditionGenerationModel",
         inputs={f"{LAYERS}.*": {"hidden_states": Stream("audio"), "position_embeddings": Aligned(AUDIO, dim=-2)}},
-        attention={f"{LAYERS}.*.self_attn": SelfAttention(AUDIO, mask=window),
-                   f"{LAYERS}.*.cross_attn": CrossAttention(AUDIO)},
+        attention={
+            f"{LAYERS}.*.self_attn": SelfAttention(AUDIO, mask=window),
+            f"{LAYERS}.*.cross_attn": CrossAttention(AUDIO),
+        },
         outputs={"decoder.norm_out": Gather("audio")},
         heads=f"{LAYERS}.0.self_attn.num_heads",
         unhooked=("comfy.ldm.ace.ace_step15",),

@@ -13,9 +13,19 @@ INPUTS: dict[str, dict[str, Input]] = {
 ATTENTION = {"double_blocks.*": SelfAttention(JOINT), "single_blocks.*": SelfAttention(JOINT)}
 
 PLANS = (
-    SequencePlan("comfy.ldm.chroma.model.Chroma", INPUTS, ATTENTION, {"final_layer": Gather("img")},
-                 patches=patches.BLOCKS | patches.ATTENTION),
+    SequencePlan(
+        "comfy.ldm.chroma.model.Chroma",
+        INPUTS,
+        ATTENTION,
+        {"final_layer": Gather("img")},
+        patches=patches.BLOCKS | patches.ATTENTION,
+    ),
     # Its last layers put the patches of the whole image together, convolution included.
-    SequencePlan("comfy.ldm.chroma_radiance.model.ChromaRadiance", INPUTS, ATTENTION,
-                 {"single_blocks.-1": Gather("img", after=("txt",))}, patches=patches.BLOCKS | patches.ATTENTION),
+    SequencePlan(
+        "comfy.ldm.chroma_radiance.model.ChromaRadiance",
+        INPUTS,
+        ATTENTION,
+        {"single_blocks.-1": Gather("img", after=("txt",))},
+        patches=patches.BLOCKS | patches.ATTENTION,
+    ),
 )

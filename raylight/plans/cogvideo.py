@@ -10,7 +10,7 @@ PLANS = (
                 "hidden_states": Stream("img"),
                 "encoder_hidden_states": Stream("txt"),
                 "image_rotary_emb": Aligned(("img",), dim=0),
-            },
+            }
         },
         attention={"blocks.*": SelfAttention(("txt", "img"))},
         outputs={"proj_out": Gather("img")},

@@ -12,14 +12,21 @@ def predict2(model: str) -> SequencePlan:
     return SequencePlan(
         model=model,
         inputs={
-            "blocks.*": {"x_B_T_H_W_D": Stream("video", grid=3), "rope_emb_L_1_1_D": TOKENS, "emb_B_T_D": PER_FRAME,
-                         **modulation},
+            "blocks.*": {
+                "x_B_T_H_W_D": Stream("video", grid=3),
+                "rope_emb_L_1_1_D": TOKENS,
+                "emb_B_T_D": PER_FRAME,
+                **modulation,
+            },
             "final_layer": {"emb_B_T_D": PER_FRAME, **modulation},
         },
         attention={"blocks.*.self_attn": SelfAttention(VIDEO), "blocks.*.cross_attn": CrossAttention(VIDEO)},
         outputs={"final_layer": Gather("video")},
-        patches={"attn1_patch": {"q": TOKENS, "k": TOKENS, "v": TOKENS}, "attn2_patch": {"q": TOKENS},
-                 "mlp_patch": {"x": TOKENS}},
+        patches={
+            "attn1_patch": {"q": TOKENS, "k": TOKENS, "v": TOKENS},
+            "attn2_patch": {"q": TOKENS},
+            "mlp_patch": {"x": TOKENS},
+        },
     )
 
 

@@ -6,14 +6,34 @@ _U_NET = "a U-Net: convolutions mix neighbouring pixels between all attention bl
 _NOT_DIFFUSION = "not a diffusion model: it runs once"
 
 EXCEPTIONS: dict[str, str] = {
-    **dict.fromkeys((
-        "SD15", "SD20", "SD21UnclipL", "SD21UnclipH", "SDXL", "SDXLRefiner", "SSD1B", "Segmind_Vega", "KOALA_700M",
-        "KOALA_1B", "SVD_img2vid", "SV3D_u", "SV3D_p", "Stable_Zero123", "SD_X4Upscaler", "LotusD",
-        "SD15_instructpix2pix", "SDXL_instructpix2pix", "Stable_Cascade_C", "Stable_Cascade_B",
-    ), _U_NET),
+    **dict.fromkeys(
+        (
+            "SD15",
+            "SD20",
+            "SD21UnclipL",
+            "SD21UnclipH",
+            "SDXL",
+            "SDXLRefiner",
+            "SSD1B",
+            "Segmind_Vega",
+            "KOALA_700M",
+            "KOALA_1B",
+            "SVD_img2vid",
+            "SV3D_u",
+            "SV3D_p",
+            "Stable_Zero123",
+            "SD_X4Upscaler",
+            "LotusD",
+            "SD15_instructpix2pix",
+            "SDXL_instructpix2pix",
+            "Stable_Cascade_C",
+            "Stable_Cascade_B",
+        ),
+        _U_NET,
+    ),
     **dict.fromkeys(("RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3"), _NOT_DIFFUSION),
     "ACEStep": "its self-attention is linear (sums over all tokens, without ComfyUI's attention) and its feed-forward "
-               "convolves neighbouring tokens",
+    "convolves neighbouring tokens",
     "HiDreamO1": "it attends causally within its prompt and keeps keys and values of it from step to step",
     "SeedVR2": "it attends within windows of a video of one size each, not over a sequence",
     "StableAudio": "it takes a mean over all tokens within its attention",

@@ -1,15 +1,6 @@
 """Hunyuan Video 1.0 and 1.5 and Hunyuan Image 2.1: joint attention over text and image tokens, both split."""
 
-from raylight.parallel.plan import (
-    Aligned,
-    Control,
-    Gather,
-    Refused,
-    SelfAttention,
-    SequencePlan,
-    Stream,
-    TokenRanges,
-)
+from raylight.parallel.plan import Aligned, Control, Gather, Refused, SelfAttention, SequencePlan, Stream, TokenRanges
 
 from . import patches
 
@@ -21,8 +12,10 @@ PLANS = (
         inputs={
             "": {
                 "control": Control("img"),
-                "ref_latent": Refused("a reference latent is cut off again by its whole length between the blocks and "
-                                      "the last layer; use another way to give the image, or GPU = 1"),
+                "ref_latent": Refused(
+                    "a reference latent is cut off again by its whole length between the blocks and "
+                    "the last layer; use another way to give the image, or GPU = 1"
+                ),
             },
             "double_blocks.*": {
                 "txt": Stream("txt"),

@@ -8,8 +8,11 @@ PLANS = (
     SequencePlan(
         model="comfy.ldm.joyimage.model.JoyImageTransformer3DModel",
         inputs={
-            "double_blocks.*": {"hidden_states": Stream("img"), "encoder_hidden_states": Stream("txt"),
-                                "image_rotary_emb": Aligned(("img",))},
+            "double_blocks.*": {
+                "hidden_states": Stream("img"),
+                "encoder_hidden_states": Stream("txt"),
+                "image_rotary_emb": Aligned(("img",)),
+            }
         },
         attention={"double_blocks.*": SelfAttention(("img", "txt"))},
         # References are cut off before the last layer.

@@ -12,7 +12,9 @@ PLANS = (
         attention={"blocks.*": SelfAttention(TOKENS)},
         outputs={"last": Gather("tokens")},
         heads="heads",
-        patches={"attn1_patch": dict.fromkeys(("q", "k", "v", "pe"), PER_HEAD),
-                 "attn1_output_patch": {"out": Aligned(TOKENS)}},
+        patches={
+            "attn1_patch": dict.fromkeys(("q", "k", "v", "pe"), PER_HEAD),
+            "attn1_output_patch": {"out": Aligned(TOKENS)},
+        },
     ),
 )

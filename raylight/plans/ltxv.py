@@ -32,8 +32,8 @@ def dense_mask(mask: Any, _: TokenState) -> Tensor | None:
     rows = mask.noisy_mask.shape[-1]
     dense = mask.noisy_mask.new_zeros(1, 1, rows, rows)
     stop = mask.guide_start + mask.tracked_count
-    dense[..., :mask.guide_start, :] = mask.noisy_mask
-    dense[..., mask.guide_start:stop, :] = mask.tracked_mask
+    dense[..., : mask.guide_start, :] = mask.noisy_mask
+    dense[..., mask.guide_start : stop, :] = mask.tracked_mask
     return dense
 
 
@@ -41,7 +41,7 @@ def timestep_per_frame(timestep: Any, tokens: TokenState) -> Any:
     """This rank's tokens of a `CompressedTimestep`, which keeps one row for each frame; a rank may end inside one."""
     if not hasattr(timestep, "patches_per_frame"):
         return tokens.localize(timestep, ALIGNED)
-    (start, stop), = tokens.spans(VIDEO, tokens.rank)
+    ((start, stop),) = tokens.spans(VIDEO, tokens.rank)
     if timestep.data.shape[1] == 1 and timestep.patches_per_frame == 1:
         return timestep
     local = object.__new__(_rows_of(type(timestep)))
@@ -64,11 +64,18 @@ def _rows_of(compressed: type) -> type:
 PLANS = (
     SequencePlan(
         model="comfy.ldm.lightricks.model.LTXVModel",
-        inputs={"transformer_blocks.*": {
-            "x": Stream("video"), "pe": ALIGNED, "timestep": ALIGNED, "self_attention_mask": Converted(dense_mask),
-        }},
-        attention={"transformer_blocks.*.attn1": SelfAttention(VIDEO),
-                   "transformer_blocks.*.attn2": CrossAttention(VIDEO)},
+        inputs={
+            "transformer_blocks.*": {
+                "x": Stream("video"),
+                "pe": ALIGNED,
+                "timestep": ALIGNED,
+                "self_attention_mask": Converted(dense_mask),
+            }
+        },
+        attention={
+            "transformer_blocks.*.attn1": SelfAttention(VIDEO),
+            "transformer_blocks.*.attn2": CrossAttention(VIDEO),
+        },
         # The last modulation is done by the model itself, with one row for each token.
         outputs={"norm_out": Gather("video")},
         heads="num_attention_heads",
@@ -81,8 +88,10 @@ PLANS = (
                 "x": Stream("video", index=0),
                 "v_pe": ALIGNED,
                 "self_attention_mask": Converted(dense_mask),
-                **dict.fromkeys(("v_timestep", "v_cross_scale_shift_timestep", "v_cross_gate_timestep"),
-                                Converted(timestep_per_frame)),
+                **dict.fromkeys(
+                    ("v_timestep", "v_cross_scale_shift_timestep", "v_cross_gate_timestep"),
+                    Converted(timestep_per_frame),
+                ),
             },
             "transformer_blocks.*.audio_to_video_attn": {"pe": ALIGNED},
             "transformer_blocks.*.video_to_audio_attn": {"context": Joined("video")},
@@ -91,8 +100,14 @@ PLANS = (
             "transformer_blocks.*.attn1": SelfAttention(VIDEO),
             "transformer_blocks.*.attn2": CrossAttention(VIDEO),
             "transformer_blocks.*.audio_to_video_attn": CrossAttention(VIDEO),
-            **dict.fromkeys(("transformer_blocks.*.audio_attn1", "transformer_blocks.*.audio_attn2",
-                             "transformer_blocks.*.video_to_audio_attn"), WholeAttention()),
+            **dict.fromkeys(
+                (
+                    "transformer_blocks.*.audio_attn1",
+                    "transformer_blocks.*.audio_attn2",
+                    "transformer_blocks.*.video_to_audio_attn",
+                ),
+                WholeAttention(),
+            ),
         },
         outputs={"norm_out": Gather("video")},
         heads="num_attention_heads",

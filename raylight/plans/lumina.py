@@ -13,15 +13,20 @@ def lumina(model: str, inputs: dict, outputs: dict) -> SequencePlan:
         inputs={"noise_refiner.*": layer("img"), "layers.*": layer("tokens"), **inputs},
         attention={"noise_refiner.*": SelfAttention(("img",)), "layers.*": SelfAttention(("tokens",))},
         # Patches between the layers are handed slices of whole tokens.
-        outputs={"noise_refiner.*": Gather("img", patched="noise_refiner"), "noise_refiner.-1": Gather("img"),
-                 "layers.*": Gather("tokens", patched="double_block"), **outputs},
+        outputs={
+            "noise_refiner.*": Gather("img", patched="noise_refiner"),
+            "noise_refiner.-1": Gather("img"),
+            "layers.*": Gather("tokens", patched="double_block"),
+            **outputs,
+        },
         heads="layers.0.attention.n_local_heads",
     )
 
 
 PLANS = (
-    lumina("NextDiT", {"final_layer": {"timestep_zero_index": TokenRanges(("tokens",))}},
-           {"final_layer": Gather("tokens")}),
+    lumina(
+        "NextDiT", {"final_layer": {"timestep_zero_index": TokenRanges(("tokens",))}}, {"final_layer": Gather("tokens")}
+    ),
     # Its decoder takes the hidden states of image tokens by their place.
     lumina("NextDiTPixelSpace", {}, {"layers.-1": Gather("tokens")}),
 )

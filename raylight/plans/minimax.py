@@ -7,8 +7,13 @@ TOKENS = ("tokens",)
 PLANS = (
     SequencePlan(
         model="comfy.ldm.minimax.model.MiniMaxH3Model",
-        inputs={"blocks.*": {"x": Stream("tokens", dim=0), "mod_segments": TokenRanges(TOKENS),
-                             "rope_freqs": Aligned(TOKENS)}},
+        inputs={
+            "blocks.*": {
+                "x": Stream("tokens", dim=0),
+                "mod_segments": TokenRanges(TOKENS),
+                "rope_freqs": Aligned(TOKENS),
+            }
+        },
         attention={"blocks.*": SelfAttention(TOKENS)},
         # The last layer takes audio and video by their places in the whole sequence.
         outputs={"blocks.-1": Gather("tokens", dim=0)},

@@ -16,7 +16,7 @@ PLANS = (
                 "crop_y": TokenPrefix("txt", "prompt"),
                 "rope_cos": PER_TOKEN,
                 "rope_sin": PER_TOKEN,
-            },
+            }
         },
         attention={"blocks.*": SelfAttention(("img", "prompt"))},
         outputs={"final_layer": Gather("img")},

@@ -31,7 +31,8 @@ PLANS = (
     ),
     SequencePlan(
         model="comfy.ldm.boogu.model.BooguTransformer2DModel",
-        inputs=INPUTS | {
+        inputs=INPUTS
+        | {
             "double_stream_layers.*": {
                 "img_hidden_states": Stream("img"),
                 "instruct_hidden_states": Stream("txt"),
@@ -40,7 +41,8 @@ PLANS = (
             },
             "single_stream_layers.*": layer(*JOINT),
         },
-        attention=ATTENTION | {
+        attention=ATTENTION
+        | {
             "double_stream_layers.*.img_instruct_attn": SelfAttention(JOINT),
             "double_stream_layers.*.img_self_attn": SelfAttention(("img",)),
             "single_stream_layers.*": SelfAttention(JOINT),

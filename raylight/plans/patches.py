@@ -7,5 +7,7 @@ JOINT_HEADS = Aligned(("txt", "img"), dim=2)
 
 BLOCKS = {"double_block": {"img": IMG, "txt": TXT}, "single_block": {"img": JOINT}}
 # q, k and v are (B, heads, tokens, width) of text and image together.
-ATTENTION = {"attn1_patch": {"q": JOINT_HEADS, "k": JOINT_HEADS, "v": JOINT_HEADS, "pe": JOINT_HEADS},
-             "attn1_output_patch": {"out": JOINT}}
+ATTENTION = {
+    "attn1_patch": {"q": JOINT_HEADS, "k": JOINT_HEADS, "v": JOINT_HEADS, "pe": JOINT_HEADS},
+    "attn1_output_patch": {"out": JOINT},
+}

@@ -7,8 +7,14 @@ from raylight.parallel.plan import Aligned, Gather, SelfAttention, SequencePlan,
 def pixeldit(model: str, gathered: str) -> SequencePlan:
     return SequencePlan(
         model=f"comfy.ldm.pixeldit.{model}",
-        inputs={"patch_blocks.*": {"x": Stream("img"), "y": Stream("txt"), "pos_img": Aligned(("img",), dim=0),
-                                   "pos_txt": Aligned(("txt",), dim=0)}},
+        inputs={
+            "patch_blocks.*": {
+                "x": Stream("img"),
+                "y": Stream("txt"),
+                "pos_img": Aligned(("img",), dim=0),
+                "pos_txt": Aligned(("txt",), dim=0),
+            }
+        },
         attention={"patch_blocks.*": SelfAttention(("txt", "img")), "pixel_blocks.*": WholeAttention()},
         outputs={gathered: Gather("img", index=0)},
         heads="num_groups",

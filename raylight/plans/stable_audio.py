@@ -15,10 +15,10 @@ def for_last_tokens(condition: Tensor | None, tokens: TokenState) -> Tensor | No
     """This rank's part of a condition (B, audio tokens, width), which has no rows for the memory tokens before them."""
     if condition is None:
         return None
-    (start, stop), = tokens.spans(AUDIO, tokens.rank)
+    ((start, stop),) = tokens.spans(AUDIO, tokens.rank)
     missing = tokens.total(AUDIO) - condition.shape[1]
     # The layer pads with zeros at the left what has fewer rows than tokens.
-    return condition[:, max(start - missing, 0):max(stop - missing, 0)]
+    return condition[:, max(start - missing, 0) : max(stop - missing, 0)]
 
 
 def mixes_by_mean(model: nn.Module) -> str | None:
@@ -36,10 +36,17 @@ def attention_calls(attention: nn.Module) -> int:
 PLANS = (
     SequencePlan(
         model="comfy.ldm.audio.dit.AudioDiffusionTransformer",
-        inputs={f"{LAYERS}.*": {"x": Stream("audio"), "rotary_pos_emb": Aligned(AUDIO, dim=0),
-                                "local_add_cond": Converted(for_last_tokens)}},
-        attention={f"{LAYERS}.*.self_attn": SelfAttention(AUDIO, calls=attention_calls),
-                   f"{LAYERS}.*.cross_attn": CrossAttention(AUDIO)},
+        inputs={
+            f"{LAYERS}.*": {
+                "x": Stream("audio"),
+                "rotary_pos_emb": Aligned(AUDIO, dim=0),
+                "local_add_cond": Converted(for_last_tokens),
+            }
+        },
+        attention={
+            f"{LAYERS}.*.self_attn": SelfAttention(AUDIO, calls=attention_calls),
+            f"{LAYERS}.*.cross_attn": CrossAttention(AUDIO),
+        },
         # Memory tokens are cut off by their number before the last projection.
         outputs={f"{LAYERS}.-1": Gather("audio")},
         heads=f"{LAYERS}.0.self_attn.num_heads",

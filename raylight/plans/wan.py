@@ -1,15 +1,6 @@
 """Wan 2.1 and 2.2: one stream of video, reference and pose tokens; text, image and audio context stay whole."""
 
-from raylight.parallel.plan import (
-    Aligned,
-    CrossAttention,
-    Gather,
-    Input,
-    SelfAttention,
-    SequencePlan,
-    Stream,
-    Whole,
-)
+from raylight.parallel.plan import Aligned, CrossAttention, Gather, Input, SelfAttention, SequencePlan, Stream, Whole
 
 VIDEO = ("video",)
 TOKENS_OF_VIDEO = Aligned(VIDEO)
@@ -18,8 +9,13 @@ PER_FRAME = Aligned(VIDEO, expand=True)
 ATTENTION = {"blocks.*.self_attn": SelfAttention(VIDEO), "blocks.*.cross_attn": CrossAttention(VIDEO)}
 
 
-def wan(model: str, inputs: dict[str, dict[str, Input]] | None = None, attention: dict | None = None,
-        modulation_per_frame: bool = True, heads: tuple[str, ...] = ("head",)) -> SequencePlan:
+def wan(
+    model: str,
+    inputs: dict[str, dict[str, Input]] | None = None,
+    attention: dict | None = None,
+    modulation_per_frame: bool = True,
+    heads: tuple[str, ...] = ("head",),
+) -> SequencePlan:
     """The plan that all of Wan share, and what one of them adds.
 
     Without `modulation_per_frame` the modulation is (B, 6, width), one for all tokens.
@@ -30,8 +26,11 @@ def wan(model: str, inputs: dict[str, dict[str, Input]] | None = None, attention
         inputs={"blocks.*": TOKENS | modulation, **({"head": modulation} if modulation else {}), **(inputs or {})},
         attention=ATTENTION | (attention or {}),
         outputs=dict.fromkeys(heads, Gather("video")),
-        patches={"double_block": {"img": TOKENS_OF_VIDEO}, "attn2_patch": {"x": TOKENS_OF_VIDEO},
-                 "attn1_patch": dict.fromkeys(("x", "q", "k"), TOKENS_OF_VIDEO)},
+        patches={
+            "double_block": {"img": TOKENS_OF_VIDEO},
+            "attn2_patch": {"x": TOKENS_OF_VIDEO},
+            "attn1_patch": dict.fromkeys(("x", "q", "k"), TOKENS_OF_VIDEO),
+        },
     )
 
 
@@ -51,6 +50,9 @@ PLANS = (
     wan("model.WanModel_S2V", {"audio_injector": {"x": Whole("video")}}),
     wan("model.HumoWanModel", {"blocks.*.audio_cross_attn_wrapper": {"x": Whole("video")}}),
     wan("model_animate.AnimateWanModel", {"face_adapter.fuser_blocks.*": {"x": Whole("video")}}),
-    wan("model_wandancer.WanDancerModel", {"music_injector": {"x": Whole("video")}, "head_global": {"e": PER_FRAME}},
-        heads=("head", "head_global")),
+    wan(
+        "model_wandancer.WanDancerModel",
+        {"music_injector": {"x": Whole("video")}, "head_global": {"e": PER_FRAME}},
+        heads=("head", "head_global"),
+    ),
 )

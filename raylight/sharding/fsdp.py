@@ -1,14 +1,9 @@
-"""Sharding a model over ranks with FSDP2, from weights that no rank reads as a whole.
-
-ZeRO stage 3 for inference (Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
-Models"), by `torch.distributed.fsdp.fully_shard`: each block's weights are gathered before it runs, one block ahead,
-and freed after it.
-"""
+"""What is gathered together: one unit per transformer block, and the rest of the model."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +19,72 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from raylight.parallel.pulse import checkpoint
+from raylight.parallel.heartbeat import checkpoint
 
-from .byte_gather import ByteAllGather
-from .rows import rows_of
-from .units import units
+from .rows import ByteAllGather, rows_of
+
+SMALLEST_SHARE = 0.002  # of the model's weights: below it an all-gather of its own costs more than it saves
+
+
+def units(model: nn.Module) -> dict[str, nn.Module]:
+    """The transformer blocks of a model by name, in the order of the model.
+
+    A block is an entry of an outermost `nn.ModuleList` that holds at least `SMALLEST_SHARE` of the weights: every DiT
+    of ComfyUI keeps its blocks in such lists. Lists of lists are looked into.
+    """
+    least = SMALLEST_SHARE * _size(model)
+    return {name: block for name, block in _entries(model, "") if _size(block) >= least}
+
+
+def _entries(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(module, nn.ModuleList) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield path, child
+        else:
+            yield from _entries(child, f"{path}.")
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def reset(model: nn.Module) -> bool:
+    """Bring a model of `fsdp.shard` back to where a forward may begin: nothing is gathered, or being gathered.
+
+    For a forward that has failed at the same place on all ranks: it waits for what they have begun. Returns False where
+    this version of PyTorch cannot do that; the model must not be used any more then. True for a model that is not
+    sharded.
+    """
+    if not isinstance(model, FSDPModule) or _is_at_rest(model):
+        return True
+    if not hasattr(model, "reset_iter_state"):
+        return False
+    model.reset_iter_state()
+    return _is_at_rest(model)
+
+
+def _is_at_rest(model: nn.Module) -> bool:
+    """Whether no module of it is within a forward, or has begun to gather. By FSDP2's own marks: where they have other
+    names, nothing is known."""
+    unknown = object()
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        for one in (state, *_groups(state)):
+            if getattr(getattr(one, "_training_state", None), "name", "") != "IDLE":
+                return False
+        if any(getattr(group, "_all_gather_result", unknown) is not None for group in _groups(state)):
+            return False
+    return True
+
+
+def _groups(state: Any) -> Iterator[Any]:
+    if hasattr(state, "_fsdp_param_groups"):  # since PyTorch 2.12
+        yield from state._fsdp_param_groups
+    elif (group := getattr(state, "_fsdp_param_group", None)) is not None:
+        yield group
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +101,14 @@ class ShardReport:
         return self.sharded_bytes + self.replicated_bytes
 
 
-def shard(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device,
-          offload: bool = False, methods: Iterable[str] = ()) -> ShardReport:
+def shard(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    mesh: DeviceMesh,
+    device: torch.device,
+    offload: bool = False,
+    methods: Iterable[str] = (),
+) -> ShardReport:
     """Split the weights of `model` over a one-dimensional mesh, in place.
 
     The model's parameters give shapes and dtypes and may be on `meta`; `weights` give their values by name, in any
@@ -103,18 +165,21 @@ def _check(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if name not in weights:
             raise ValueError(f"the tensor {name} is missing")
         if weights[name].shape != parameter.shape:
-            raise ValueError(f"the tensor {name} is {tuple(weights[name].shape)}, and the model wants "
-                             f"{tuple(parameter.shape)}")
+            raise ValueError(
+                f"the tensor {name} is {tuple(weights[name].shape)}, and the model wants {tuple(parameter.shape)}"
+            )
 
 
 def _replicated(model: nn.Module, world_size: int) -> frozenset[str]:
     """The parameters that every rank holds whole: too small to split by rows, or not worth it."""
-    return frozenset(name for name, parameter in model.named_parameters()
-                     if parameter.ndim < 2 or parameter.shape[0] < world_size)
+    return frozenset(
+        name for name, parameter in model.named_parameters() if parameter.ndim < 2 or parameter.shape[0] < world_size
+    )
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device,
-          offload: bool) -> int:
+def _fill(
+    model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device, offload: bool
+) -> int:
     held = 0
     for name, parameter in list(model.named_parameters()):
         if not isinstance(parameter, DTensor):
@@ -122,8 +187,9 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, dev
         checkpoint()
         rows = weights[name][rows_of(parameter.shape[0], mesh.size(), mesh.get_local_rank())]
         local = _copy(rows, parameter.dtype, device)
-        whole = DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=parameter.shape,
-                                   stride=parameter.stride())
+        whole = DTensor.from_local(
+            local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
         if offload:
             whole = whole.cpu()  # by way of the device, where a DTensor of this mesh begins
         _set(model, name, nn.Parameter(whole, requires_grad=False))
@@ -158,8 +224,10 @@ def _gather_ahead(following: nn.Module, stream: torch.cuda.Stream | None, *_: An
 
 
 def _gather_as_bytes(module: nn.Module) -> None:
-    eight_bits = any(isinstance(parameter, DTensor) and parameter.is_floating_point() and parameter.itemsize == 1
-                     for parameter in module.parameters())
+    eight_bits = any(
+        isinstance(parameter, DTensor) and parameter.is_floating_point() and parameter.itemsize == 1
+        for parameter in module.parameters()
+    )
     # An older PyTorch has no such choice; NCCL of its time may know the dtype.
     if eight_bits and hasattr(module, "set_custom_all_gather"):
         module.set_custom_all_gather(ByteAllGather())

@@ -79,8 +79,11 @@ def test_says_what_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", ["AITER", "FA", "FA3", "FLASHINFER"])
 def test_says_that_yunchang_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda module: None if module == "yunchang" else module)
-    with pytest.raises(ValueError, match=f"{name}: it is called through the Python package yunchang, which is not "
-                                         "installed: run pip install --no-deps yunchang; or choose auto"):
+    with pytest.raises(
+        ValueError,
+        match=f"{name}: it is called through the Python package yunchang, which is not "
+        "installed: run pip install --no-deps yunchang; or choose auto",
+    ):
         kernels.check_available(name)
 
 
@@ -140,5 +143,6 @@ def test_flash_attention_through_yunchang(tmp_path: Path) -> None:
         "torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)\n"
     )
     path = [str(tmp_path), str(Path(__file__).parent), *sys.path]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", f"import sys; sys.path[:] = {path!r}\n{script}"], check=True,
-                   timeout=120)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import sys; sys.path[:] = {path!r}\n{script}"], check=True, timeout=120
+    )

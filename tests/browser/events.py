@@ -8,8 +8,14 @@ from typing import Any
 
 from person import Person
 
-_KINDS = ("progress", "b_preview_with_metadata", "executed", "execution_success", "execution_error",
-          "execution_interrupted")
+_KINDS = (
+    "progress",
+    "b_preview_with_metadata",
+    "executed",
+    "execution_success",
+    "execution_error",
+    "execution_interrupted",
+)
 # The page itself keeps what it shows, ten times a second and once it has heard each message: who asks from outside
 # misses much of it on a busy machine.
 _START = """(() => {

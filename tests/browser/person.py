@@ -10,8 +10,10 @@ from typing import Any
 from chromium import BrowserError, Page
 
 Point = tuple[float, float]
-_READY = "window.app?.extensionManager && window.app?.graph && " \
-         "Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
+_READY = (
+    "window.app?.extensionManager && window.app?.graph && "
+    "Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
+)
 _FIND = """(async () => {
   const [selector, text] = %s;
   const found = [...document.querySelectorAll(selector)].find(
@@ -89,8 +91,9 @@ class Person:
         self._mouse("mouseMoved", start)
         self._mouse("mousePressed", start)
         for step in range(1, steps + 1):
-            self._mouse("mouseMoved", tuple(a + (b - a) * step / steps for a, b in zip(start, end, strict=True)),
-                        held=True)
+            self._mouse(
+                "mouseMoved", tuple(a + (b - a) * step / steps for a, b in zip(start, end, strict=True)), held=True
+            )
             time.sleep(0.05)
         self._mouse("mouseReleased", end)
 
@@ -100,8 +103,9 @@ class Person:
     def press(self, key: str, code: int) -> None:
         """Press a key; `code` is its number in Windows' table, which browsers go by."""
         for kind in ("rawKeyDown", "keyUp"):
-            self.page.call("Input.dispatchKeyEvent", {"type": kind, "key": key, "code": key,
-                                                      "windowsVirtualKeyCode": code})
+            self.page.call(
+                "Input.dispatchKeyEvent", {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code}
+            )
 
     # -- the graph ----------------------------------------------------------------------------------------------
 
@@ -141,6 +145,14 @@ class Person:
 
     def _mouse(self, kind: str, place: Point, *, held: bool = False) -> None:
         pressed = held or kind != "mouseMoved"
-        self.page.call("Input.dispatchMouseEvent", {
-            "type": kind, "x": place[0], "y": place[1], "button": "left" if pressed else "none",
-            "buttons": int(held or kind == "mousePressed"), "clickCount": int(kind != "mouseMoved")})
+        self.page.call(
+            "Input.dispatchMouseEvent",
+            {
+                "type": kind,
+                "x": place[0],
+                "y": place[1],
+                "button": "left" if pressed else "none",
+                "buttons": int(held or kind == "mousePressed"),
+                "clickCount": int(kind != "mouseMoved"),
+            },
+        )

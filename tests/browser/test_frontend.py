@@ -16,17 +16,17 @@ import pytest
 import saved
 from newest import of_the_newest
 
-from raylight.demo.comfy_server import ComfyServer
-from raylight.workflows.table import TEMPLATES
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.workflows.table import TEMPLATES
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "templates")]
 
-import chromium  # noqa: E402
-from chromium import BrowserError  # noqa: E402
-from events import listen, watch  # noqa: E402
-from files import write_models  # noqa: E402
-from person import Person  # noqa: E402
+import chromium
+from chromium import BrowserError
+from events import listen, watch
+from files import write_models
+from person import Person
 
 pytestmark = [of_the_newest, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -58,8 +58,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     (work / "input").mkdir()
     example = Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png"
     shutil.copy(example, work / "input")
-    with ComfyServer(work, model_paths=paths | {"custom_nodes": PACKS}, extra_args=[
-            "--cpu", "--force-fp32", "--fp32-vae", "--fp32-text-enc", "--preview-method", "latent2rgb"]) as running:
+    with ComfyServer(
+        work,
+        model_paths=paths | {"custom_nodes": PACKS},
+        extra_args=["--cpu", "--force-fp32", "--fp32-vae", "--fp32-text-enc", "--preview-method", "latent2rgb"],
+    ) as running:
         yield running
 
 
@@ -74,12 +77,22 @@ def person(server: ComfyServer, request: pytest.FixtureRequest) -> Iterator[Pers
 
 def flux_files() -> dict[str, Any]:
     """The loaders of the Flux templates, for what writes the files that a prompt asks for."""
-    return {str(node["id"]): {"class_type": node["type"], "inputs": {
-        name: file["name"] for name, file in zip(("clip_name1", "clip_name2") if len(node["properties"]["models"]) > 1
-                                                 else (names[node["type"]],), node["properties"]["models"],
-                                                 strict=True)}}
-            for names in [{"RayUNETLoader": "unet_name", "VAELoader": "vae_name", "DualCLIPLoader": "clip_name1"}]
-            for node in workflow("flux-dev-usp")["nodes"] if node["properties"].get("models")}
+    return {
+        str(node["id"]): {
+            "class_type": node["type"],
+            "inputs": {
+                name: file["name"]
+                for name, file in zip(
+                    ("clip_name1", "clip_name2") if len(node["properties"]["models"]) > 1 else (names[node["type"]],),
+                    node["properties"]["models"],
+                    strict=True,
+                )
+            },
+        }
+        for names in [{"RayUNETLoader": "unet_name", "VAELoader": "vae_name", "DualCLIPLoader": "clip_name1"}]
+        for node in workflow("flux-dev-usp")["nodes"]
+        if node["properties"].get("models")
+    }
 
 
 def workflow(name: str) -> dict[str, Any]:
@@ -109,8 +122,10 @@ def see_thumbnail(person: Person, card: str) -> None:
 
 def see_image(person: Person) -> None:
     """Wait until the node that saves it shows the image."""
-    person.page.wait_for("window.app.graph.nodes.some((n) => n.type === 'SaveImage' && n.imgs?.[0]?.naturalWidth === "
-                         f"{RUN['width']})", timeout=PATIENCE)
+    person.page.wait_for(
+        f"window.app.graph.nodes.some((n) => n.type === 'SaveImage' && n.imgs?.[0]?.naturalWidth === {RUN['width']})",
+        timeout=PATIENCE,
+    )
 
 
 def test_the_menu_shows_all_templates_with_their_thumbnails(person: Person) -> None:
@@ -128,8 +143,10 @@ def test_every_template_opens_without_missing_nodes_or_red_inputs(person: Person
         person.click(CARD.format(template.name))
         expected = sorted(node["type"] for node in template.to_json()["nodes"])
         person.page.wait_for(f"document.title.includes({json.dumps(template.name)})", timeout=PATIENCE)
-        person.page.wait_for(f"JSON.stringify(window.app.graph.nodes.map((n) => n.type).sort()) === "
-                             f"JSON.stringify({expected})", timeout=PATIENCE)
+        person.page.wait_for(
+            f"JSON.stringify(window.app.graph.nodes.map((n) => n.type).sort()) === JSON.stringify({expected})",
+            timeout=PATIENCE,
+        )
         time.sleep(0.3)  # files are looked for once the graph is there
         assert person.problems() == [], template.name
         person.look(f"template-{template.name}")
@@ -180,8 +197,9 @@ def test_a_run_shows_progress_a_preview_and_the_image(person: Person, server: Co
 
 
 def test_what_was_chosen_is_written_on_the_initializer(person: Person) -> None:
-    texts = person.page.evaluate("window.app.graph.nodes.find((n) => n.type === 'RayInitializer').widgets.map("
-                                 "(w) => String(w.value))")
+    texts = person.page.evaluate(
+        "window.app.graph.nodes.find((n) => n.type === 'RayInitializer').widgets.map((w) => String(w.value))"
+    )
     assert any("ulysses" in text and "GPU and ulysses_degree chosen automatically" in text for text in texts)
 
 
@@ -227,8 +245,10 @@ def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, ser
     person.click('[aria-label="Node Library (n)"]')
 
     sampler = "window.app.graph.nodes.find((n) => n.type === 'KSampler')"
-    person.page.wait_for("![...document.querySelectorAll('.side-bar-panel input')].some("
-                         "(e) => e.getClientRects().length)", timeout=PATIENCE)  # it is closed
+    person.page.wait_for(
+        "![...document.querySelectorAll('.side-bar-panel input')].some((e) => e.getClientRects().length)",
+        timeout=PATIENCE,
+    )  # it is closed
     person.drag(person.on_canvas(f"[...{loader}.getOutputPos(0)]"), person.on_canvas(f"[...{sampler}.getInputPos(0)]"))
     person.page.wait_for(f"{sampler}.getInputNode(0) === {loader}", timeout=PATIENCE)
     person.set_widgets(unet_name="flux1-dev.safetensors")
@@ -247,8 +267,9 @@ def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, ser
 def test_the_help_page_of_a_node_opens(person: Person) -> None:
     person.load(workflow("flux-dev-usp"), "help")
     person.view(0.6, (-300, 400))
-    person.page.evaluate("window.app.canvas.selectNode(window.app.graph.nodes.find((n) => n.type === "
-                         "'RayInitializer'))")
+    person.page.evaluate(
+        "window.app.canvas.selectNode(window.app.graph.nodes.find((n) => n.type === 'RayInitializer'))"
+    )
     time.sleep(1.0)  # the buttons above a node come after it has been drawn
     person.click('[data-testid="info-button"]')
     person.look("help-button")

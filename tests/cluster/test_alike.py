@@ -6,38 +6,47 @@ from pathlib import Path
 
 import pytest
 
-from raylight.cluster import current
+from raylight.cluster import active_session
+from raylight.cluster.collect import Outcome, met_alike
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import WorkerError
 from raylight.cluster.session import Session
-from raylight.cluster.waiting import Outcome, met_alike
-from raylight.parallel.shape import MeshShape
-from raylight.parallel.tally import agree
+from raylight.parallel.heartbeat import agree
+from raylight.parallel.mesh import MeshShape
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = ServiceSpec("echo_service:open_service", None, (str(ROOT), str(ROOT / "tests" / "support")))
 
 
 def session() -> Session:
-    return current.session(SessionConfig(MeshShape(ulysses=2), "cpu"), SERVICE)
+    return active_session.session(SessionConfig(MeshShape(ulysses=2), "cpu"), SERVICE)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def end_of_module():
     yield
-    current.close()
+    active_session.close()
 
 
-@pytest.mark.parametrize(("first", "second", "same"), [
-    (KeyError("blocks"), KeyError("blocks"), True),
-    (RuntimeError("the size of tensor a (53) must match b (6)"), RuntimeError("the size of tensor a (52) must match b "
-                                                                              "(6)"), True),
-    (KeyError("blocks"), KeyError("heads"), False),
-    (KeyError("blocks"), ValueError("'blocks'"), False),
-    (RuntimeError("Connection closed by peer [127.0.0.1]:4242"), RuntimeError("Connection closed by peer "
-                                                                             "[127.0.0.1]:4243"), False),
-    (MemoryError(), MemoryError(), False),
-])
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (KeyError("blocks"), KeyError("blocks"), True),
+        (
+            RuntimeError("the size of tensor a (53) must match b (6)"),
+            RuntimeError("the size of tensor a (52) must match b (6)"),
+            True,
+        ),
+        (KeyError("blocks"), KeyError("heads"), False),
+        (KeyError("blocks"), ValueError("'blocks'"), False),
+        (
+            RuntimeError("Connection closed by peer [127.0.0.1]:4242"),
+            RuntimeError("Connection closed by peer [127.0.0.1]:4243"),
+            False,
+        ),
+        (MemoryError(), MemoryError(), False),
+    ],
+)
 def test_the_same_error(first: BaseException, second: BaseException, same: bool) -> None:
     assert (met_alike(Outcome(failures={1: second, 0: first}), 2) is first) is same
     assert met_alike(Outcome(failures={0: first}), 2) is None, "the other rank is still at work"
@@ -51,8 +60,10 @@ def test_tallies() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("begins", "kind"), [("nothing", KeyError), ("together", KeyError), ("together", ValueError),
-                                              ("unfinished", RuntimeError)])
+@pytest.mark.parametrize(
+    ("begins", "kind"),
+    [("nothing", KeyError), ("together", KeyError), ("together", ValueError), ("unfinished", RuntimeError)],
+)
 def test_workers_stay(begins: str, kind: type[Exception]) -> None:
     before = session()
     with pytest.raises(kind, match="no such part"):

@@ -7,39 +7,55 @@ import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from raylight.cluster.actor import Place, RankActor
+from raylight.cluster.diagnosis import Fault, Scene, root_of, told
 from raylight.cluster.errors import DIED, FAILED, OUT_OF_MEMORY, OutOfMemory, is_out_of_memory
-from raylight.cluster.faults import Fault, Scene, root_of, told
 
 OF_A_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
 
 
-@pytest.mark.parametrize(("failures", "kind", "rank"), [
-    ({0: OF_A_PEER, 1: ValueError("a cause")}, FAILED, 1),
-    ({0: OF_A_PEER, 1: ActorDiedError()}, DIED, 1),
-    ({0: KeyError("x"), 1: ActorDiedError()}, DIED, 1),
-    ({0: OF_A_PEER, 1: OutOfMemoryError("Task was killed due to the node running low on memory")}, OUT_OF_MEMORY, 1),
-    ({1: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 0: OF_A_PEER}, OUT_OF_MEMORY, 1),
-    ({1: OF_A_PEER, 0: OF_A_PEER}, FAILED, 1),
-])
+@pytest.mark.parametrize(
+    ("failures", "kind", "rank"),
+    [
+        ({0: OF_A_PEER, 1: ValueError("a cause")}, FAILED, 1),
+        ({0: OF_A_PEER, 1: ActorDiedError()}, DIED, 1),
+        ({0: KeyError("x"), 1: ActorDiedError()}, DIED, 1),
+        (
+            {0: OF_A_PEER, 1: OutOfMemoryError("Task was killed due to the node running low on memory")},
+            OUT_OF_MEMORY,
+            1,
+        ),
+        ({1: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 0: OF_A_PEER}, OUT_OF_MEMORY, 1),
+        ({1: OF_A_PEER, 0: OF_A_PEER}, FAILED, 1),
+    ],
+)
 def test_the_cause_among_failures(failures: dict[int, BaseException], kind: str, rank: int) -> None:
     fault = root_of(failures)
     assert (fault.kind, fault.rank) == (kind, rank)
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
-    RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
+        RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+    ],
+)
 def test_out_of_memory(error: BaseException) -> None:
     assert is_out_of_memory(error) and not is_out_of_memory(OF_A_PEER)
 
 
-@pytest.mark.parametrize("text", [
-    "NCCL Error 1: unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
-    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.28.9\nncclUnhandledCudaError: Call "
-    "to CUDA function failed.\nLast error:\nFailed to CUDA calloc async 608 bytes",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NCCL Error 1: unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.28.9\nncclUnhandledCudaError: "
+        "Call to CUDA function failed.\nLast error:\nFailed to CUDA calloc async 608 bytes",
+    ],
+)
 def test_nccl_that_does_not_say_what_cuda_has_failed_of(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = object.__new__(RankActor)  # which would else take over what this process logs and prints
     rank._device, rank._service = torch.device("cuda", 0), None
@@ -63,4 +79,5 @@ def test_a_fault_is_told_with_place_phase_cause_and_last_words() -> None:
     scene = Scene({1: Place(1, "10.0.0.7", 42, "NVIDIA H100", 3)}, {1: "step 3 of 20"}, {1: ("last", "words")})
     assert str(told(Fault(FAILED, 1, "KeyError: 'x'"), scene)) == (
         "rank 1 (NVIDIA H100, GPU 3, pid 42 on 10.0.0.7) failed while step 3 of 20: KeyError: 'x'.\n"
-        "It said last:\n  last\n  words")
+        "It said last:\n  last\n  words"
+    )

@@ -11,42 +11,85 @@ from pathlib import Path
 
 import pytest
 
-from raylight.cluster import ray_environment, ray_folder, visible
+from raylight.cluster import ray_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("environ", "is_rocm", "seen", "first", "second"), [
-    ({}, False, None, 0, {"CUDA_VISIBLE_DEVICES": "1"}),
-    ({"CUDA_VISIBLE_DEVICES": "4,6"}, False, ["4", "6"], 4, {"CUDA_VISIBLE_DEVICES": "6"}),
-    ({"CUDA_VISIBLE_DEVICES": "GPU-0a, GPU-1b"}, False, ["GPU-0a", "GPU-1b"], None, {"CUDA_VISIBLE_DEVICES": "GPU-1b"}),
-    ({"CUDA_VISIBLE_DEVICES": "3,4", "HIP_VISIBLE_DEVICES": "0,1"}, False, ["3", "4"], 3,
-     {"CUDA_VISIBLE_DEVICES": "4"}),
-    ({}, True, None, 0, {"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "1"}),
-    ({"HIP_VISIBLE_DEVICES": "5,7"}, True, ["5", "7"], 5, {"CUDA_VISIBLE_DEVICES": "7", "HIP_VISIBLE_DEVICES": "7"}),
-    # ComfyUI's --default-device sets both; HIP's decides.
-    ({"CUDA_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "1,0"}, True, ["1", "0"], 1,
-     {"CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"}),
-    ({"CUDA_VISIBLE_DEVICES": "2,3"}, True, ["2", "3"], 2, {"CUDA_VISIBLE_DEVICES": "3", "HIP_VISIBLE_DEVICES": "3"}),
-    # Numbers of HIP count what ROCR leaves.
-    ({"ROCR_VISIBLE_DEVICES": "4,5,6", "HIP_VISIBLE_DEVICES": "1,2"}, True, ["1", "2"], 5,
-     {"CUDA_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "2"}),
-    ({"ROCR_VISIBLE_DEVICES": "GPU-0a", "HIP_VISIBLE_DEVICES": "0,0"}, True, ["0", "0"], None,
-     {"CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"}),
-])
-def test_which_gpus_a_process_sees(environ: dict[str, str], is_rocm: bool, seen: list[str] | None, first: int | None,
-                                   second: dict[str, str]) -> None:
-    assert visible.names(environ, is_rocm) == seen
-    assert visible.of_machine(environ, is_rocm) == first
+@pytest.mark.parametrize(
+    ("environ", "is_rocm", "seen", "first", "second"),
+    [
+        ({}, False, None, 0, {"CUDA_VISIBLE_DEVICES": "1"}),
+        ({"CUDA_VISIBLE_DEVICES": "4,6"}, False, ["4", "6"], 4, {"CUDA_VISIBLE_DEVICES": "6"}),
+        (
+            {"CUDA_VISIBLE_DEVICES": "GPU-0a, GPU-1b"},
+            False,
+            ["GPU-0a", "GPU-1b"],
+            None,
+            {"CUDA_VISIBLE_DEVICES": "GPU-1b"},
+        ),
+        (
+            {"CUDA_VISIBLE_DEVICES": "3,4", "HIP_VISIBLE_DEVICES": "0,1"},
+            False,
+            ["3", "4"],
+            3,
+            {"CUDA_VISIBLE_DEVICES": "4"},
+        ),
+        ({}, True, None, 0, {"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "1"}),
+        (
+            {"HIP_VISIBLE_DEVICES": "5,7"},
+            True,
+            ["5", "7"],
+            5,
+            {"CUDA_VISIBLE_DEVICES": "7", "HIP_VISIBLE_DEVICES": "7"},
+        ),
+        # ComfyUI's --default-device sets both; HIP's decides.
+        (
+            {"CUDA_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "1,0"},
+            True,
+            ["1", "0"],
+            1,
+            {"CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"},
+        ),
+        (
+            {"CUDA_VISIBLE_DEVICES": "2,3"},
+            True,
+            ["2", "3"],
+            2,
+            {"CUDA_VISIBLE_DEVICES": "3", "HIP_VISIBLE_DEVICES": "3"},
+        ),
+        # Numbers of HIP count what ROCR leaves.
+        (
+            {"ROCR_VISIBLE_DEVICES": "4,5,6", "HIP_VISIBLE_DEVICES": "1,2"},
+            True,
+            ["1", "2"],
+            5,
+            {"CUDA_VISIBLE_DEVICES": "2", "HIP_VISIBLE_DEVICES": "2"},
+        ),
+        (
+            {"ROCR_VISIBLE_DEVICES": "GPU-0a", "HIP_VISIBLE_DEVICES": "0,0"},
+            True,
+            ["0", "0"],
+            None,
+            {"CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"},
+        ),
+    ],
+)
+def test_which_gpus_a_process_sees(
+    environ: dict[str, str], is_rocm: bool, seen: list[str] | None, first: int | None, second: dict[str, str]
+) -> None:
+    assert ray_environment.names(environ, is_rocm) == seen
+    assert ray_environment.of_machine(environ, is_rocm) == first
     switches = {f"RAY_EXPERIMENTAL_NOSET_{name}": "1" for name in second}
-    assert visible.only(1, environ, is_rocm) == second | switches
+    assert ray_environment.only(1, environ, is_rocm) == second | switches
 
 
 def test_rays_switches_are_those_of_this_ray() -> None:
     from ray._private.accelerators import amd_gpu, nvidia_gpu
 
     assert {amd_gpu.NOSET_HIP_VISIBLE_DEVICES_ENV_VAR, nvidia_gpu.NOSET_CUDA_VISIBLE_DEVICES_ENV_VAR} == {
-        name for name in visible.only(0, {}, True) if name.startswith("RAY")}
+        name for name in ray_environment.only(0, {}, True) if name.startswith("RAY")
+    }
 
 
 def test_ray_on_rocm_takes_rocr(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,15 +105,22 @@ def test_ray_on_rocm_takes_rocr(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         ray_environment.restore()
     assert "HIP_VISIBLE_DEVICES" not in os.environ
-    assert visible.for_ray({"ROCR_VISIBLE_DEVICES": "4,5", "CUDA_VISIBLE_DEVICES": "1"}, True) == {
-        "HIP_VISIBLE_DEVICES": "1"}
-    assert visible.for_ray({"ROCR_VISIBLE_DEVICES": "4,5", "HIP_VISIBLE_DEVICES": "1"}, True) == {}
+    assert ray_environment.for_ray({"ROCR_VISIBLE_DEVICES": "4,5", "CUDA_VISIBLE_DEVICES": "1"}, True) == {
+        "HIP_VISIBLE_DEVICES": "1"
+    }
+    assert ray_environment.for_ray({"ROCR_VISIBLE_DEVICES": "4,5", "HIP_VISIBLE_DEVICES": "1"}, True) == {}
 
 
-@pytest.mark.parametrize(("given", "changes"), [
-    ({}, True), ({"RAY_AUTH_MODE": "token"}, True), ({"RAY_AUTH_TOKEN": "a" * 64}, False),
-    ({"RAY_AUTH_TOKEN_PATH": "/somewhere"}, False), ({"RAY_AUTH_MODE": "disabled"}, False),
-])
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        ({}, True),
+        ({"RAY_AUTH_MODE": "token"}, True),
+        ({"RAY_AUTH_TOKEN": "a" * 64}, False),
+        ({"RAY_AUTH_TOKEN_PATH": "/somewhere"}, False),
+        ({"RAY_AUTH_MODE": "disabled"}, False),
+    ],
+)
 def test_a_token_for_one_start(given: dict[str, str], changes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -98,8 +148,8 @@ def test_a_folder_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("short", "a" * 100, "é"):
         monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / name))
         (tmp_path / name).mkdir()
-        folder = ray_folder.make()
-        assert ray_folder.fits(folder.path)
+        folder = ray_environment.make()
+        assert ray_environment.fits(folder.path)
         assert all(os.stat(own).st_mode & 0o777 == 0o700 for own in folder.own), "for this user alone"
         Path(folder.path, "there").mkdir(parents=True)
         assert list((tmp_path / name).glob("raylight-*/r/there"))
@@ -111,33 +161,41 @@ def test_a_folder_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     long = tmp_path / ("a" * 100)
     long.mkdir()
     monkeypatch.setenv("RAY_TMPDIR", str(long))
-    monkeypatch.setattr(ray_folder, "_SHORT_ROOTS", (str(long), "/proc"))
-    with pytest.raises(ray_folder.NoFolder, match=rf"has {len(str(long))} bytes, and .* at most \d+ bytes") as error:
-        ray_folder.make()
+    monkeypatch.setattr(ray_environment, "_SHORT_ROOTS", (str(long), "/proc"))
+    with pytest.raises(
+        ray_environment.NoFolder, match=rf"has {len(str(long))} bytes, and .* at most \d+ bytes"
+    ) as error:
+        ray_environment.make()
     assert not list(long.iterdir())
     most = int(re.search(r"at most (\d+) bytes", str(error.value)).group(1))
-    assert ray_folder.fits("/" + "a" * (most - 1) + "/raylight-12345678/r")
-    assert not ray_folder.fits("/" + "a" * most + "/raylight-12345678/r")
+    assert ray_environment.fits("/" + "a" * (most - 1) + "/raylight-12345678/r")
+    assert not ray_environment.fits("/" + "a" * most + "/raylight-12345678/r")
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/proc/none")
-    with pytest.raises(ray_folder.NoFolder, match=r"No such file or directory: /proc/none\. Its temporary files go to "
-                                                  r"/proc/none, .* make room there"):
-        ray_folder.make()
+    with pytest.raises(
+        ray_environment.NoFolder,
+        match=r"No such file or directory: /proc/none\. Its temporary files go to "
+        r"/proc/none, .* make room there",
+    ):
+        ray_environment.make()
 
 
-@pytest.mark.parametrize(("error", "is_cause"), [
-    (OSError(errno.ENOSPC, "No space left on device"), True),
-    (PermissionError(errno.EACCES, "Permission denied", "/x/raylight-1/r/session"), True),
-    (PermissionError(errno.EACCES, "Permission denied", "/home/of/somebody"), False),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/none"), False),
-    (ValueError("The configured object store size exceeds /dev/shm"), False),
-    (ModuleNotFoundError("No module named 'not_there'"), False),
-])
+@pytest.mark.parametrize(
+    ("error", "is_cause"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/raylight-1/r/session"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "/home/of/somebody"), False),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/none"), False),
+        (ValueError("The configured object store size exceeds /dev/shm"), False),
+        (ModuleNotFoundError("No module named 'not_there'"), False),
+    ],
+)
 def test_when_the_folder_is_the_cause(error: Exception, is_cause: bool) -> None:
-    folder = ray_folder.RayFolder("/x/raylight-1/r", ("/x/raylight-1",))
-    assert ray_folder.is_cause(error, folder) is is_cause
+    folder = ray_environment.RayFolder("/x/raylight-1/r", ("/x/raylight-1",))
+    assert ray_environment.is_cause(error, folder) is is_cause
 
 
 _STARTS = """
@@ -146,7 +204,7 @@ sys.path[:0] = sys.argv[1:3]
 import echo_service
 from raylight.cluster import current
 from raylight.cluster.config import ServiceSpec, SessionConfig
-from raylight.parallel.shape import MeshShape
+from raylight.parallel.mesh import MeshShape
 
 def start(**changes):
     service = ServiceSpec("echo_service:open_service", None, tuple(sys.argv[1:3]))
@@ -162,8 +220,11 @@ def start(**changes):
 def starts(code: str, **environ: str) -> list[str]:
     """What a process prints that starts sessions by `code`, a line for each."""
     process = subprocess.run(
-        [sys.executable, "-c", _STARTS + code, str(ROOT), str(ROOT / "tests" / "support")], text=True,
-        env={**os.environ, "PYTHONPATH": "", **environ}, capture_output=True, timeout=240,
+        [sys.executable, "-c", _STARTS + code, str(ROOT), str(ROOT / "tests" / "support")],
+        text=True,
+        env={**os.environ, "PYTHONPATH": "", **environ},
+        capture_output=True,
+        timeout=240,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines()
@@ -184,11 +245,18 @@ def test_what_keeps_ray_from_starting_is_named() -> None:
         "del os.environ['RAY_OVERRIDE_RESOURCES']\n"
         "os.environ['RAY_RUNTIME_ENV_HOOK'] = 'not_there.hook'; start()\n"
         "del os.environ['RAY_RUNTIME_ENV_HOOK']\n"
-        "start(object_store_bytes=10**15)\n")
-    assert re.search(r'2 workers need 1 CPU each, but Ray has 1 CPU\. Lower GPU\. ComfyUI was started with '
-                     r'RAY_OVERRIDE_RESOURCES={"CPU": 1}, which changes Ray: try without\.$', small)
-    assert re.search(r"No module named 'not_there'\. ComfyUI was started with RAY_RUNTIME_ENV_HOOK=not_there\.hook, "
-                     r"which changes Ray: try without\.$", hook)
+        "start(object_store_bytes=10**15)\n"
+    )
+    assert re.search(
+        r"2 workers need 1 CPU each, but Ray has 1 CPU\. Lower GPU\. ComfyUI was started with "
+        r'RAY_OVERRIDE_RESOURCES={"CPU": 1}, which changes Ray: try without\.$',
+        small,
+    )
+    assert re.search(
+        r"No module named 'not_there'\. ComfyUI was started with RAY_RUNTIME_ENV_HOOK=not_there\.hook, "
+        r"which changes Ray: try without\.$",
+        hook,
+    )
     assert "Ray does not start on this machine: " in store and store.count("..") == store.count("...")
     assert float(small.split()[0]) < 30, "it waited for what cannot come"
     assert not any("temporary files" in line for line in (small, hook, store))

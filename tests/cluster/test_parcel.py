@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from raylight.cluster import parcel
+from raylight.cluster import serialization
 
 
 def there(value: Any) -> Any:
-    return parcel.unpack(parcel.pack(value, lambda _: None), lambda one: one, torch.device("cpu"))
+    return serialization.unpack(serialization.pack(value, lambda _: None), lambda one: one, torch.device("cpu"))
 
 
 def counter() -> tuple[Callable[[], None], Callable[[], int]]:

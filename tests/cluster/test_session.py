@@ -16,10 +16,10 @@ import psutil
 import pytest
 import ray
 
-from raylight.cluster import current
+from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import RunCancelled, WorkerError
-from raylight.parallel.shape import MeshShape
+from raylight.parallel.mesh import MeshShape
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = ServiceSpec("echo_service:open_service", "settings", (str(ROOT), str(ROOT / "tests" / "support")))
@@ -36,29 +36,29 @@ def pids(session: object) -> list[int]:
 @pytest.fixture(scope="module", autouse=True)
 def end_of_module():
     yield
-    current.close()
+    active_session.close()
     assert not ray.is_initialized()
 
 
 def test_rank_zero_answers_and_streams() -> None:
-    session = current.session(config(), SERVICE)
+    session = active_session.session(config(), SERVICE)
     events: list = []
     assert session.run("count", 5, on_event=events.append) == ("rank 0 of 2", "settings", 5)
     assert events == list(range(5))
 
 
 def test_an_argument_travels_once() -> None:
-    session = current.session(config(), SERVICE)
+    session = active_session.session(config(), SERVICE)
     assert session.run("same_object", b"x" * 300_000) is True
 
 
 @pytest.mark.slow
 def test_closing_ends_no_process_that_is_not_rays() -> None:
-    current.close()
+    active_session.close()
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        current.session(config(), SERVICE)
-        current.close()
+        active_session.session(config(), SERVICE)
+        active_session.close()
         time.sleep(1)
         assert other.poll() is None
     finally:
@@ -67,15 +67,15 @@ def test_closing_ends_no_process_that_is_not_rays() -> None:
 
 
 def test_the_session_is_kept_until_its_configuration_changes() -> None:
-    first = current.session(config(), SERVICE)
-    assert current.session(config(), SERVICE) is first
-    third = current.session(config(3), SERVICE)
+    first = active_session.session(config(), SERVICE)
+    assert active_session.session(config(), SERVICE) is first
+    third = active_session.session(config(3), SERVICE)
     assert third is not first and not first.alive and len(third.places) == 3
     _wait_gone(pids(first))
 
 
 def test_cancel_ends_all_ranks_and_the_next_run_works() -> None:
-    session = current.session(config(), SERVICE)
+    session = active_session.session(config(), SERVICE)
     asked = threading.Event()
     started = time.monotonic()
     with pytest.raises(RunCancelled):
@@ -86,7 +86,7 @@ def test_cancel_ends_all_ranks_and_the_next_run_works() -> None:
 
 
 def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped() -> None:
-    session = current.session(config(), SERVICE)
+    session = active_session.session(config(), SERVICE)
 
     def stop(_: object) -> None:
         raise KeyboardInterrupt
@@ -98,33 +98,41 @@ def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped() -> None
 
 @pytest.mark.parametrize("method", ["refuse", "refuse_in_own_time"])
 def test_a_refusal_that_all_ranks_agree_on_is_told_plainly(method: str) -> None:
-    session = current.session(config(), SERVICE)
+    session = active_session.session(config(), SERVICE)
     with pytest.raises(ValueError, match=r"^no such thing$"):
         session.run(method)
     assert session.alive
 
 
-@pytest.mark.parametrize(("method", "message"), [
-    ("fail_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) failed while beginning to fail_alone: "
-                   r"RuntimeError: rank 1 is unwell"),
-    ("die_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while beginning to die_alone: its process ended"),
-])
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "fail_alone",
+            r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) failed while beginning to fail_alone: "
+            r"RuntimeError: rank 1 is unwell",
+        ),
+        ("die_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while beginning to die_alone: its process ended"),
+    ],
+)
 def test_a_failing_rank_is_named_and_the_next_session_works(method: str, message: str) -> None:
-    session = current.session(config(), SERVICE)
+    session = active_session.session(config(), SERVICE)
     started = time.monotonic()
     with pytest.raises(WorkerError, match=message):
         session.run(method)
     assert time.monotonic() - started < 20
     assert not session.alive
-    assert current.session(config(), SERVICE).run("count", 2)[2] == 2
+    assert active_session.session(config(), SERVICE).run("count", 2)[2] == 2
 
 
 def test_only_loopback_is_listened_on() -> None:
-    session = current.session(config(), SERVICE)
+    session = active_session.session(config(), SERVICE)
     ours = {psutil.Process(pid) for pid in pids(session)}
     ours |= {child for child in psutil.Process().children(recursive=True)}
     open_to_all = [
-        (process.name(), connection.laddr) for process in ours if process.is_running()
+        (process.name(), connection.laddr)
+        for process in ours
+        if process.is_running()
         for connection in process.net_connections(kind="inet")
         if connection.status == psutil.CONN_LISTEN and not _is_loopback(connection.laddr.ip)
     ]
@@ -136,7 +144,7 @@ def test_rejects_a_cluster_that_does_not_answer() -> None:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ConnectionError, match=f"no Ray cluster answers at ray_cluster_address = {address}"):
-            current.session(config(address=address), SERVICE)
+            active_session.session(config(address=address), SERVICE)
 
 
 def test_rejects_gpu_select_that_does_not_fit() -> None:
@@ -157,8 +165,23 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "PYTHONPATH": ""}
     environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
     head = subprocess.Popen(
-        [ray_command, "start", "--head", "--block", "--port", str(port), "--num-cpus", "2", "--disable-usage-stats",
-         "--include-dashboard", "false"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [
+            ray_command,
+            "start",
+            "--head",
+            "--block",
+            "--port",
+            str(port),
+            "--num-cpus",
+            "2",
+            "--disable-usage-stats",
+            "--include-dashboard",
+            "false",
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         address = next(line for line in head.stdout if "Local node IP" in line)
@@ -168,16 +191,19 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
             "import echo_service\n"
             "from raylight.cluster import current\n"
             "from raylight.cluster.config import ServiceSpec, SessionConfig\n"
-            "from raylight.parallel.shape import MeshShape\n"
+            "from raylight.parallel.mesh import MeshShape\n"
             "service = ServiceSpec('echo_service:open_service', None, tuple(sys.argv[1:3]))\n"
             "config = SessionConfig(MeshShape(ulysses=2), 'cpu', address=sys.argv[3], start_timeout_s=60)\n"
-            "print(current.session(config, service).run('count', 3)[0])\n"
+            "print(active_session.session(config, service).run('count', 3)[0])\n"
             "current.close()\n"
         )
         for _ in range(2):
             driver = subprocess.run(
                 [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests" / "support"), f"{host}:{port}"],
-                env=environment, capture_output=True, text=True, timeout=120,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=120,
             )
             assert driver.stdout.splitlines()[-1:] == ["rank 0 of 2"], driver.stderr
         assert head.poll() is None
@@ -196,15 +222,17 @@ def test_nothing_is_left_when_the_driver(how: str, tmp_path: Path) -> None:
         "import echo_service\n"
         "from raylight.cluster import current\n"
         "from raylight.cluster.config import ServiceSpec, SessionConfig\n"
-        "from raylight.parallel.shape import MeshShape\n"
+        "from raylight.parallel.mesh import MeshShape\n"
         "service = ServiceSpec('echo_service:open_service', None, tuple(sys.argv[1:3]))\n"
-        "session = current.session(SessionConfig(MeshShape(ulysses=2), 'cpu'), service)\n"
+        "session = active_session.session(SessionConfig(MeshShape(ulysses=2), 'cpu'), service)\n"
         "print(*[place.pid for place in session.places.values()], flush=True)\n"
         "time.sleep(float(sys.argv[3]))\n"
     )
     driver = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests" / "support"), "0" if how == "ends" else "600"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
         env={**os.environ, "PYTHONPATH": "", "HOME": str(tmp_path)},
     )
     started = [int(pid) for pid in driver.stdout.readline().split()]

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from raylight.cluster.tensor_stream import Receiver, Sender
+from raylight.cluster.tensor_delta import Receiver, Sender
 
 CPU = torch.device("cpu")
 LIMIT = 2**20
@@ -47,11 +47,21 @@ def test_changes_in_place_on_either_side_do_no_harm() -> None:
         assert torch.equal(receiver.receive(sender.message())[0], one)
 
 
-@pytest.mark.parametrize("value", [
-    torch.tensor(3.0), torch.zeros(0, 4), torch.arange(3000), torch.rand(60, 70) > 0.5,
-    torch.randn(50, 60).to(torch.bfloat16), torch.randn(80, 90).to(torch.float8_e4m3fn).float(),
-    torch.randn(60, 50).t(), torch.randn(1, 50).expand(40, 50), torch.randn(1).expand(1, 1),
-], ids=lambda value: f"{value.dtype} {tuple(value.shape)}")
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(3.0),
+        torch.zeros(0, 4),
+        torch.arange(3000),
+        torch.rand(60, 70) > 0.5,
+        torch.randn(50, 60).to(torch.bfloat16),
+        torch.randn(80, 90).to(torch.float8_e4m3fn).float(),
+        torch.randn(60, 50).t(),
+        torch.randn(1, 50).expand(40, 50),
+        torch.randn(1).expand(1, 1),
+    ],
+    ids=lambda value: f"{value.dtype} {tuple(value.shape)}",
+)
 def test_every_form_arrives_as_it_was(value: torch.Tensor) -> None:
     sender, receiver = Sender("one", LIMIT), Receiver(CPU)
     for _ in range(2):

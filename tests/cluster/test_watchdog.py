@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from raylight.cluster import current
+from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import OUT_OF_MEMORY, RunCancelled, WorkerError
-from raylight.parallel.shape import MeshShape
+from raylight.parallel.mesh import MeshShape
 
 pytestmark = pytest.mark.slow
 
@@ -22,20 +22,23 @@ SERVICE = ServiceSpec("echo_service:open_service", "settings", (str(ROOT), str(R
 
 
 def session(**changes: object):
-    return current.session(SessionConfig(MeshShape(ulysses=2), "cpu", **changes), SERVICE)
+    return active_session.session(SessionConfig(MeshShape(ulysses=2), "cpu", **changes), SERVICE)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def end_of_module():
     yield
-    current.close()
+    active_session.close()
     assert not ray.is_initialized()
 
 
-@pytest.mark.parametrize(("limit", "method", "message"), [
-    ({"stall_timeout_s": 4.0}, "stand_still", "rank 1 .* it has not got on for 4 s, and the others wait for it"),
-    ({"heartbeat_timeout_s": 5.0}, "hold_the_interpreter", "rank 1 .* its process has not answered for 5 s"),
-])
+@pytest.mark.parametrize(
+    ("limit", "method", "message"),
+    [
+        ({"stall_timeout_s": 4.0}, "stand_still", "rank 1 .* it has not got on for 4 s, and the others wait for it"),
+        ({"heartbeat_timeout_s": 5.0}, "hold_the_interpreter", "rank 1 .* its process has not answered for 5 s"),
+    ],
+)
 def test_a_rank_that_hangs_is_named(limit: dict[str, float], method: str, message: str) -> None:
     hung = session(**limit)
     began = time.monotonic()
@@ -60,8 +63,11 @@ def test_a_cancel_that_is_not_heeded_ends_the_workers() -> None:
 def test_a_start_is_cancelled() -> None:
     began = time.monotonic()
     with pytest.raises(RunCancelled):
-        current.session(SessionConfig(MeshShape(ulysses=2), "cpu", collective_timeout_s=599.0), SERVICE,
-                        wants_cancel=lambda: time.monotonic() - began > 1)
+        active_session.session(
+            SessionConfig(MeshShape(ulysses=2), "cpu", collective_timeout_s=599.0),
+            SERVICE,
+            wants_cancel=lambda: time.monotonic() - began > 1,
+        )
     assert time.monotonic() - began < 8
     assert session().run("count", 1)[2] == 1
 
@@ -73,7 +79,7 @@ def test_what_ran_out_of_memory_tells_what_it_held() -> None:
 
 
 def test_workers_log_to_this_process_once(caplog: pytest.LogCaptureFixture) -> None:
-    current.close()  # workers take the level of the moment when they start
+    active_session.close()  # workers take the level of the moment when they start
     root = logging.getLogger()
     before = root.level
     root.setLevel(logging.INFO)
@@ -86,12 +92,16 @@ def test_workers_log_to_this_process_once(caplog: pytest.LogCaptureFixture) -> N
     finally:
         root.setLevel(before)
     lines = [record.getMessage() for record in caplog.records if "hello" in record.getMessage()]
-    assert sorted(lines) == ["rank 0: hello printed", "rank 0: hello, from rank 0", "rank 0: hello, softly",
-                             "rank 1: hello, from rank 1"]
+    assert sorted(lines) == [
+        "rank 0: hello printed",
+        "rank 0: hello, from rank 0",
+        "rank 0: hello, softly",
+        "rank 1: hello, from rank 1",
+    ]
 
 
 def test_the_ways_between_workers_are_tried_once_for_a_set_of_them() -> None:
     links = session().links
     assert links.exact and set(links.bytes_per_s) == {(0, 1)} and 0 < links.latency_s < 1
-    current.close()
+    active_session.close()
     assert session().links is links

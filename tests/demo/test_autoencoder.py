@@ -9,8 +9,16 @@ import pytest
 import torch
 from comfy.latent_formats import Wan21
 
-from raylight.demo.train import autoencoder
-from raylight.demo.train.autoencoder import CHANNELS, SCALE, Codec, encoder_state, pictures, train_decoder, vae_state
+from raylight.dev.demo.train import autoencoder
+from raylight.dev.demo.train.autoencoder import (
+    CHANNELS,
+    SCALE,
+    Codec,
+    encoder_state,
+    pictures,
+    train_decoder,
+    vae_state,
+)
 
 
 @pytest.fixture(scope="module")

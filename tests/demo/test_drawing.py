@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from raylight.demo.__main__ import HERE, MODEL, VAE
-from raylight.demo.train.scenes import COLOURS, LEFT_RIGHT, LIGHT_LEFT_RIGHT, PLACES, THINGS, TIMES, Scene, render
-from raylight.demo.words import encode
+from raylight.dev.demo.__main__ import HERE, MODEL, VAE
+from raylight.dev.demo.train.scenes import COLOURS, LEFT_RIGHT, LIGHT_LEFT_RIGHT, PLACES, THINGS, TIMES, Scene, render
+from raylight.dev.demo.words import encode
 
 LARGEST_BYTES = 15e6
 
 SCENES = (
-    Scene("red", "house", "snow", "night"), Scene("blue", "boat", "sea", "sunset"),
-    Scene("green", "car", "desert", "day"), Scene("pink", "tree", "meadow", "sunset"),
-    Scene("yellow", "balloon", "sea", "day"), Scene("white", "car", "meadow", "night"),
+    Scene("red", "house", "snow", "night"),
+    Scene("blue", "boat", "sea", "sunset"),
+    Scene("green", "car", "desert", "day"),
+    Scene("pink", "tree", "meadow", "sunset"),
+    Scene("yellow", "balloon", "sea", "day"),
+    Scene("white", "car", "meadow", "night"),
 )
 
 
@@ -36,8 +39,19 @@ def drawn() -> list[np.ndarray]:
         empty = torch.zeros(1, 16, 1, 16, 16)
         noise = comfy.sample.prepare_noise(empty, seed)
         with torch.inference_mode():
-            latent = comfy.sample.sample(model, noise, 20, 3.0, "euler", "simple", [[encode(scene.prompt()), {}]],
-                                         [[encode(""), {}]], empty, disable_pbar=True, seed=seed)
+            latent = comfy.sample.sample(
+                model,
+                noise,
+                20,
+                3.0,
+                "euler",
+                "simple",
+                [[encode(scene.prompt()), {}]],
+                [[encode(""), {}]],
+                empty,
+                disable_pbar=True,
+                seed=seed,
+            )
             pictures.append(vae.decode(latent).cpu().numpy().reshape(128, 128, 3))
     return pictures
 
@@ -50,8 +64,11 @@ def distance(picture: np.ndarray, scene: Scene) -> float:
 
 def others(scene: Scene) -> list[Scene]:
     """All scenes that differ in one word."""
-    changed = [dataclasses.replace(scene, **{name: value}) for name, values in
-               (("colour", COLOURS), ("thing", THINGS), ("place", PLACES), ("time", TIMES)) for value in values]
+    changed = [
+        dataclasses.replace(scene, **{name: value})
+        for name, values in (("colour", COLOURS), ("thing", THINGS), ("place", PLACES), ("time", TIMES))
+        for value in values
+    ]
     return [other for other in changed if other != scene and other.place in THINGS[other.thing]]
 
 

@@ -13,10 +13,10 @@ import torch
 from comfy.latent_formats import Wan21
 from safetensors.torch import save_file
 
-from raylight.demo.train import transformer
-from raylight.demo.train.autoencoder import Codec
-from raylight.demo.train.scenes import SIZE, THINGS, Scene, draw_scene, render
-from raylight.demo.words import TOKENS, WIDTH
+from raylight.dev.demo.train import transformer
+from raylight.dev.demo.train.autoencoder import Codec
+from raylight.dev.demo.train.scenes import SIZE, THINGS, Scene, draw_scene, render
+from raylight.dev.demo.words import TOKENS, WIDTH
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 import nodes
-from raylight.demo.clip import word_clip
-from raylight.demo.words import TOKENS, WIDTH, encode, split
+from raylight.dev.demo.clip import word_clip
+from raylight.dev.demo.words import TOKENS, WIDTH, encode, split
 
 
 def test_a_word_is_the_same_everywhere() -> None:
@@ -18,8 +18,8 @@ def test_a_word_is_the_same_everywhere() -> None:
 def test_each_word_knows_the_one_before() -> None:
     tokens = encode("a Red, house")
     assert tokens.shape == (1, TOKENS, WIDTH)
-    assert torch.equal(tokens[0, 1, WIDTH // 2:], tokens[0, 0, :WIDTH // 2])
-    assert torch.equal(tokens[0, 1, :WIDTH // 2], encode("red")[0, 0, :WIDTH // 2])
+    assert torch.equal(tokens[0, 1, WIDTH // 2 :], tokens[0, 0, : WIDTH // 2])
+    assert torch.equal(tokens[0, 1, : WIDTH // 2], encode("red")[0, 0, : WIDTH // 2])
     assert not tokens[0, 2].equal(encode("a blue house")[0, 2])
     assert not tokens[0, 3:].any()
 

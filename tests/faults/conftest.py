@@ -12,7 +12,7 @@ import pytest
 import torch
 from fault_server import JOB, FaultServer, write_files
 
-from raylight.demo.graphs import stock
+from raylight.dev.demo.graphs import stock
 
 
 @pytest.fixture(scope="package")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from fault_server import JOB, FaultServer, assert_same, dropin
 
-from raylight.demo.comfy_replies import PromptFailed
-from raylight.demo.graphs import Graph, on_workers, stock
+from raylight.dev.demo.comfy_replies import PromptFailed
+from raylight.dev.demo.graphs import Graph, on_workers, stock
 
 pytestmark = pytest.mark.slow
 
@@ -34,12 +34,16 @@ def words(server: FaultServer, graph: Graph) -> str:
 
 
 @pytest.mark.parametrize("initializer", [{}, {"FSDP": True}], ids=["whole", "FSDP"])
-@pytest.mark.parametrize(("node", "inputs"), [
-    ("RenormCFG", {"cfg_trunc": 100.0, "renorm_cfg": 1.0}),
-    ("HyperTile", {"tile_size": 256, "swap_size": 2, "max_depth": 0, "scale_depth": False}),
-])
-def test_a_node_that_fails_in_stock_too(node: str, inputs: dict[str, Any], initializer: dict[str, bool],
-                                        server: FaultServer, reference: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    ("node", "inputs"),
+    [
+        ("RenormCFG", {"cfg_trunc": 100.0, "renorm_cfg": 1.0}),
+        ("HyperTile", {"tile_size": 256, "swap_size": 2, "max_depth": 0, "scale_depth": False}),
+    ],
+)
+def test_a_node_that_fails_in_stock_too(
+    node: str, inputs: dict[str, Any], initializer: dict[str, bool], server: FaultServer, reference: torch.Tensor
+) -> None:
     assert_same(server.latent(dropin(JOB, 2, **initializer)), reference)
     before = server.workers()
     theirs = words(server, patched(stock(JOB), node, **inputs))
@@ -66,8 +70,9 @@ def test_a_lora_that_fails_in_stock_too(server: FaultServer, reference: torch.Te
 
 @pytest.mark.parametrize("initializer", [{}, {"FSDP": True}], ids=["whole", "FSDP"])
 @pytest.mark.parametrize("where", ["block", "model"])
-def test_in_the_middle_of_a_step(where: str, initializer: dict[str, bool], server: FaultServer,
-                                 reference: torch.Tensor) -> None:
+def test_in_the_middle_of_a_step(
+    where: str, initializer: dict[str, bool], server: FaultServer, reference: torch.Tensor
+) -> None:
     assert_same(server.latent(on_workers(JOB, 2, **initializer)), reference)
     before = server.workers()
     server.fails(server.submit(dropin(JOB, 2, EVERYONE | {"where": where, "call": 3}, **initializer)), INJECTED)

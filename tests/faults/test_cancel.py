@@ -10,8 +10,8 @@ import pytest
 import torch
 from fault_server import BIG, JOB, FaultServer, assert_same, dropin
 
-from raylight.demo.comfy_replies import PromptInterrupted
-from raylight.demo.graphs import Graph, on_workers
+from raylight.dev.demo.comfy_replies import PromptInterrupted
+from raylight.dev.demo.graphs import Graph, on_workers
 
 PROMISED_S = 2.0
 REACTION_S = 2.0  # of the server under test: what ComfyUI itself takes to end a prompt, on a machine that is busy
@@ -25,8 +25,10 @@ def on_big(**initializer: bool) -> Graph:
 
 def with_big_lora() -> Graph:
     graph = on_big(FSDP=True)
-    graph["lora"] = {"class_type": "RayLoraLoader", "inputs": {"lora_name": "big-lora.safetensors",
-                                                               "strength_model": 1.0}}
+    graph["lora"] = {
+        "class_type": "RayLoraLoader",
+        "inputs": {"lora_name": "big-lora.safetensors", "strength_model": 1.0},
+    }
     graph["model"]["inputs"]["lora"] = ["lora", 0]
     return graph
 
@@ -35,16 +37,26 @@ def starting(server: FaultServer) -> bool:
     return len(server.workers()) == 2
 
 
-@pytest.mark.parametrize(("graph", "when"), [
-    (on_workers(JOB, 2, ray_cluster_namespace="to be cancelled"), starting),
-    (on_big(FSDP=True), lambda server: server.phases().get(1, "").startswith("loading")),
-    (with_big_lora(), lambda server: server.phases().get(1, "").startswith(("reading LoRAs", "putting", "bringing"))),
-    (dropin(replace(JOB, steps=30), 2, SLOW), lambda server: server.phases().get(1, "").startswith("step 2")),
-    (dropin(JOB, 2, {"rank": -1, "what": "sleep", "where": "end", "seconds": 8.0}),
-     lambda server: server.phases().get(1, "").startswith("ending the last step")),
-], ids=["starting", "loading", "patching", "sampling", "gathering"])
-def test_cancel_while(graph: Graph, when: Callable[[FaultServer], bool], server: FaultServer,
-                      reference: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    ("graph", "when"),
+    [
+        (on_workers(JOB, 2, ray_cluster_namespace="to be cancelled"), starting),
+        (on_big(FSDP=True), lambda server: server.phases().get(1, "").startswith("loading")),
+        (
+            with_big_lora(),
+            lambda server: server.phases().get(1, "").startswith(("reading LoRAs", "putting", "bringing")),
+        ),
+        (dropin(replace(JOB, steps=30), 2, SLOW), lambda server: server.phases().get(1, "").startswith("step 2")),
+        (
+            dropin(JOB, 2, {"rank": -1, "what": "sleep", "where": "end", "seconds": 8.0}),
+            lambda server: server.phases().get(1, "").startswith("ending the last step"),
+        ),
+    ],
+    ids=["starting", "loading", "patching", "sampling", "gathering"],
+)
+def test_cancel_while(
+    graph: Graph, when: Callable[[FaultServer], bool], server: FaultServer, reference: torch.Tensor
+) -> None:
     prompt = server.submit(graph)
     server.wait_until(lambda: when(server))
     since = time.monotonic()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fault_server import JOB, FaultServer, assert_same
 
-from raylight.demo.comfy_replies import PromptFailed, PromptRejected
-from raylight.demo.graphs import Graph, on_workers
+from raylight.dev.demo.comfy_replies import PromptFailed, PromptRejected
+from raylight.dev.demo.graphs import Graph, on_workers
 
 
 def with_lora(name: str) -> Graph:
@@ -21,12 +21,16 @@ def with_lora(name: str) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize(("graph", "message"), [
-    (on_workers(replace(JOB, model="truncated.safetensors"), 2), "truncated.safetensors"),
-    (on_workers(replace(JOB, model="corrupt.safetensors"), 2), "corrupt.safetensors"),
-    (on_workers(replace(JOB, model="architecture.safetensors"), 2), "architecture.safetensors"),
-    (with_lora("unfit.safetensors"), "unfit.safetensors"),
-], ids=["truncated", "corrupt", "wrong architecture", "LoRA of wrong shapes"])
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (on_workers(replace(JOB, model="truncated.safetensors"), 2), "truncated.safetensors"),
+        (on_workers(replace(JOB, model="corrupt.safetensors"), 2), "corrupt.safetensors"),
+        (on_workers(replace(JOB, model="architecture.safetensors"), 2), "architecture.safetensors"),
+        (with_lora("unfit.safetensors"), "unfit.safetensors"),
+    ],
+    ids=["truncated", "corrupt", "wrong architecture", "LoRA of wrong shapes"],
+)
 def test_refused(graph: Graph, message: str, server: FaultServer, reference: torch.Tensor) -> None:
     assert_same(server.latent(on_workers(JOB, 2)), reference)
     before = server.workers()

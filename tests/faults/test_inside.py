@@ -10,7 +10,7 @@ import pytest
 import torch
 from fault_server import JOB, FaultServer, assert_same, dropin
 
-from raylight.demo.graphs import on_workers
+from raylight.dev.demo.graphs import on_workers
 
 
 def test_an_exception(server: FaultServer, reference: torch.Tensor) -> None:

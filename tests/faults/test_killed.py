@@ -9,7 +9,7 @@ import pytest
 import torch
 from fault_server import BIG, JOB, FaultServer, assert_same, dropin
 
-from raylight.demo.graphs import on_workers
+from raylight.dev.demo.graphs import on_workers
 
 SLOW = {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}
 
@@ -32,8 +32,9 @@ def test_in_a_step(workers: int, server: FaultServer, reference: torch.Tensor) -
     before, since = server.workers(), time.monotonic()
     assert len(before) == workers
     server.worker(1).kill()
-    message = server.fails(prompt, r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while step \d+ of 20: its process",
-                           since)
+    message = server.fails(
+        prompt, r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while step \d+ of 20: its process", since
+    )
     assert "Connection" not in message, "what its peers met is not the cause"
     server.lose(before)
     assert_same(server.latent(on_workers(JOB, workers)), reference)
@@ -45,8 +46,9 @@ def test_while_loading(server: FaultServer, reference: torch.Tensor) -> None:
     server.wait_for_phase(f"loading {BIG}")
     before, since = server.workers(), time.monotonic()
     server.worker(0).kill()
-    server.fails(prompt, r"rank 0 .* died while (loading|reading|putting|bringing|beginning|step).*: its process",
-                 since)
+    server.fails(
+        prompt, r"rank 0 .* died while (loading|reading|putting|bringing|beginning|step).*: its process", since
+    )
     server.lose(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fault_server import JOB, FaultServer, assert_same
 
-from raylight.demo.graphs import on_workers
+from raylight.dev.demo.graphs import on_workers
 
 
 def status(server: FaultServer) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from fault_server import JOB, FaultServer, assert_same, dropin
 
-from raylight.demo.graphs import on_workers, stock
+from raylight.dev.demo.graphs import on_workers, stock
 
 pytestmark = pytest.mark.slow
 
@@ -63,8 +63,12 @@ def test_ports_that_are_taken(server: FaultServer, reference: torch.Tensor) -> N
 def test_a_full_object_store_on_a_full_disk(folder: Path, reference: torch.Tensor) -> None:
     # Ray takes the disk for full at this share of it, and so does not fall back on it.
     with FaultServer(folder, "full", RAY_local_fs_capacity_threshold="0.000001") as full:
-        small = {"GPU_SELECT": "", "ray_object_store_gb": 0.1, "ray_dashboard_address": "None",
-                 "torch_dist_address": "127.0.0.1:29500"}
+        small = {
+            "GPU_SELECT": "",
+            "ray_object_store_gb": 0.1,
+            "ray_dashboard_address": "None",
+            "torch_dist_address": "127.0.0.1:29500",
+        }
 
         def advanced(job):
             graph = on_workers(job, 2)

@@ -15,7 +15,7 @@ from loras import lora_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raylight.host import driver
+from raylight.driver import api
 
 HERE = Path(__file__).parent
 SKIP = pytest.mark.skip(reason="needs a GPU that PyTorch can use through CUDA, and sees none")
@@ -63,7 +63,7 @@ def expected(stock: ModelPatcher) -> Tensor:
 @pytest.fixture(scope="session", autouse=True)
 def no_workers_after() -> Iterator[None]:
     yield
-    driver.end_workers(with_ray=True)
+    api.end_workers(with_ray=True)
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,7 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
 def compare(report_parity: Callable[[str], None], request: pytest.FixtureRequest) -> Compare:
     """Call it with what workers made, what ComfyUI made, and what that was: asserts that they are equal, but for
     rounding."""
+
     def assert_same(actual: Tensor, wanted: Tensor, what: str, largest: float = gpu_cases.HALF) -> None:
         found = gpu_cases.error(actual, wanted)
         report_parity(f"{gpu_cases.GPUS} GPUs  {request.node.name:<64} {what:<16} relative L2 {found:.1e}")

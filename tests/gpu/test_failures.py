@@ -11,7 +11,7 @@ import torch
 from gpu_cases import DEPTHS, GPUS, HUGE, LONG, latent, little_room, on_workers
 from torch import Tensor
 
-from raylight.cluster import current
+from raylight.cluster import active_session
 from raylight.cluster.errors import DIED, OUT_OF_MEMORY, WorkerError
 from raylight.host.recipe import SHARDED, WHOLE
 
@@ -24,7 +24,7 @@ def test_a_worker_killed_in_a_step(depth: str, sharding: str, path: Path, expect
 
     def kill(step: int) -> None:
         if step == 1:
-            os.kill(current.running().places[LAST].pid, signal.SIGKILL)
+            os.kill(active_session.running().places[LAST].pid, signal.SIGKILL)
 
     with pytest.raises(WorkerError, match=rf"rank {LAST} .* died while (step|beginning to forward)") as told:
         latent(model, DEPTHS[depth], LONG, steps=60, on_step=kill)

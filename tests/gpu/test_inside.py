@@ -20,14 +20,20 @@ from gpu_cases import GPUS, HALF, WORKERS, error, latent, on_workers
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from raylight.cluster import current
-from raylight.host import driver
-from raylight.host.handles import RayModel
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
+from raylight.cluster import active_session
+from raylight.driver import api
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel
 
-CHANGES = {"AttentionForward": WHOLE, "CrossAttentionMean": SHARDED, "ChunkedFeedForward": WHOLE,
-           "RootForward": SHARDED, "InPlaceBlock": WHOLE, "ForwardHook": SHARDED, "WeightInPlace": WHOLE,
-           "WeightData": SHARDED}
+CHANGES = {
+    "AttentionForward": WHOLE,
+    "CrossAttentionMean": SHARDED,
+    "ChunkedFeedForward": WHOLE,
+    "RootForward": SHARDED,
+    "InPlaceBlock": WHOLE,
+    "ForwardHook": SHARDED,
+    "WeightInPlace": WHOLE,
+    "WeightData": SHARDED,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,7 @@ def pack() -> ModuleType:
 
 
 def worker_pids() -> list[int]:
-    return [place.pid for _, place in sorted(current.running().places.items())]
+    return [place.pid for _, place in sorted(active_session.running().places.items())]
 
 
 def changed(pack: ModuleType, change: str, model: ModelPatcher) -> ModelPatcher:
@@ -58,13 +64,14 @@ def test_a_change_inside(change: str, pack: ModuleType, path: Path, expected: Te
     assert change == "AttentionForward" or error(wanted, expected) > 2 * HALF, "it changes nothing"
     workers = replace(WORKERS, sharding=CHANGES[change])
     compare(latent(changed(pack, change, on_workers(path, CHANGES[change]))), wanted, "drop-in")
-    compare(latent(driver.parallelize(behind, workers)), wanted, "Parallelize")
+    compare(latent(api.parallelize(behind, workers)), wanted, "Parallelize")
     compare(latent(on_workers(path, CHANGES[change])), expected, "without it")
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
-def test_an_error_that_all_workers_meet_costs_none(sharding: str, pack: ModuleType, path: Path, expected: Tensor,
-                                                   compare) -> None:
+def test_an_error_that_all_workers_meet_costs_none(
+    sharding: str, pack: ModuleType, path: Path, expected: Tensor, compare
+) -> None:
     model = on_workers(path, sharding)
     compare(latent(model), expected, "before")
     pids = worker_pids()
@@ -86,6 +93,6 @@ def test_prompts_of_one_token(sharding: str, folder: Path, compare, caplog: pyte
     wanted = run(comfy.sd.load_diffusion_model(str(path)))
     workers = replace(WORKERS, attention="auto", sharding=sharding)
     with caplog.at_level(logging.INFO, "raylight"):
-        actual = run(driver.load(RayModel(workers, ModelRecipe.of(str(path), "default", sharding))))
+        actual = run(api.load(RayModel(workers, ModelRecipe.of(str(path), "default", sharding))))
     compare(actual, wanted, "one token")
     assert torch.isfinite(actual).all()

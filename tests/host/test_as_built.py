@@ -12,8 +12,8 @@ import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
-from raylight.demo.tiny import write_checkpoint
-from raylight.host import skeleton, written_weights
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.driver import weightless, written_weights
 from raylight.host.recipe import ModelRecipe
 
 
@@ -26,8 +26,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(path: Path) -> BaseModel:
-    skeleton._built.clear()
-    return skeleton.of(ModelRecipe.of(str(path), "default"), lambda *_: None)
+    weightless._built.clear()
+    return weightless.of(ModelRecipe.of(str(path), "default"), lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +45,32 @@ class Other(torch.nn.Identity):
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "method": (lambda m: setattr(block(m), "forward", lambda *_: 1), "diffusion_model.blocks.1.forward"),
-    "method of the model": (lambda m: setattr(m.diffusion_model, "forward_orig", print),
-                            "diffusion_model.forward_orig"),
+    "method of the model": (
+        lambda m: setattr(m.diffusion_model, "forward_orig", print),
+        "diffusion_model.forward_orig",
+    ),
     "method of its base": (lambda m: setattr(m, "extra_conds", lambda **_: {}), "extra_conds"),
-    "attribute": (lambda m: setattr(block(m).self_attn, "num_heads", 1),
-                  "diffusion_model.blocks.1.self_attn.num_heads"),
+    "attribute": (
+        lambda m: setattr(block(m).self_attn, "num_heads", 1),
+        "diffusion_model.blocks.1.self_attn.num_heads",
+    ),
     "new attribute": (lambda m: setattr(m.diffusion_model, "their_state", 3), "diffusion_model.their_state"),
-    "class": (lambda m: setattr(block(m), "__class__", type("Theirs", (type(block(m)),), {})),
-              "diffusion_model.blocks.1.__class__"),
+    "class": (
+        lambda m: setattr(block(m), "__class__", type("Theirs", (type(block(m)),), {})),
+        "diffusion_model.blocks.1.__class__",
+    ),
     "hook": (lambda m: block(m).register_forward_hook(print), "diffusion_model.blocks.1._forward_hooks"),
-    "hook before": (lambda m: block(m).register_forward_pre_hook(print, with_kwargs=True),
-                    "diffusion_model.blocks.1._forward_pre_hooks"),
+    "hook before": (
+        lambda m: block(m).register_forward_pre_hook(print, with_kwargs=True),
+        "diffusion_model.blocks.1._forward_pre_hooks",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_finds_a_change_on_either_model(name: str, base: BaseModel, path: Path) -> None:
     change, place = CHANGES[name]
-    built = skeleton.as_built(base)
+    built = weightless.as_built(base)
     other = comfy.sd.load_diffusion_model(str(path)).model
     for model in (base, other):
         assert built.changes(model) == []
@@ -71,15 +79,19 @@ def test_finds_a_change_on_either_model(name: str, base: BaseModel, path: Path) 
     assert built.is_changed(base)
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    (lambda m: m.diffusion_model.blocks.__setitem__(1, Other()), "diffusion_model.blocks.1 was replaced|taken out"),
-    (lambda m: m.diffusion_model.add_module("theirs", Other()), "diffusion_model.theirs was added"),
-    (lambda m: delattr(m.diffusion_model, "head"), "diffusion_model.head was taken out")])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: m.diffusion_model.blocks.__setitem__(1, Other()), "diffusion_model.blocks.1 was replaced|taken out"),
+        (lambda m: m.diffusion_model.add_module("theirs", Other()), "diffusion_model.theirs was added"),
+        (lambda m: delattr(m.diffusion_model, "head"), "diffusion_model.head was taken out"),
+    ],
+)
 def test_rejects_another_part(change: Callable[[Any], Any], told: str, base: BaseModel) -> None:
     change(base)
     with pytest.raises(ValueError, match=told):
-        skeleton.as_built(base).changes(base)
-    assert skeleton.as_built(base).is_changed(base)
+        weightless.as_built(base).changes(base)
+    assert weightless.as_built(base).is_changed(base)
 
 
 def test_object_patches_are_no_change(base: BaseModel) -> None:
@@ -87,10 +99,10 @@ def test_object_patches_are_no_change(base: BaseModel) -> None:
     patcher.add_object_patch("diffusion_model.blocks.0.forward", print)
     patcher.add_object_patch("diffusion_model.blocks.1", Other())
     patcher.patch_model(load_weights=False)
-    assert skeleton.as_built(base).changes(base, patcher.object_patches) == []
+    assert weightless.as_built(base).changes(base, patcher.object_patches) == []
     patcher.unpatch_model(unpatch_weights=False)
-    assert skeleton.as_built(base).changes(base) == []
-    assert not skeleton.as_built(base).is_changed(base)
+    assert weightless.as_built(base).changes(base) == []
+    assert not weightless.as_built(base).is_changed(base)
 
 
 def test_what_comfyui_does_to_a_model_is_no_change(base: BaseModel, stock: ModelPatcher) -> None:
@@ -98,17 +110,22 @@ def test_what_comfyui_does_to_a_model_is_no_change(base: BaseModel, stock: Model
         other = stock.clone()
         other.add_patches({"diffusion_model.head.head.weight": ("diff", (torch.ones(64, 384),))}, 0.5)
         other.patch_model(torch.device("cpu"))
-        assert skeleton.as_built(base).changes(stock.model) == []
+        assert weightless.as_built(base).changes(stock.model) == []
         other.unpatch_model(torch.device("cpu"))
-    assert skeleton.as_built(base).changes(stock.model) == []
+    assert weightless.as_built(base).changes(stock.model) == []
 
 
 WEIGHT = "diffusion_model.head.head.weight"
 
 
-@pytest.mark.parametrize("write", [
-    lambda head: head.weight.mul_(2), lambda head: head.weight.data.mul_(2),
-    lambda head: setattr(head, "weight", torch.nn.Parameter(head.weight.detach() * 2, requires_grad=False))])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda head: head.weight.mul_(2),
+        lambda head: head.weight.data.mul_(2),
+        lambda head: setattr(head, "weight", torch.nn.Parameter(head.weight.detach() * 2, requires_grad=False)),
+    ],
+)
 def test_finds_a_weight_that_was_written_to(write: Callable[[Any], Any], base: BaseModel, path: Path) -> None:
     recipe = ModelRecipe.of(str(path), "default")
     before = base.diffusion_model.head.head.weight.clone()
@@ -125,7 +142,7 @@ def test_finds_a_weight_that_was_written_to(write: Callable[[Any], Any], base: B
         written_weights.look(base, recipe)
     found, again = written_weights.of(base)
     assert torch.equal(found[WEIGHT], before * 6) and again != content, "the same weight, written to once more"
-    assert skeleton.of(recipe, lambda *_: None) is not base, "a loader gives a model that nobody has changed"
+    assert weightless.of(recipe, lambda *_: None) is not base, "a loader gives a model that nobody has changed"
 
 
 def test_rejects_a_weight_of_another_shape(base: BaseModel, path: Path) -> None:
@@ -135,7 +152,7 @@ def test_rejects_a_weight_of_another_shape(base: BaseModel, path: Path) -> None:
 
 
 def test_a_model_that_nobody_has_changed_is_built_once(base: BaseModel, path: Path) -> None:
-    assert skeleton.of(ModelRecipe.of(str(path), "default"), lambda *_: None) is base
+    assert weightless.of(ModelRecipe.of(str(path), "default"), lambda *_: None) is base
 
 
 def test_computes_with_its_weights_on_any_input(base: BaseModel, stock: ModelPatcher) -> None:

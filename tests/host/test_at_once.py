@@ -17,10 +17,9 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from dropin_cases import SETUPS, prompt, sample
 
 from raylight.cluster.config import SessionConfig
-from raylight.host import driver
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.driver import api
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
 SEEDS = (3, 7, 11)
@@ -43,30 +42,52 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
 
 
 def dropin(path: Path, mesh: MeshShape, sharding: str) -> ModelPatcher:
-    return driver.load(RayModel(Workers(SessionConfig(mesh, "cpu"), "TORCH_FLASH"),
-                                ModelRecipe.of(str(path), "default", sharding)))
+    return api.load(
+        RayModel(Workers(SessionConfig(mesh, "cpu"), "TORCH_FLASH"), ModelRecipe.of(str(path), "default", sharding))
+    )
 
 
 def runs(model: ModelPatcher, samplers: tuple[str, ...], masked: bool = False) -> list[Any]:
     """Runs that differ in noise, prompt and its length, and in steps."""
     mask = {"noise_mask": torch.ones(1, 1, 12, 10).tril()} if masked else {}
-    return [partial(
-        driver.ksampler, noise=Noise_RandomNoise(seed), ray_actors=model,
-        latent_image={"samples": torch.zeros(1, 16, 12, 10), **mask}, positive=prompt(seed, 10 + seed),
-        negative=prompt(2, 17), add_noise="enable", steps=2 + place, cfg=2.0, sampler_name=samplers[place],
-        scheduler="simple", start_at_step=0, end_at_step=10000, return_with_leftover_noise="disable",
-    ) for place, seed in enumerate(SEEDS)]
+    return [
+        partial(
+            api.ksampler,
+            noise=Noise_RandomNoise(seed),
+            ray_actors=model,
+            latent_image={"samples": torch.zeros(1, 16, 12, 10), **mask},
+            positive=prompt(seed, 10 + seed),
+            negative=prompt(2, 17),
+            add_noise="enable",
+            steps=2 + place,
+            cfg=2.0,
+            sampler_name=samplers[place],
+            scheduler="simple",
+            start_at_step=0,
+            end_at_step=10000,
+            return_with_leftover_noise="disable",
+        )
+        for place, seed in enumerate(SEEDS)
+    ]
 
 
-@pytest.mark.parametrize(("mesh", "sharding"), [
-    (MeshShape(ulysses=2), WHOLE), (MeshShape(batch=2), WHOLE), (MeshShape(batch=2), SHARDED),
-    pytest.param(MeshShape(batch=3), SHARDED, marks=pytest.mark.slow)], ids=str)
-def test_equals_comfyui_one_by_one(mesh: MeshShape, sharding: str, path: Path, stock: ModelPatcher,
-                                   caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "sharding"),
+    [
+        (MeshShape(ulysses=2), WHOLE),
+        (MeshShape(batch=2), WHOLE),
+        (MeshShape(batch=2), SHARDED),
+        pytest.param(MeshShape(batch=3), SHARDED, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_equals_comfyui_one_by_one(
+    mesh: MeshShape, sharding: str, path: Path, stock: ModelPatcher, caplog: pytest.LogCaptureFixture
+) -> None:
     samplers = ("euler", "heun", "dpmpp_2m_sde")
     expected = [run()["samples"] for run in runs(stock, samplers, masked=True)]
     with caplog.at_level(logging.INFO, "raylight"):
-        actual = [latent["samples"] for latent in driver.at_once(runs(dropin(path, mesh, sharding), samplers, True))]
+        actual = [latent["samples"] for latent in api.at_once(runs(dropin(path, mesh, sharding), samplers, True))]
     assert "the workers do 3 runs at once" in caplog.text
     for one, other in zip(actual, expected, strict=True):
         assert ((one - other).abs().max() / other.std()).item() <= TOLERANCE
@@ -77,8 +98,9 @@ def test_equals_comfyui_one_by_one(mesh: MeshShape, sharding: str, path: Path, s
 def test_fewer_runs_than_groups_and_runs_that_stay_here(path: Path, stock: ModelPatcher) -> None:
     model = dropin(path, MeshShape(batch=3), SHARDED)
     for count, stays_here in ((2, False), (1, False), (2, True)):
-        actual = driver.at_once([partial(sample, SETUPS["plain"](model), seed=seed, stays_here=stays_here)
-                                 for seed in SEEDS[:count]])
+        actual = api.at_once(
+            [partial(sample, SETUPS["plain"](model), seed=seed, stays_here=stays_here) for seed in SEEDS[:count]]
+        )
         for seed, (one, _) in zip(SEEDS, actual, strict=False):
             other, _ = sample(SETUPS["plain"](stock), seed=seed)
             assert ((one - other).abs().max() / other.std()).item() <= TOLERANCE

@@ -13,10 +13,9 @@ from comfy_cases import CASES, checkpoint
 from dropin_cases import SETUPS, easy_cache, equal_lengths, sample
 
 from raylight.cluster.config import SessionConfig
-from raylight.host import driver
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.driver import api
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
 
@@ -38,29 +37,48 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
 
 
 def dropin(path: Path, mesh: MeshShape, sharding: str = WHOLE, kernel: str = "TORCH_FLASH") -> ModelPatcher:
-    return driver.load(RayModel(Workers(SessionConfig(mesh, "cpu"), kernel),
-                                ModelRecipe.of(str(path), "default", sharding)))
+    return api.load(
+        RayModel(Workers(SessionConfig(mesh, "cpu"), kernel), ModelRecipe.of(str(path), "default", sharding))
+    )
 
 
-SETS = {"same length": equal_lengths, "other length": SETUPS["plain"], "one prompt": SETUPS["basic_shifted"],
-        "replaced blocks": SETUPS["skipped_layers"], "cached": easy_cache}
+SETS = {
+    "same length": equal_lengths,
+    "other length": SETUPS["plain"],
+    "one prompt": SETUPS["basic_shifted"],
+    "replaced blocks": SETUPS["skipped_layers"],
+    "cached": easy_cache,
+}
 
 # The mesh changes slowest, so that all tests of one mesh share its workers.
-CHOICES = [(mesh, sharding, batch, name)
-           for mesh in (MeshShape(batch=2), MeshShape(batch=3))
-           for sharding in (WHOLE, SHARDED)
-           for batch in ((1, 2, 3, 5) if sharding == WHOLE else (1, 3))
-           for name in (list(SETS) if batch == 3 and sharding == WHOLE else list(SETS)[:2])]
+CHOICES = [
+    (mesh, sharding, batch, name)
+    for mesh in (MeshShape(batch=2), MeshShape(batch=3))
+    for sharding in (WHOLE, SHARDED)
+    for batch in ((1, 2, 3, 5) if sharding == WHOLE else (1, 3))
+    for name in (list(SETS) if batch == 3 and sharding == WHOLE else list(SETS)[:2])
+]
 CHOICES += [(MeshShape(batch=2, ulysses=2), WHOLE, batch, "same length") for batch in (1, 2)]
 CHOICES += [(MeshShape(batch=2, ulysses=2), SHARDED, 1, "other length")]
 SMOKE = (MeshShape(batch=2), WHOLE, 1, "same length")
 
 
-@pytest.mark.parametrize(("mesh", "sharding", "batch", "name"), [
-    pytest.param(*choice, marks=[*([pytest.mark.smoke] if choice == SMOKE else []),
-                                 *([pytest.mark.slow] if choice[0].world_size > 2 else [])]) for choice in CHOICES])
-def test_equals_comfyui(mesh: MeshShape, sharding: str, batch: int, name: str, path: Path, stock: ModelPatcher,
-                        results: dict) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "sharding", "batch", "name"),
+    [
+        pytest.param(
+            *choice,
+            marks=[
+                *([pytest.mark.smoke] if choice == SMOKE else []),
+                *([pytest.mark.slow] if choice[0].world_size > 2 else []),
+            ],
+        )
+        for choice in CHOICES
+    ],
+)
+def test_equals_comfyui(
+    mesh: MeshShape, sharding: str, batch: int, name: str, path: Path, stock: ModelPatcher, results: dict
+) -> None:
     shape = (batch, 16, 10, 13)
     if (batch, name) not in results:
         results[batch, name] = sample(SETS[name](stock), "euler_ancestral", shape=shape, steps=2)[0]

@@ -16,10 +16,9 @@ from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, STAYING, OnlyHere,
 from loras import lora_for
 
 from raylight.cluster.config import SessionConfig
-from raylight.host import driver
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.driver import api
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
@@ -37,7 +36,7 @@ def stock(path: Path) -> ModelPatcher:
 
 @pytest.fixture(scope="module")
 def dropin(path: Path) -> ModelPatcher:
-    return driver.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default")))
+    return api.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default")))
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +51,18 @@ SMOKE = [("euler", "plain"), ("euler_ancestral", "skipped_layers")]
 QUICK = {*itertools.product(SAMPLERS[:1], SETUPS | MORE_SETUPS), *itertools.product(SAMPLERS, ["skipped_layers"])}
 
 
-@pytest.mark.parametrize(("sampler", "set_up"), [
-    pytest.param(*run, marks=[*([pytest.mark.smoke] if run in SMOKE else []),
-                              *([] if run in QUICK else [pytest.mark.slow])]) for run in RUNS])
-def test_equals_comfyui(sampler: str, set_up: str, stock: ModelPatcher, dropin: ModelPatcher,
-                        caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "set_up"),
+    [
+        pytest.param(
+            *run, marks=[*([pytest.mark.smoke] if run in SMOKE else []), *([] if run in QUICK else [pytest.mark.slow])]
+        )
+        for run in RUNS
+    ],
+)
+def test_equals_comfyui(
+    sampler: str, set_up: str, stock: ModelPatcher, dropin: ModelPatcher, caplog: pytest.LogCaptureFixture
+) -> None:
     make = (SETUPS | MORE_SETUPS)[set_up]
     masked = sampler in ("heun", "euler_ancestral")
     expected, shown = sample(make(stock), sampler, masked)
@@ -76,8 +82,9 @@ def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.std()).item()
 
 
-def test_what_workers_cannot_unpack_stays_here(stock: ModelPatcher, dropin: ModelPatcher,
-                                               caplog: pytest.LogCaptureFixture) -> None:
+def test_what_workers_cannot_unpack_stays_here(
+    stock: ModelPatcher, dropin: ModelPatcher, caplog: pytest.LogCaptureFixture
+) -> None:
     expected, _ = sample(SETUPS["plain"](stock))
     with caplog.at_level(logging.INFO, "raylight"):
         actual, _ = sample(SETUPS["plain"](dropin), held=OnlyHere())
@@ -95,8 +102,9 @@ def test_networks_of_other_nodes_take_part(set_up: str, stock: ModelPatcher, dro
 
 
 @pytest.mark.parametrize("stays_here", [False, True])
-def test_a_model_of_comfyui_is_taken_over_with_what_is_on_it(stays_here: bool, stock: ModelPatcher,
-                                                             tmp_path: Path) -> None:
+def test_a_model_of_comfyui_is_taken_over_with_what_is_on_it(
+    stays_here: bool, stock: ModelPatcher, tmp_path: Path
+) -> None:
     shapes = {name: tuple(weight.shape) for name, weight in stock.model.named_parameters()}
     lora = lora_for(shapes, ["lora", "loha", "lokr"], 1)
     dressed, _ = comfy.sd.load_lora_for_models(stock, None, lora, 0.7, 0)
@@ -104,10 +112,10 @@ def test_a_model_of_comfyui_is_taken_over_with_what_is_on_it(stays_here: bool, s
     expected, _ = sample(guider)
     plain, _ = sample(SETUPS["skipped_layers"](stock))
     assert (expected - plain).std() > 1e-2 * plain.std(), "the LoRA changes nothing"
-    before = driver.parallelize(dressed, WORKERS)
+    before = api.parallelize(dressed, WORKERS)
     actual, _ = sample(SETUPS["skipped_layers"](before), stays_here=stays_here)
     assert _error(actual, expected) <= TOLERANCE
-    after = driver.parallelize(guider.model_patcher, WORKERS)
+    after = api.parallelize(guider.model_patcher, WORKERS)
     guider.model_patcher, guider.model_options = after, after.model_options
     actual, _ = sample(guider, stays_here=stays_here)
     assert _error(actual, expected) <= TOLERANCE
@@ -115,12 +123,16 @@ def test_a_model_of_comfyui_is_taken_over_with_what_is_on_it(stays_here: bool, s
 
 @pytest.mark.parametrize("sharding", [WHOLE, pytest.param(SHARDED, marks=pytest.mark.smoke)])
 def test_a_lora_by_comfyuis_loader_reaches_the_workers(sharding: str, stock: ModelPatcher, path: Path) -> None:
-    dropin = driver.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding)))
+    dropin = api.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding)))
     shapes = {name: tuple(weight.shape) for name, weight in stock.model.named_parameters()}
     lora = lora_for(shapes, ["lora", "dora"], 2)
     for strength in (0.7, -0.4, 0.0):
-        expected, actual = (sample(SETUPS["plain"](comfy.sd.load_lora_for_models(
-            model, None, lora, strength, 0)[0] if strength else model))[0] for model in (stock, dropin))
+        expected, actual = (
+            sample(
+                SETUPS["plain"](comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0] if strength else model)
+            )[0]
+            for model in (stock, dropin)
+        )
         assert _error(actual, expected) <= TOLERANCE
 
 

@@ -29,16 +29,15 @@ from loras import lora_for
 from quantised import FORMATS, quantise
 
 from raylight.cluster.config import SessionConfig
-from raylight.demo.tiny import write_checkpoint
-from raylight.host import exporting, memory_file, parallelized, stock_weights
-from raylight.host.exporting import export
-from raylight.host.handles import Workers
-from raylight.host.model import map_file
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.driver import memory_file, model_import, stock_weights
+from raylight.driver.export import export, gguf_folder
+from raylight.driver.stock_weights import weights_differ
+from raylight.host.loading import map_file
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, Workers
 from raylight.host.settings import PACK_ROOT
-from raylight.host.stock_weights import weights_differ
-from raylight.host.whole import whole
-from raylight.parallel.shape import MeshShape
+from raylight.parallel.mesh import MeshShape
+from raylight.worker.patcher import whole
 
 pytestmark = pytest.mark.slow
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
@@ -80,8 +79,16 @@ def error(patcher: Any, expected: torch.Tensor) -> float:
     return ((patcher.model.apply_model(**wan_inputs()) - expected).abs().max() / expected.std()).item()
 
 
-@pytest.mark.parametrize("form", [pytest.param("float32", marks=pytest.mark.smoke), "bfloat16", "float8_e4m3fn",
-                                  pytest.param("gguf", marks=pytest.mark.smoke), *FORMATS])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param("float32", marks=pytest.mark.smoke),
+        "bfloat16",
+        "float8_e4m3fn",
+        pytest.param("gguf", marks=pytest.mark.smoke),
+        *FORMATS,
+    ],
+)
 def test_a_model_is_the_same_when_it_is_built_again(form: str, folder: Path, wan: Path) -> None:
     with torch.inference_mode():
         if form == "gguf":
@@ -103,8 +110,11 @@ def test_a_model_is_the_same_when_it_is_built_again(form: str, folder: Path, wan
         assert error(again, expected) <= (0.02 if form == "int8_tensorwise" else TOLERANCE)
         stored = {name: stock_weights.parts(weight) for name, weight in stock_weights.weights(model.model).items()}
         for name, weight in stock_weights.weights(mapped.model).items():
-            assert all(torch.equal(part.view(torch.uint8), stored[name][one].view(torch.uint8))
-                       for one, part in stock_weights.parts(weight).items() if part.ndim), name
+            assert all(
+                torch.equal(part.view(torch.uint8), stored[name][one].view(torch.uint8))
+                for one, part in stock_weights.parts(weight).items()
+                if part.ndim
+            ), name
     file.close()
 
 
@@ -137,41 +147,51 @@ def in_one_place_of_a_small_one(weight: torch.Tensor) -> None:
     weight.view(-1)[5] += 1
 
 
-@pytest.mark.parametrize(("change", "name"), [
-    (torch.Tensor.zero_, LINEAR), (in_one_row, LINEAR), (in_one_column, LINEAR),
-    (in_one_place_of_a_small_one, "blocks.1.modulation"), (in_one_place_of_a_small_one, "head.head.bias")])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (torch.Tensor.zero_, LINEAR),
+        (in_one_row, LINEAR),
+        (in_one_column, LINEAR),
+        (in_one_place_of_a_small_one, "blocks.1.modulation"),
+        (in_one_place_of_a_small_one, "head.head.bias"),
+    ],
+)
 def test_a_change_of_a_weight_is_noticed(change: Any, name: str, model: ModelPatcher, wan: Path) -> None:
     base = map_file(ModelRecipe.of(str(wan), "default")).model
-    before = parallelized.recipe_of(model, WORKERS)
+    before = model_import.recipe_of(model, WORKERS)
     assert weights_differ(model, base) == []
     assert model.model.diffusion_model.get_parameter(LINEAR).numel() > 1 << 16, "all of it is looked at"
     with torch.no_grad():
         change(model.model.diffusion_model.get_parameter(name))
     assert weights_differ(model, base) == [name]
     assert before.export is None
-    assert parallelized.recipe_of(model, WORKERS).export is not None
+    assert model_import.recipe_of(model, WORKERS).export is not None
 
 
 def test_what_a_loader_converts_is_no_change(folder: Path, wan: Path) -> None:
     for weight_dtype in ("bf16", "fp8_e4m3fn", "fp8_e5m2"):
-        options = {"dtype": {"bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn,
-                             "fp8_e5m2": torch.float8_e5m2}[weight_dtype]}
+        options = {
+            "dtype": {"bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[
+                weight_dtype
+            ]
+        }
         model = comfy.sd.load_diffusion_model(str(wan), options)
-        assert parallelized.recipe_of(model, WORKERS) == ModelRecipe.of(str(wan), weight_dtype)
+        assert model_import.recipe_of(model, WORKERS) == ModelRecipe.of(str(wan), weight_dtype)
     for form in FORMATS:
-        assert parallelized.recipe_of(quantised(folder, wan, form), WORKERS).export is None
+        assert model_import.recipe_of(quantised(folder, wan, form), WORKERS).export is None
     # Of diffusers' names, of which ComfyUI joins several to one weight.
     as_diffusers(checkpoint(folder, CASES["Flux"]), folder / "diffusers.safetensors")
     model = comfy.sd.load_diffusion_model(str(folder / "diffusers.safetensors"))
-    assert parallelized.recipe_of(model, WORKERS).export is None
+    assert model_import.recipe_of(model, WORKERS).export is None
     with torch.no_grad():
         model.model.diffusion_model.double_blocks[1].img_attn.qkv.weight[-1] += 1
-    assert parallelized.recipe_of(model, WORKERS).export is not None
+    assert model_import.recipe_of(model, WORKERS).export is not None
 
 
 def test_another_dtype_is_a_change(model: ModelPatcher) -> None:
     model.model.diffusion_model.get_submodule("blocks.0.ffn").to(torch.bfloat16)
-    recipe = parallelized.recipe_of(model, WORKERS)
+    recipe = model_import.recipe_of(model, WORKERS)
     assert recipe.export is not None
     assert map_file(recipe).model.diffusion_model.get_parameter(LINEAR).dtype == torch.bfloat16
 
@@ -180,10 +200,15 @@ def test_a_model_is_exported_once_and_no_longer_than_it_lives(wan: Path, caplog:
     model = comfy.sd.load_diffusion_model(str(wan))
     model.cached_patcher_init = None
     with caplog.at_level(logging.INFO, "raylight"):
-        recipe = parallelized.recipe_of(model, WORKERS)
-        comfy.sd.load_lora_for_models(model, None, lora_for(
-            {name: tuple(weight.shape) for name, weight in model.model.named_parameters()}, ["lora"], 1), 1, 0)
-        again = parallelized.recipe_of(model.clone(), Workers(WORKERS.config, "TORCH", sharding=SHARDED))
+        recipe = model_import.recipe_of(model, WORKERS)
+        comfy.sd.load_lora_for_models(
+            model,
+            None,
+            lora_for({name: tuple(weight.shape) for name, weight in model.model.named_parameters()}, ["lora"], 1),
+            1,
+            0,
+        )
+        again = model_import.recipe_of(model.clone(), Workers(WORKERS.config, "TORCH", sharding=SHARDED))
     assert caplog.text.count("from ComfyUI's memory") == 1
     assert "GB once for all of them, in shared memory" in caplog.text
     assert (again.path, again.export, again.sharding) == (recipe.path, recipe.export, SHARDED)
@@ -193,7 +218,7 @@ def test_a_model_is_exported_once_and_no_longer_than_it_lives(wan: Path, caplog:
         file.write(b"x")
     with torch.no_grad():
         model.model.diffusion_model.get_parameter(LINEAR).mul_(2)
-    other = parallelized.recipe_of(model, WORKERS)
+    other = model_import.recipe_of(model, WORKERS)
     assert other != recipe
     assert not recipe.is_there and other.is_there
     with pytest.raises(ValueError, match="have gone with the model that they were of"):
@@ -206,7 +231,8 @@ def test_a_model_is_exported_once_and_no_longer_than_it_lives(wan: Path, caplog:
 
 
 def test_where_memory_is_short_a_file_without_a_name_takes_it(
-        model: ModelPatcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    model: ModelPatcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9, total=10**10))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     expected = model.model.apply_model(**wan_inputs())
@@ -231,7 +257,7 @@ def test_what_is_interrupted_leaves_nothing(model: ModelPatcher) -> None:
 
 WRITES = """
 import time
-from raylight.host.memory_file import MemoryFile
+from raylight.driver.memory_file import MemoryFile
 file = MemoryFile("test", {size})
 file.write(b"x" * {size}, 0)
 file.finish()
@@ -245,8 +271,13 @@ def test_a_process_that_is_killed_leaves_nothing(in_memory: bool, tmp_path: Path
     code = WRITES.format(size=1 << 16)
     if not in_memory:
         code = "import os\ndel os.memfd_create" + code
-    with subprocess.Popen([sys.executable, "-c", code], cwd=PACK_ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
-                          stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=PACK_ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         path, where = process.stdout.readline().split()
         assert where == str(in_memory)
         content = torch.from_file(path, shared=False, size=1 << 16, dtype=torch.uint8)
@@ -276,16 +307,16 @@ def test_refuses_what_workers_cannot_build(model: ModelPatcher, monkeypatch: pyt
     model.cached_patcher_init = None
     elsewhere = Workers(SessionConfig(MeshShape(), "cpu", address="ray://elsewhere"), "TORCH")
     with pytest.raises(ValueError, match="WAN21 model are in the memory of this ComfyUI .* set ray_cluster_address"):
-        parallelized.recipe_of(model, elsewhere)
+        model_import.recipe_of(model, elsewhere)
     model.model.diffusion_model.head.head.__class__ = OfAPack
     monkeypatch.setattr(OfAPack, "__module__", "a_pack.nodes")
     with pytest.raises(ValueError, match=r"WAN21 model has a part of the class OfAPack \(a_pack.nodes.OfAPack\)"):
-        parallelized.recipe_of(model, WORKERS)
+        model_import.recipe_of(model, WORKERS)
 
 
 def test_a_loader_with_options_of_its_own_is_followed(wan: Path) -> None:
     model = comfy.sd.load_diffusion_model(str(wan), {"dtype": torch.float16, "fp8_optimizations": True})
-    assert parallelized.recipe_of(model, WORKERS).export is not None
+    assert model_import.recipe_of(model, WORKERS).export is not None
 
 
 def test_a_file_that_has_gone_or_was_replaced(folder: Path, wan: Path, model: ModelPatcher) -> None:
@@ -293,9 +324,9 @@ def test_a_file_that_has_gone_or_was_replaced(folder: Path, wan: Path, model: Mo
     for replace in (path.unlink, lambda: write_checkpoint(path, "wan-t2v", heads=HEADS, seed=1)):
         path.write_bytes(wan.read_bytes())
         model = comfy.sd.load_diffusion_model(str(path))
-        assert parallelized.recipe_of(model, WORKERS).path == str(path)
+        assert model_import.recipe_of(model, WORKERS).path == str(path)
         replace()
-        recipe = parallelized.recipe_of(model, WORKERS)
+        recipe = model_import.recipe_of(model, WORKERS)
         assert recipe.export is not None
         with torch.inference_mode():
             assert weights_differ(model, map_file(recipe).model) == []
@@ -305,9 +336,9 @@ def test_the_file_of_a_gguf_pack_is_read_where_its_weights_are_still_in_it(folde
     path = folder / "mapped.gguf"
     write_gguf(wan, path, "Q8_0", "wan")
     model = stock_gguf(path)
-    recipe = parallelized.recipe_of(model, WORKERS)
+    recipe = model_import.recipe_of(model, WORKERS)
     assert (recipe.path, recipe.export, recipe.sharding) == (str(path), None, WHOLE)
     other = stock_gguf(path)
     path.unlink()
-    assert parallelized.recipe_of(other, WORKERS).export is not None
-    assert exporting.gguf_folder(other.model) == recipe.gguf_pack
+    assert model_import.recipe_of(other, WORKERS).export is not None
+    assert gguf_folder(other.model) == recipe.gguf_pack

@@ -13,10 +13,9 @@ from diffusers_names import as_diffusers
 from safetensors.torch import load_file, save_file
 
 from raylight.cluster.config import SessionConfig
-from raylight.host import driver
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.driver import api
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 CASE = CASES["Flux with guidance"]
@@ -46,10 +45,13 @@ def expected(source: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
-@pytest.mark.parametrize(("write", "name"), [(as_diffusers, "diffusers.safetensors"),
-                                             (as_checkpoint, "checkpoint.safetensors"), (as_pickle, "model.pt")])
-def test_forms(write: Callable[[Path, Path], None], name: str, sharding: str, source: Path, expected: torch.Tensor,
-               tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [(as_diffusers, "diffusers.safetensors"), (as_checkpoint, "checkpoint.safetensors"), (as_pickle, "model.pt")],
+)
+def test_forms(
+    write: Callable[[Path, Path], None], name: str, sharding: str, source: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
     write(source, tmp_path / name)
     assert torch.equal(sample_on_workers(model_of(tmp_path / name, sharding), CASE), expected)
     comfy.model_management.unload_all_models()
@@ -63,4 +65,4 @@ def test_rejects_a_file_that_lacks_one_of_the_joined(sharding: str, source: Path
     del tensors["transformer_blocks.1.attn.to_k.weight"]
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"lacking\.safetensors .* double_blocks\.1\.img_attn\.qkv\.weight is joined"):
-        driver.load(model_of(path, sharding))
+        api.load(model_of(path, sharding))

@@ -15,9 +15,9 @@ from loras import KINDS
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raylight.host import lora
-from raylight.host.fitting import Fitting
 from raylight.host.recipe import LoraRecipe
+from raylight.worker import lora
+from raylight.worker.lora import Fitting
 
 OUT, WIDTH = 24, 16
 NAME = "diffusion_model.layer.weight"
@@ -29,13 +29,23 @@ def draw(*shape: int) -> Tensor:
 
 
 def _locon(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
-    return {"lora_up.weight": draw(out, 3, 1, 1), "lora_down.weight": draw(3, width, 1, 1),
-            "lora_mid.weight": draw(3, 3, 2, 2), "alpha": torch.tensor(2.0)}
+    return {
+        "lora_up.weight": draw(out, 3, 1, 1),
+        "lora_down.weight": draw(3, width, 1, 1),
+        "lora_mid.weight": draw(3, 3, 2, 2),
+        "alpha": torch.tensor(2.0),
+    }
 
 
 def _loha_of_cores(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
-    return {"hada_w1_a": draw(3, out), "hada_w1_b": draw(3, width), "hada_t1": draw(3, 3, 2, 2),
-            "hada_w2_a": draw(3, out), "hada_w2_b": draw(3, width), "hada_t2": draw(3, 3, 2, 2)}
+    return {
+        "hada_w1_a": draw(3, out),
+        "hada_w1_b": draw(3, width),
+        "hada_t1": draw(3, 3, 2, 2),
+        "hada_w2_a": draw(3, out),
+        "hada_w2_b": draw(3, width),
+        "hada_t2": draw(3, 3, 2, 2),
+    }
 
 
 def _set(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -72,8 +82,10 @@ def by_fitting(value: Any, shape: tuple[int, ...]) -> Any:
         return type(error.__cause__)
 
 
-@pytest.mark.parametrize(("kind", "shape"), [*((kind, (OUT, WIDTH)) for kind in MADE),
-                                             *((kind, (OUT, WIDTH, 2, 2)) for kind in CONVOLUTIONS)])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [*((kind, (OUT, WIDTH)) for kind in MADE), *((kind, (OUT, WIDTH, 2, 2)) for kind in CONVOLUTIONS)],
+)
 def test_is_what_comfyui_finds(kind: str, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
     found = set()
     for size in SIZES:
@@ -133,19 +145,26 @@ NAMES = {name: f"diffusion_model.{name}.weight" for name in "abc"}
 
 
 def a_lora(**sizes: tuple[int, int]) -> dict[str, Tensor]:
-    return {f"{name}.{key}": tensor for name, size in sizes.items() for key, tensor in
-            KINDS["lora"](*size, draw).items()}
+    return {
+        f"{name}.{key}": tensor for name, size in sizes.items() for key, tensor in KINDS["lora"](*size, draw).items()
+    }
 
 
 def test_warns_once_of_what_does_not_fit() -> None:
     fitted = lora.fitted("turbo", a_lora(a=(OUT, WIDTH), b=(OUT, 9), c=(OUT, 9)), NAMES, Fitting(SHAPES))
     assert fitted.warnings == [
         "the LoRA turbo fits in part: 2 of its 3 layers do not fit the model and are left out "
-        "(diffusion_model.b.weight, here 24 x 16, diffusion_model.c.weight, here 24 x 16)"]
+        "(diffusion_model.b.weight, here 24 x 16, diffusion_model.c.weight, here 24 x 16)"
+    ]
     assert isinstance(fitted.patches[NAMES["a"]], LoRAAdapter)
     for name in "bc":
-        assert comfy.lora.calculate_weight([(0.7, fitted.patches[NAMES[name]], 1.0, None, None)],
-                                           torch.ones(OUT, WIDTH), name).eq(1).all()
+        assert (
+            comfy.lora.calculate_weight(
+                [(0.7, fitted.patches[NAMES[name]], 1.0, None, None)], torch.ones(OUT, WIDTH), name
+            )
+            .eq(1)
+            .all()
+        )
 
 
 def test_a_file_with_bytes_after_the_last_tensor(tmp_path: Path) -> None:
@@ -172,19 +191,31 @@ def test_warns_of_what_has_no_place_but_not_of_a_text_encoder(caplog: pytest.Log
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize(("tensors", "words"), [
-    (lambda: {}, "the LoRA x is empty"),
-    (lambda: {f"lora_te_text_model_{name}": value for name, value in a_lora(a=(OUT, WIDTH)).items()},
-     "is for the text encoder only.*Load LoRA on the CLIP"),
-    (lambda: {f"base_model.model.{name}": value for name, value in a_lora(a=(OUT, WIDTH)).items()},
-     r"knows none of the names of its 3 tensors \(base_model\.model\.a\..*another model, or was saved by a tool"),
-    (lambda: a_lora(a=(OUT, 9), b=(9, WIDTH)), r"is for another model.*none of its 2 layers fits \(.*24 x 16"),
-    (lambda: {"a.set_weight": draw(5, 5)}, r"a\.weight cannot be put on a weight of 24 x 16"),
-    (lambda: {"a.lora_up.weight": draw(5, 5)}, r"the tensor a\.lora_down\.weight is missing"),
-    (lambda: {"a.lora_up.weight": draw(OUT, 3), "a.lora_down.weight": draw(3, WIDTH), "a.alpha": draw(2)},
-     "x cannot be read as a LoRA"),
-    (lambda: {"a.lora_up.weight": "text", "a.lora_down.weight": "text"}, "the LoRA x is damaged or for another model"),
-])
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (lambda: {}, "the LoRA x is empty"),
+        (
+            lambda: {f"lora_te_text_model_{name}": value for name, value in a_lora(a=(OUT, WIDTH)).items()},
+            "is for the text encoder only.*Load LoRA on the CLIP",
+        ),
+        (
+            lambda: {f"base_model.model.{name}": value for name, value in a_lora(a=(OUT, WIDTH)).items()},
+            r"knows none of the names of its 3 tensors \(base_model\.model\.a\..*another model, or was saved by a tool",
+        ),
+        (lambda: a_lora(a=(OUT, 9), b=(9, WIDTH)), r"is for another model.*none of its 2 layers fits \(.*24 x 16"),
+        (lambda: {"a.set_weight": draw(5, 5)}, r"a\.weight cannot be put on a weight of 24 x 16"),
+        (lambda: {"a.lora_up.weight": draw(5, 5)}, r"the tensor a\.lora_down\.weight is missing"),
+        (
+            lambda: {"a.lora_up.weight": draw(OUT, 3), "a.lora_down.weight": draw(3, WIDTH), "a.alpha": draw(2)},
+            "x cannot be read as a LoRA",
+        ),
+        (
+            lambda: {"a.lora_up.weight": "text", "a.lora_down.weight": "text"},
+            "the LoRA x is damaged or for another model",
+        ),
+    ],
+)
 def test_refuses(tensors: Callable[[], dict[str, Any]], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         lora.fitted("x", tensors(), NAMES, Fitting(SHAPES))

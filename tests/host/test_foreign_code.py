@@ -12,8 +12,9 @@ import comfy.samplers
 import pytest
 from comfy.ldm.wan.model import WanAttentionBlock, WanModel
 
-from raylight.host import attention_kernels, foreign_code
-from raylight.host.attention_kernels import is_kernel
+from raylight.driver import injected_code
+from raylight.driver.injected_code import is_kernel
+from raylight.host import foreign_code
 
 CLASSES = (WanModel, WanAttentionBlock)
 
@@ -33,14 +34,21 @@ class TheirBlock(WanAttentionBlock): ...
 @pytest.fixture(autouse=True)
 def this_file_is_of_a_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreign_code, "is_foreign_file", lambda path: path == __file__)
-    assert attention_kernels.is_foreign is foreign_code.is_foreign
+    assert injected_code.is_foreign is foreign_code.is_foreign
 
 
-@pytest.mark.parametrize("code", [theirs, functools.partial(theirs, 1), Theirs(), Theirs().method,
-                                  functools.partial(Theirs().method)])
-@pytest.mark.parametrize(("owner", "name"), [
-    (comfy.ldm.wan.model, "sinusoidal_embedding_1d"), (WanAttentionBlock, "forward"), (WanModel, "forward"),
-    (comfy.ldm.flux.math, "rope")])  # called by way of another module
+@pytest.mark.parametrize(
+    "code", [theirs, functools.partial(theirs, 1), Theirs(), Theirs().method, functools.partial(Theirs().method)]
+)
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (comfy.ldm.wan.model, "sinusoidal_embedding_1d"),
+        (WanAttentionBlock, "forward"),
+        (WanModel, "forward"),
+        (comfy.ldm.flux.math, "rope"),
+    ],
+)  # called by way of another module
 def test_in_the_place_of_a_models_function(owner: Any, name: str, code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(foreign_code.replaced_in(CLASSES)) == []
     monkeypatch.setattr(owner, name, code)
@@ -55,8 +63,11 @@ def test_in_the_place_of_a_property(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_class_of_which_the_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfy.ldm.wan.model, "WanAttentionBlock", TheirBlock)
     assert list(foreign_code.replaced_in(CLASSES)) == []  # built before
-    with pytest.raises(ValueError, match=r"comfy\.ldm\.wan\.model\.WanAttentionBlock, of which it is built, was "
-                                         r"replaced by TheirBlock of the node pack"):
+    with pytest.raises(
+        ValueError,
+        match=r"comfy\.ldm\.wan\.model\.WanAttentionBlock, of which it is built, was "
+        r"replaced by TheirBlock of the node pack",
+    ):
         list(foreign_code.replaced_in((WanModel, TheirBlock)))
 
 

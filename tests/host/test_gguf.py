@@ -9,11 +9,10 @@ from gguf_cases import Compared, compare_gguf
 from gguf_files import PACK, quantised_bytes, write_gguf
 from safetensors.torch import load_file, save_file
 
-from raylight.demo.tiny import write_checkpoint
-from raylight.host.gguf import GgmlTensors, plain
-from raylight.host.gguf_pack import open_pack
-from raylight.parallel.local_ranks import run_ranks, values
-from raylight.sharding import packed
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.dev.local_ranks import run_ranks, values
+from raylight.host.gguf import GgmlTensors, open_pack, plain
+from raylight.sharding import subclass_weights
 
 CASES = {
     (2, "Q8_0", "F16"): ("whole", "sharded"),
@@ -44,8 +43,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
 @pytest.mark.parametrize(("world", "mode"), [(case[0], mode) for case, modes in CASES.items() for mode in modes])
 def test_gives_what_comfyui_gives(world: int, mode: str, measured, report_parity) -> None:
     ranks, whole = measured[world, mode]
-    report_parity(f"Wan T2V, GGUF, {mode:<10} {world} ranks   max error {max(rank.error for rank in ranks):.1e}, with "
-                  f"two LoRAs {max(rank.patched for rank in ranks):.1e} of the standard deviation")
+    report_parity(
+        f"Wan T2V, GGUF, {mode:<10} {world} ranks   max error {max(rank.error for rank in ranks):.1e}, with "
+        f"two LoRAs {max(rank.patched for rank in ranks):.1e} of the standard deviation"
+    )
     for rank in ranks:
         assert rank.error == 0.0
         assert rank.patched <= 1e-4
@@ -62,11 +63,12 @@ def test_a_convolution_is_taken_apart_and_put_together() -> None:
     kind = gguf.GGMLQuantizationType.Q8_0
     stored = torch.from_numpy(gguf.quants.quantize(values.flatten(1).numpy(), kind))
     layer = pack.operations.Conv2d(8, 6, 2, bias=False)
-    layer.weight = torch.nn.Parameter(pack.tensor(stored, tensor_type=kind, tensor_shape=values.shape),
-                                      requires_grad=False)
+    layer.weight = torch.nn.Parameter(
+        pack.tensor(stored, tensor_type=kind, tensor_shape=values.shape), requires_grad=False
+    )
     inputs = torch.ones(1, 8, 5, 5)
     expected = layer(inputs)
-    packed.take_apart(layer, ggml.unpack)
+    subclass_weights.take_apart(layer, ggml.unpack)
     assert {name: tuple(one.shape) for name, one in layer.named_parameters()} == {"weight_raw": (6, 34)}
     assert layer.weight.shape == values.shape
     assert torch.equal(plain(layer.weight), stored)
@@ -76,8 +78,11 @@ def test_a_convolution_is_taken_apart_and_put_together() -> None:
 def test_a_tensor_of_the_same_bytes_moves_alone() -> None:
     pack = open_pack(PACK)
     ggml = GgmlTensors(pack)
-    weight = pack.tensor(torch.zeros(2, 34, dtype=torch.uint8), tensor_type=gguf.GGMLQuantizationType.Q8_0,
-                         tensor_shape=torch.Size((2, 32)))
+    weight = pack.tensor(
+        torch.zeros(2, 34, dtype=torch.uint8),
+        tensor_type=gguf.GGMLQuantizationType.Q8_0,
+        tensor_shape=torch.Size((2, 32)),
+    )
     other = ggml.with_patches(weight, [([], "name")])
     assert plain(other).data_ptr() == plain(weight).data_ptr()
     assert (other.patches, weight.patches) == ([([], "name")], [])

@@ -18,10 +18,9 @@ from loras import KINDS, lora_for
 from safetensors.torch import load_file, save_file
 
 from raylight.cluster.config import SessionConfig
-from raylight.host import driver
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.driver import api
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 CASE = CASES["Flux"]
@@ -70,27 +69,33 @@ def expected(good: Path, loras: tuple[Path, ...]) -> tuple[torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED, OFFLOADED])
-def test_sampling_with_loras_that_come_and_go(sharding: str, good: Path, loras: tuple[Path, ...], expected,
-                                              folder: Path, report_parity) -> None:
+def test_sampling_with_loras_that_come_and_go(
+    sharding: str, good: Path, loras: tuple[Path, ...], expected, folder: Path, report_parity
+) -> None:
     path = Path(shutil.copy(good, folder / f"{sharding}.gguf"))
     plain = model_of(path, sharding)
-    both = model_of(path, sharding, *(LoraRecipe.of(str(one), strength)
-                                      for one, strength in zip(loras, STRENGTHS, strict=True)))
+    both = model_of(
+        path, sharding, *(LoraRecipe.of(str(one), strength) for one, strength in zip(loras, STRENGTHS, strict=True))
+    )
     first = sample_on_workers(plain, CASE)
     path.unlink()
     patched = sample_on_workers(both, CASE)
-    errors = [((one - other).abs().max() / other.std()).item()
-              for one, other in zip((first, patched), expected, strict=True)]
-    report_parity(f"Flux, GGUF, {sharding:<10} 2 workers   max error {errors[0]:.1e}, with two LoRAs {errors[1]:.1e} "
-                  f"of the standard deviation")
+    errors = [
+        ((one - other).abs().max() / other.std()).item() for one, other in zip((first, patched), expected, strict=True)
+    ]
+    report_parity(
+        f"Flux, GGUF, {sharding:<10} 2 workers   max error {errors[0]:.1e}, with two LoRAs {errors[1]:.1e} "
+        f"of the standard deviation"
+    )
     assert max(errors) <= 1e-4
     assert (expected[1] - expected[0]).std() > 0.05 * expected[0].std()
     assert torch.equal(sample_on_workers(plain, CASE), first)
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
-def test_a_tensor_in_excess_is_told_and_left_out(sharding: str, source: Path, folder: Path, expected,
-                                                 caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tensor_in_excess_is_told_and_left_out(
+    sharding: str, source: Path, folder: Path, expected, caplog: pytest.LogCaptureFixture
+) -> None:
     path = folder / f"more-{sharding}.gguf"
     write_gguf(source, path, "Q8_0", "flux", more={"double_blocks.0.third.weight": torch.zeros(32, 32)})
     actual = sample_on_workers(model_of(path, sharding), CASE)
@@ -130,48 +135,71 @@ def misshapen(path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
-@pytest.mark.parametrize(("spoil", "message"), [
-    (cut, "ComfyUI-GGUF cannot read it"),
-    (not_gguf, "ComfyUI-GGUF cannot read it: ValueError: GGUF magic invalid"),
-    (garbled, "ComfyUI-GGUF cannot read it"),
-    (of_another_architecture, "ComfyUI-GGUF cannot read it: .* architecture.* '?llama"),
-    (of_something_else, "ComfyUI knows no diffusion model with such tensors"),
-    (lacking(FIRST), rf"the tensor {FIRST} is missing"),
-    (lacking(FIRST.replace("weight", "bias")), r"the tensor double_blocks\.0\.img_attn\.qkv\.bias is missing"),
-    (lacking("double_blocks.0.img_attn.norm.query_norm.weight"), r"the tensor \S+query_norm\S+ is missing"),
-    (misshapen, rf"the tensor {FIRST} is \(96, 32\), and the model wants"),
-], ids=lambda value: getattr(value, "__name__", ""))
-def test_rejects(spoil: Callable[[Path, Path], None], message: str, sharding: str, good: Path, source: Path,
-                 tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut, "ComfyUI-GGUF cannot read it"),
+        (not_gguf, "ComfyUI-GGUF cannot read it: ValueError: GGUF magic invalid"),
+        (garbled, "ComfyUI-GGUF cannot read it"),
+        (of_another_architecture, "ComfyUI-GGUF cannot read it: .* architecture.* '?llama"),
+        (of_something_else, "ComfyUI knows no diffusion model with such tensors"),
+        (lacking(FIRST), rf"the tensor {FIRST} is missing"),
+        (lacking(FIRST.replace("weight", "bias")), r"the tensor double_blocks\.0\.img_attn\.qkv\.bias is missing"),
+        (lacking("double_blocks.0.img_attn.norm.query_norm.weight"), r"the tensor \S+query_norm\S+ is missing"),
+        (misshapen, rf"the tensor {FIRST} is \(96, 32\), and the model wants"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_rejects(
+    spoil: Callable[[Path, Path], None], message: str, sharding: str, good: Path, source: Path, tmp_path: Path
+) -> None:
     path = Path(shutil.copy(good, tmp_path / "bad.gguf"))
     spoil(path, source)
     with pytest.raises(ValueError, match=rf"(?s)bad\.gguf cannot be loaded as a diffusion model: .*{message}"):
-        driver.load(model_of(path, sharding))
-    driver.load(model_of(good, sharding))
+        api.load(model_of(path, sharding))
+    api.load(model_of(good, sharding))
 
 
 def test_rejects_a_pack_that_is_not_there(good: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ComfyUI-GGUF is not in .* on the machine of this worker"):
-        driver.load(model_of(good, pack=str(tmp_path / "gone")))
+        api.load(model_of(good, pack=str(tmp_path / "gone")))
 
 
-@pytest.mark.parametrize(("module", "old", "new", "message"), [
-    ("loader.py", "def gguf_sd_loader", "def read", "loader.py of ComfyUI-GGUF in .* has no gguf_sd_loader"),
-    ("ops.py", "class GGMLTensor", "import nothing_of_this_name\nclass GGMLTensor",
-     "ops.py of ComfyUI-GGUF in .* cannot be imported: No module named 'nothing_of_this_name'|"
-     "loader.py of ComfyUI-GGUF in .* cannot be imported: No module named 'nothing_of_this_name'"),
-    ("ops.py", 'getattr(tensor, "patches"', 'getattr(tensor, "changes"', "take LoRAs in a way that Raylight does not"),
-    ("ops.py", "def get_weight(self", "def get_weight(this, self", "the layers of ComfyUI-GGUF in .* cannot be used"),
-])
-def test_rejects_a_pack_that_has_changed(module: str, old: str, new: str, message: str, good: Path,
-                                         tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "old", "new", "message"),
+    [
+        ("loader.py", "def gguf_sd_loader", "def read", "loader.py of ComfyUI-GGUF in .* has no gguf_sd_loader"),
+        (
+            "ops.py",
+            "class GGMLTensor",
+            "import nothing_of_this_name\nclass GGMLTensor",
+            "ops.py of ComfyUI-GGUF in .* cannot be imported: No module named 'nothing_of_this_name'|"
+            "loader.py of ComfyUI-GGUF in .* cannot be imported: No module named 'nothing_of_this_name'",
+        ),
+        (
+            "ops.py",
+            'getattr(tensor, "patches"',
+            'getattr(tensor, "changes"',
+            "take LoRAs in a way that Raylight does not",
+        ),
+        (
+            "ops.py",
+            "def get_weight(self",
+            "def get_weight(this, self",
+            "the layers of ComfyUI-GGUF in .* cannot be used",
+        ),
+    ],
+)
+def test_rejects_a_pack_that_has_changed(
+    module: str, old: str, new: str, message: str, good: Path, tmp_path: Path
+) -> None:
     pack = tmp_path / "pack"
     shutil.copytree(PACK, pack)
     text = (pack / module).read_text()
     assert old in text
     (pack / module).write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=message):
-        driver.load(model_of(good, pack=str(pack)))
+        api.load(model_of(good, pack=str(pack)))
 
 
 def test_rejects_a_dtype_and_a_comfyui_without_the_pack(good: Path) -> None:

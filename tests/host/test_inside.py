@@ -10,14 +10,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from raylight.cluster.config import SessionConfig
-from raylight.demo.tiny import write_checkpoint
-from raylight.host import skeleton
-from raylight.host.changes import Change
-from raylight.host.handles import Workers
-from raylight.host.inside import inside_of
-from raylight.host.job import Inside
-from raylight.host.recipe import ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.driver import weightless
+from raylight.driver.injected_code import inside_of
+from raylight.host.jobs import Inside
+from raylight.host.patcher_state import Change
+from raylight.host.recipe import ModelRecipe, Workers
+from raylight.parallel.mesh import MeshShape
 
 INNER = "diffusion_model."
 
@@ -26,7 +25,7 @@ INNER = "diffusion_model."
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("models") / "wan.safetensors"
     write_checkpoint(path, "wan-t2v", heads=3)
-    return skeleton.of(ModelRecipe.of(str(path), "default"), lambda *_: None)
+    return weightless.of(ModelRecipe.of(str(path), "default"), lambda *_: None)
 
 
 def patched(model: Any, ring: int = 1, **patches: Any) -> ModelPatcher:
@@ -44,10 +43,18 @@ class Theirs(torch.nn.Module): ...
 
 
 PLACES = {
-    "blocks__0__forward": True, "blocks__1__self_attn__forward": True, "blocks__0__cross_attn__k__anything": False,
-    "blocks__0__cross_attn__forward": True, "head__forward": True, "forward": True, "forward_orig": True,
-    "blocks__0__ffn__forward": False, "blocks__0__norm1__forward": False, "patch_embedding__forward": False,
-    "blocks__0__self_attn__norm_q__forward": False, "blocks__0__self_attn__q__forward": False,
+    "blocks__0__forward": True,
+    "blocks__1__self_attn__forward": True,
+    "blocks__0__cross_attn__k__anything": False,
+    "blocks__0__cross_attn__forward": True,
+    "head__forward": True,
+    "forward": True,
+    "forward_orig": True,
+    "blocks__0__ffn__forward": False,
+    "blocks__0__norm1__forward": False,
+    "patch_embedding__forward": False,
+    "blocks__0__self_attn__norm_q__forward": False,
+    "blocks__0__self_attn__q__forward": False,
     "text_embedding__forward": False,
 }
 
@@ -64,9 +71,14 @@ def test_what_stands_beside_the_plan_is_watched(model: Any) -> None:
     assert inside == Inside("", ("rope_embedder", "ref_conv"))
 
 
-@pytest.mark.parametrize("same", [
-    lambda block: {"blocks__0__forward": block.forward}, lambda block: {"blocks__0": block},
-    lambda block: {"blocks__0__some_number": 3}])
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda block: {"blocks__0__forward": block.forward},
+        lambda block: {"blocks__0": block},
+        lambda block: {"blocks__0__some_number": 3},
+    ],
+)
 def test_the_models_own_code_is_none_of_a_node(same: Callable[[Any], dict[str, Any]], model: Any) -> None:
     assert inside_of(patched(model, **same(model.diffusion_model.blocks[0])), []) == Inside()
 
@@ -75,12 +87,18 @@ def test_another_module_at_a_block_gets_whole_tokens(model: Any) -> None:
     assert "Theirs (at blocks.0)" in inside_of(patched(model, blocks__0=Theirs()), []).whole
 
 
-@pytest.mark.parametrize(("change", "whole"), [
-    (Change("diffusion_model.blocks.0", "_forward_hooks", theirs), True),
-    (Change("diffusion_model.blocks.0.ffn", "_forward_hooks", theirs), False),
-    (Change("diffusion_model.blocks.0.self_attn", "num_heads", 3), False),
-    (Change("diffusion_model", "forward_orig", theirs), True), (Change("", "extra_conds", theirs), False),
-    (Change("python:comfy.ldm.wan.model", "repeat_e", theirs), True), (Change(Theirs, "forward", theirs), True)])
+@pytest.mark.parametrize(
+    ("change", "whole"),
+    [
+        (Change("diffusion_model.blocks.0", "_forward_hooks", theirs), True),
+        (Change("diffusion_model.blocks.0.ffn", "_forward_hooks", theirs), False),
+        (Change("diffusion_model.blocks.0.self_attn", "num_heads", 3), False),
+        (Change("diffusion_model", "forward_orig", theirs), True),
+        (Change("", "extra_conds", theirs), False),
+        (Change("python:comfy.ldm.wan.model", "repeat_e", theirs), True),
+        (Change(Theirs, "forward", theirs), True),
+    ],
+)
 def test_changes_of_the_model_itself(change: Change, whole: bool, model: Any) -> None:
     assert bool(inside_of(patched(model), [change]).whole) == whole
 

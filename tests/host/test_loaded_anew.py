@@ -19,10 +19,10 @@ from dropin_cases import plain, sample
 from torch import Tensor
 
 from raylight.cluster.config import SessionConfig
-from raylight.host import dress, driver
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.driver import api
+from raylight.host import patcher_state
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 pytestmark = pytest.mark.slow
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
@@ -45,7 +45,7 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
 
 
 def dropin(path: Path, sharding: str = WHOLE) -> ModelPatcher:
-    return driver.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding)))
+    return api.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding)))
 
 
 def computing_in(model: ModelPatcher, dtype: str) -> ModelPatcher:
@@ -96,7 +96,7 @@ def test_functions_around_weights_in_turn(stays_here: bool, stock: ModelPatcher,
 def test_what_changes_no_weights_loads_nothing(stock: ModelPatcher) -> None:
     on_worker = stock.clone()
     for one in (stock.clone(), computing_in(stock, "default")):
-        dress.put_on(on_worker, dress.of_run(one), WHOLE)
+        patcher_state.put_on(on_worker, patcher_state.of_run(one), WHOLE)
         assert on_worker.patches_uuid == stock.patches_uuid
 
 
@@ -111,12 +111,15 @@ def test_objects_of_a_clone_before_leave_the_weightless_model(path: Path) -> Non
 
 @pytest.mark.parametrize("sharding", [SHARDED, OFFLOADED])
 @pytest.mark.parametrize("stays_here", [False, True])
-def test_split_weights_refuse_a_compute_dtype(sharding: str, stays_here: bool, path: Path,
-                                              caplog: pytest.LogCaptureFixture) -> None:
+def test_split_weights_refuse_a_compute_dtype(
+    sharding: str, stays_here: bool, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = dropin(path, sharding)
     before = latent(model, stays_here)
-    with caplog.at_level(logging.INFO, "raylight"), pytest.raises(ValueError, match="compute dtype of its own, which "
-                                                                  "split weights cannot have: switch FSDP off"):
+    with (
+        caplog.at_level(logging.INFO, "raylight"),
+        pytest.raises(ValueError, match="compute dtype of its own, which split weights cannot have: switch FSDP off"),
+    ):
         latent(computing_in(model, "bf16"), stays_here)
     assert "ending the workers" not in caplog.text
     assert torch.equal(latent(model, stays_here), before)

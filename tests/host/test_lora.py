@@ -7,8 +7,8 @@ from loaded_cases import Patched, compare_patched
 from loras import KINDS
 from quantised import FORMATS, quantise
 
-from raylight.demo.tiny import write_checkpoint
-from raylight.parallel.local_ranks import run_ranks, values
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.dev.local_ranks import run_ranks, values
 
 HEADS = 4
 
@@ -27,12 +27,17 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[Pa
     write_checkpoint(paths["plain"], "wan-t2v", heads=HEADS, layers=1)
     for form in FORMATS:
         quantise(paths["plain"], paths[form], form)
-    return {world: values(run_ranks(world, compare_patched, tuple((paths[form], *rest) for form, *rest in cases),
-                                    timeout_s=300)) for world, cases in CASES.items()}
+    return {
+        world: values(
+            run_ranks(world, compare_patched, tuple((paths[form], *rest) for form, *rest in cases), timeout_s=300)
+        )
+        for world, cases in CASES.items()
+    }
 
 
-@pytest.mark.parametrize(("world", "form", "dtype", "kinds"),
-                         [(world, *case) for world, cases in CASES.items() for case in cases])
+@pytest.mark.parametrize(
+    ("world", "form", "dtype", "kinds"), [(world, *case) for world, cases in CASES.items() for case in cases]
+)
 def test_lora(world: int, form: str, dtype: str, kinds: tuple[str, ...], measured) -> None:
     index = CASES[world].index((form, dtype, kinds))
     for rank in (results[index] for results in measured[world]):

@@ -15,12 +15,11 @@ import torch
 from comfy_cases import CASES, checkpoint
 from mode_cases import moved_in_inference_mode, patches_for
 
-from raylight.host.mapped import MappedModel, load_mapped
-from raylight.host.mode import mode_of
+from raylight.dev.local_ranks import run_ranks, values
+from raylight.host.checkpoint import MappedModel, load_mapped
 from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
-from raylight.host.service import ModelService
-from raylight.host.whole import whole
-from raylight.parallel.local_ranks import run_ranks, values
+from raylight.worker.patcher import mode_of, whole
+from raylight.worker.service import ModelService
 
 CPU, GPU = torch.device("cpu"), torch.device("cpu", 0)
 OTHERS = {"no mode": torch.enable_grad, "inference mode": torch.inference_mode}
@@ -87,8 +86,11 @@ def test_all_of_a_job_is_done_in_the_mode_of_its_model(sharding: str, monkeypatc
 
     monkeypatch.setattr(ModelService, "_hold", hold)
     service = ModelService(SimpleNamespace(device=CPU, world_size=1))
-    calls: list[Callable[[], object]] = [lambda: service.load(None, recipe), lambda: service.sample(None, (job,)),
-                                         lambda: service.forward(None, job)]
+    calls: list[Callable[[], object]] = [
+        lambda: service.load(None, recipe),
+        lambda: service.sample(None, (job,)),
+        lambda: service.forward(None, job),
+    ]
     for call in calls:
         for mode in OTHERS.values():
             with mode(), ends():
@@ -109,5 +111,6 @@ def places(mapped: MappedModel) -> set[int]:
 def result(mapped: MappedModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     latent, context = torch.randn(1, 16, 8, 6, generator=generator), torch.randn(1, 5, 160, generator=generator)
-    return mapped.model.apply_model(latent, torch.tensor([0.7]), c_crossattn=context,
-                                    y=torch.randn(1, 96, generator=generator))
+    return mapped.model.apply_model(
+        latent, torch.tensor([0.7]), c_crossattn=context, y=torch.randn(1, 96, generator=generator)
+    )

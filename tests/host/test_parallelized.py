@@ -20,12 +20,11 @@ from gguf_files import write_gguf
 from loras import KINDS, lora_for
 from quantised import quantise
 
-from raylight.cluster import current
+from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
-from raylight.host import driver, parallelized
-from raylight.host.handles import Workers
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
-from raylight.parallel.shape import MeshShape
+from raylight.driver import api, model_import
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, Workers
+from raylight.parallel.mesh import MeshShape
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
@@ -57,7 +56,7 @@ def with_lora(model: ModelPatcher, kinds: Any = ("lora",)) -> ModelPatcher:
 
 
 def parallel(model: ModelPatcher, sharding: str = WHOLE) -> ModelPatcher:
-    return driver.parallelize(model, replace(WORKERS, sharding=sharding))
+    return api.parallelize(model, replace(WORKERS, sharding=sharding))
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -91,22 +90,38 @@ def gguf(folder: Path) -> ModelPatcher:
     return model
 
 
-@pytest.mark.parametrize(("load", "case", "shardings"), [
-    (wan, WAN, (WHOLE, SHARDED)), (flux, FLUX, (OFFLOADED,)), (scaled_fp8, WAN, (WHOLE, SHARDED)),
-    (in_bf16, WAN, (SHARDED,)), (gguf, FLUX, (WHOLE, SHARDED))])
-def test_behind_a_loader_that_tells_nothing(load: Callable[[Path], ModelPatcher], case: ParityCase,
-                                            shardings: tuple[str, ...], folder: Path, report_parity,
-                                            caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("load", "case", "shardings"),
+    [
+        (wan, WAN, (WHOLE, SHARDED)),
+        (flux, FLUX, (OFFLOADED,)),
+        (scaled_fp8, WAN, (WHOLE, SHARDED)),
+        (in_bf16, WAN, (SHARDED,)),
+        (gguf, FLUX, (WHOLE, SHARDED)),
+    ],
+)
+def test_behind_a_loader_that_tells_nothing(
+    load: Callable[[Path], ModelPatcher],
+    case: ParityCase,
+    shardings: tuple[str, ...],
+    folder: Path,
+    report_parity,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = load(folder)
     plain, dressed = sample(model, case), sample(with_lora(model), case)
     assert error(dressed, plain) > 1e-2, "the LoRA changes nothing"
     with caplog.at_level(logging.INFO, "raylight"):
         for sharding in shardings:
-            worst = max(error(sample(parallel(with_lora(model), sharding), case), dressed),
-                        error(sample(parallel(model, sharding), case), plain),
-                        error(sample(with_lora(parallel(model, sharding)), case), dressed))
-            report_parity(f"Parallelize behind a loader that tells no file, {load.__name__:<10} {sharding:<9} max "
-                          f"error {worst:.1e} of the standard deviation")
+            worst = max(
+                error(sample(parallel(with_lora(model), sharding), case), dressed),
+                error(sample(parallel(model, sharding), case), plain),
+                error(sample(with_lora(parallel(model, sharding)), case), dressed),
+            )
+            report_parity(
+                f"Parallelize behind a loader that tells no file, {load.__name__:<10} {sharding:<9} max "
+                f"error {worst:.1e} of the standard deviation"
+            )
             assert worst <= TOLERANCE
     assert caplog.text.count(EXPORTED) == 1
     assert "the sampling loop stays in ComfyUI" not in caplog.text
@@ -125,7 +140,7 @@ def test_a_pack_of_which_the_file_is_mapped_needs_no_memory(folder: Path, caplog
 def test_merged_models(folder: Path) -> None:
     one = flux(folder)
     other = of_a_pack(comfy.sd.load_diffusion_model(str(checkpoint(folder, FLUX, seed=1))))
-    merged, = nodes_model_merging.ModelMergeSimple().merge(one, other, 0.4)
+    (merged,) = nodes_model_merging.ModelMergeSimple().merge(one, other, 0.4)
     expected = sample(merged, FLUX)
     assert error(sample(one, FLUX), expected) > 1e-2
     assert error(sample(parallel(merged), FLUX), expected) <= TOLERANCE
@@ -143,8 +158,10 @@ def test_weights_that_were_changed_in_place(folder: Path, caplog: pytest.LogCapt
             assert error(sample(parallel(model), WAN), expected) <= TOLERANCE
             assert error(sample(parallel(model), WAN), expected) <= TOLERANCE
         assert caplog.text.count(EXPORTED) == 2
-    assert "weights of the WAN21 model are not those of wan-t2v-3-0.safetensors any more, or it has others: " \
-           "head.head.weight" in caplog.text
+    assert (
+        "weights of the WAN21 model are not those of wan-t2v-3-0.safetensors any more, or it has others: "
+        "head.head.weight" in caplog.text
+    )
 
 
 def test_what_an_earlier_node_gave_goes_on(folder: Path) -> None:
@@ -152,7 +169,7 @@ def test_what_an_earlier_node_gave_goes_on(folder: Path) -> None:
     model = wan(folder)
     plain = sample(model, WAN)
     before = parallel(model)
-    recipe = parallelized.recipe_of(model, WORKERS)
+    recipe = model_import.recipe_of(model, WORKERS)
     model.model.diffusion_model.head.head.weight.mul_(1.5)
     after = parallel(model)
     assert error(sample(after, WAN), sample(model, WAN)) <= TOLERANCE
@@ -160,20 +177,20 @@ def test_what_an_earlier_node_gave_goes_on(folder: Path) -> None:
     del before
     gc.collect()
     assert not recipe.is_there
-    assert parallelized.recipe_of(model, WORKERS).is_there
+    assert model_import.recipe_of(model, WORKERS).is_there
 
 
 def test_workers_let_go_of_what_has_gone(folder: Path) -> None:
     model = wan(folder)
     sample(parallel(model), WAN)
-    recipe = parallelized.recipe_of(model, WORKERS)
-    session = current.running()
+    recipe = model_import.recipe_of(model, WORKERS)
+    session = active_session.running()
     before = session.run("held")
     del model
     gc.collect()
     assert not recipe.is_there
     sample(parallel(flux(folder)), FLUX)
-    assert current.running() is session
+    assert active_session.running() is session
     held = [one.name for one in session.run("held")]
     assert held[-1] == "Flux (from memory)"
     assert held.count("WAN21 (from memory)") < [one.name for one in before].count("WAN21 (from memory)")

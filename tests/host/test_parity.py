@@ -9,16 +9,22 @@ import torch
 from comfy_cases import CASES, checkpoint, sample_on_workers, sample_stock
 
 from raylight.cluster.config import SessionConfig
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import SHARDED, WEIGHT_DTYPES, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.host.recipe import SHARDED, WEIGHT_DTYPES, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
-SMOKE = ("Wan T2V", "Wan T2V by yunchang", "Wan T2V, FSDP", "Flux, FSDP, offloaded, batch of 2",
-         "Flux, regional prompts")
+SMOKE = (
+    "Wan T2V",
+    "Wan T2V by yunchang",
+    "Wan T2V, FSDP",
+    "Flux, FSDP, offloaded, batch of 2",
+    "Flux, regional prompts",
+)
 # The worker count changes slowest, so that all models share the workers of one count.
-RUNS = [*(pytest.param(name, 2, marks=[pytest.mark.smoke] if name in SMOKE else []) for name in CASES),
-        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in CASES)]
+RUNS = [
+    *(pytest.param(name, 2, marks=[pytest.mark.smoke] if name in SMOKE else []) for name in CASES),
+    *(pytest.param(name, 3, marks=pytest.mark.slow) for name in CASES),
+]
 
 
 @pytest.fixture(scope="module")

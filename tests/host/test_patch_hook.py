@@ -8,10 +8,10 @@ import pytest
 import torch
 from toy import TOY_PLAN
 
-from raylight.host.patch_hook import install_patches, wrap
+from raylight.parallel.full_tokens import WholeTokens
 from raylight.parallel.plan import Stream
 from raylight.parallel.tokens import TokenState
-from raylight.parallel.whole import WholeTokens
+from raylight.worker.transformer_options import install_patches, wrap
 
 
 class Recorder(torch.nn.Module):
@@ -32,8 +32,9 @@ def test_a_patch_of_an_unknown_kind_is_refused_where_tokens_are_split() -> None:
 
 
 def test_a_replaced_block_is_refused_before_the_split_too() -> None:
-    patch = wrap("double_block", lambda arguments, more: arguments, TOY_PLAN,
-                 WholeTokens(TokenState(0, 2)), replaces=True)
+    patch = wrap(
+        "double_block", lambda arguments, more: arguments, TOY_PLAN, WholeTokens(TokenState(0, 2)), replaces=True
+    )
     with pytest.raises(ValueError, match="a 'double_block' patch is not supported"):
         patch({"img": torch.zeros(1, 6, 4)}, {"original_block": None})
 
@@ -46,7 +47,7 @@ def test_a_patch_before_the_split_is_called_as_it_is() -> None:
 
 def test_the_options_of_the_caller_stay_as_they_are() -> None:
     model = Recorder()
-    patch = after = lambda arguments: arguments  # noqa: E731
+    patch = after = lambda arguments: arguments
     options = {"patches": {"double_block": [patch]}, "patches_replace": {"dit": {("double_block", 0): after}}}
     handle = install_patches(model, TOY_PLAN, cut())
     seen = model(torch.zeros(1), transformer_options=options)

@@ -11,12 +11,11 @@ from comfy_cases import CASES, ParityCase, checkpoint, sample_on_workers, sample
 from quantised import OLD_SCALED_FP8, quantise
 from safetensors.torch import load_file, save_file
 
-from raylight.cluster import current
+from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
-from raylight.host import driver
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.driver import api
+from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 
@@ -41,11 +40,11 @@ def session_survives(folder: Path, expected: torch.Tensor):
     """After each refusal the same workers sample a good model."""
     case = CASES["Flux"]
     good = checkpoint(folder, case)
-    driver.load(model_of(good))
-    before = dict(current.session(WORKERS.config, None).places)
+    api.load(model_of(good))
+    before = dict(active_session.session(WORKERS.config, None).places)
     yield
     assert torch.allclose(sample_on_workers(model_of(good), case), expected, atol=1e-4)
-    assert current.session(WORKERS.config, None).places == before
+    assert active_session.session(WORKERS.config, None).places == before
 
 
 def test_rejects_a_truncated_file(folder: Path) -> None:
@@ -53,7 +52,7 @@ def test_rejects_a_truncated_file(folder: Path) -> None:
     path = folder / "truncated.safetensors"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"truncated\.safetensors cannot be loaded"):
-        driver.load(model_of(path))
+        api.load(model_of(path))
 
 
 def test_rejects_a_truncated_file_whose_weights_are_to_be_split(folder: Path) -> None:
@@ -61,7 +60,7 @@ def test_rejects_a_truncated_file_whose_weights_are_to_be_split(folder: Path) ->
     path = folder / "cut.safetensors"
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"cut\.safetensors cannot be loaded"):
-        driver.load(model_of(path, SHARDED))
+        api.load(model_of(path, SHARDED))
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
@@ -71,7 +70,7 @@ def test_rejects_a_file_that_lacks_a_tensor(folder: Path, sharding: str) -> None
     del tensors["blocks.1.ffn.2.weight"]
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"lacking\.safetensors .* the tensor blocks\.1\.ffn\.2\.weight is missing"):
-        driver.load(model_of(path, sharding))
+        api.load(model_of(path, sharding))
 
 
 def test_rejects_a_tensor_of_another_shape(folder: Path) -> None:
@@ -80,7 +79,7 @@ def test_rejects_a_tensor_of_another_shape(folder: Path) -> None:
     tensors["blocks.1.ffn.2.weight"] = torch.zeros(3, 5)
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"(?s)misshapen\.safetensors .*blocks\.1\.ffn\.2\.weight"):
-        driver.load(model_of(path, SHARDED))
+        api.load(model_of(path, SHARDED))
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
@@ -89,7 +88,7 @@ def test_rejects_a_file_of_which_most_has_no_place(folder: Path, sharding: str) 
     tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
     save_file(tensors | {"third": torch.zeros(1 + sum(tensor.numel() for tensor in tensors.values()))}, path)
     with pytest.raises(ValueError, match=r"excessive\.safetensors .* most of it \(50%, in 1 tensors: third\) has no"):
-        driver.load(model_of(path, sharding))
+        api.load(model_of(path, sharding))
 
 
 def test_rejects_a_quantised_layer_without_its_weight(folder: Path) -> None:
@@ -99,7 +98,7 @@ def test_rejects_a_quantised_layer_without_its_weight(folder: Path) -> None:
     del tensors["blocks.0.ffn.0.weight"]
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"scales\.safetensors .* blocks\.0\.ffn\.0\.weight is missing"):
-        driver.load(model_of(path, SHARDED))
+        api.load(model_of(path, SHARDED))
 
 
 class _Payload:
@@ -114,7 +113,7 @@ def test_a_pickle_runs_nothing(folder: Path) -> None:
     path, witness = folder / "pickled.pt", folder / "witness"
     torch.save({"blocks.0.weight": _Payload(witness)}, path)
     with pytest.raises(ValueError, match=r"pickled\.pt cannot be loaded"):
-        driver.load(model_of(path))
+        api.load(model_of(path))
     assert not witness.exists()
 
 
@@ -122,7 +121,7 @@ def test_rejects_a_file_of_something_else(folder: Path) -> None:
     path = folder / "something.safetensors"
     save_file({"weight": torch.zeros(3, 3)}, path)
     with pytest.raises(ValueError, match=r"something\.safetensors cannot be loaded as a diffusion model"):
-        driver.load(model_of(path))
+        api.load(model_of(path))
 
 
 def test_rejects_a_model_without_a_plan(folder: Path) -> None:
@@ -130,13 +129,13 @@ def test_rejects_a_model_without_a_plan(folder: Path) -> None:
     metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})}
     save_file(load_file(checkpoint(folder, CASES["Wan T2V"])), path, metadata=metadata)
     with pytest.raises(ValueError, match="no sequence plan for comfy.ldm.wan.ar_model.CausalWanModel"):
-        driver.load(model_of(path))
+        api.load(model_of(path))
 
 
 def test_rejects_more_workers_than_heads(folder: Path) -> None:
     narrow = ParityCase("wan-t2v", (1, 16, 1, 8, 8), 4096, heads=1)
     with pytest.raises(ValueError, match="WanModel has 1 attention heads, too few for ulysses_degree = 2"):
-        driver.load(model_of(checkpoint(folder, narrow)))
+        api.load(model_of(checkpoint(folder, narrow)))
 
 
 def test_fewer_tokens_than_workers_are_no_refusal(folder: Path) -> None:
@@ -152,4 +151,4 @@ def test_a_file_that_vanishes_after_loading_is_named(folder: Path) -> None:
     model = model_of(path)
     path.unlink()
     with pytest.raises(ValueError, match=r"gone\.safetensors is not there"):
-        driver.load(model)
+        api.load(model)

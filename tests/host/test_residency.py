@@ -16,12 +16,11 @@ from comfy_cases import CASES, checkpoint, sample_on_workers, sample_stock
 from loras import KINDS, lora_for
 from safetensors.torch import load_file, save_file
 
-from raylight.cluster import current
+from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
-from raylight.host import driver, workers
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.driver import api, workers
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 WAN, FLUX = CASES["Wan T2V"], CASES["Flux"]
@@ -50,14 +49,16 @@ def model_of(path: Path, sharding: str = WHOLE, *loras: tuple[Path, float]) -> R
 
 
 def held() -> tuple[str, ...]:
-    return tuple(model.name for model in current.session(WORKERS.config, workers.service_spec()).run("held"))
+    return tuple(model.name for model in active_session.session(WORKERS.config, workers.service_spec()).run("held"))
 
 
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED, OFFLOADED])
 def test_two_loras_are_those_of_comfyui(sharding: str, folder: Path, report_parity) -> None:
     path = write(folder, WAN, "wan.safetensors")
-    loras = ((write_lora(folder, path, "one.safetensors", 1), 0.8),
-             (write_lora(folder, path, "two.safetensors", 2, KINDS), -0.6))
+    loras = (
+        (write_lora(folder, path, "one.safetensors", 1), 0.8),
+        (write_lora(folder, path, "two.safetensors", 2, KINDS), -0.6),
+    )
     expected = sample_stock(path, WAN, loras=loras)
     actual = sample_on_workers(model_of(path, sharding, *loras), WAN)
     error = ((actual - expected).abs().max() / expected.std()).item()
@@ -75,7 +76,7 @@ def test_other_models_and_loras_read_no_model_again(sharding: str, folder: Path)
     strong, weak = model_of(wan, sharding, (lora, 1.0)), model_of(wan, sharding, (lora, 0.4))
     fresh_weak = sample_on_workers(weak, WAN)
     comfy.model_management.unload_all_models()
-    driver.load(plain)
+    api.load(plain)
     other = model_of(flux, sharding)
     of_flux = sample_on_workers(other, FLUX)
     assert held() == ("wan.safetensors", "flux.safetensors")
@@ -127,21 +128,29 @@ def test_unloading_models_in_comfyui_reaches_the_workers(folder: Path) -> None:
     assert torch.equal(sample_on_workers(model_of(path), FLUX), result)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda lora: {f"other.{key}": tensor for key, tensor in lora.items()},
-     r"lora\.safetensors has no effect on this model: ComfyUI knows none of the names of its \d+ tensors \(other\."),
-    (lambda lora: {key: tensor[:-1] if "up" in key else tensor for key, tensor in lora.items()},
-     r"lora\.safetensors is for another model, or another size of this one: none of its \d+ layers fits "
-     r"\(diffusion_model\.blocks\.0\.\S+, here \d+ x \d+"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda lora: {f"other.{key}": tensor for key, tensor in lora.items()},
+            r"lora\.safetensors has no effect on this model: ComfyUI knows none of the names of its \d+ tensors "
+            r"\(other\.",
+        ),
+        (
+            lambda lora: {key: tensor[:-1] if "up" in key else tensor for key, tensor in lora.items()},
+            r"lora\.safetensors is for another model, or another size of this one: none of its \d+ layers fits "
+            r"\(diffusion_model\.blocks\.0\.\S+, here \d+ x \d+",
+        ),
+    ],
+)
 @pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
 def test_rejects_a_lora_for_another_model(sharding: str, change, message: str, folder: Path) -> None:
     path = write(folder, WAN, "wan.safetensors")
     lora = write_lora(folder, path, "lora.safetensors", 1)
     save_file({key: tensor.contiguous() for key, tensor in change(load_file(lora)).items()}, lora)
     with pytest.raises(ValueError, match=message):
-        driver.load(model_of(path, sharding, (lora, 1.0)))
-    driver.load(model_of(path, sharding))
+        api.load(model_of(path, sharding, (lora, 1.0)))
+    api.load(model_of(path, sharding))
 
 
 def test_rejects_a_damaged_lora(folder: Path) -> None:
@@ -149,4 +158,4 @@ def test_rejects_a_damaged_lora(folder: Path) -> None:
     lora = write_lora(folder, path, "lora.safetensors", 1)
     lora.write_bytes(lora.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"lora\.safetensors cannot be read as a LoRA"):
-        driver.load(model_of(path, WHOLE, (lora, 1.0)))
+        api.load(model_of(path, WHOLE, (lora, 1.0)))

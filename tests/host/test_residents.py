@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raylight.host.recipe import ModelRecipe
-from raylight.host.residents import Resident, Residents
+from raylight.worker.model_cache import Resident, Residents
 
 GB = 10**9
 
@@ -106,8 +106,9 @@ def test_without_host_memory_models_are_dropped_instead(machine: Machine) -> Non
     assert machine.moved == []
 
 
-def test_a_new_model_on_a_full_host_drops_the_least_recently_used(machine: Machine,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_model_on_a_full_host_drops_the_least_recently_used(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models, _ = three(machine, "cpu")
     machine.host = 24 * GB
     drop = models.drop

@@ -31,18 +31,21 @@ def machine(pack: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> ModuleType
     return module
 
 
-@pytest.mark.parametrize(("inputs", "expected"), [
-    ({}, (4, 4, 1, 1, 1)),
-    ({"cfg_degree": 2}, (4, 2, 1, 2, 1)),
-    ({"cfg_degree": 2, "ring_degree": 2}, (4, 1, 2, 2, 1)),
-    ({"dp_degree": 4}, (4, 1, 1, 1, 4)),
-    ({"dp_degree": 0}, (4, 4, 1, 1, 1)),
-    ({"ulysses_degree": 1, "dp_degree": 0}, (4, 1, 1, 1, 4)),
-    ({"ulysses_degree": 2, "ring_degree": 2}, (4, 2, 2, 1, 1)),
-    ({"GPU": 8}, (8, 8, 1, 1, 1)),
-    ({"GPU": 6, "cfg_degree": 2}, (6, 3, 1, 2, 1)),
-    ({"GPU": 1}, (1, 1, 1, 1, 1)),
-])
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({}, (4, 4, 1, 1, 1)),
+        ({"cfg_degree": 2}, (4, 2, 1, 2, 1)),
+        ({"cfg_degree": 2, "ring_degree": 2}, (4, 1, 2, 2, 1)),
+        ({"dp_degree": 4}, (4, 1, 1, 1, 4)),
+        ({"dp_degree": 0}, (4, 4, 1, 1, 1)),
+        ({"ulysses_degree": 1, "dp_degree": 0}, (4, 1, 1, 1, 4)),
+        ({"ulysses_degree": 2, "ring_degree": 2}, (4, 2, 2, 1, 1)),
+        ({"GPU": 8}, (8, 8, 1, 1, 1)),
+        ({"GPU": 6, "cfg_degree": 2}, (6, 3, 1, 2, 1)),
+        ({"GPU": 1}, (1, 1, 1, 1, 1)),
+    ],
+)
 def test_chooses(machine: ModuleType, inputs: dict[str, int], expected: tuple[int, ...]) -> None:
     found = machine.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
     assert (found.workers, found.ulysses, found.ring, found.cfg, found.dp) == expected
@@ -54,16 +57,22 @@ def test_takes_the_selected_gpus(machine: ModuleType) -> None:
     assert (found.workers, found.ulysses) == (2, 2)
 
 
-@pytest.mark.parametrize(("inputs", "message"), [
-    ({"ring_degree": 3}, r"ring_degree = 3 makes 3 workers, but GPU = 4 \(all that are there\): change the degrees so "
-                         "that their product divides 4, or GPU to 3"),
-    ({"cfg_degree": 2, "dp_degree": 4}, "cfg_degree = 2 x dp_degree = 4 makes 8 workers"),
-    ({"ulysses_degree": 2}, r"makes 2 workers, but GPU = 4 \(all that are there\): set ulysses_degree to 0"),
-    ({"ulysses_degree": 3, "dp_degree": 0}, "makes 3 workers, but GPU = 4 .*their product divides 4"),
-    ({"ray_cluster_address": "host:6379"}, "ray_cluster_address = host:6379 names a cluster: set GPU to"),
-    ({"ring_degree": 0}, "ring_degree = 0: at least 1"),
-    ({"ulysses_degree": -1}, "ulysses_degree = -1: at least 1 and at most 64, or 0 for automatic"),
-])
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"ring_degree": 3},
+            r"ring_degree = 3 makes 3 workers, but GPU = 4 \(all that are there\): change the degrees so "
+            "that their product divides 4, or GPU to 3",
+        ),
+        ({"cfg_degree": 2, "dp_degree": 4}, "cfg_degree = 2 x dp_degree = 4 makes 8 workers"),
+        ({"ulysses_degree": 2}, r"makes 2 workers, but GPU = 4 \(all that are there\): set ulysses_degree to 0"),
+        ({"ulysses_degree": 3, "dp_degree": 0}, "makes 3 workers, but GPU = 4 .*their product divides 4"),
+        ({"ray_cluster_address": "host:6379"}, "ray_cluster_address = host:6379 names a cluster: set GPU to"),
+        ({"ring_degree": 0}, "ring_degree = 0: at least 1"),
+        ({"ulysses_degree": -1}, "ulysses_degree = -1: at least 1 and at most 64, or 0 for automatic"),
+    ],
+)
 def test_rejects(machine: ModuleType, inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         machine.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
@@ -71,8 +80,9 @@ def test_rejects(machine: ModuleType, inputs: dict[str, Any], message: str) -> N
 
 def test_says_what_it_has_chosen(machine: ModuleType) -> None:
     automatic = str(machine.degrees_from({"GPU": 0, "ulysses_degree": 0, "cfg_degree": 2}))
-    assert re.fullmatch(r"4 \w+( worker)?s: ulysses 2 x cfg 2 \(GPU and ulysses_degree chosen automatically\)",
-                        automatic)
+    assert re.fullmatch(
+        r"4 \w+( worker)?s: ulysses 2 x cfg 2 \(GPU and ulysses_degree chosen automatically\)", automatic
+    )
     given = str(machine.degrees_from({"GPU": 2, "ulysses_degree": 2}))
     assert given.endswith("ulysses 2")
 

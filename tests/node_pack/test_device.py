@@ -32,15 +32,23 @@ def computing_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device(name))
 
 
-@pytest.mark.parametrize(("name", "called"), [("xpu", "an Intel GPU"), ("mps", "an Apple GPU"),
-                                              ("privateuseone", "DirectML"), ("hpu", "hpu")])
-def test_other_accelerators_are_refused(name: str, called: str, options: ModuleType,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [("xpu", "an Intel GPU"), ("mps", "an Apple GPU"), ("privateuseone", "DirectML"), ("hpu", "hpu")],
+)
+def test_other_accelerators_are_refused(
+    name: str, called: str, options: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     computing_on(name, monkeypatch)
     with pytest.raises(ValueError, match=rf"ComfyUI computes on {called}.* NVIDIA and AMD .* --cpu"):
         options.all_workers()
-    inputs = {"ray_cluster_address": "local", "ray_cluster_namespace": "default", "ulysses_degree": 0, "ring_degree": 1,
-              "XFuser_attention": "auto"}
+    inputs = {
+        "ray_cluster_address": "local",
+        "ray_cluster_namespace": "default",
+        "ulysses_degree": 0,
+        "ring_degree": 1,
+        "XFuser_attention": "auto",
+    }
     for count in (0, 2):
         with pytest.raises(ValueError, match=f"ComfyUI computes on {called}"):
             options.workers_from(inputs | {"GPU": count})

@@ -12,7 +12,7 @@ import folder_paths
 import pytest
 
 import nodes as comfy_nodes
-from raylight.host import gguf_pack
+from raylight.host import gguf
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = ROOT / "tests" / "support" / "gguf_pack"
@@ -30,14 +30,14 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     for name, extensions in (("diffusion_models", {".safetensors"}), ("checkpoints", {".safetensors"})):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path)], extensions))
-    monkeypatch.delitem(comfy_nodes.NODE_CLASS_MAPPINGS, gguf_pack.NODE, raising=False)
+    monkeypatch.delitem(comfy_nodes.NODE_CLASS_MAPPINGS, gguf.NODE, raising=False)
     return "model.gguf"
 
 
 @pytest.fixture
 def installed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = importlib.import_module(f"{gguf_pack.open_pack(str(PACK)).name}.nodes")
-    monkeypatch.setitem(comfy_nodes.NODE_CLASS_MAPPINGS, gguf_pack.NODE, nodes.UnetLoaderGGUF)
+    nodes = importlib.import_module(f"{gguf.open_pack(str(PACK)).name}.nodes")
+    monkeypatch.setitem(comfy_nodes.NODE_CLASS_MAPPINGS, gguf.NODE, nodes.UnetLoaderGGUF)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "unet_gguf", ([str(tmp_path)], {".gguf"}))
 
 
@@ -46,7 +46,7 @@ def options(loader: Any) -> list[str]:
 
 
 def test_a_saved_graph_without_the_pack_is_told_what_it_needs(loader: Any, model: str) -> None:
-    assert gguf_pack.find() == ""
+    assert gguf.find() == ""
     assert model not in options(loader)
     message = loader.validate_inputs(unet_name=model)
     assert "model.gguf is a GGUF file, which needs the custom node ComfyUI-GGUF" in message
@@ -55,7 +55,7 @@ def test_a_saved_graph_without_the_pack_is_told_what_it_needs(loader: Any, model
 
 
 def test_files_are_listed_with_the_pack(loader: Any, model: str, installed: None) -> None:
-    assert gguf_pack.find() == str(PACK)
+    assert gguf.find() == str(PACK)
     assert options(loader) == [model]
     assert loader.validate_inputs(unet_name=model) is True
     with pytest.raises(ValueError, match="weight_dtype = fp8_e4m3fn is not for model.gguf"):
@@ -69,6 +69,7 @@ def test_names_that_are_linked_or_unknown(loader: Any, installed: None) -> None:
 
 
 def test_a_node_of_another_pack_is_not_the_pack(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(comfy_nodes.NODE_CLASS_MAPPINGS, gguf_pack.NODE, type("UnetLoaderGGUF", (), {
-        "__module__": __name__}))
-    assert gguf_pack.find() == ""
+    monkeypatch.setitem(
+        comfy_nodes.NODE_CLASS_MAPPINGS, gguf.NODE, type("UnetLoaderGGUF", (), {"__module__": __name__})
+    )
+    assert gguf.find() == ""

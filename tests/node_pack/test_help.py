@@ -18,8 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def ours() -> dict[str, Any]:
     """The schemas of this pack's nodes, by id."""
     assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
-    found = {name: node for name, node in comfy_nodes.NODE_CLASS_MAPPINGS.items()
-             if getattr(node, "RELATIVE_PYTHON_MODULE", None) == f"custom_nodes.{ROOT.name}"}
+    found = {
+        name: node
+        for name, node in comfy_nodes.NODE_CLASS_MAPPINGS.items()
+        if getattr(node, "RELATIVE_PYTHON_MODULE", None) == f"custom_nodes.{ROOT.name}"
+    }
     assert len(found) >= 14
     return {name: node.GET_SCHEMA() for name, node in found.items()}
 
@@ -27,7 +30,7 @@ def ours() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pages(ours: dict[str, Any]) -> dict[str, str]:
     """What ComfyUI serves as help, by node id."""
-    folder, = (path for path in comfy_nodes.EXTENSION_WEB_DIRS.values() if Path(path).is_relative_to(ROOT))
+    (folder,) = (path for path in comfy_nodes.EXTENSION_WEB_DIRS.values() if Path(path).is_relative_to(ROOT))
     return {path.stem: path.read_text("utf-8") for path in (Path(folder) / "docs").glob("*.md")}
 
 

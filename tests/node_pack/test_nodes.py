@@ -13,25 +13,74 @@ import nodes as comfy_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_EACH = ["add_noise", "steps", "cfg", "sampler_name", "scheduler", "ray_actors", "noise_list", "positive", "negative",
-         "latent_image", "start_at_step", "end_at_step", "return_with_leftover_noise", "denoise"]
+_EACH = [
+    "add_noise",
+    "steps",
+    "cfg",
+    "sampler_name",
+    "scheduler",
+    "ray_actors",
+    "noise_list",
+    "positive",
+    "negative",
+    "latent_image",
+    "start_at_step",
+    "end_at_step",
+    "return_with_leftover_noise",
+    "denoise",
+]
 INPUTS = {
     "RayInitializer": [
-        "ray_cluster_address", "ray_cluster_namespace", "GPU", "ulysses_degree", "ring_degree", "cfg_degree",
-        "dp_degree", "sync_ulysses", "clear_vram_after_sampling", "FSDP", "FSDP_CPU_OFFLOAD", "XFuser_attention",
-        "skip_comm_test", "use_mmap",
+        "ray_cluster_address",
+        "ray_cluster_namespace",
+        "GPU",
+        "ulysses_degree",
+        "ring_degree",
+        "cfg_degree",
+        "dp_degree",
+        "sync_ulysses",
+        "clear_vram_after_sampling",
+        "FSDP",
+        "FSDP_CPU_OFFLOAD",
+        "XFuser_attention",
+        "skip_comm_test",
+        "use_mmap",
     ],
     "RayInitializerAdvanced": [
-        "ray_cluster_address", "ray_cluster_namespace", "GPU", "GPU_SELECT", "ulysses_degree", "ring_degree",
-        "clear_vram_after_sampling", "cfg_degree", "dp_degree", "sync_ulysses", "FSDP", "FSDP_CPU_OFFLOAD",
-        "XFuser_attention", "skip_comm_test", "use_mmap", "ray_object_store_gb", "ray_dashboard_address",
-        "torch_dist_address", "sequence_attention",
+        "ray_cluster_address",
+        "ray_cluster_namespace",
+        "GPU",
+        "GPU_SELECT",
+        "ulysses_degree",
+        "ring_degree",
+        "clear_vram_after_sampling",
+        "cfg_degree",
+        "dp_degree",
+        "sync_ulysses",
+        "FSDP",
+        "FSDP_CPU_OFFLOAD",
+        "XFuser_attention",
+        "skip_comm_test",
+        "use_mmap",
+        "ray_object_store_gb",
+        "ray_dashboard_address",
+        "torch_dist_address",
+        "sequence_attention",
     ],
     "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
     "RayModelLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
     "RayParallelizeModel": ["model", "ray_actors_init"],
-    "XFuserSamplerCustom": ["ray_actors", "add_noise", "noise_seed", "cfg", "positive", "negative", "sampler", "sigmas",
-                            "latent_image"],
+    "XFuserSamplerCustom": [
+        "ray_actors",
+        "add_noise",
+        "noise_seed",
+        "cfg",
+        "positive",
+        "negative",
+        "sampler",
+        "sigmas",
+        "latent_image",
+    ],
     "XFuserSamplerCustomAdvanced": ["ray_actors", "noise", "guider", "sampler", "sigmas", "latent_image"],
     "DPKSamplerAdvanced": _EACH,
     "UnifiedParallelSampler": _EACH,
@@ -40,15 +89,35 @@ INPUTS = {
     "DPLatentList": [f"latent_{slot}" for slot in range(1, 9)],
     "RayLoraLoader": ["lora_name", "strength_model", "prev_ray_lora"],
     "XFuserKSamplerAdvanced": [
-        "add_noise", "noise_seed", "steps", "cfg", "sampler_name", "scheduler", "ray_actors", "positive", "negative",
-        "latent_image", "start_at_step", "end_at_step", "return_with_leftover_noise", "denoise",
+        "add_noise",
+        "noise_seed",
+        "steps",
+        "cfg",
+        "sampler_name",
+        "scheduler",
+        "ray_actors",
+        "positive",
+        "negative",
+        "latent_image",
+        "start_at_step",
+        "end_at_step",
+        "return_with_leftover_noise",
+        "denoise",
     ],
 }
 
 GOOD: dict[str, Any] = {
-    "ray_cluster_address": "local", "ray_cluster_namespace": "default", "GPU": 2, "ulysses_degree": 2,
-    "ring_degree": 1, "cfg_degree": 1, "dp_degree": 1, "FSDP": False, "FSDP_CPU_OFFLOAD": False,
-    "XFuser_attention": "auto", "GPU_SELECT": "",
+    "ray_cluster_address": "local",
+    "ray_cluster_namespace": "default",
+    "GPU": 2,
+    "ulysses_degree": 2,
+    "ring_degree": 1,
+    "cfg_degree": 1,
+    "dp_degree": 1,
+    "FSDP": False,
+    "FSDP_CPU_OFFLOAD": False,
+    "XFuser_attention": "auto",
+    "GPU_SELECT": "",
 }
 
 
@@ -86,23 +155,35 @@ def test_link_types(pack: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("node_id", ["RayInitializer", "RayInitializerAdvanced"])
-@pytest.mark.parametrize(("change", "message"), [
-    ({"GPU": 3}, "ulysses_degree = 2 x ring_degree = 1 makes 2 workers, but GPU = 3: "
-                 r"set ulysses_degree to 0 \(automatic\), or ulysses_degree and ring_degree to 3 and 1 or 1 and 3, "
-                 "or GPU to 2"),
-    ({"ring_degree": 2}, "ulysses_degree = 2 x ring_degree = 2 makes 4 workers, but GPU = 2"),
-    ({"GPU": -1}, "GPU = -1: at least 1 and at most 64, or 0 for automatic"),
-    ({"GPU": 65}, "GPU = 65: at least 1 and at most 64"),
-    ({"ulysses_degree": 0, "cfg_degree": 3}, "cfg_degree = 3 makes 3 workers, but GPU = 2: change the degrees so that "
-                                             "their product divides 2, or GPU to 3"),
-    ({"ring_degree": 0}, "ring_degree = 0: at least 1"),
-    ({"cfg_degree": 2}, "ulysses_degree = 2 x ring_degree = 1 x cfg_degree = 2 makes 4 workers, but GPU = 2"),
-    ({"dp_degree": 0, "GPU": 3}, "makes 2 workers, but GPU = 3: change the degrees so that their product divides 3"),
-    ({"dp_degree": 2}, "x dp_degree = 2 makes 4 workers, but GPU = 2"),
-    ({"FSDP_CPU_OFFLOAD": True}, "switch FSDP on, or FSDP_CPU_OFFLOAD off"),
-    ({"XFuser_attention": "SPARSE_SAGE"}, "SPARSE_SAGE needs parameters .* choose one of auto, TORCH"),
-    ({"XFuser_attention": "SAGE_FP8"}, "SAGE_FP8: the Python package sageattention is not installed: install"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"GPU": 3},
+            "ulysses_degree = 2 x ring_degree = 1 makes 2 workers, but GPU = 3: "
+            r"set ulysses_degree to 0 \(automatic\), or ulysses_degree and ring_degree to 3 and 1 or 1 and 3, "
+            "or GPU to 2",
+        ),
+        ({"ring_degree": 2}, "ulysses_degree = 2 x ring_degree = 2 makes 4 workers, but GPU = 2"),
+        ({"GPU": -1}, "GPU = -1: at least 1 and at most 64, or 0 for automatic"),
+        ({"GPU": 65}, "GPU = 65: at least 1 and at most 64"),
+        (
+            {"ulysses_degree": 0, "cfg_degree": 3},
+            "cfg_degree = 3 makes 3 workers, but GPU = 2: change the degrees so that "
+            "their product divides 2, or GPU to 3",
+        ),
+        ({"ring_degree": 0}, "ring_degree = 0: at least 1"),
+        ({"cfg_degree": 2}, "ulysses_degree = 2 x ring_degree = 1 x cfg_degree = 2 makes 4 workers, but GPU = 2"),
+        (
+            {"dp_degree": 0, "GPU": 3},
+            "makes 2 workers, but GPU = 3: change the degrees so that their product divides 3",
+        ),
+        ({"dp_degree": 2}, "x dp_degree = 2 makes 4 workers, but GPU = 2"),
+        ({"FSDP_CPU_OFFLOAD": True}, "switch FSDP on, or FSDP_CPU_OFFLOAD off"),
+        ({"XFuser_attention": "SPARSE_SAGE"}, "SPARSE_SAGE needs parameters .* choose one of auto, TORCH"),
+        ({"XFuser_attention": "SAGE_FP8"}, "SAGE_FP8: the Python package sageattention is not installed: install"),
+    ],
+)
 def test_rejects(pack: dict[str, Any], node_id: str, change: dict[str, Any], message: str) -> None:
     node, names = pack[node_id], set(INPUTS[node_id])
     known = {k: v for k, v in (GOOD | change).items() if k in names}
@@ -113,12 +194,15 @@ def test_rejects(pack: dict[str, Any], node_id: str, change: dict[str, Any], mes
         node.execute(**known)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("0;1", "write the indices of GPUs, such as 0,2"),
-    ("zero,one", "write the indices of GPUs, such as 0,2"),
-    ("0,0", "names a GPU twice|this machine has no GPU"),
-    ("0", "names 1 GPUs|this machine has no GPU"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0;1", "write the indices of GPUs, such as 0,2"),
+        ("zero,one", "write the indices of GPUs, such as 0,2"),
+        ("0,0", "names a GPU twice|this machine has no GPU"),
+        ("0", "names 1 GPUs|this machine has no GPU"),
+    ],
+)
 def test_rejects_gpu_select(pack: dict[str, Any], text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack["RayInitializerAdvanced"].execute(**(GOOD | {"GPU_SELECT": text}))

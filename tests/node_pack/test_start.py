@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import nodes as comfy_nodes
-from raylight.host import release, start
+from raylight.driver import preflight
 
 pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,32 +93,36 @@ def test_takes_little_time_and_imports_nothing_heavy(starts: list[dict[str, Any]
 def test_a_start_without_ray_says_so_once_and_a_graph_again(starts: list[dict[str, Any]]) -> None:
     without = starts[0]
     assert without["loaded"] and without["registered"] == starts[1]["registered"]
-    assert without["lines"] == [start.advice(["ray"])]
-    assert without["told"] == start.advice(["ray"])
+    assert without["lines"] == [preflight.advice(["ray"])]
+    assert without["told"] == preflight.advice(["ray"])
     assert "Raylight needs the Python package ray" in without["told"]
     assert f'pip install -r "{ROOT / "requirements.txt"}"' in without["told"]
 
 
 def test_the_same_for_several_packages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
-    start.announce()
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    preflight.announce()
     (record,) = caplog.records
     assert "needs the Python packages ray and safetensors" in record.getMessage()
 
 
-@pytest.mark.parametrize(("version", "said"), [
-    ("0.18.2", True), ("0.23.9", True), (release.MINIMUM, False), ("0.100.0", False), ("1.0", False), ("", False),
-])
-def test_an_old_comfyui(version: str, said: bool, monkeypatch: pytest.MonkeyPatch,
-                        caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(start, "running", lambda: version)
-    start.announce()
-    expected = [f"Raylight is made for ComfyUI {release.MINIMUM} or later, and this is {version}: update ComfyUI if "
-                "its nodes do not work"]
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [("0.18.2", True), ("0.23.9", True), (preflight.MINIMUM, False), ("0.100.0", False), ("1.0", False), ("", False)],
+)
+def test_an_old_comfyui(
+    version: str, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(preflight, "running", lambda: version)
+    preflight.announce()
+    expected = [
+        f"Raylight is made for ComfyUI {preflight.MINIMUM} or later, and this is {version}: update ComfyUI if "
+        "its nodes do not work"
+    ]
     assert [record.getMessage() for record in caplog.records] == (expected if said else [])
 
 
 def test_knows_the_comfyui_that_runs() -> None:
     from comfyui_version import __version__
 
-    assert release.running() == __version__
+    assert preflight.running() == __version__

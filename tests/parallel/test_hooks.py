@@ -8,11 +8,11 @@ import pytest
 import torch
 from toy import TOY_PLAN, Toy, plain_kernel
 
-from raylight.parallel.attention import SequenceAttention
+from raylight.parallel.full_tokens import WholeTokens
 from raylight.parallel.hooks import SequenceHooks
 from raylight.parallel.plan import Gather, SelfAttention, SequencePlan, Stream, Whole
+from raylight.parallel.sequence_attention import SequenceAttention
 from raylight.parallel.tokens import TokenState
-from raylight.parallel.whole import WholeTokens
 
 
 class Passing(torch.nn.Module):
@@ -115,8 +115,9 @@ def test_a_rank_without_tokens_takes_part_in_the_exchange(caplog: pytest.LogCapt
     stand_in = torch.randn(1, 2, 1, 4)
     with caplog.at_level("INFO"):
         for _ in range(2):
-            assert torch.equal(attention(plain_kernel, stand_in, stand_in, stand_in, None, None),
-                               torch.zeros_like(stand_in))
+            assert torch.equal(
+                attention(plain_kernel, stand_in, stand_in, stand_in, None, None), torch.zeros_like(stand_in)
+            )
     assert exchanged == [([0, 1], 0, 0, 0)] * 2
     assert caplog.messages == ["a sequence has fewer tokens than there are workers: only 1 of 2 have a part of it"]
 
@@ -132,8 +133,9 @@ def test_attention_in_a_module_that_runs_whole_is_left_alone() -> None:
 
 
 def test_rejects_a_model_whose_tokens_stay_split() -> None:
-    plan = dataclasses.replace(TOY_PLAN, inputs={"blocks.0": {"img": Stream("img")}}, attention={},
-                               outputs={"blocks.1": Gather("img")})
+    plan = dataclasses.replace(
+        TOY_PLAN, inputs={"blocks.0": {"img": Stream("img")}}, attention={}, outputs={"blocks.1": Gather("img")}
+    )
     model = Forgetful()
     SequenceHooks(model, plan, TokenState(0, 2))
     with pytest.raises(RuntimeError, match=r"tokens still split: \['img'\]"):
@@ -160,8 +162,9 @@ class OneBlock(torch.nn.Module):
         return self.block(x, transformer_options)
 
 
-ONE_BLOCK = SequencePlan("test.OneBlock", {"block": {"x": Stream("x")}}, {"block": SelfAttention(("x",))},
-                         {"block": Gather("x")})
+ONE_BLOCK = SequencePlan(
+    "test.OneBlock", {"block": {"x": Stream("x")}}, {"block": SelfAttention(("x",))}, {"block": Gather("x")}
+)
 
 
 def heads_of(x: torch.Tensor) -> torch.Tensor:
@@ -196,8 +199,11 @@ def run_block(attention, degree: int = 2, calls=1, whole=None) -> list[int]:
 
 def test_attention_that_a_node_replaced_ends_the_run() -> None:
     assert run_block(through_options) == [6]
-    with pytest.raises(RuntimeError, match=r"attention of a Block did not reach Raylight \(0 of 1 calls did\).*"
-                                           r"Remove the node .*, or use GPU = 1 or cfg_degree"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"attention of a Block did not reach Raylight \(0 of 1 calls did\).*"
+        r"Remove the node .*, or use GPU = 1 or cfg_degree",
+    ):
         run_block(without_options)
 
 

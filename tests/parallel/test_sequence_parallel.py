@@ -8,7 +8,7 @@ import time
 import pytest
 from split_cases import CASES, Case, one_rank_fails, split_toy, uneven_collectives, votes
 
-from raylight.parallel.local_ranks import run_ranks, values
+from raylight.dev.local_ranks import run_ranks, values
 from raylight.parallel.partition import partition
 
 
@@ -48,9 +48,9 @@ def test_exchange_in_parts(world: int, parts: int, name: str) -> None:
         assert fewest_heads == mine // min(parts, min(partition(case.heads, world)))
 
 
-@pytest.mark.parametrize(("world", "ring", "kernel"), [
-    (2, 2, "TORCH"), (3, 3, "TORCH_FLASH"), (4, 2, "TORCH_FLASH"), (4, 2, "TORCH"),
-])
+@pytest.mark.parametrize(
+    ("world", "ring", "kernel"), [(2, 2, "TORCH"), (3, 3, "TORCH_FLASH"), (4, 2, "TORCH_FLASH"), (4, 2, "TORCH")]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_ring_and_hybrid_equal_whole(world: int, ring: int, kernel: str, name: str) -> None:
     case = CASES[name]

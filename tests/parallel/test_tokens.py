@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylight.parallel.plan import (
-    Aligned,
-    Converted,
-    Refused,
-    Stream,
-    TokenIndex,
-    TokenPrefix,
-    TokenRanges,
-)
+from raylight.parallel.plan import Aligned, Converted, Refused, Stream, TokenIndex, TokenPrefix, TokenRanges
 from raylight.parallel.tokens import TokenState
 
 
@@ -59,8 +51,10 @@ def test_one_row_serves_all_tokens() -> None:
 def test_rows_per_frame_are_repeated_over_their_tokens(rows: int, total: int) -> None:
     repeats = -(-total // rows)
     whole = torch.arange(rows).repeat_interleave(repeats)[:total]
-    parts = [state(rank, 2, x=total).localize(torch.arange(rows).view(1, rows), Aligned(("x",), expand=True))
-             for rank in range(2)]
+    parts = [
+        state(rank, 2, x=total).localize(torch.arange(rows).view(1, rows), Aligned(("x",), expand=True))
+        for rank in range(2)
+    ]
     assert torch.equal(torch.cat(parts, dim=1)[0], whole)
 
 
@@ -120,8 +114,10 @@ def test_what_is_aligned_has_a_row_for_a_stand_in() -> None:
         assert tokens.localize(torch.zeros(1, 1, 2), Stream("txt")).shape == (1, 1, 2)
         mask = torch.arange(11).view(1, 1, 11, 1)
         assert tokens.local_mask_rows(mask, ("img", "txt")).flatten().tolist() == expected
-        assert tokens.localize([(0, 5, 0), (5, None, 1)], TokenRanges(("img", "txt"))) == (
-            [(0, 4, 0), (4, 5, 1)], [(0, 1, 0), (1, 3, 1), (3, 4, 1)], [(0, 3, 1), (3, 4, 1)])[rank]
+        assert (
+            tokens.localize([(0, 5, 0), (5, None, 1)], TokenRanges(("img", "txt")))
+            == ([(0, 4, 0), (4, 5, 1)], [(0, 1, 0), (1, 3, 1), (3, 4, 1)], [(0, 3, 1), (3, 4, 1)])[rank]
+        )
         assert tokens.localize(1, TokenIndex("txt")) == 1
 
 
@@ -223,4 +219,6 @@ def test_an_argument_of_the_models_own_kind() -> None:
     tokens = TokenState(1, 2)
     tokens.localize(torch.randn(1, 6, 2), Stream("x"))
     assert tokens.localize({"of": "the model"}, Converted(lambda value, tokens: (value, tokens.rank))) == (
-        {"of": "the model"}, 1)
+        {"of": "the model"},
+        1,
+    )

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raylight.demo.comfy_replies import PromptFailed
-from raylight.demo.comfy_server import ComfyServer
-from raylight.demo.graphs import Graph, Sampling, on_workers, stock
-from raylight.demo.prompts import random_prompt, write_prompt
-from raylight.demo.tiny import write_checkpoint
+from raylight.dev.demo.comfy_replies import PromptFailed
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.dev.demo.prompts import random_prompt, write_prompt
+from raylight.dev.demo.tiny import write_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -27,13 +27,29 @@ JOB = Sampling("wan.safetensors", width=112, height=80, frames=9, steps=2)
 WORKERS = on_workers(JOB, 2)["workers"]
 PACK = Path(__file__).resolve().parents[1] / "support" / "changing_pack"
 
-SPLIT = ["ChunkedFeedForward", "Embedding", "WeightInPlace", "WeightData", "WeightReplaced", "Loop",
-         "InPlaceAttribute"]
+SPLIT = ["ChunkedFeedForward", "Embedding", "WeightInPlace", "WeightData", "WeightReplaced", "Loop", "InPlaceAttribute"]
 """These leave tokens split, the others need them whole."""
-WHOLE = ["AttentionForward", "AttentionByTorch", "AttentionClass", "AttentionMean", "CrossAttentionMean", "RootForward",
-         "UsesWeights", "OverrideByHead", "OverrideByToken",
-         "ForwardOrigInWrapper", "ClassInWrapper", "PartialInWrapper", "StateOnModel", "StateInClosure",
-         "InPlaceClasses", "InPlaceForwardOrig", "InPlaceForward", "InPlaceBlock", "ForwardHook"]
+WHOLE = [
+    "AttentionForward",
+    "AttentionByTorch",
+    "AttentionClass",
+    "AttentionMean",
+    "CrossAttentionMean",
+    "RootForward",
+    "UsesWeights",
+    "OverrideByHead",
+    "OverrideByToken",
+    "ForwardOrigInWrapper",
+    "ClassInWrapper",
+    "PartialInWrapper",
+    "StateOnModel",
+    "StateInClosure",
+    "InPlaceClasses",
+    "InPlaceForwardOrig",
+    "InPlaceForward",
+    "InPlaceBlock",
+    "ForwardHook",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +62,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     write_prompt(work / "datasets" / "positive", random_prompt(9, 4096, seed=1))
     write_prompt(work / "datasets" / "negative", random_prompt(6, 4096, seed=2))
     shutil.copytree(PACK, work / "packs" / "changing_pack")
-    with ComfyServer(work, model_paths={"diffusion_models": work / "models", "datasets": work / "datasets",
-                                        "custom_nodes": work / "packs"}) as running:
+    with ComfyServer(
+        work,
+        model_paths={
+            "diffusion_models": work / "models",
+            "datasets": work / "datasets",
+            "custom_nodes": work / "packs",
+        },
+    ) as running:
         yield running
 
 
@@ -103,8 +125,9 @@ def test_equals_stock(server: ComfyServer, change: str) -> None:
 
 def test_the_node_is_named(server: ComfyServer) -> None:
     latent(server, "CrossAttentionMean", "drop-in", "CrossAttentionMean")
-    assert re.search(r"the node Changing: CrossAttentionMean \(at blocks\.0\.cross_attn\) has put code inside",
-                     log_since(server, 0))
+    assert re.search(
+        r"the node Changing: CrossAttentionMean \(at blocks\.0\.cross_attn\) has put code inside", log_since(server, 0)
+    )
 
 
 @pytest.mark.parametrize("way", ["drop-in", "behind", "end"])
@@ -129,10 +152,17 @@ def test_nothing_is_left_for_the_next_run(server: ComfyServer) -> None:
             assert error(latent(server, other, "drop-in"), of_stock) <= 1e-4
 
 
-@pytest.mark.parametrize(("way", "told"), [
-    ("drop-in", r"a node has changed the model ReplacedInPlace\.safetensors itself .*blocks\.0 was replaced by another "
-                r"\(Identity\)"),
-    ("end", r"blocks\.0\.modulation is missing.*a node has put another part into the model")])
+@pytest.mark.parametrize(
+    ("way", "told"),
+    [
+        (
+            "drop-in",
+            r"a node has changed the model ReplacedInPlace\.safetensors itself .*blocks\.0 was replaced by another "
+            r"\(Identity\)",
+        ),
+        ("end", r"blocks\.0\.modulation is missing.*a node has put another part into the model"),
+    ],
+)
 def test_rejects_a_part_that_was_replaced(server: ComfyServer, way: str, told: str) -> None:
     with pytest.raises(PromptFailed, match=told):
         server.run(graph("ReplacedInPlace", way, "ReplacedInPlace"), timeout=120)

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from shared_server import MODEL, SharedServer
 
-from raylight.demo.comfy_listener import Event, Listener, Message
-from raylight.demo.comfy_replies import PromptFailed, PromptInterrupted, PromptRejected
-from raylight.demo.comfy_server import ComfyServer
-from raylight.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.dev.demo.comfy_listener import Event, Listener, Message
+from raylight.dev.demo.comfy_replies import PromptFailed, PromptInterrupted, PromptRejected
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
 
 LORAS = (("first.safetensors", 0.8), ("second.safetensors", -0.5))
 FREED = "the workers have let go of their models"
@@ -48,8 +48,11 @@ def started(server: ComfyServer) -> int:
 
 
 def progress(listener: Listener, prompt: str) -> list[int]:
-    return [event.data["value"] for event in listener.events("progress")
-            if event.data["prompt_id"] == prompt and event.data["node"] == "sample"]
+    return [
+        event.data["value"]
+        for event in listener.events("progress")
+        if event.data["prompt_id"] == prompt and event.data["node"] == "sample"
+    ]
 
 
 @pytest.mark.smoke
@@ -79,9 +82,13 @@ def test_cancel_takes_one_step_and_the_next_prompt_works(server: ComfyServer, re
         prompt = server.submit(on_workers(replace(JOB, steps=200), 2))
 
         def third_step(message: Message) -> bool:
-            return (isinstance(message, Event) and message.type == "progress"
-                    and message.data["prompt_id"] == prompt and message.data["node"] == "sample"
-                    and message.data["value"] == 3)
+            return (
+                isinstance(message, Event)
+                and message.type == "progress"
+                and message.data["prompt_id"] == prompt
+                and message.data["node"] == "sample"
+                and message.data["value"] == 3
+            )
 
         listener.wait_for(third_step, 120)
         at_cancel = progress(listener, prompt)[-1]
@@ -90,7 +97,7 @@ def test_cancel_takes_one_step_and_the_next_prompt_works(server: ComfyServer, re
             server.wait(prompt, timeout=30)
         steps = server.log.read_text("utf-8", errors="replace")
         assert progress(listener, prompt)[-1] < at_cancel + 20
-    assert "Traceback" not in steps[steps.rfind("got prompt"):]
+    assert "Traceback" not in steps[steps.rfind("got prompt") :]
     before = started(server)
     assert_same(latent(server, on_workers(JOB, 2)), reference)
     assert started(server) == before, "cancel costs no worker"
@@ -112,8 +119,14 @@ def test_a_ring_gives_the_same_picture(server: ComfyServer, reference: torch.Ten
 def test_loras_in_a_graph(FSDP: bool, server: ComfyServer, reference: torch.Tensor) -> None:
     plain = stock(JOB)
     for index, (name, strength) in enumerate(LORAS):
-        plain[f"lora {index}"] = {"class_type": "LoraLoaderModelOnly", "inputs": {
-            "model": [f"lora {index - 1}" if index else "model", 0], "lora_name": name, "strength_model": strength}}
+        plain[f"lora {index}"] = {
+            "class_type": "LoraLoaderModelOnly",
+            "inputs": {
+                "model": [f"lora {index - 1}" if index else "model", 0],
+                "lora_name": name,
+                "strength_model": strength,
+            },
+        }
     plain["sample"]["inputs"]["model"] = ["lora 1", 0]
     expected = latent(server, plain)
     assert (expected - reference).std() > 0.02 * reference.std()
@@ -121,8 +134,10 @@ def test_loras_in_a_graph(FSDP: bool, server: ComfyServer, reference: torch.Tens
     parallel = on_workers(JOB, 2, FSDP=FSDP)
     for index, (name, strength) in enumerate(LORAS):
         before = {"prev_ray_lora": [f"lora {index - 1}", 0]} if index else {}
-        parallel[f"lora {index}"] = {"class_type": "RayLoraLoader", "inputs": {
-            "lora_name": name, "strength_model": strength, **before}}
+        parallel[f"lora {index}"] = {
+            "class_type": "RayLoraLoader",
+            "inputs": {"lora_name": name, "strength_model": strength, **before},
+        }
     parallel["model"]["inputs"]["lora"] = ["lora 1", 0]
     assert_same(latent(server, parallel), expected)
     parallel["lora 0"]["inputs"]["strength_model"] = parallel["lora 1"]["inputs"]["strength_model"] = 0.0
@@ -162,7 +177,12 @@ def test_rejects_a_broken_file_and_goes_on(server: ComfyServer, reference: torch
 
 @pytest.mark.smoke
 def test_all_nodes_are_there(server: ComfyServer) -> None:
-    for node in ("RayInitializer", "RayInitializerAdvanced", "RayUNETLoader", "RayLoraLoader",
-                 "XFuserKSamplerAdvanced"):
+    for node in (
+        "RayInitializer",
+        "RayInitializerAdvanced",
+        "RayUNETLoader",
+        "RayLoraLoader",
+        "XFuserKSamplerAdvanced",
+    ):
         assert server.object_info(node)["category"] == "Raylight"
     assert Path(server.log).exists()

@@ -21,8 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def demo(output: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "raylight.demo", "--steps", "2", "--output", str(output), *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        [sys.executable, "-u", "-m", "raylight.dev.demo", "--steps", "2", "--output", str(output), *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -39,8 +43,10 @@ def test_all_pictures_agree(tmp_path: Path) -> None:
         assert [picture.shape for picture in pixels] == [(128, 128, 3)] * 2
         assert np.abs(pixels[0] - pixels[1]).max() > 20
         # A difference in the last digits may round to another colour.
-        assert all(np.abs(picture - _pixels(tmp_path / f"stock-{number}.png")).max() <= 1
-                   for number, picture in enumerate(pixels, start=1))
+        assert all(
+            np.abs(picture - _pixels(tmp_path / f"stock-{number}.png")).max() <= 1
+            for number, picture in enumerate(pixels, start=1)
+        )
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 2 * 256 and sheet.height > 3 * 256
 

@@ -17,11 +17,11 @@ from loras import KINDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raylight.demo.comfy_replies import PromptFailed
-from raylight.demo.comfy_server import ComfyServer
-from raylight.demo.graphs import Graph, Sampling, on_workers, stock
-from raylight.demo.prompts import random_prompt, write_prompt
-from raylight.demo.tiny import write_checkpoint
+from raylight.dev.demo.comfy_replies import PromptFailed
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.dev.demo.prompts import random_prompt, write_prompt
+from raylight.dev.demo.tiny import write_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +38,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = tmp_path_factory.mktemp("files")
     write_checkpoint(models / "wan.safetensors", "wan-t2v", heads=2)
     tensors = load_file(models / "wan.safetensors")
-    save_file(tensors | {"norm_final.weight": torch.ones(384), "pos_embedder.seq": torch.arange(240.0),
-                         "adaln_basis": torch.zeros(8, 384)}, models / "excess.safetensors")
-    in_8_bits = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 and "blocks" in name else tensor
-                 for name, tensor in tensors.items()}
-    save_file(in_8_bits | {name.replace(".weight", ".weight_scale"): torch.tensor(0.02) for name, tensor in
-                           in_8_bits.items() if tensor.dtype == torch.float8_e4m3fn}, models / "noise.safetensors")
+    save_file(
+        tensors
+        | {
+            "norm_final.weight": torch.ones(384),
+            "pos_embedder.seq": torch.arange(240.0),
+            "adaln_basis": torch.zeros(8, 384),
+        },
+        models / "excess.safetensors",
+    )
+    in_8_bits = {
+        name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 and "blocks" in name else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(
+        in_8_bits
+        | {
+            name.replace(".weight", ".weight_scale"): torch.tensor(0.02)
+            for name, tensor in in_8_bits.items()
+            if tensor.dtype == torch.float8_e4m3fn
+        },
+        models / "noise.safetensors",
+    )
     shapes = {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in tensors.items()}
     q, ffn = shapes["blocks.0.self_attn.q"], shapes["blocks.0.ffn.0"]
 
@@ -56,14 +72,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good = layer("lora", "blocks.0.self_attn.q", q)
     for kind in KINDS:
         lora(f"misfit {kind}", **good, **layer(kind, "blocks.1.ffn.0", (ffn[0] + 8, ffn[1] + 16)))
-    lora("misfit convolution", **good, **{"patch_embedding.lora_up.weight": draw(q[0], 4, 1, 1, 1),
-                                          "patch_embedding.lora_down.weight": draw(4, 36, 1, 2, 2)})
+    lora(
+        "misfit convolution",
+        **good,
+        **{
+            "patch_embedding.lora_up.weight": draw(q[0], 4, 1, 1, 1),
+            "patch_embedding.lora_down.weight": draw(4, 36, 1, 2, 2),
+        },
+    )
     lora("misfit set", **good, **{"blocks.1.ffn.0.set_weight": draw(7, 9)})
     lora("misfits only", **layer("lora", "blocks.0.self_attn.q", (q[0] + 1, q[1])))
     lora("other names", **{f"other.{key}": tensor for key, tensor in good.items()})
-    save_file({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": draw(8, 4),
-               "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": draw(4, 8)},
-              models / "text.safetensors")
+    save_file(
+        {
+            "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": draw(8, 4),
+            "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": draw(4, 8),
+        },
+        models / "text.safetensors",
+    )
     lora("in place", **good)
     return models
 
@@ -73,8 +99,9 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
     work = tmp_path_factory.mktemp("comfyui")
     write_prompt(work / "datasets" / "positive", random_prompt(9, 4096, seed=1))
     write_prompt(work / "datasets" / "negative", random_prompt(6, 4096, seed=2))
-    with ComfyServer(work, model_paths={"diffusion_models": folder, "loras": folder,
-                                        "datasets": work / "datasets"}) as running:
+    with ComfyServer(
+        work, model_paths={"diffusion_models": folder, "loras": folder, "datasets": work / "datasets"}
+    ) as running:
         yield running
 
 
@@ -152,10 +179,16 @@ def test_a_lora_is_put_on_where_it_fits(server: ComfyServer, lora: str) -> None:
 def test_a_scheduled_lora_is_put_on_where_it_fits(server: ComfyServer, lora: str) -> None:
     def scheduled(way: str) -> Graph:
         graph = graph_of(way, "wan.safetensors")
-        graph |= {"hook": node("CreateHookLora", lora_name=f"{lora}.safetensors", strength_model=1.0,
-                               strength_clip=0.0),
-                  "hooked": node("ConditioningSetProperties", cond_NEW=["positive", 1], strength=1.0,
-                                 set_cond_area="default", hooks=["hook", 0])}
+        graph |= {
+            "hook": node("CreateHookLora", lora_name=f"{lora}.safetensors", strength_model=1.0, strength_clip=0.0),
+            "hooked": node(
+                "ConditioningSetProperties",
+                cond_NEW=["positive", 1],
+                strength=1.0,
+                set_cond_area="default",
+                hooks=["hook", 0],
+            ),
+        }
         graph["sample"]["inputs"]["positive"] = ["hooked", 0]
         return graph
 
@@ -177,19 +210,31 @@ def test_a_scheduled_lora_is_put_on_where_it_fits(server: ComfyServer, lora: str
 
 def places(server: ComfyServer) -> set[int]:
     """The processes of the workers."""
-    return {one.pid for one in psutil.Process(server.pid).children(recursive=True)
-            if any("ray::" in part for part in one.cmdline()[:1])}
+    return {
+        one.pid
+        for one in psutil.Process(server.pid).children(recursive=True)
+        if any("ray::" in part for part in one.cmdline()[:1])
+    }
 
 
-@pytest.mark.parametrize(("model", "lora", "ways", "words"), [
-    ("noise", None, WAYS, r"weights of 8 bits with scales that ComfyUI does not know"),
-    ("wan", "misfit set", WAYS, r"blocks\.1\.ffn\.0\.weight cannot be put on a weight of"),
-    ("wan", "misfits only", WAYS[:1], r"is for another model, or another size of this one: none of its 1 layers fits"),
-    ("wan", "other names", WAYS[:1], r"ComfyUI knows none of the names of its \d tensors"),
-    ("wan", "text", WAYS[:1], r"is for the text encoder only"),
-])
-def test_refuses_and_goes_on(server: ComfyServer, model: str, lora: str | None, ways: tuple[str, ...],
-                             words: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "lora", "ways", "words"),
+    [
+        ("noise", None, WAYS, r"weights of 8 bits with scales that ComfyUI does not know"),
+        ("wan", "misfit set", WAYS, r"blocks\.1\.ffn\.0\.weight cannot be put on a weight of"),
+        (
+            "wan",
+            "misfits only",
+            WAYS[:1],
+            r"is for another model, or another size of this one: none of its 1 layers fits",
+        ),
+        ("wan", "other names", WAYS[:1], r"ComfyUI knows none of the names of its \d tensors"),
+        ("wan", "text", WAYS[:1], r"is for the text encoder only"),
+    ],
+)
+def test_refuses_and_goes_on(
+    server: ComfyServer, model: str, lora: str | None, ways: tuple[str, ...], words: str
+) -> None:
     latent(server, graph_of("drop-in", "wan.safetensors"))
     before = places(server)
     assert len(before) >= 2

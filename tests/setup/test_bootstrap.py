@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from raylight.setup import bootstrap
-from raylight.setup.comfyui import ComfyUI
-from raylight.setup.environment import Environment
-from raylight.setup.report import SetupError
+from raylight.dev.setup import bootstrap
+from raylight.dev.setup.comfyui import ComfyUI
+from raylight.dev.setup.environment import Environment
+from raylight.dev.setup.report import SetupError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def as_file(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run it as a person does, by its path, with nothing of this process's own path."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COMFYUI_PATH")}
-    script = ROOT / "raylight" / "setup" / "bootstrap.py"
+    script = ROOT / "raylight" / "dev" / "setup" / "bootstrap.py"
     return subprocess.run(
         [sys.executable, str(script), *arguments], cwd=cwd, env={**clean, **environ}, capture_output=True, text=True
     )
@@ -41,9 +41,9 @@ def test_rejects_a_wrong_comfyui_path_before_it_makes_anything(tmp_path: Path) -
     assert "environment" not in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["nonsense"], ["setup", "more"], ["comfyui-path", "more"], ["--comfyui"], ["--comfyui", "0.24"],
-])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["setup", "more"], ["comfyui-path", "more"], ["--comfyui"], ["--comfyui", "0.24"]]
+)
 def test_rejects_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert bootstrap.main(arguments) == 2
     assert "COMMAND" in capsys.readouterr().err
@@ -61,8 +61,11 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[st
     runs: list[tuple[list[str], Path, dict[str, str]]] = []
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     monkeypatch.setattr(bootstrap, "set_up", lambda _: (ComfyUI(tmp_path, "here"), Environment(tmp_path / "venv")))
-    monkeypatch.setattr(bootstrap, "set_up_release", lambda checkout, release, *_: (
-        ComfyUI(tmp_path / release, "here"), Environment(tmp_path / f"venv-{release}")))
+    monkeypatch.setattr(
+        bootstrap,
+        "set_up_release",
+        lambda checkout, release, *_: (ComfyUI(tmp_path / release, "here"), Environment(tmp_path / f"venv-{release}")),
+    )
     monkeypatch.setattr(bootstrap, "run_child", lambda command, cwd, environ: runs.append((command, cwd, environ)) or 5)
     return runs
 
@@ -70,8 +73,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[st
 @pytest.mark.parametrize(
     ("arguments", "program"),
     [
-        (["demo"], ["-m", "raylight.demo"]),
-        (["demo", "--steps", "2"], ["-m", "raylight.demo", "--steps", "2"]),
+        (["demo"], ["-m", "raylight.dev.demo"]),
+        (["demo", "--steps", "2"], ["-m", "raylight.dev.demo", "--steps", "2"]),
         (["test"], ["-m", "pytest", "-q", "-m", "not slow", "tests"]),
         (["test", "--durations=5"], ["-m", "pytest", "-q", "-m", "not slow", "tests", "--durations=5"]),
         (["test", "-mslow"], ["-m", "pytest", "-q", "tests", "-mslow"]),
@@ -102,10 +105,16 @@ def test_runs_with_a_release(ready: list[tuple[list[str], Path, dict[str, str]]]
     assert environ["COMFYUI_PATH"] == str(tmp_path / "0.24")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--comfyui", "0.25", "setup"], "COMFYUI = 0.25 is no release"),
-    (["--comfyui", "0.24", "setup"], "COMFYUI = 0.24 asks for a release of ComfyUI, and COMFYUI_PATH for yours in /my"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--comfyui", "0.25", "setup"], "COMFYUI = 0.25 is no release"),
+        (
+            ["--comfyui", "0.24", "setup"],
+            "COMFYUI = 0.24 asks for a release of ComfyUI, and COMFYUI_PATH for yours in /my",
+        ),
+    ],
+)
 def test_rejects_a_release_before_it_makes_anything(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

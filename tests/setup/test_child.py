@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raylight.setup.child import run_child
+from raylight.dev.setup.child import run_child
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ sys.exit(7)
 """
 PARENT = f"""
 import os, sys
-from raylight.setup.child import run_child
+from raylight.dev.setup.child import run_child
 from pathlib import Path
 sys.exit(run_child([sys.executable, "-c", {CHILD!r}], Path.cwd(), os.environ))
 """

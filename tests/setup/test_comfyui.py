@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from raylight.host.release import MINIMUM
-from raylight.setup import comfyui
-from raylight.setup.report import SetupError
+from raylight.dev.setup import comfyui
+from raylight.dev.setup.report import SetupError
+from raylight.driver.preflight import MINIMUM
 
 FILES = {"main.py": b"", "nodes.py": b"", "comfy/ops.py": b"", "comfyui_version.py": b'__version__ = "0.30.0"\n'}
 
@@ -65,7 +65,7 @@ def test_finding_order(tmp_path: Path, checkout: Path) -> None:
 def test_found_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = make_comfyui(tmp_path / "host")
     real = tmp_path / "src" / "raylight"
-    script = Path("raylight", "setup", "bootstrap.py")
+    script = Path("raylight", "dev", "setup", "bootstrap.py")
     (real / script).parent.mkdir(parents=True)
     (real / script).touch()
     link = host / "custom_nodes" / "anything"

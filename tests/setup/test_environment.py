@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raylight.setup import environment
-from raylight.setup.environment import Environment, Requirements
-from raylight.setup.report import SetupError, run_tool
+from raylight.dev.setup import environment
+from raylight.dev.setup.environment import Environment, Requirements
+from raylight.dev.setup.report import SetupError, run_tool
 
 
 class Pretended(Environment):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raylight.setup import bootstrap, comfyui
-from raylight.setup.link import link_into
-from raylight.setup.report import SetupError
+from raylight.dev.setup import bootstrap, comfyui
+from raylight.dev.setup.link import link_into
+from raylight.dev.setup.report import SetupError
 
 
 @pytest.fixture
@@ -82,8 +82,9 @@ def test_rejects_a_foreign_raylight(host: Path, checkout: Path, tmp_path: Path, 
     assert foreign.lstat() == before and entries(host) == ["raylight"]
 
 
-def test_the_place_is_looked_at_before_anything_is_installed(host: Path, checkout: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_place_is_looked_at_before_anything_is_installed(
+    host: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (host / "custom_nodes" / "raylight").mkdir()
     monkeypatch.setattr(bootstrap.comfyui, "find", lambda *_: comfyui.ComfyUI(host, "set"))
     monkeypatch.setattr(bootstrap.environment, "create", lambda *_: pytest.fail("an environment is made"))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from raylight.setup import bootstrap, comfyui, environment, overlay
-from raylight.setup.environment import Environment
-from raylight.setup.report import SetupError
+from raylight.dev.setup import bootstrap, comfyui, environment, overlay
+from raylight.dev.setup.environment import Environment
+from raylight.dev.setup.report import SetupError
 
 
 def add_package(env: Environment, name: str, version: str) -> None:
@@ -37,8 +37,9 @@ def make_wheel(folder: Path, name: str, version: str) -> None:
 
 def version(env: Environment, name: str) -> str:
     script = f"import {name}, importlib.metadata; print({name}.version, importlib.metadata.version({name!r}))"
-    module, metadata = subprocess.run([str(env.python), "-c", script], capture_output=True, text=True,
-                                      check=True).stdout.split()
+    module, metadata = subprocess.run(
+        [str(env.python), "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert module == metadata
     return module
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import nodes as comfy_nodes
 import raylight
-from raylight.setup.environment import Environment
+from raylight.dev.setup.environment import Environment
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = Path(comfy_nodes.__file__).parent
@@ -30,15 +30,25 @@ def published() -> list[str]:
             pytest.skip("not a git checkout")
         return set(done.stdout.splitlines())
 
-    return sorted(name for name in listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore")
-                  if (ROOT / name).is_file())
+    return sorted(
+        name
+        for name in listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore")
+        if (ROOT / name).is_file()
+    )
 
 
 def test_only_what_runs_is_published() -> None:
     files = published()
     assert {name.partition("/")[0] for name in files} <= {
-        "LICENSE", "README.md", "__init__.py", "example_workflows", "nodes", "pyproject.toml", "raylight",
-        "requirements.txt"}
+        "LICENSE",
+        "README.md",
+        "__init__.py",
+        "example_workflows",
+        "nodes",
+        "pyproject.toml",
+        "raylight",
+        "requirements.txt",
+    }
     assert {"__init__.py", "nodes/__init__.py", "raylight/plans/wan.py", "requirements.txt"} <= set(files)
     assert sum((ROOT / name).stat().st_size for name in files) < LARGEST_BYTES
 
@@ -52,7 +62,7 @@ def test_what_is_published_is_complete(tmp_path: Path) -> None:
     code = (
         "from comfy.cli_args import args; args.cpu = True; import asyncio, nodes;"
         f"assert asyncio.run(nodes.load_custom_node({str(pack)!r}));"
-        "import raylight.host.driver, raylight.host.service, raylight.host.boot, raylight.plans;"
+        "import raylight.driver.api, raylight.worker.service, raylight.worker.boot, raylight.plans;"
         "assert raylight.plans.all_plans();"
         f"assert raylight.__file__.startswith({str(pack)!r}), raylight.__file__"
     )
@@ -95,8 +105,16 @@ def test_no_requirement_can_change_torch() -> None:
             if "extra ==" not in requirement and needed not in seen and _is_installed(needed):
                 waiting.add(needed)
     assert {"ray", "safetensors", "protobuf"} <= seen
-    assert not seen & {"torch", "torchvision", "torchaudio", "transformers", "diffusers", "huggingface-hub", "numpy",
-                       "triton"}
+    assert not seen & {
+        "torch",
+        "torchvision",
+        "torchaudio",
+        "transformers",
+        "diffusers",
+        "huggingface-hub",
+        "numpy",
+        "triton",
+    }
 
 
 def test_what_asks_for_torch_is_an_extra() -> None:

@@ -9,20 +9,38 @@ import pytest
 import versions
 from newest import of_the_newest
 
-from raylight.setup.comfyui import VARIABLE
+from raylight.dev.setup.comfyui import VARIABLE
 
 
 def test_names_are_those_of_package_indexes() -> None:
-    lines = ["torch==2.14.1", "  Pillow", "pydantic_settings~=2.0", "", "#non essential dependencies:", "xfuser>=0.4.5",
-             "pytest[x]>=8", "Pillow>=9"]
+    lines = [
+        "torch==2.14.1",
+        "  Pillow",
+        "pydantic_settings~=2.0",
+        "",
+        "#non essential dependencies:",
+        "xfuser>=0.4.5",
+        "pytest[x]>=8",
+        "Pillow>=9",
+    ]
     assert versions.names(lines) == ["pillow", "pydantic-settings", "pytest", "torch", "xfuser"]
 
 
 @of_the_newest
 def test_what_is_asked_for_is_recorded() -> None:
     asked = versions.asked_for(Path(os.environ[VARIABLE]))
-    assert {"torch", "torchvision", "transformers", "numpy", "ray", "safetensors", "pillow", "av", "pytest",
-            "comfyui-frontend-package"} <= {*asked}
+    assert {
+        "torch",
+        "torchvision",
+        "transformers",
+        "numpy",
+        "ray",
+        "safetensors",
+        "pillow",
+        "av",
+        "pytest",
+        "comfyui-frontend-package",
+    } <= {*asked}
     recorded = versions.recorded(versions.FILE.read_text("utf-8"))
     assert {*asked} <= {*recorded}, "run `make versions`"
 
@@ -35,4 +53,7 @@ def test_what_is_written_is_read_again() -> None:
 
 def test_only_differences_are_told() -> None:
     assert versions.differences({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "2.1", "d": "4"}) == [
-        "b 2.1, tested with 2", "c is not here, tested with 3", "d 4, tested with none"]
+        "b 2.1, tested with 2",
+        "c is not here, tested with 3",
+        "d 4, tested with none",
+    ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sharded_toy import CPU, Net, run_sharded, weights, whole
 
-from raylight.parallel.local_ranks import run_ranks, values
+from raylight.dev.local_ranks import run_ranks, values
 from raylight.sharding.fsdp import shard
 
 

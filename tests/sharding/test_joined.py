@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylight.sharding.joined import JoinedRows, JoiningRows
+from raylight.sharding.lazy_concat import JoinedRows, JoiningRows
 
 Q, K, V = (torch.arange(12.0).view(4, 3) + 100 * index for index in range(3))
 

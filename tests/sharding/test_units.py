@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from raylight.sharding.fsdp import units
 from raylight.sharding.rows import rows_of
-from raylight.sharding.units import units
 
 
 def test_a_unit_for_every_block_and_none_for_what_is_small() -> None:

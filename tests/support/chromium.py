@@ -16,7 +16,7 @@ from typing import Any
 
 import websocket
 
-from raylight.demo.comfy_process import ComfyProcess
+from raylight.dev.demo.comfy_process import ComfyProcess
 
 VARIABLE = "RAYLIGHT_TEST_BROWSER"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
@@ -54,11 +54,26 @@ class Page:
         self._log = self._profile / "browser.log"
         # Chromium does not start its sandbox for root, in whose name containers run tests. It is shown one address of
         # the loopback interface only. And a container's /dev/shm is often too small for a page.
-        command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                   "--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-sync",
-                   "--disable-component-update", "--disable-quic", "--mute-audio",
-                   f"--user-data-dir={self._profile}", "--remote-debugging-port=0", "--remote-allow-origins=*",
-                   "--no-proxy-server", "--window-size=1600,1000", "about:blank"]
+        command = [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-extensions",
+            "--disable-background-networking",
+            "--disable-sync",
+            "--disable-component-update",
+            "--disable-quic",
+            "--mute-audio",
+            f"--user-data-dir={self._profile}",
+            "--remote-debugging-port=0",
+            "--remote-allow-origins=*",
+            "--no-proxy-server",
+            "--window-size=1600,1000",
+            "about:blank",
+        ]
         self._process = ComfyProcess(command, cwd=self._profile, environ=dict(os.environ), log=self._log)
         self._socket: websocket.WebSocket | None = None
         self._session: str | None = None
@@ -94,8 +109,9 @@ class Page:
 
     def evaluate(self, expression: str, timeout: float = 300.0) -> Any:
         """The value, made JSON, of a JavaScript expression; a promise is awaited."""
-        answer = self.call("Runtime.evaluate", {
-            "expression": expression, "awaitPromise": True, "returnByValue": True}, timeout)
+        answer = self.call(
+            "Runtime.evaluate", {"expression": expression, "awaitPromise": True, "returnByValue": True}, timeout
+        )
         if "exceptionDetails" in answer:
             details = answer["exceptionDetails"]
             raise BrowserError(str(details.get("exception", {}).get("description") or details.get("text")))
@@ -149,7 +165,8 @@ class Page:
             time.sleep(_POLL)
         port, path = port_file.read_text().splitlines()[:2]
         self._socket = websocket.create_connection(
-            f"ws://127.0.0.1:{port}{path}", timeout=_START, http_no_proxy=["127.0.0.1"])
+            f"ws://127.0.0.1:{port}{path}", timeout=_START, http_no_proxy=["127.0.0.1"]
+        )
         self._session = None
         target = self.call("Target.createTarget", {"url": "about:blank"}, _START)["targetId"]
         answer = self.call("Target.attachToTarget", {"targetId": target, "flatten": True}, _START)

@@ -15,11 +15,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from raylight.demo.prompts import random_prompt
-from raylight.demo.tiny import write_checkpoint
-from raylight.host import driver
-from raylight.host.handles import RayModel
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
+from raylight.dev.demo.prompts import random_prompt
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.driver import api
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, RayModel
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,12 @@ def _image_to_video(case: ParityCase, generator: torch.Generator) -> dict[str, A
 
 
 def _references(case: ParityCase, generator: torch.Generator) -> dict[str, Any]:
-    return {"reference_latents": [torch.randn(1, 16, 10, 6, generator=generator),
-                                  torch.randn(1, 16, 7, 9, generator=generator)]}
+    return {
+        "reference_latents": [
+            torch.randn(1, 16, 10, 6, generator=generator),
+            torch.randn(1, 16, 7, 9, generator=generator),
+        ]
+    }
 
 
 EXTRAS = {"image-to-video": _image_to_video, "references": _references}
@@ -92,8 +95,9 @@ EXTRAS = {"image-to-video": _image_to_video, "references": _references}
 CASES = {
     "Wan T2V": ParityCase("wan-t2v", (1, 16, 3, 14, 18), 4096),
     "Wan T2V, batch of 2, odd size": ParityCase("wan-t2v", (2, 16, 2, 13, 11), 4096, sampler="dpmpp_2m"),
-    "Wan T2V, ancestral, masked": ParityCase("wan-t2v", (1, 16, 3, 10, 14), 4096, sampler="euler_ancestral",
-                                             masked=True),
+    "Wan T2V, ancestral, masked": ParityCase(
+        "wan-t2v", (1, 16, 3, 10, 14), 4096, sampler="euler_ancestral", masked=True
+    ),
     "Wan T2V by yunchang": ParityCase("wan-t2v", (1, 16, 3, 14, 18), 4096, heads=6, strategy="yunchang"),
     "Wan T2V, FSDP": ParityCase("wan-t2v", (1, 16, 3, 14, 18), 4096, sharding=SHARDED),
     "Flux, FSDP, offloaded, batch of 2": ParityCase("flux-schnell", (2, 16, 17, 13), 160, 96, sharding=OFFLOADED),
@@ -102,8 +106,9 @@ CASES = {
     "Flux, batch of 2, odd size": ParityCase("flux-schnell", (2, 16, 17, 13), 160, 96, sampler="heun"),
     "Flux, regional prompts": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, regions=True),
     "Flux, negative prompt of one token": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, tokens=(11, 1)),
-    "Flux, negative prompt of one token, FSDP": ParityCase("flux-schnell", (1, 16, 18, 22), 160, 96, sharding=SHARDED,
-                                                           tokens=(2, 1)),
+    "Flux, negative prompt of one token, FSDP": ParityCase(
+        "flux-schnell", (1, 16, 18, 22), 160, 96, sharding=SHARDED, tokens=(2, 1)
+    ),
     "Flux, picture and prompts of one token": ParityCase("flux-schnell", (1, 16, 2, 2), 160, 96, tokens=(1, 1)),
     "Flux with guidance": ParityCase("flux-dev", (1, 16, 18, 22), 160, 96, options={"guidance": 4.0}, heads=4),
     "Flux Kontext references": ParityCase("flux-dev", (1, 16, 12, 14), 160, 96, ("references",), {"guidance": 2.5}),
@@ -119,8 +124,9 @@ def checkpoint(folder: Path, case: ParityCase, seed: int = 0) -> Path:
 
 
 @torch.inference_mode()
-def sample_stock(path: Path, case: ParityCase, steps: int = 4, seed: int = 42,
-                 loras: Sequence[tuple[Path, float]] = ()) -> Tensor:
+def sample_stock(
+    path: Path, case: ParityCase, steps: int = 4, seed: int = 42, loras: Sequence[tuple[Path, float]] = ()
+) -> Tensor:
     """ComfyUI's own loader and sampler, in this process, on nothing of ours; with LoRA files and their strengths."""
     patcher = comfy.sd.load_diffusion_model(str(path))
     for lora, strength in loras:
@@ -136,11 +142,21 @@ def sample(patcher: ModelPatcher, case: ParityCase, steps: int = 4, seed: int = 
     samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
     noise = comfy.sample.prepare_noise(samples, seed)
     return comfy.sample.sample(
-        patcher, noise, steps, case.cfg, case.sampler, "simple", positive, negative, samples,
-        noise_mask=latent.get("noise_mask"), disable_pbar=True, seed=seed,
+        patcher,
+        noise,
+        steps,
+        case.cfg,
+        case.sampler,
+        "simple",
+        positive,
+        negative,
+        samples,
+        noise_mask=latent.get("noise_mask"),
+        disable_pbar=True,
+        seed=seed,
     )
 
 
 def sample_on_workers(model: RayModel, case: ParityCase, steps: int = 4, seed: int = 42) -> Tensor:
     """The same on workers."""
-    return sample(driver.load(model), case, steps, seed)
+    return sample(api.load(model), case, steps, seed)

@@ -26,12 +26,13 @@ from comfy_extras import (
 )
 from torch import Tensor
 
-from raylight.demo.prompts import random_prompt
+from raylight.dev.demo.prompts import random_prompt
 
 SHAPE = (1, 16, 13, 14)
 EVEN = (1, 16, 12, 14)  # ComfyUI's ControlNet of Flux takes no other
 STEPS = 4
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "uni_pc")
+
 
 class OnlyHere:
     """Of a module that workers do not have, though its name is a plain one."""
@@ -53,13 +54,13 @@ def equal_lengths(model: ModelPatcher) -> Any:
 
 
 def basic_shifted(model: ModelPatcher) -> Any:
-    model, = nodes_model_advanced.ModelSamplingFlux().patch(model, 1.15, 0.5, 256, 256)
+    (model,) = nodes_model_advanced.ModelSamplingFlux().patch(model, 1.15, 0.5, 256, 256)
     return nodes_custom_sampler.BasicGuider.execute(model, prompt(1)).result[0]
 
 
 def zero_star_rescaled(model: ModelPatcher) -> Any:
     model = nodes_cfg.CFGZeroStar.execute(model).result[0]
-    model, = nodes_model_advanced.RescaleCFG().patch(model, 0.7)
+    (model,) = nodes_model_advanced.RescaleCFG().patch(model, 0.7)
     return _cfg(model, 3.0)
 
 
@@ -75,7 +76,8 @@ def perp_neg(model: ModelPatcher) -> Any:
 def skipped_layers(model: ModelPatcher) -> Any:
     """Replaces blocks of the transformer, for a third forward of each step."""
     model = nodes_slg.SkipLayerGuidanceDiT.execute(
-        model, double_layers="0", single_layers="0", scale=2.0, start_percent=0.0, end_percent=1.0).result[0]
+        model, double_layers="0", single_layers="0", scale=2.0, start_percent=0.0, end_percent=1.0
+    ).result[0]
     return _cfg(model, 3.0)
 
 
@@ -91,16 +93,30 @@ def lazy_cache(model: ModelPatcher) -> Any:
 
 def controlled(model: ModelPatcher) -> Any:
     """A ControlNet that stays in this process and adds to every block of the model."""
-    config = {name: value for name, value in model.model.model_config.unet_config.items()
-              if name not in ("image_model", "disable_unet_model_creation", "dtype")}
+    config = {
+        name: value
+        for name, value in model.model.model_config.unet_config.items()
+        if name not in ("image_model", "disable_unet_model_creation", "dtype")
+    }
     torch.manual_seed(9)
     network = ControlNetFlux(**config, operations=comfy.ops.manual_cast, dtype=torch.float32)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     control = comfy.controlnet.ControlNet(network, extra_conds=["y", "guidance"], load_device=torch.device("cpu"))
     hint = torch.rand(1, 3, EVEN[-2] * 8, EVEN[-1] * 8)
-    prompts = [[[one[0][0], {**one[0][1], "control": control.copy().set_cond_hint(hint, 0.8, (0.0, 1.0)),
-                             "control_apply_to_uncond": False}]] for one in (prompt(1), prompt(2))]
+    prompts = [
+        [
+            [
+                one[0][0],
+                {
+                    **one[0][1],
+                    "control": control.copy().set_cond_hint(hint, 0.8, (0.0, 1.0)),
+                    "control_apply_to_uncond": False,
+                },
+            ]
+        ]
+        for one in (prompt(1), prompt(2))
+    ]
     return nodes_custom_sampler.CFGGuider.execute(model, *prompts, 3.0).result[0]
 
 
@@ -125,8 +141,16 @@ def _cfg(model: ModelPatcher, cfg: float) -> Any:
     return nodes_custom_sampler.CFGGuider.execute(model, prompt(1), prompt(2, 17), cfg).result[0]
 
 
-def sample(guider: Any, sampler: str = "euler", masked: bool = False, stays_here: bool = False, held: Any = None,
-           seed: int = 5, shape: tuple[int, ...] = SHAPE, steps: int = STEPS) -> tuple[Tensor, list[Tensor]]:
+def sample(
+    guider: Any,
+    sampler: str = "euler",
+    masked: bool = False,
+    stays_here: bool = False,
+    held: Any = None,
+    seed: int = 5,
+    shape: tuple[int, ...] = SHAPE,
+    steps: int = STEPS,
+) -> tuple[Tensor, list[Tensor]]:
     """As SamplerCustomAdvanced samples: the latent, and what each step showed. With `stays_here` the sampler holds
     something that no other process can have."""
     kind = comfy.samplers.sampler_object(sampler)
@@ -138,6 +162,14 @@ def sample(guider: Any, sampler: str = "euler", masked: bool = False, stays_here
     mask = (torch.rand(shape[0], 1, *shape[-2:], generator=generator) > 0.5).float() if masked else None
     noise = comfy.sample.prepare_noise(latent, seed)
     shown = []
-    samples = guider.sample(noise, latent, kind, sigmas, denoise_mask=mask, disable_pbar=True, seed=seed,
-                            callback=lambda step, x0, x, total: shown.append(x0.clone()))
+    samples = guider.sample(
+        noise,
+        latent,
+        kind,
+        sigmas,
+        denoise_mask=mask,
+        disable_pbar=True,
+        seed=seed,
+        callback=lambda step, x0, x, total: shown.append(x0.clone()),
+    )
     return samples, shown

@@ -89,7 +89,7 @@ class EchoService:
     def say(self, run: Run, text: str) -> None:
         logging.getLogger("raylight.echo").info("%s, softly", text)
         logging.getLogger("raylight.echo").warning("%s, from rank %d", text, self.context.rank)
-        print(text, "printed")  # noqa: T201
+        print(text, "printed")
 
     def refuse_cancel(self, run: Run) -> None:
         """Does not look whether it was cancelled."""

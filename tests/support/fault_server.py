@@ -16,11 +16,11 @@ from loras import lora_for
 from safetensors.torch import load_file, save_file
 
 from raylight.cluster.status import IDLE, STARTING
-from raylight.demo.comfy_replies import ComfyError, PromptFailed
-from raylight.demo.comfy_server import ComfyServer
-from raylight.demo.graphs import Graph, Sampling, on_workers
-from raylight.demo.prompts import random_prompt, write_prompt
-from raylight.demo.tiny import write_checkpoint
+from raylight.dev.demo.comfy_replies import ComfyError, PromptFailed
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.demo.graphs import Graph, Sampling, on_workers
+from raylight.dev.demo.prompts import random_prompt, write_prompt
+from raylight.dev.demo.tiny import write_checkpoint
 
 SUPPORT = Path(__file__).resolve().parent
 JOB = Sampling("wan.safetensors", width=112, height=80, frames=5, steps=4)
@@ -52,8 +52,12 @@ class FaultServer(ComfyServer):
     """ComfyUI with the files of `write_files`, in a folder `name` of its own."""
 
     def __init__(self, files: Path, name: str, **environ: str) -> None:
-        paths = {"diffusion_models": files / "models", "loras": files / "models", "datasets": files / "datasets",
-                 "custom_nodes": files / "packs"}
+        paths = {
+            "diffusion_models": files / "models",
+            "loras": files / "models",
+            "datasets": files / "datasets",
+            "custom_nodes": files / "packs",
+        }
         search = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
         super().__init__(files / name, model_paths=paths, environ={"PYTHONPATH": search, **environ})
 

@@ -13,21 +13,18 @@ from comfy.cli_args import args
 
 args.cpu = True  # before ComfyUI picks a device
 
-import comfy.sd  # noqa: E402
-from gguf_files import PACK  # noqa: E402
-from loaded_cases import CPU, wan_inputs  # noqa: E402
-from loras import KINDS, lora_for  # noqa: E402
-from torch import Tensor  # noqa: E402
+import comfy.sd
+from gguf_files import PACK
+from loaded_cases import CPU, wan_inputs
+from loras import KINDS, lora_for
+from torch import Tensor
 
-from raylight.host import lora  # noqa: E402
-from raylight.host.gguf import load_gguf  # noqa: E402
-from raylight.host.gguf_pack import open_pack  # noqa: E402
-from raylight.host.mapped import MappedModel  # noqa: E402
-from raylight.host.patcher import RankPatcher  # noqa: E402
-from raylight.host.sharded import shard_over  # noqa: E402
-from raylight.host.whole import whole  # noqa: E402
-from raylight.parallel.mesh import build_mesh, world_axis  # noqa: E402
-from raylight.parallel.shape import MeshShape  # noqa: E402
+from raylight.host.checkpoint import MappedModel
+from raylight.host.gguf import load_gguf, open_pack
+from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+from raylight.worker import lora
+from raylight.worker.patcher import RankPatcher, whole
+from raylight.worker.sharded_patcher import shard_over
 
 Loras = tuple[tuple[dict[str, Tensor], float], ...]
 
@@ -112,6 +109,18 @@ def _compare(rank: int, mesh: Any, path: Path, mode: str, base: Tensor, expected
     back = result(held, ())
     in_parts = result(held, loras, in_parts=True)
     deviation = base.std()
-    return Compared(*(((one - other).abs().max() / deviation).item() for one, other in (
-        (untouched, base), (both, expected), (expected, base), (changed, fresh), (removed, untouched),
-        (back, untouched), (in_parts, both))), held[2])
+    return Compared(
+        *(
+            ((one - other).abs().max() / deviation).item()
+            for one, other in (
+                (untouched, base),
+                (both, expected),
+                (expected, base),
+                (changed, fresh),
+                (removed, untouched),
+                (back, untouched),
+                (in_parts, both),
+            )
+        ),
+        held[2],
+    )

@@ -15,8 +15,15 @@ PACK = os.environ.get("GGUF_PACK") or str(Path(__file__).with_name("gguf_pack"))
 Kind = gguf.GGMLQuantizationType
 
 
-def write_gguf(source: Path, target: Path, kind: str, architecture: str, without: str = "",
-               more: dict[str, Tensor] | None = None, rest: str = "F16") -> None:
+def write_gguf(
+    source: Path,
+    target: Path,
+    kind: str,
+    architecture: str,
+    without: str = "",
+    more: dict[str, Tensor] | None = None,
+    rest: str = "F16",
+) -> None:
     """Write the tensors of a safetensors file, with the matrices of blocks quantised.
 
     As converters do, it leaves small tensors in float32, stores matrices outside of blocks in another form, `rest`, and

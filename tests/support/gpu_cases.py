@@ -18,12 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raylight.cluster.config import SessionConfig
-from raylight.demo.prompts import random_prompt
-from raylight.demo.tiny import write_checkpoint
-from raylight.host import driver
-from raylight.host.handles import RayModel, Workers
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
-from raylight.parallel.shape import MeshShape
+from raylight.dev.demo.prompts import random_prompt
+from raylight.dev.demo.tiny import write_checkpoint
+from raylight.driver import api
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe, RayModel, Workers
+from raylight.parallel.mesh import MeshShape
 
 GPUS = torch.cuda.device_count()
 WORKERS = Workers(SessionConfig(MeshShape(ulysses=max(1, GPUS)), "cuda"), "TORCH_FLASH")
@@ -51,11 +50,16 @@ def on_workers(path: Path, sharding: str, *loras: tuple[Path, float], free_memor
     """The drop-in model of a file."""
     recipes = tuple(LoraRecipe.of(str(lora), strength) for lora, strength in loras)
     workers = replace(WORKERS, free_memory_after=free_memory_after, sharding=sharding)
-    return driver.load(RayModel(workers, ModelRecipe.of(str(path), "default", sharding, recipes)))
+    return api.load(RayModel(workers, ModelRecipe.of(str(path), "default", sharding, recipes)))
 
 
-def latent(model: ModelPatcher, stays_here: bool = False, shape: tuple[int, ...] = SHAPE, steps: int = 2,
-           on_step: Callable[[int], None] = lambda _: None) -> Tensor:
+def latent(
+    model: ModelPatcher,
+    stays_here: bool = False,
+    shape: tuple[int, ...] = SHAPE,
+    steps: int = 2,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Tensor:
     """The latent that a sampler makes, float32 on the CPU. With `stays_here` the sampler holds what no other process
     can have, so that its loop stays in this one. `on_step` is called after each step with its number from 0."""
     sampler = comfy.samplers.sampler_object("euler")
@@ -65,8 +69,15 @@ def latent(model: ModelPatcher, stays_here: bool = False, shape: tuple[int, ...]
     guider: Any = nodes_custom_sampler.CFGGuider.execute(model, *prompts, 3.0).result[0]
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     start = torch.zeros(shape)
-    samples = guider.sample(comfy.sample.prepare_noise(start, 5), start, sampler, sigmas, disable_pbar=True, seed=5,
-                            callback=lambda step, *_: on_step(step))
+    samples = guider.sample(
+        comfy.sample.prepare_noise(start, 5),
+        start,
+        sampler,
+        sigmas,
+        disable_pbar=True,
+        seed=5,
+        callback=lambda step, *_: on_step(step),
+    )
     return samples.float().cpu()
 
 

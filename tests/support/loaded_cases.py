@@ -11,16 +11,15 @@ from comfy.cli_args import args
 
 args.cpu = True  # before ComfyUI picks a device
 
-import comfy.sd  # noqa: E402
-from loras import lora_for  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch import Tensor  # noqa: E402
+import comfy.sd
+from loras import lora_for
+from safetensors.torch import load_file
+from torch import Tensor
 
-from raylight.host import lora  # noqa: E402
-from raylight.host.mapped import MappedModel, load_mapped  # noqa: E402
-from raylight.host.sharded import ShardedPatcher, shard_over  # noqa: E402
-from raylight.parallel.mesh import build_mesh, world_axis  # noqa: E402
-from raylight.parallel.shape import MeshShape  # noqa: E402
+from raylight.host.checkpoint import MappedModel, load_mapped
+from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+from raylight.worker import lora
+from raylight.worker.sharded_patcher import ShardedPatcher, shard_over
 
 CPU = torch.device("cpu")
 
@@ -37,8 +36,11 @@ class Loaded:
 
 def wan_inputs() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return {"x": torch.randn(1, 16, 2, 10, 14, generator=generator), "t": torch.tensor([0.7]),
-            "c_crossattn": torch.randn(1, 11, 4096, generator=generator)}
+    return {
+        "x": torch.randn(1, 16, 2, 10, 14, generator=generator),
+        "t": torch.tensor([0.7]),
+        "c_crossattn": torch.randn(1, 11, 4096, generator=generator),
+    }
 
 
 def compare_loaded(rank: int, world: int, paths: tuple[Path, ...], offload: bool) -> list[Loaded]:
@@ -102,8 +104,12 @@ def _compare_patched(rank: int, mesh, path: Path, dtype: str, kinds: tuple[str, 
     changed = result(*held, (second, 0.3))
     removed = result(*held)
     deviation = expected.std()
-    return Patched(*(((one - other).abs().max() / deviation).item() for one, other in (
-        (both, expected), (expected, base), (changed, fresh), (removed, untouched))))
+    return Patched(
+        *(
+            ((one - other).abs().max() / deviation).item()
+            for one, other in ((both, expected), (expected, base), (changed, fresh), (removed, untouched))
+        )
+    )
 
 
 def _compare(path: str, mesh, offload: bool) -> Loaded:

@@ -8,17 +8,17 @@ import torch
 from toy import plain_kernel
 
 from raylight.attention.kernels import kernel
-from raylight.parallel.long_context import YUNCHANG, LongContextAttention
-from raylight.parallel.mesh import build_mesh
+from raylight.parallel.external_strategies import YUNCHANG, LongContextAttention
+from raylight.parallel.mesh import MeshShape, build_mesh
 from raylight.parallel.partition import offsets, partition
 from raylight.parallel.ring import HybridAttention
-from raylight.parallel.shape import MeshShape
 
 Errors = dict[str, float]
 
 
-def _errors(world: int, rank: int, tokens: int, heads: int, kv_heads: int, masked: bool, scale: float | None,
-            attentions: dict) -> Errors:
+def _errors(
+    world: int, rank: int, tokens: int, heads: int, kv_heads: int, masked: bool, scale: float | None, attentions: dict
+) -> Errors:
     generator = torch.Generator().manual_seed(7)
     q = torch.randn(2, heads, tokens, 8, generator=generator)
     k, v = (torch.randn(2, kv_heads, tokens, 8, generator=generator) for _ in range(2))
@@ -27,8 +27,10 @@ def _errors(world: int, rank: int, tokens: int, heads: int, kv_heads: int, maske
     lengths = partition(tokens, world)
     mine = slice(offsets(lengths)[rank], offsets(lengths)[rank] + lengths[rank])
     local = [t[:, :, mine].clone() for t in (q, k, v)]
-    return {name: (attention(*local, lengths, mask, scale) - expected[:, :, mine]).abs().max().item()
-            for name, attention in attentions.items()}
+    return {
+        name: (attention(*local, lengths, mask, scale) - expected[:, :, mine]).abs().max().item()
+        for name, attention in attentions.items()
+    }
 
 
 def against_yunchang(rank: int, world: int) -> dict[str, tuple[Errors, int]]:
@@ -38,15 +40,18 @@ def against_yunchang(rank: int, world: int) -> dict[str, tuple[Errors, int]]:
     ours = HybridAttention(*groups)
     theirs = LongContextAttention(YUNCHANG, *groups, ours)
     torch_kernel = kernel("TORCH")
-    attentions = {name: (lambda *call, strategy=strategy: strategy(torch_kernel, *call))
-                  for name, strategy in (("ours", ours), ("yunchang", theirs))}
+    attentions = {
+        name: (lambda *call, strategy=strategy: strategy(torch_kernel, *call))
+        for name, strategy in (("ours", ours), ("yunchang", theirs))
+    }
     results = {}
     for name, case in {
         "equal pieces": (8 * world, 2 * world, 2 * world, False, None),
         "a scale": (8 * world, world, world, False, 0.2),
         "tokens that do not divide": (8 * world + 1, world, world, False, None),
         "heads that do not divide": (8 * world, world + 1, world + 1, False, None),
-        "grouped queries": (8 * world, 2 * world, world, False, None), "a mask": (8 * world, world, world, True, None),
+        "grouped queries": (8 * world, 2 * world, world, False, None),
+        "a mask": (8 * world, world, world, True, None),
     }.items():
         theirs.calls = 0
         results[name] = _errors(world, rank, *case, attentions), theirs.calls
@@ -66,10 +71,18 @@ def against_xfuser(rank: int, world: int) -> Errors:
     usp.get_ulysses_parallel_rank = usp.get_sequence_parallel_rank = lambda: rank
     usp.get_ring_parallel_world_size = lambda: 1
     runtime_state._RUNTIME = SimpleNamespace(
-        attention_backend=AttentionBackendType.SDPA, fp8_comms=None,
+        attention_backend=AttentionBackendType.SDPA,
+        fp8_comms=None,
         runtime_config=SimpleNamespace(use_spargeattn_head_balance=False),
     )
     ours, torch_kernel = HybridAttention(ulysses, ring), kernel("TORCH")
-    return _errors(world, rank, 8 * world, 2 * world, 2 * world, False, None, {
-        "ours": lambda *call: ours(torch_kernel, *call), "xfuser": lambda q, k, v, *_: usp.USP(q, k, v),
-    })
+    return _errors(
+        world,
+        rank,
+        8 * world,
+        2 * world,
+        2 * world,
+        False,
+        None,
+        {"ours": lambda *call: ours(torch_kernel, *call), "xfuser": lambda q, k, v, *_: usp.USP(q, k, v)},
+    )

@@ -24,8 +24,13 @@ def _dora_of_columns(out: int, width: int, draw: Callable[..., Tensor]) -> dict[
 
 
 def _loha(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
-    return {"hada_w1_a": 9 * draw(out, RANK), "hada_w1_b": draw(RANK, width), "hada_w2_a": 9 * draw(out, RANK),
-            "hada_w2_b": draw(RANK, width), "alpha": torch.tensor(1.5)}
+    return {
+        "hada_w1_a": 9 * draw(out, RANK),
+        "hada_w1_b": draw(RANK, width),
+        "hada_w2_a": 9 * draw(out, RANK),
+        "hada_w2_b": draw(RANK, width),
+        "alpha": torch.tensor(1.5),
+    }
 
 
 def _lokr(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -34,8 +39,12 @@ def _lokr(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor
 
 
 def _glora(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
-    return {"a1.weight": draw(width, RANK), "a2.weight": draw(RANK, width), "b1.weight": draw(out, RANK),
-            "b2.weight": draw(RANK, width)}
+    return {
+        "a1.weight": draw(width, RANK),
+        "a2.weight": draw(RANK, width),
+        "b1.weight": draw(out, RANK),
+        "b2.weight": draw(RANK, width),
+    }
 
 
 def _oft(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -51,8 +60,17 @@ def _diff(out: int, width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor
     return {"diff": draw(out, width), "diff_b": draw(out)}
 
 
-KINDS = {"lora": _lora, "dora": _dora, "dora of columns": _dora_of_columns, "loha": _loha, "lokr": _lokr,
-         "glora": _glora, "oft": _oft, "boft": _boft, "diff": _diff}
+KINDS = {
+    "lora": _lora,
+    "dora": _dora,
+    "dora of columns": _dora_of_columns,
+    "loha": _loha,
+    "lokr": _lokr,
+    "glora": _glora,
+    "oft": _oft,
+    "boft": _boft,
+    "diff": _diff,
+}
 
 
 def lora_for(shapes: Mapping[str, Shape], kinds: Iterable[str], seed: int, size: float = 0.08) -> dict[str, Tensor]:

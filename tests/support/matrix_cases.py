@@ -15,18 +15,18 @@ from comfy.cli_args import args
 
 args.cpu = True  # before ComfyUI picks a device
 
-from raylight.attention.kernels import kernel  # noqa: E402
-from raylight.host import attention_door, attention_hook, patch_hook  # noqa: E402
-from raylight.parallel.attention import SequenceAttention  # noqa: E402
-from raylight.parallel.hooks import SequenceHooks  # noqa: E402
-from raylight.parallel.mesh import build_mesh, sequence_axis  # noqa: E402
-from raylight.parallel.ring import HybridAttention  # noqa: E402
-from raylight.parallel.shape import MeshShape  # noqa: E402
-from raylight.parallel.tokens import TokenState  # noqa: E402
-from raylight.parallel.whole import WholeTokens  # noqa: E402
-from raylight.plans import plan_for  # noqa: E402
-from raylight.zoo import families  # noqa: E402
-from raylight.zoo.family import Draw, Family  # noqa: E402
+from raylight.attention.kernels import kernel
+from raylight.dev.zoo import families
+from raylight.dev.zoo.family import Draw, Family
+from raylight.host import comfy_patches
+from raylight.parallel.full_tokens import WholeTokens
+from raylight.parallel.hooks import SequenceHooks
+from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
+from raylight.parallel.ring import HybridAttention
+from raylight.parallel.sequence_attention import SequenceAttention
+from raylight.parallel.tokens import TokenState
+from raylight.plans import plan_for
+from raylight.worker import transformer_options
 
 T = TypeVar("T")
 Calls = Mapping[str, Callable[[Draw], dict[str, Any]]]
@@ -68,8 +68,13 @@ class CountingKernel:
         return self._inner.with_lse(q, *rest)
 
 
-def compare(rank: int, world: int, names: tuple[str, ...], shapes: dict[str, MeshShape],
-            calls_of: Callable[[Family], Calls] = attrgetter("calls")) -> dict[tuple[str, str, str], Comparison]:
+def compare(
+    rank: int,
+    world: int,
+    names: tuple[str, ...],
+    shapes: dict[str, MeshShape],
+    calls_of: Callable[[Family], Calls] = attrgetter("calls"),
+) -> dict[tuple[str, str, str], Comparison]:
     """Every call of the named families on each of these meshes of `world` ranks, by family, call and mesh.
 
     Each rank builds a family once, and rank 0 computes for all what the model gives whole, before it is split.
@@ -79,16 +84,21 @@ def compare(rank: int, world: int, names: tuple[str, ...], shapes: dict[str, Mes
     for name in names:
         family = families()[name]
         model, calls = family.build(), calls_of(family)
-        untouched = [{call: _attempt(partial(_untouched, model, make)) for call, make in calls.items()}
-                     if rank == 0 else None]
+        untouched = [
+            {call: _attempt(partial(_untouched, model, make)) for call, make in calls.items()} if rank == 0 else None
+        ]
         dist.broadcast_object_list(untouched)
         for call, expected in untouched[0].items():
             for mesh_name, mesh in meshes.items():
                 # A failure is told by the test of this call; one before any exchange harms no other call.
-                found = expected if isinstance(expected, str) else _attempt(
-                    partial(_compare, model, calls[call], mesh, expected))
+                found = (
+                    expected
+                    if isinstance(expected, str)
+                    else _attempt(partial(_compare, model, calls[call], mesh, expected))
+                )
                 results[name, call, mesh_name] = (
-                    found if isinstance(found, Comparison) else Comparison(1.0, 0.0, 0, 1.0, 0, 0, found))
+                    found if isinstance(found, Comparison) else Comparison(1.0, 0.0, 0, 1.0, 0, 0, found)
+                )
     return results
 
 
@@ -123,8 +133,12 @@ def _compare(model: torch.nn.Module, make: Any, mesh: Any, expected: torch.Tenso
         parts.remove()
     counts = parts.attention.counts
     return Comparison(
-        ((actual - expected).abs().max() / expected.std()).item(), expected.std().item(), counts.exchanged,
-        counts.largest_share, max(parts.heads, default=0), of,
+        ((actual - expected).abs().max() / expected.std()).item(),
+        expected.std().item(),
+        counts.exchanged,
+        counts.largest_share,
+        max(parts.heads, default=0),
+        of,
     )
 
 
@@ -139,7 +153,7 @@ class Split:
     def options(self, options: dict[str, Any]) -> dict[str, Any]:
         """The transformer options for a call."""
         model_options = {"transformer_options": dict(options)}
-        attention_hook.install_override(model_options, self.attention, kernel("TORCH"))
+        transformer_options.install_override(model_options, self.attention, kernel("TORCH"))
         return model_options["transformer_options"]
 
     def remove(self) -> None:
@@ -153,8 +167,8 @@ def split(model: torch.nn.Module, mesh: Any) -> Split:
     tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
     plan = plan_for(model)
     hooks = SequenceHooks(model, plan, tokens, mesh["ulysses"].size())
-    attention_door.open_for(model, plan.unhooked)
-    patches = patch_hook.install(model, plan, WholeTokens(tokens))
+    comfy_patches.open_for(model, plan.unhooked)
+    patches = transformer_options.install(model, plan, WholeTokens(tokens))
     heads: list[int] = []
     exchange = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
 

@@ -10,16 +10,15 @@ from comfy.cli_args import args
 
 args.cpu = not torch.cuda.is_available()  # before ComfyUI picks a device
 
-from loras import lora_for  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
+from loras import lora_for
+from torch.distributed.tensor import DTensor
 
-from raylight.host import lora  # noqa: E402
-from raylight.host.mapped import MappedModel, load_mapped  # noqa: E402
-from raylight.host.mode import mode_of  # noqa: E402
-from raylight.host.recipe import SHARDED  # noqa: E402
-from raylight.host.sharded import ShardedPatcher, shard_over  # noqa: E402
-from raylight.parallel.mesh import build_mesh, world_axis  # noqa: E402
-from raylight.parallel.shape import MeshShape  # noqa: E402
+from raylight.host.checkpoint import MappedModel, load_mapped
+from raylight.host.recipe import SHARDED
+from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+from raylight.worker import lora
+from raylight.worker.patcher import mode_of
+from raylight.worker.sharded_patcher import ShardedPatcher, shard_over
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -56,6 +55,9 @@ def _take_turns(patcher: ShardedPatcher) -> None:
 
 
 def patches_for(mapped: MappedModel) -> dict[Any, Any]:
-    kinds = lora_for({f"diffusion_model.{name.removeprefix('diffusion_model.')}": shape
-                      for name, shape in mapped.shapes.items()}, ["lora", "lokr"], 1)
+    kinds = lora_for(
+        {f"diffusion_model.{name.removeprefix('diffusion_model.')}": shape for name, shape in mapped.shapes.items()},
+        ["lora", "lokr"],
+        1,
+    )
     return lora.fitting("lora", kinds, mapped.lora_keys, mapped.shapes)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raylight.host.release import is_older, running
-from raylight.setup.comfyui import DEFAULT_VERSION
+from raylight.dev.setup.comfyui import DEFAULT_VERSION
+from raylight.driver.preflight import is_older, running
 
-of_the_newest = pytest.mark.skipif(is_older(running(), DEFAULT_VERSION),
-                                   reason=f"this is about what ComfyUI {DEFAULT_VERSION} has")
+of_the_newest = pytest.mark.skipif(
+    is_older(running(), DEFAULT_VERSION), reason=f"this is about what ComfyUI {DEFAULT_VERSION} has"
+)

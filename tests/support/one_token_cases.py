@@ -7,14 +7,20 @@ from typing import Any
 
 from matrix_cases import Calls
 
-from raylight.zoo.family import Draw, Family
-from raylight.zoo.one_token import NAME, one_token
+from raylight.dev.zoo.family import Draw, Family
+from raylight.dev.zoo.one_token import NAME, one_token
 
 PICTURE = "picture and text of one token"
 
 # Latents of one patch, of batches as the families' first calls have them.
-_LATENTS = {"Flux Schnell": (1, 16, 2, 2), "Chroma": (1, 16, 2, 2), "Wan T2V": (1, 16, 1, 2, 2),
-            "Lumina 2": (2, 16, 2, 2), "SD3.5 Medium": (2, 16, 2, 2), "Qwen Image": (1, 16, 1, 2, 2)}
+_LATENTS = {
+    "Flux Schnell": (1, 16, 2, 2),
+    "Chroma": (1, 16, 2, 2),
+    "Wan T2V": (1, 16, 1, 2, 2),
+    "Lumina 2": (2, 16, 2, 2),
+    "SD3.5 Medium": (2, 16, 2, 2),
+    "Qwen Image": (1, 16, 1, 2, 2),
+}
 
 
 def calls_of(family: Family) -> Calls:

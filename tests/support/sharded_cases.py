@@ -12,23 +12,22 @@ from comfy.cli_args import args
 
 args.cpu = True  # before ComfyUI picks a device
 
-import comfy.lora  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.sd  # noqa: E402
-from comfy.model_base import BaseModel  # noqa: E402
-from loras import KINDS, lora_for  # noqa: E402
-from matrix_cases import copied, split  # noqa: E402
-from torch import Tensor  # noqa: E402
+import comfy.lora
+import comfy.model_patcher
+import comfy.sd
+from comfy.model_base import BaseModel
+from loras import KINDS, lora_for
+from matrix_cases import copied, split
+from torch import Tensor
 
-from raylight.host import lora  # noqa: E402
-from raylight.host.mapped import MappedModel  # noqa: E402
-from raylight.host.sharded import shard_over  # noqa: E402
-from raylight.parallel.mesh import build_mesh, world_axis  # noqa: E402
-from raylight.parallel.shape import MeshShape  # noqa: E402
-from raylight.sharding import fsdp  # noqa: E402
-from raylight.sharding.units import units  # noqa: E402
-from raylight.zoo import families  # noqa: E402
-from raylight.zoo.family import Draw  # noqa: E402
+from raylight.dev.zoo import families
+from raylight.dev.zoo.family import Draw
+from raylight.host.checkpoint import MappedModel
+from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+from raylight.sharding import fsdp
+from raylight.sharding.fsdp import units
+from raylight.worker import lora
+from raylight.worker.sharded_patcher import shard_over
 
 CPU = torch.device("cpu")
 
@@ -52,8 +51,10 @@ Case = tuple[str, bool, bool, bool]
 
 def compare_sharded(rank: int, world: int, cases: tuple[Case, ...]) -> dict[Case, Sharded]:
     """The first call of each case's family."""
-    meshes = {sequence: build_mesh(MeshShape(ulysses=world) if sequence else MeshShape(batch=world), CPU)
-              for sequence in (False, True)}
+    meshes = {
+        sequence: build_mesh(MeshShape(ulysses=world) if sequence else MeshShape(batch=world), CPU)
+        for sequence in (False, True)
+    }
     results = {}
     for case in cases:
         name, sequence, offload, patched = case

@@ -10,10 +10,10 @@ import torch
 from loras import lora_for
 from safetensors.torch import load_file, save_file
 
-from raylight.demo.comfy_server import ComfyServer
-from raylight.demo.graphs import Graph
-from raylight.demo.prompts import random_prompt, write_prompt
-from raylight.demo.tiny import write_checkpoint
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.demo.graphs import Graph
+from raylight.dev.demo.prompts import random_prompt, write_prompt
+from raylight.dev.demo.tiny import write_checkpoint
 
 SUPPORT = Path(__file__).resolve().parent
 MODEL = "wan.safetensors"

@@ -9,14 +9,13 @@ import torch
 from toy import TOY_PLAN, WIDTH, Toy, plain_kernel
 
 from raylight.attention.kernels import kernel as kernel_named
-from raylight.parallel.attention import SequenceAttention
 from raylight.parallel.collectives import all_gather, start_exchange
 from raylight.parallel.hooks import SequenceHooks
-from raylight.parallel.mesh import build_mesh, sequence_axis
+from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
 from raylight.parallel.partition import partition
 from raylight.parallel.process_group import any_rank, smallest
 from raylight.parallel.ring import HybridAttention
-from raylight.parallel.shape import MeshShape
+from raylight.parallel.sequence_attention import SequenceAttention
 from raylight.parallel.tokens import TokenState
 from raylight.parallel.ulysses import UlyssesAttention
 
@@ -66,8 +65,11 @@ CASES = {
 def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
     total = case.txt + case.img
     shapes = {
-        "keys": (case.batch, 1, 1, total), "full": (case.batch, total, total), "2d": (total, total),
-        "heads": (1, case.heads, total, total), "bool": (case.batch, 1, 1, total),
+        "keys": (case.batch, 1, 1, total),
+        "full": (case.batch, total, total),
+        "2d": (total, total),
+        "heads": (1, case.heads, total, total),
+        "bool": (case.batch, 1, 1, total),
     }
     if not case.mask:
         return None
@@ -91,8 +93,9 @@ class Counting:
         return self._kernel.with_lse(q, k, v, mask, scale)
 
 
-def split_toy(rank: int, world: int, ring: int = 1, kernel_name: str = "",
-              parts: int = 1) -> dict[str, tuple[float, int, int, int]]:
+def split_toy(
+    rank: int, world: int, ring: int = 1, kernel_name: str = "", parts: int = 1
+) -> dict[str, tuple[float, int, int, int]]:
     """For each case: the largest error in units of the output's deviation, tokens attended, calls exchanged, heads.
 
     `ring` ranks in the ring and the rest in Ulysses; `kernel_name` is the kernel, plain arithmetic where it is empty.
@@ -111,9 +114,13 @@ def split_toy(rank: int, world: int, ring: int = 1, kernel_name: str = "",
 
         wide = case.heads * WIDTH
         inputs = {
-            "txt": draw(case.batch, case.txt, wide), "img": draw(case.batch, case.img, wide),
-            "table": draw(1, case.txt + case.img, wide), "frames": draw(1, case.frames, wide),
-            "context": draw(case.batch, 6, wide), "mask": make_mask(case, generator), "scale": case.scale,
+            "txt": draw(case.batch, case.txt, wide),
+            "img": draw(case.batch, case.img, wide),
+            "table": draw(1, case.txt + case.img, wide),
+            "frames": draw(1, case.frames, wide),
+            "context": draw(case.batch, 6, wide),
+            "mask": make_mask(case, generator),
+            "scale": case.scale,
             "cross_mask": draw(case.batch, 1, case.img, 6),
         }
         copies = {key: t.clone() if torch.is_tensor(t) else t for key, t in inputs.items()}
@@ -143,7 +150,7 @@ def uneven_collectives(rank: int, world: int) -> bool:
     sizes = partition(world + 1, world)
     start = sum(sizes[:rank])
     whole = torch.arange((world + 1) * 6.0).view(2, world + 1, 3)
-    gathered = all_gather(whole[:, start:start + sizes[rank]], sizes, 1, torch.distributed.group.WORLD)
+    gathered = all_gather(whole[:, start : start + sizes[rank]], sizes, 1, torch.distributed.group.WORLD)
     assert torch.equal(gathered, whole)
 
     # Rank s sends (s + 1) * (d + 1) elements to rank d.

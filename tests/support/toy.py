@@ -33,15 +33,23 @@ class Joint(nn.Module):
         self.q = nn.Linear(heads * WIDTH, heads * WIDTH)
         self.kv = nn.Linear(heads * WIDTH, 2 * kv_heads * WIDTH)
 
-    def forward(self, txt: Tensor, img: Tensor, table: Tensor, frames: Tensor, attend: Attend,
-                mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        txt: Tensor,
+        img: Tensor,
+        table: Tensor,
+        frames: Tensor,
+        attend: Attend,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
         x = torch.cat([txt, img], dim=1) * table
         q = self.q(x).unflatten(-1, (self.heads, WIDTH)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (2 * self.kv_heads, WIDTH)).transpose(1, 2).chunk(2, dim=1)
         out = attend(q, k, v, mask, scale).transpose(1, 2).flatten(2)
         if frames.shape[1] > 1:
             frames = frames.repeat_interleave(-(-img.shape[1] // frames.shape[1]), dim=1)[:, : img.shape[1]]
-        img += out[:, txt.shape[1]:] * frames
+        img += out[:, txt.shape[1] :] * frames
         txt += out[:, : txt.shape[1]]
         return txt, img
 
@@ -60,8 +68,18 @@ class Toy(nn.Module):
         self.cross = Cross()
         self.head = nn.Linear(heads * WIDTH, 3)
 
-    def forward(self, txt: Tensor, img: Tensor, table: Tensor, frames: Tensor, context: Tensor, attend: Attend,
-                mask: Tensor | None = None, cross_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    def forward(
+        self,
+        txt: Tensor,
+        img: Tensor,
+        table: Tensor,
+        frames: Tensor,
+        context: Tensor,
+        attend: Attend,
+        mask: Tensor | None = None,
+        cross_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
         for block in self.blocks:
             txt, img = block(txt, img, table=table, frames=frames, attend=attend, mask=mask, scale=scale)
         return self.head(self.cross(img, context, attend, cross_mask))
@@ -71,9 +89,11 @@ TOY_PLAN = SequencePlan(
     model="toy.Toy",
     inputs={
         "blocks.*": {
-            "txt": Stream("txt"), "img": Stream("img"), "table": Aligned(JOINT),
+            "txt": Stream("txt"),
+            "img": Stream("img"),
+            "table": Aligned(JOINT),
             "frames": Aligned(("img",), expand=True),
-        },
+        }
     },
     attention={"blocks.*": SelfAttention(JOINT), "cross": CrossAttention(("img",))},
     outputs={"head": Gather("img")},

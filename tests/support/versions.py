@@ -28,7 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 def asked_for(comfyui: Path) -> list[str]:
     """The names of all packages that ComfyUI, Raylight and its tests ask for themselves."""
-    from raylight.setup.environment import EXTRAS, TORCH
+    from raylight.dev.setup.environment import EXTRAS, TORCH
 
     lines = [*TORCH]
     for file in (comfyui / "requirements.txt", ROOT / "requirements.txt"):
@@ -67,13 +67,16 @@ def recorded(content: str) -> dict[str, str]:
 
 def differences(tested: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
     """One line for each package that has not the version that was tested."""
-    return [f"{name} {here.get(name, 'is not here')}, tested with {tested.get(name, 'none')}"
-            for name in sorted({*tested, *here}) if tested.get(name) != here.get(name)]
+    return [
+        f"{name} {here.get(name, 'is not here')}, tested with {tested.get(name, 'none')}"
+        for name in sorted({*tested, *here})
+        if tested.get(name) != here.get(name)
+    ]
 
 
 def main() -> None:
     sys.path.append(str(ROOT))
-    from raylight.setup.comfyui import VARIABLE, ComfyUI
+    from raylight.dev.setup.comfyui import VARIABLE, ComfyUI
 
     comfyui = ComfyUI(Path(os.environ[VARIABLE]), "")
     FILE.write_text(text(installed(asked_for(comfyui.root)), comfyui.version), "utf-8")

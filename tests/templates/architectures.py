@@ -11,8 +11,8 @@ import torch
 from official_names import DIFFUSION_MODELS, UnknownFile, by_name
 from torch import Tensor
 
-from raylight.zoo import families
-from raylight.zoo.family import Family, randomize
+from raylight.dev.zoo import families
+from raylight.dev.zoo.family import Family, randomize
 
 _LIMIT = 1_200_000_000  # weights: what a small machine can hold three times as float32
 _WIDE = 200_000_000
@@ -33,8 +33,10 @@ def diffusion_model(name: str) -> dict[str, Tensor]:
     tensors = model.diffusion_model.state_dict()
     # Wide ones are kept small on disk; ComfyUI makes them float32 again.
     wide = sum(t.numel() for t in tensors.values()) > _WIDE
-    return {key: (t.to(torch.bfloat16) if wide and t.is_floating_point() and t.ndim > 1 else t).contiguous().clone()
-            for key, t in tensors.items()}
+    return {
+        key: (t.to(torch.bfloat16) if wide and t.is_floating_point() and t.ndim > 1 else t).contiguous().clone()
+        for key, t in tensors.items()
+    }
 
 
 def prefix_of_vae(name: str) -> str:

@@ -41,10 +41,16 @@ def image_encoder(name: str) -> dict[str, Tensor]:
 def style_model(name: str) -> dict[str, Tensor]:
     """Flux Redux, which is the only one that ComfyUI knows beside Stable Diffusion 1's."""
     generator = torch.Generator().manual_seed(3)
-    shapes = {"redux_up.weight": (12288, 1152), "redux_up.bias": (12288,), "redux_down.weight": (4096, 12288),
-              "redux_down.bias": (4096,)}
-    return {key: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(torch.bfloat16)
-            for key, shape in shapes.items()}
+    shapes = {
+        "redux_up.weight": (12288, 1152),
+        "redux_up.bias": (12288,),
+        "redux_down.weight": (4096, 12288),
+        "redux_down.bias": (4096,),
+    }
+    return {
+        key: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(torch.bfloat16)
+        for key, shape in shapes.items()
+    }
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -60,22 +66,43 @@ def _pieces() -> Tensor:
     """A sentencepiece model of a few hundred pieces. Words that it lacks become bytes."""
     import sentencepiece
 
-    words = ["a quick brown fox jumps over the lazy dog", "the light of the evening on a street in the rain",
-             "sphinx of black quartz, judge my vow", "0123456789 .,;:!?()[]<>\"'"]
+    words = [
+        "a quick brown fox jumps over the lazy dog",
+        "the light of the evening on a street in the rain",
+        "sphinx of black quartz, judge my vow",
+        "0123456789 .,;:!?()[]<>\"'",
+    ]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words * 4), model_writer=model, vocab_size=330, byte_fallback=True, pad_id=0, eos_id=1,
-        bos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(words * 4),
+        model_writer=model,
+        vocab_size=330,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
 
 
 def _tekken() -> Tensor:
     import base64
 
-    vocabulary = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None}
-                  for i in range(256)]
-    content = {"config": {"pattern": r"\S+|\s+", "default_vocab_size": 1256, "default_num_special_tokens": 1000,
-                          "num_vocab_tokens": 256, "version": "v3"},
-               "vocab": vocabulary, "special_tokens": [{"rank": i, "token_str": f"<SPECIAL_{i}>", "is_control": True}
-                                                       for i in range(1000)]}
+    vocabulary = [
+        {"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)
+    ]
+    content = {
+        "config": {
+            "pattern": r"\S+|\s+",
+            "default_vocab_size": 1256,
+            "default_num_special_tokens": 1000,
+            "num_vocab_tokens": 256,
+            "version": "v3",
+        },
+        "vocab": vocabulary,
+        "special_tokens": [{"rank": i, "token_str": f"<SPECIAL_{i}>", "is_control": True} for i in range(1000)],
+    }
     return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)

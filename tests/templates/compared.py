@@ -15,9 +15,9 @@ import av
 import torch
 from PIL import Image, ImageSequence
 
-from raylight.demo.comfy_replies import History
-from raylight.demo.comfy_server import ComfyServer
-from raylight.demo.graphs import Graph
+from raylight.dev.demo.comfy_replies import History
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.demo.graphs import Graph
 
 TOLERANCE = 1e-4
 PIXEL = 1 / 255
@@ -87,8 +87,12 @@ def compare(node: str, actual: list[torch.Tensor] | File, expected: list[torch.T
 
 def hold_together(outputs: Sequence[Output]) -> None:
     """Raise AssertionError where a file has not the frames of any picture that went to an encoder in the same run."""
-    given = {(len(part), part.shape[2], part.shape[1]) for node, parts in outputs if node.startswith(ENCODED)
-             for part in parts}
+    given = {
+        (len(part), part.shape[2], part.shape[1])
+        for node, parts in outputs
+        if node.startswith(ENCODED)
+        for part in parts
+    }
     # A node that is given several pictures writes each to a file of its own, or all to one.
     allowed = given | {(1, width, height) for _, width, height in given}
     for node, value in outputs:

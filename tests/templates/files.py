@@ -17,12 +17,17 @@ from official_names import UnknownFile
 from PIL import Image
 from torch import Tensor
 
-from raylight.demo.graphs import Graph
+from raylight.dev.demo.graphs import Graph
 
 # ComfyUI's folder, by the names that its loaders' inputs have.
 FOLDERS = (
-    ("unet_name", "diffusion_models"), ("ckpt_name", "checkpoints"), ("vae_name", "vae"), ("lora_name", "loras"),
-    (r"clip_name\d?", "text_encoders"), ("text_encoder", "text_encoders"), ("control_net_name", "controlnet"),
+    ("unet_name", "diffusion_models"),
+    ("ckpt_name", "checkpoints"),
+    ("vae_name", "vae"),
+    ("lora_name", "loras"),
+    (r"clip_name\d?", "text_encoders"),
+    ("text_encoder", "text_encoders"),
+    ("control_net_name", "controlnet"),
     ("style_model_name", "style_models"),
 )
 MODEL = re.compile(r"\.(safetensors|sft|ckpt|pt|pth|gguf)$")
@@ -71,8 +76,14 @@ def write_models(graph: Graph, models: Path) -> list[Path]:
 
 
 def _make(item: Asked) -> dict[str, Tensor]:
-    makers = {"diffusion_models": diffusion_model, "text_encoders": text_encoder, "vae": vae,
-              "clip_vision": image_encoder, "style_models": style_model, "checkpoints": _checkpoint}
+    makers = {
+        "diffusion_models": diffusion_model,
+        "text_encoders": text_encoder,
+        "vae": vae,
+        "clip_vision": image_encoder,
+        "style_models": style_model,
+        "checkpoints": _checkpoint,
+    }
     if item.folder not in makers:
         raise UnknownFile(f"files for {item.folder} ({item.name}) are not made here")
     return makers[item.folder](item.name)
@@ -97,8 +108,11 @@ def _lora(graph: Graph, item: Asked, shapes: dict[str, dict[str, tuple[int, ...]
     if file is None or file not in shapes:
         raise UnknownFile(f"which model the LoRA {item.name} is for is not known here")
     prefix = "" if any(name.startswith("model.diffusion_model.") for name in shapes[file]) else "diffusion_model."
-    named = {prefix + name.removeprefix("model."): shape for name, shape in shapes[file].items()
-             if "vae." not in name and "text_encoders." not in name}
+    named = {
+        prefix + name.removeprefix("model."): shape
+        for name, shape in shapes[file].items()
+        if "vae." not in name and "text_encoders." not in name
+    }
     return lora_for(named, ["lora"], sum(item.name.encode()), 0.03)
 
 

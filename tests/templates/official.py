@@ -8,11 +8,13 @@ from typing import Any
 
 from chromium import Page
 
-from raylight.demo.comfy_server import ComfyServer
-from raylight.demo.graphs import Graph
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.demo.graphs import Graph
 
-_READY = "window.app?.extensionManager && window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types" \
-         " ?? {}).length > 100"
+_READY = (
+    "window.app?.extensionManager && window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types"
+    " ?? {}).length > 100"
+)
 # The frontend asks about missing models and the like in dialogues that nobody answers: it must not wait for them.
 _CONVERT = """
 (async () => {
@@ -57,5 +59,7 @@ class Frontend:
         if not graph:
             raise ValueError("ComfyUI's frontend made nothing of this workflow")
         # A node that this ComfyUI does not have comes without a class.
-        return {node: {"class_type": entry.get("class_type", "unknown"), "inputs": entry["inputs"]}
-                for node, entry in graph.items()}
+        return {
+            node: {"class_type": entry.get("class_type", "unknown"), "inputs": entry["inputs"]}
+            for node, entry in graph.items()
+        }

@@ -35,14 +35,30 @@ _FLUX = _HEADS | {"context_in_dim": _T5, "vec_in_dim": _CLIP_L}
 _FLUX2 = _HEADS | {"axes_dim": [32, 32, 32, 32], "in_channels": 128, "out_channels": 128}
 _HUNYUAN = _HEADS | {"context_in_dim": _LLAMA, "vec_in_dim": _CLIP_L}
 _HUNYUAN_QWEN = _HEADS | {"context_in_dim": _QWEN_VL, "vec_in_dim": None}
-_CHROMA = {"hidden_size": 3072, "num_heads": 24, "axes_dim": [16, 56, 56], "context_in_dim": _T5, "depth": 1,
-           "depth_single_blocks": 1}
+_CHROMA = {
+    "hidden_size": 3072,
+    "num_heads": 24,
+    "axes_dim": [16, 56, 56],
+    "context_in_dim": _T5,
+    "depth": 1,
+    "depth_single_blocks": 1,
+}
 _Z_IMAGE = {"dim": 3840, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48], "cap_feat_dim": 2560}
 _LUMINA = {"dim": 2304, "n_heads": 24, "n_kv_heads": 8, "axes_dims": [32, 32, 32], "cap_feat_dim": 2304}
-_SD3 = {"adm_in_channels": 2048, "pos_embed_max_size": 64, "num_patches": 4096, "num_blocks": None,
-        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": _T5, "out_features": 320}}}
-_LTXV = {"in_channels": 128, "attention_head_dim": 16, "num_attention_heads": 32, "cross_attention_dim": 512,
-         "caption_channels": _T5}
+_SD3 = {
+    "adm_in_channels": 2048,
+    "pos_embed_max_size": 64,
+    "num_patches": 4096,
+    "num_blocks": None,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": _T5, "out_features": 320}},
+}
+_LTXV = {
+    "in_channels": 128,
+    "attention_head_dim": 16,
+    "num_attention_heads": 32,
+    "cross_attention_dim": 512,
+    "caption_channels": _T5,
+}
 
 # The zoo's family, and what it needs to fit the official text encoder and latent, and to be detected.
 DIFFUSION_MODELS: tuple[tuple[str, tuple[str, Mapping[str, Any]]], ...] = (
@@ -92,26 +108,50 @@ DIFFUSION_MODELS: tuple[tuple[str, tuple[str, Mapping[str, Any]]], ...] = (
 
 # Names of comfy.sd.TEModel.
 TEXT_ENCODERS = (
-    (r"umt5", "T5_XXL"), (r"old.*t5xxl|t5xxl.*old", "T5_XXL_OLD"), (r"t5_?xxl", "T5_XXL"), (r"clip_g", "CLIP_G"),
-    (r"clip_l", "CLIP_L"), (r"byt5", "BYT5_SMALL_GLYPH"), (r"t5-?base", "T5_BASE"), (r"t5gemma", "T5_GEMMA"),
-    (r"qwen_?2\.5_vl_fp16", "QWEN25_3B"), (r"qwen_?2\.5_vl", "QWEN25_7B"), (r"qwen_?3_?vl_?4b", "QWEN3VL_4B"),
-    (r"qwen_?3_?vl_?8b", "QWEN3VL_8B"), (r"qwen_?3_?vl_?32b", "QWEN3VL_32B"), (r"qwen_3_4b|qwen_4b", "QWEN3_4B"),
-    (r"qwen_3_8b", "QWEN3_8B"), (r"qwen_3_06b|qwen_0\.6b", "QWEN3_06B"), (r"qwen_1\.7b|ovis", "QWEN3_2B"),
-    (r"llava_llama3|llama_3", "LLAMA3_8"), (r"gemma_2_2b", "GEMMA_2_2B"), (r"gemma_3_12b", "GEMMA_3_12B"),
-    (r"gemma_3_4b", "GEMMA_3_4B"), (r"ministral", "MINISTRAL_3_3B"), (r"mistral", "MISTRAL3_24B"),
-    (r"jina", "JINA_CLIP_2"), (r"gpt_oss", "GPT_OSS_20B"),
+    (r"umt5", "T5_XXL"),
+    (r"old.*t5xxl|t5xxl.*old", "T5_XXL_OLD"),
+    (r"t5_?xxl", "T5_XXL"),
+    (r"clip_g", "CLIP_G"),
+    (r"clip_l", "CLIP_L"),
+    (r"byt5", "BYT5_SMALL_GLYPH"),
+    (r"t5-?base", "T5_BASE"),
+    (r"t5gemma", "T5_GEMMA"),
+    (r"qwen_?2\.5_vl_fp16", "QWEN25_3B"),
+    (r"qwen_?2\.5_vl", "QWEN25_7B"),
+    (r"qwen_?3_?vl_?4b", "QWEN3VL_4B"),
+    (r"qwen_?3_?vl_?8b", "QWEN3VL_8B"),
+    (r"qwen_?3_?vl_?32b", "QWEN3VL_32B"),
+    (r"qwen_3_4b|qwen_4b", "QWEN3_4B"),
+    (r"qwen_3_8b", "QWEN3_8B"),
+    (r"qwen_3_06b|qwen_0\.6b", "QWEN3_06B"),
+    (r"qwen_1\.7b|ovis", "QWEN3_2B"),
+    (r"llava_llama3|llama_3", "LLAMA3_8"),
+    (r"gemma_2_2b", "GEMMA_2_2B"),
+    (r"gemma_3_12b", "GEMMA_3_12B"),
+    (r"gemma_3_4b", "GEMMA_3_4B"),
+    (r"ministral", "MINISTRAL_3_3B"),
+    (r"mistral", "MISTRAL3_24B"),
+    (r"jina", "JINA_CLIP_2"),
+    (r"gpt_oss", "GPT_OSS_20B"),
 )
 # Text encoders whose files hold their tokenizer, of sentencepiece's or of Mistral's kind.
 WITH_PIECES = r"umt5|gemma|jina|t5-base"
 WITH_TEKKEN = r"mistral|ministral"
 
-_WAN_VAE = {"decoder.middle.0.residual.0.gamma": (1,), "decoder.head.0.gamma": (16,), "encoder.conv1.weight": (16, 3),
-            "decoder.head.2.weight": (3, 16)}
+_WAN_VAE = {
+    "decoder.middle.0.residual.0.gamma": (1,),
+    "decoder.head.0.gamma": (16,),
+    "encoder.conv1.weight": (16, 3),
+    "decoder.head.2.weight": (3, 16),
+}
 
 
 def _image_vae(channels: int) -> Shapes:
-    return {"decoder.conv_in.weight": (512, channels, 3, 3), "encoder.down.2.downsample.conv.weight": (1,),
-            "decoder.up.3.upsample.conv.weight": (1,)}
+    return {
+        "decoder.conv_in.weight": (512, channels, 3, 3),
+        "encoder.down.2.downsample.conv.weight": (1,),
+        "decoder.up.3.upsample.conv.weight": (1,),
+    }
 
 
 # What ComfyUI's detection looks at: names of weights, and of some their shapes.
@@ -119,21 +159,32 @@ VAES: tuple[tuple[str, Shapes], ...] = (
     (r"wan_?2\.?2", _WAN_VAE | {"decoder.upsamples.0.upsamples.0.residual.2.weight": (1,)}),
     (r"wan|qwen_image|capybara", _WAN_VAE),
     (r"hunyuanvideo15", {"decoder.conv_in.conv.weight": (1024, 32, 3, 3, 3)}),
-    (r"hunyuan_video|kandinsky", {"decoder.conv_in.conv.weight": (512, 16, 3, 3, 3),
-                                  "post_quant_conv.weight": (16, 16)}),
+    (
+        r"hunyuan_video|kandinsky",
+        {"decoder.conv_in.conv.weight": (512, 16, 3, 3, 3), "post_quant_conv.weight": (16, 16)},
+    ),
     (r"hunyuan_image", {"decoder.conv_in.weight": (1024, 64, 3, 3)}),
-    (r"flux-?2|full_encoder_small_decoder", {**_image_vae(32), "bn.running_mean": (128,),
-                                             "post_quant_conv.weight": (32, 32)}),
+    (
+        r"flux-?2|full_encoder_small_decoder",
+        {**_image_vae(32), "bn.running_mean": (128,), "post_quant_conv.weight": (32, 32)},
+    ),
     (r"^ae\b|flux|lumina|netayume|sd3", _image_vae(16)),
     (r"vae-ft-mse|sd_?xl", {**_image_vae(4), "post_quant_conv.weight": (4, 4)}),
-    (r"ltx", {"decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": (1024, 1),
-              "encoder.down_blocks.1.conv.conv.bias": (1,)}),
+    (
+        r"ltx",
+        {"decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": (1024, 1), "encoder.down_blocks.1.conv.conv.bias": (1,)},
+    ),
 )
 IMAGE_ENCODERS: tuple[tuple[str, Shapes], ...] = (
     (r"clip_vision_g", {"vision_model.encoder.layers.47.layer_norm1.weight": (1,)}),
     (r"clip_vision_h", {"vision_model.encoder.layers.30.layer_norm1.weight": (1,)}),
-    (r"sigclip|siglip", {"vision_model.encoder.layers.22.layer_norm1.weight": (1,),
-                         "vision_model.encoder.layers.0.layer_norm1.weight": (1152,),
-                         "vision_model.embeddings.position_embedding.weight": (729, 1),
-                         "vision_model.embeddings.patch_embedding.weight": (1, 1, 1, 1)}),
+    (
+        r"sigclip|siglip",
+        {
+            "vision_model.encoder.layers.22.layer_norm1.weight": (1,),
+            "vision_model.encoder.layers.0.layer_norm1.weight": (1152,),
+            "vision_model.embeddings.position_embedding.weight": (729, 1),
+            "vision_model.embeddings.patch_embedding.weight": (1, 1, 1, 1),
+        },
+    ),
 )

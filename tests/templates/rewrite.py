@@ -9,7 +9,7 @@ from typing import Any
 
 from compared import ENCODED, IMAGE, LATENT
 
-from raylight.demo.graphs import Graph
+from raylight.dev.demo.graphs import Graph
 
 SIDE, FRAMES, STEPS, MEGAPIXELS = 96, 9, 4, 0.01
 _STEPS = ("steps", "start_at_step", "end_at_step")
@@ -20,8 +20,13 @@ _PRIMITIVES = ("PrimitiveInt", "INTConstant", "PrimitiveFloat")
 def shrunk(graph: Graph, description: Mapping[str, Any]) -> Graph:
     """The prompt with small pictures, few frames and few steps, whichever of its nodes hold these numbers."""
     graph = copy.deepcopy(graph)
-    _scale(graph, _STEPS, lambda value, most: math.ceil(value * STEPS / most) if most > STEPS else value, low=1,
-           ignored=1000)
+    _scale(
+        graph,
+        _STEPS,
+        lambda value, most: math.ceil(value * STEPS / most) if most > STEPS else value,
+        low=1,
+        ignored=1000,
+    )
     _scale(graph, _SIDES, lambda value, most: max(64, round(value * SIDE / most / 32) * 32), low=64, ignored=16384)
     for entry in graph.values():
         inputs = entry["inputs"]
@@ -52,9 +57,12 @@ def _scale(graph: Graph, names: tuple[str, ...], rule: Any, *, low: int, ignored
             if isinstance(value, int) and not isinstance(value, bool):
                 places[node, key] = value
             elif isinstance(value, list):
-                places |= {(source, "value"): graph[source]["inputs"]["value"] for source in _upstream(graph, value[0])
-                           if graph[source]["class_type"] in _PRIMITIVES
-                           and isinstance(graph[source]["inputs"].get("value"), int)}
+                places |= {
+                    (source, "value"): graph[source]["inputs"]["value"]
+                    for source in _upstream(graph, value[0])
+                    if graph[source]["class_type"] in _PRIMITIVES
+                    and isinstance(graph[source]["inputs"].get("value"), int)
+                }
     numbers = [value for value in places.values() if low <= value < ignored]
     for (node, key), value in places.items():
         if low <= value < ignored:
@@ -83,35 +91,57 @@ def probed(graph: Graph, description: Mapping[str, Any], prefix: str) -> Graph:
         inputs, outputs = _inputs(info), info.get("output", ())
         name = f"{prefix}-{node.replace(':', '_')}"
         if "LATENT" in outputs and "LATENT" in inputs.values() and {"MODEL", "GUIDER"} & {*inputs.values()}:
-            graph[f"{LATENT} {node}"] = {"class_type": "TemplateProbe", "inputs": {
-                "samples": [node, outputs.index("LATENT")], "name": name}}
+            graph[f"{LATENT} {node}"] = {
+                "class_type": "TemplateProbe",
+                "inputs": {"samples": [node, outputs.index("LATENT")], "name": name},
+            }
         elif "IMAGE" in outputs and {"LATENT", "VAE"} <= {*inputs.values()}:
-            graph[f"{IMAGE} {node}"] = {"class_type": "TemplateImageProbe", "inputs": {
-                "images": [node, outputs.index("IMAGE")], "name": name}}
+            graph[f"{IMAGE} {node}"] = {
+                "class_type": "TemplateImageProbe",
+                "inputs": {"images": [node, outputs.index("IMAGE")], "name": name},
+            }
         elif info.get("output_node") or "VIDEO" in outputs:
             for key, value in entry["inputs"].items():
                 if inputs.get(key) == "IMAGE" and isinstance(value, list):
-                    graph[f"{ENCODED} {node} {key}"] = {"class_type": "TemplateImageProbe", "inputs": {
-                        "images": value, "name": f"{name}-{key}"}}
+                    graph[f"{ENCODED} {node} {key}"] = {
+                        "class_type": "TemplateImageProbe",
+                        "inputs": {"images": value, "name": f"{name}-{key}"},
+                    }
     return graph
 
 
 def _inputs(info: Mapping[str, Any]) -> dict[str, str]:
     """A node's inputs and their types, without the choices of combos."""
-    return {key: spec[0] for group in ("required", "optional")
-            for key, spec in info.get("input", {}).get(group, {}).items()
-            if isinstance(spec, (list, tuple)) and isinstance(spec[0], str)}
+    return {
+        key: spec[0]
+        for group in ("required", "optional")
+        for key, spec in info.get("input", {}).get(group, {}).items()
+        if isinstance(spec, (list, tuple)) and isinstance(spec[0], str)
+    }
 
 
 def on_workers(graph: Graph, workers: int = 2) -> Graph:
     """The prompt with its loaders of diffusion models replaced, and nothing else."""
     graph = copy.deepcopy(graph)
-    graph["ray workers"] = {"class_type": "RayInitializer", "inputs": {
-        "ray_cluster_address": "local", "ray_cluster_namespace": "default", "GPU": workers,
-        "ulysses_degree": workers, "ring_degree": 1, "cfg_degree": 1, "dp_degree": 1, "sync_ulysses": False,
-        "clear_vram_after_sampling": False, "FSDP": False, "FSDP_CPU_OFFLOAD": False, "XFuser_attention": "TORCH",
-        "skip_comm_test": False, "use_mmap": False,
-    }}
+    graph["ray workers"] = {
+        "class_type": "RayInitializer",
+        "inputs": {
+            "ray_cluster_address": "local",
+            "ray_cluster_namespace": "default",
+            "GPU": workers,
+            "ulysses_degree": workers,
+            "ring_degree": 1,
+            "cfg_degree": 1,
+            "dp_degree": 1,
+            "sync_ulysses": False,
+            "clear_vram_after_sampling": False,
+            "FSDP": False,
+            "FSDP_CPU_OFFLOAD": False,
+            "XFuser_attention": "TORCH",
+            "skip_comm_test": False,
+            "use_mmap": False,
+        },
+    }
     for node, entry in list(graph.items()):
         if entry["class_type"] == "UNETLoader":
             entry["class_type"] = "RayModelLoader"
@@ -128,5 +158,7 @@ def _parallelize(graph: Graph, loader: str) -> None:
         for key, value in entry["inputs"].items():
             if value == [loader, 0]:
                 entry["inputs"][key] = [behind, 0]
-    graph[behind] = {"class_type": "RayParallelizeModel", "inputs": {
-        "model": [loader, 0], "ray_actors_init": ["ray workers", 0]}}
+    graph[behind] = {
+        "class_type": "RayParallelizeModel",
+        "inputs": {"model": [loader, 0], "ray_actors_init": ["ray workers", 0]},
+    }

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from raylight.demo.comfy_server import ComfyServer
-from raylight.demo.graphs import Graph
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.demo.graphs import Graph
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 
-import chromium  # noqa: E402
-import official  # noqa: E402
-from compared import compare, hold_together, run  # noqa: E402
-from files import write_media, write_models  # noqa: E402
-from official_names import UnknownFile  # noqa: E402
-from rewrite import on_workers, probed, shrunk  # noqa: E402
+import chromium
+import official
+from compared import compare, hold_together, run
+from files import write_media, write_models
+from official_names import UnknownFile
+from rewrite import on_workers, probed, shrunk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -40,8 +40,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     paths = {kind: work / "models" / kind for kind in kinds}
     for path in paths.values():
         path.mkdir(parents=True)
-    with ComfyServer(work, model_paths=paths | {"custom_nodes": HERE / "packs"},
-                     extra_args=["--cpu", "--force-fp32", "--fp32-vae", "--fp32-text-enc"]) as running:
+    with ComfyServer(
+        work,
+        model_paths=paths | {"custom_nodes": HERE / "packs"},
+        extra_args=["--cpu", "--force-fp32", "--fp32-vae", "--fp32-text-enc"],
+    ) as running:
         yield running
 
 
@@ -54,8 +57,9 @@ def prompts(server: ComfyServer) -> dict[str, Graph]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_template_on_workers(name: str, server: ComfyServer, prompts: dict[str, Graph],
-                             report_parity: Callable[[str], None]) -> None:
+def test_template_on_workers(
+    name: str, server: ComfyServer, prompts: dict[str, Graph], report_parity: Callable[[str], None]
+) -> None:
     description = server.object_info()
     template = shrunk(prompts[name], description)
     strangers = {entry["class_type"] for entry in template.values()} - set(description)

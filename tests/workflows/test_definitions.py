@@ -15,11 +15,11 @@ from newest import of_the_newest
 from PIL import Image
 
 import nodes as comfy_nodes
-from raylight.workflows.__main__ import FOLDER, text
-from raylight.workflows.signatures import SIGNATURES
-from raylight.workflows.table import TEMPLATES
-from raylight.workflows.template import Mode, Template
-from raylight.workflows.thumbnail import MOST_BYTES
+from raylight.dev.workflows.__main__ import FOLDER, text
+from raylight.dev.workflows.signatures import SIGNATURES
+from raylight.dev.workflows.table import TEMPLATES
+from raylight.dev.workflows.template import Mode, Template
+from raylight.dev.workflows.thumbnail import MOST_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_FRONTEND = {"MarkdownNote"}
@@ -52,7 +52,8 @@ def test_nodes_are_as_they_are_defined(template: Template, definitions: dict[str
         types = list(definition.RETURN_TYPES)
         names = list(getattr(definition, "RETURN_NAMES", None) or types)
         assert [(output["name"], output["type"]) for output in node["outputs"]] == list(
-            zip(names, types, strict=True)), where
+            zip(names, types, strict=True)
+        ), where
 
 
 @of_the_newest
@@ -89,10 +90,18 @@ def test_links_agree_with_their_ends(template: Template) -> None:
     nodes = {node["id"]: node for node in content["nodes"]}
     links = {link[0]: link for link in content["links"]}
     assert len(links) == len(content["links"]) and content["last_link_id"] == max(links)
-    ends = {(link, node["id"], place) for node in nodes.values() for place, slot in enumerate(node["inputs"])
-            if (link := slot["link"]) is not None}
-    starts = {(link, node["id"], place) for node in nodes.values() for place, slot in enumerate(node["outputs"])
-              for link in slot["links"]}
+    ends = {
+        (link, node["id"], place)
+        for node in nodes.values()
+        for place, slot in enumerate(node["inputs"])
+        if (link := slot["link"]) is not None
+    }
+    starts = {
+        (link, node["id"], place)
+        for node in nodes.values()
+        for place, slot in enumerate(node["outputs"])
+        for link in slot["links"]
+    }
     assert ends == {(number, target, place) for number, _, _, target, place, _ in links.values()}
     assert starts == {(number, source, place) for number, source, place, *_ in links.values()}
     for _, source, start, target, place, kind in links.values():
@@ -103,24 +112,35 @@ def test_links_agree_with_their_ends(template: Template) -> None:
 @each_template
 def test_every_node_has_its_place_in_one_titled_group(template: Template) -> None:
     content = template.to_json()
-    boxes = [(node["id"], node["pos"][0], node["pos"][1] - 30, node["pos"][0] + node["size"][0],
-              node["pos"][1] + node["size"][1]) for node in content["nodes"]]
-    groups = [(group["title"], x, y, x + width, y + height) for group in content["groups"]
-              for x, y, width, height in [group["bounding"]]]
+    boxes = [
+        (
+            node["id"],
+            node["pos"][0],
+            node["pos"][1] - 30,
+            node["pos"][0] + node["size"][0],
+            node["pos"][1] + node["size"][1],
+        )
+        for node in content["nodes"]
+    ]
+    groups = [
+        (group["title"], x, y, x + width, y + height)
+        for group in content["groups"]
+        for x, y, width, height in [group["bounding"]]
+    ]
     assert all(title for title, *_ in groups)
     for _, left, top, right, bottom in boxes:
         around = [g for g in groups if g[1] <= left and g[2] <= top and right <= g[3] and bottom <= g[4]]
         assert len(around) == 1
     for kind in (boxes, groups):
         for number, (_, left, top, right, bottom) in enumerate(kind):
-            for _, left2, top2, right2, bottom2 in kind[number + 1:]:
+            for _, left2, top2, right2, bottom2 in kind[number + 1 :]:
                 assert right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top
 
 
 @each_template
 def test_the_note_tells_degrees_memory_and_files(template: Template) -> None:
     content = template.to_json()
-    note, = (node["widgets_values"][0] for node in content["nodes"] if node["type"] == "MarkdownNote")
+    (note,) = (node["widgets_values"][0] for node in content["nodes"] if node["type"] == "MarkdownNote")
     for count in (2, 4, 8):
         row = next(line for line in note.splitlines() if line.startswith(f"| {count} |"))
         assert "GiB" in row and "ulysses" in note

@@ -12,30 +12,78 @@ import comfy.ops
 import pytest
 import torch
 
-from raylight.sharding.units import units
-from raylight.workflows import models
-from raylight.workflows.models import Architecture, DiffusionFile
+from raylight.dev.workflows import models
+from raylight.dev.workflows.models import Architecture, DiffusionFile
+from raylight.sharding.fsdp import units
 
-_WAN = {"dim": 5120, "ffn_dim": 13824, "freq_dim": 256, "text_dim": 4096, "out_dim": 16, "num_heads": 40,
-        "num_layers": 40}
-_FLUX = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072,
-         "mlp_ratio": 4.0, "num_heads": 24, "axes_dim": [16, 56, 56], "qkv_bias": True, "guidance_embed": True}
+_WAN = {
+    "dim": 5120,
+    "ffn_dim": 13824,
+    "freq_dim": 256,
+    "text_dim": 4096,
+    "out_dim": 16,
+    "num_heads": 40,
+    "num_layers": 40,
+}
+_FLUX = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "axes_dim": [16, 56, 56],
+    "qkv_bias": True,
+    "guidance_embed": True,
+}
 WAN, VACE = comfy.ldm.wan.model.WanModel, comfy.ldm.wan.model.VaceWanModel
 
 # What ComfyUI detects in the published files.
 PUBLISHED: list[tuple[Architecture, Any, dict[str, Any]]] = [
     (models.WAN_14B, WAN, {"model_type": "t2v", "in_dim": 16, **_WAN}),
     (models.WAN_14B_I2V, WAN, {"model_type": "t2v", "in_dim": 36, **_WAN}),
-    (models.WAN_5B, WAN, {"model_type": "t2v", "in_dim": 48, **_WAN, "out_dim": 48, "dim": 3072, "ffn_dim": 14336,
-                          "num_heads": 24, "num_layers": 30}),
+    (
+        models.WAN_5B,
+        WAN,
+        {
+            "model_type": "t2v",
+            "in_dim": 48,
+            **_WAN,
+            "out_dim": 48,
+            "dim": 3072,
+            "ffn_dim": 14336,
+            "num_heads": 24,
+            "num_layers": 30,
+        },
+    ),
     (models.WAN_VACE, VACE, {"model_type": "vace", "in_dim": 16, "vace_layers": 8, "vace_in_dim": 96, **_WAN}),
-    (models.FLUX, comfy.ldm.flux.model.Flux,
-     {**_FLUX, "depth": 19, "depth_single_blocks": 38, "theta": 10000, "patch_size": 2, "txt_ids_dims": []}),
-    (models.QWEN_IMAGE, comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,
-     {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584}),
-    (models.HUNYUAN_VIDEO, comfy.ldm.hunyuan_video.model.HunyuanVideo,
-     {**_FLUX, "depth": 20, "depth_single_blocks": 40, "theta": 256, "patch_size": [1, 2, 2], "byt5": False,
-      "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}),
+    (
+        models.FLUX,
+        comfy.ldm.flux.model.Flux,
+        {**_FLUX, "depth": 19, "depth_single_blocks": 38, "theta": 10000, "patch_size": 2, "txt_ids_dims": []},
+    ),
+    (
+        models.QWEN_IMAGE,
+        comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,
+        {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584},
+    ),
+    (
+        models.HUNYUAN_VIDEO,
+        comfy.ldm.hunyuan_video.model.HunyuanVideo,
+        {
+            **_FLUX,
+            "depth": 20,
+            "depth_single_blocks": 40,
+            "theta": 256,
+            "patch_size": [1, 2, 2],
+            "byt5": False,
+            "meanflow": False,
+            "use_cond_type_embedding": False,
+            "vision_in_dim": None,
+            "meanflow_sum": False,
+        },
+    ),
 ]
 
 
@@ -45,7 +93,10 @@ def test_weights_are_counted_right(architecture: Architecture, kind: Any, config
     blocks = [sum(p.numel() for p in block.parameters()) for block in units(model).values()]
     weights = sum(p.numel() for p in model.parameters())
     assert (architecture.weights, architecture.largest_block, architecture.outside) == (
-        weights, max(blocks), weights - sum(blocks))
+        weights,
+        max(blocks),
+        weights - sum(blocks),
+    )
     assert architecture.heads == config.get("num_heads", config.get("num_attention_heads"))
 
 

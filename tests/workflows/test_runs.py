@@ -16,19 +16,19 @@ import pytest
 from newest import of_the_newest
 
 import nodes as comfy_nodes
-from raylight.demo.comfy_server import ComfyServer
-from raylight.demo.graphs import Graph
-from raylight.workflows.table import TEMPLATES
+from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.demo.graphs import Graph
+from raylight.dev.workflows.table import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFICIAL = ROOT / "tests" / "templates"
 sys.path.append(str(OFFICIAL))
 
-import chromium  # noqa: E402
-import official  # noqa: E402
-from compared import ENCODED, compare, hold_together, run  # noqa: E402
-from files import asked, write_media, write_models  # noqa: E402
-from rewrite import probed, shrunk  # noqa: E402
+import chromium
+import official
+from compared import ENCODED, compare, hold_together, run
+from files import asked, write_media, write_models
+from rewrite import probed, shrunk
 
 pytestmark = [of_the_newest, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -45,8 +45,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     paths = {folder: work / "models" / folder for folder in FOLDERS}
     for path in paths.values():
         path.mkdir(parents=True)
-    with ComfyServer(work, model_paths=paths | {"custom_nodes": OFFICIAL / "packs"}, extra_args=[
-            "--cpu", "--force-fp32", "--fp32-vae", "--fp32-text-enc"]) as running:
+    with ComfyServer(
+        work,
+        model_paths=paths | {"custom_nodes": OFFICIAL / "packs"},
+        extra_args=["--cpu", "--force-fp32", "--fp32-vae", "--fp32-text-enc"],
+    ) as running:
         yield running
 
 
@@ -67,8 +70,9 @@ def definitions() -> None:
 
 @pytest.mark.usefixtures("definitions")
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
-def test_what_the_frontend_makes_of_it_is_valid(template: Any, prompts: dict[str, Graph], tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_frontend_makes_of_it_is_valid(
+    template: Any, prompts: dict[str, Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = {node: {**entry} for node, entry in prompts[template.name].items()}
     notes = sum(node["type"] == "MarkdownNote" for node in template.to_json()["nodes"])
     assert len(prompt) == len(template.to_json()["nodes"]) - notes
@@ -83,8 +87,9 @@ def test_what_the_frontend_makes_of_it_is_valid(template: Any, prompts: dict[str
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_and_gives_what_stock_nodes_give(name: str, server: ComfyServer, prompts: dict[str, Graph],
-                                              report_parity: Callable[[str], None]) -> None:
+def test_runs_and_gives_what_stock_nodes_give(
+    name: str, server: ComfyServer, prompts: dict[str, Graph], report_parity: Callable[[str], None]
+) -> None:
     description = server.object_info()
     ours = shrunk(prompts[name], description)
     written = write_models(ours, server.work_dir / "models")

@@ -7,10 +7,10 @@ import pytest
 from newest import of_the_newest
 from torch import nn
 
-from raylight.host.release import running
+from raylight.dev.zoo import all_families, families
+from raylight.driver.preflight import running
 from raylight.plans import all_plans, plan_for
 from raylight.plans.exceptions import EXCEPTIONS
-from raylight.zoo import all_families, families
 
 pytestmark = pytest.mark.smoke
 KNOWN = [model.__name__ for model in comfy.supported_models.models]
@@ -22,7 +22,7 @@ LACKING = {"0.24": {"StableAudio3"}, "0.27": {"Krea2"}}
 @pytest.mark.parametrize("config", KNOWN)
 def test_tested_or_excepted(config: str) -> None:
     assert (config in TESTED) != (config in EXCEPTIONS), (
-        f"{config} is new in ComfyUI: give it a plan (raylight/plans) and a family (raylight/zoo), or list it in "
+        f"{config} is new in ComfyUI: give it a plan (raylight/plans) and a family (raylight/dev/zoo), or list it in "
         f"raylight/plans/exceptions.py with the reason"
     )
 

@@ -10,10 +10,10 @@ import pytest
 from matrix_cases import Comparison, compare
 from newest import of_the_newest
 
-from raylight.parallel.local_ranks import run_ranks, values
-from raylight.parallel.shape import MeshShape
-from raylight.zoo import families
-from raylight.zoo.table import render
+from raylight.dev.local_ranks import run_ranks, values
+from raylight.dev.zoo import families
+from raylight.dev.zoo.table import render
+from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -40,8 +40,10 @@ def ranks_of(family: str, call: str, mesh: str) -> list[Comparison]:
 
 
 @pytest.mark.timeout(1800)  # the first test of a world size waits for all of that size
-@pytest.mark.parametrize("mesh", [
-    pytest.param(mesh, marks=[pytest.mark.slow] if shape.world_size > 3 else []) for mesh, shape in MESHES.items()])
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(mesh, marks=[pytest.mark.slow] if shape.world_size > 3 else []) for mesh, shape in MESHES.items()],
+)
 @pytest.mark.parametrize(("family", "call"), CALLS)
 def test_parity(family: str, call: str, mesh: str, report_parity) -> None:
     ranks = ranks_of(family, call, mesh)

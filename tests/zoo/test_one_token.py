@@ -8,9 +8,9 @@ import pytest
 from matrix_cases import Comparison, compare
 from one_token_cases import PICTURE, calls_of
 
-from raylight.parallel.local_ranks import run_ranks, values
-from raylight.parallel.shape import MeshShape
-from raylight.zoo import families
+from raylight.dev.local_ranks import run_ranks, values
+from raylight.dev.zoo import families
+from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
 MESHES = {

@@ -7,13 +7,16 @@ import functools
 import pytest
 from sharded_cases import Case, Sharded, compare_sharded
 
-from raylight.parallel.local_ranks import run_ranks, values
-from raylight.zoo import families
+from raylight.dev.local_ranks import run_ranks, values
+from raylight.dev.zoo import families
 
 TOLERANCE = 1e-4
 FULLY = ("Wan T2V", "Flux Dev", "Qwen Image", "Hunyuan Video")
-HOW = [(world, sequence, offload) for world in (2, 3) for sequence, offload in ((False, False), (True, False),
-                                                                                (True, True))]
+HOW = [
+    (world, sequence, offload)
+    for world in (2, 3)
+    for sequence, offload in ((False, False), (True, False), (True, True))
+]
 CASES = [
     *((name, 2, True, False, False) for name in families() if name not in FULLY),
     *((name, *how, patched) for name in FULLY for how in HOW for patched in (False, True)),
@@ -28,8 +31,10 @@ def measured(world: int) -> list[dict[Case, Sharded]]:
 
 
 @pytest.mark.timeout(1800)  # the first test of a number of ranks waits for all cases on as many
-@pytest.mark.parametrize(("family", "world", "sequence", "offload", "patched"), [
-    pytest.param(*case, marks=[pytest.mark.slow] if case[1] > 2 else []) for case in CASES])
+@pytest.mark.parametrize(
+    ("family", "world", "sequence", "offload", "patched"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[1] > 2 else []) for case in CASES],
+)
 def test_sharded(family: str, world: int, sequence: bool, offload: bool, patched: bool, report_parity) -> None:
     ranks = [rank[family, sequence, offload, patched] for rank in measured(world)]
     failures = {rank.failure for rank in ranks if rank.failure}

@@ -66,6 +66,7 @@ def MeanOnWhatIsThere(m):
 
     def forward(self, x, freqs, **kwargs):
         return old(self, x, freqs, **kwargs) + x.mean(1, keepdim=True)
+
     m.add_object_patch(f"{BLOCK}.self_attn.forward", _bound(forward, a))
 
 
@@ -75,6 +76,7 @@ def CrossAttentionMean(m):
 
     def forward(self, x, context, **kwargs):
         return old(self, x, context, **kwargs) + x.mean(1, keepdim=True)
+
     m.add_object_patch(f"{BLOCK}.cross_attn.forward", _bound(forward, a))
 
 
@@ -84,6 +86,7 @@ def ChunkedFeedForward(m):
 
     def forward(x, *args):
         return torch.cat([old(one, *args) for one in x.chunk(3, 1)], 1) * -1
+
     m.add_object_patch(f"{BLOCK}.ffn.forward", forward)
 
 
@@ -102,6 +105,7 @@ def Embedding(m):
 
         def forward(self, ids):
             return self.old(ids * 0.5)
+
     m.add_object_patch("diffusion_model.rope_embedder", Scaled())
 
 
@@ -110,6 +114,7 @@ def RootForward(m):
 
     def forward(*args, **kwargs):
         return old(*args, **kwargs) * 1.2
+
     m.add_object_patch("diffusion_model.forward", forward)
 
 
@@ -123,6 +128,7 @@ def ForwardOrigInWrapper(m):
     def wrapper(apply, kwargs):
         with patch.multiple(dm, forward_orig=_bound(other, dm)):
             return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+
     m.set_model_unet_function_wrapper(wrapper)
 
 
@@ -138,6 +144,7 @@ def ClassInWrapper(m):
     def wrapper(apply, kwargs):
         with patch.object(kind, "forward", other):
             return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+
     m.set_model_unet_function_wrapper(wrapper)
 
 
@@ -151,6 +158,7 @@ def PartialInWrapper(m):
     def wrapper(apply, kwargs):
         with patch.object(module, "sinusoidal_embedding_1d", functools.partial(other, 0.5)):
             return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+
     m.set_model_unet_function_wrapper(wrapper)
 
 
@@ -168,6 +176,7 @@ def StateOnModel(m):
             del dm.their_calls
         with patch.multiple(dm, forward_orig=_bound(other, dm)):
             return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+
     m.set_model_unet_function_wrapper(wrapper)
 
 
@@ -184,6 +193,7 @@ def StateInClosure(m):
         calls += 1
         with patch.multiple(dm, forward_orig=_bound(other, dm)):
             return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+
     m.set_model_unet_function_wrapper(wrapper)
 
 
@@ -254,8 +264,9 @@ def OverrideByHead(m):
         if kwargs.get("skip_output_reshape"):
             out[:, 0] *= 1.5
         else:
-            out[..., :out.shape[-1] // heads] *= 1.5
+            out[..., : out.shape[-1] // heads] *= 1.5
         return out
+
     m.model_options["transformer_options"]["optimized_attention_override"] = override
 
 
@@ -264,6 +275,7 @@ def OverrideByToken(m):
         out = attention(q, k, v, heads, **kwargs).clone()
         (out[:, :, :7] if kwargs.get("skip_output_reshape") else out[:, :7]).mul_(1.5)
         return out
+
     m.model_options["transformer_options"]["optimized_attention_override"] = override
 
 
@@ -277,6 +289,7 @@ def Loop(m):
     def around(executor, *args, **kwargs):
         with patch.object(comfy.samplers, "cfg_function", other):
             return executor(*args, **kwargs)
+
     m.add_wrapper(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, around)
 
 
@@ -293,21 +306,52 @@ def OtherOrderInWrapper(m):
     def wrapper(apply, kwargs):
         with patch.object(dm, "blocks", blocks):
             return apply(kwargs["input"], kwargs["timestep"], **kwargs["c"])
+
     m.set_model_unet_function_wrapper(wrapper)
 
 
 def Failing(m):
     """Raises inside of a step, on every worker alike."""
+
     def forward(x, *args):
         raise RuntimeError("this node has failed")
+
     m.add_object_patch("diffusion_model.blocks.1.ffn.forward", forward)
 
 
-CHANGES = (AttentionForward, AttentionByTorch, AttentionClass, AttentionMean, MeanOnWhatIsThere, CrossAttentionMean,
-           ChunkedFeedForward, NormOverTokens, Embedding, RootForward, ForwardOrigInWrapper, ClassInWrapper,
-           PartialInWrapper, StateOnModel, StateInClosure, InPlaceClasses, InPlaceForwardOrig, InPlaceForward,
-           InPlaceBlock, InPlaceAttribute, ForwardHook, WeightInPlace, WeightData, WeightReplaced, UsesWeights,
-           OverrideByHead, OverrideByToken, Loop, ReplacedInPlace, OtherOrderInWrapper, Failing)
+CHANGES = (
+    AttentionForward,
+    AttentionByTorch,
+    AttentionClass,
+    AttentionMean,
+    MeanOnWhatIsThere,
+    CrossAttentionMean,
+    ChunkedFeedForward,
+    NormOverTokens,
+    Embedding,
+    RootForward,
+    ForwardOrigInWrapper,
+    ClassInWrapper,
+    PartialInWrapper,
+    StateOnModel,
+    StateInClosure,
+    InPlaceClasses,
+    InPlaceForwardOrig,
+    InPlaceForward,
+    InPlaceBlock,
+    InPlaceAttribute,
+    ForwardHook,
+    WeightInPlace,
+    WeightData,
+    WeightReplaced,
+    UsesWeights,
+    OverrideByHead,
+    OverrideByToken,
+    Loop,
+    ReplacedInPlace,
+    OtherOrderInWrapper,
+    Failing,
+)
 
 
 def _node(change):
@@ -315,9 +359,13 @@ def _node(change):
         model = model.clone()
         change(model)
         return (model,)
+
     types = classmethod(lambda s: {"required": {"model": ("MODEL",)}})
-    return type(change.__name__, (), {"INPUT_TYPES": types, "RETURN_TYPES": ("MODEL",), "FUNCTION": "go",
-                                      "CATEGORY": "changing", "go": go})
+    return type(
+        change.__name__,
+        (),
+        {"INPUT_TYPES": types, "RETURN_TYPES": ("MODEL",), "FUNCTION": "go", "CATEGORY": "changing", "go": go},
+    )
 
 
 NODE_CLASS_MAPPINGS = {"Changing" + change.__name__: _node(change) for change in CHANGES}

@@ -12,11 +12,17 @@ class InjectFault:
     CATEGORY = "faults"
 
     @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {
-            "model": ("MODEL",), "rank": ("INT", {"default": 1}), "what": ("STRING", {"default": "raise"}),
-            "where": ("STRING", {"default": fault_injection.AT_MODEL}), "call": ("INT", {"default": 1}),
-            "seconds": ("FLOAT", {"default": 0.0})}}
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "rank": ("INT", {"default": 1}),
+                "what": ("STRING", {"default": "raise"}),
+                "where": ("STRING", {"default": fault_injection.AT_MODEL}),
+                "call": ("INT", {"default": 1}),
+                "seconds": ("FLOAT", {"default": 0.0}),
+            }
+        }
 
     def inject(self, model, rank, what, where, call, seconds):
         fault = fault_injection.Fault(rank, what, call, seconds)
@@ -32,9 +38,9 @@ class InjectFault:
 
 @PromptServer.instance.routes.get("/faults/phases")
 async def phases(_):
-    from raylight.cluster import current
+    from raylight.cluster import active_session
 
-    session = current.peek()
+    session = active_session.peek()
     return web.json_response(session.phases if session is not None and session.alive else {})
 
 

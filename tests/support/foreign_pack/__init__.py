@@ -17,7 +17,7 @@ class ForeignSampler:
     CATEGORY = "foreign"
 
     @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
+    def INPUT_TYPES(cls):
         return {"required": {}}
 
     def make(self):
@@ -44,7 +44,7 @@ class ForeignPatch:
     CATEGORY = "foreign"
 
     @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
+    def INPUT_TYPES(cls):
         return {"required": {"model": ("MODEL",), "secret": ("BOOLEAN", {"default": False})}}
 
     def patch(self, model, secret):
@@ -68,7 +68,7 @@ class ForeignLoader:
     CATEGORY = "foreign"
 
     @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
+    def INPUT_TYPES(cls):
         return {"required": {"unet_name": (folder_paths.get_filename_list("diffusion_models"),)}}
 
     def load(self, unet_name):
@@ -82,7 +82,7 @@ class ForeignWeight:
     CATEGORY = "foreign"
 
     @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
+    def INPUT_TYPES(cls):
         return {"required": {"model": ("MODEL",)}}
 
     def change(self, model):
@@ -90,6 +90,10 @@ class ForeignWeight:
         return (model.clone(),)
 
 
-NODE_CLASS_MAPPINGS = {"ForeignSampler": ForeignSampler, "ForeignPatch": ForeignPatch, "ForeignLoader": ForeignLoader,
-                       "ForeignWeight": ForeignWeight}
+NODE_CLASS_MAPPINGS = {
+    "ForeignSampler": ForeignSampler,
+    "ForeignPatch": ForeignPatch,
+    "ForeignLoader": ForeignLoader,
+    "ForeignWeight": ForeignWeight,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {"ForeignPatch": "Foreign Patch"}

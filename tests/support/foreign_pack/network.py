@@ -12,7 +12,7 @@ class Scaled:
         network = torch.nn.Linear(width, width)
         self.patcher = ModelPatcher(network.requires_grad_(False), torch.device("cpu"), torch.device("cpu"))
 
-    def models(self) :
+    def models(self):
         return [self.patcher]
 
     def to(self, _):

@@ -61,8 +61,9 @@ class GGMLLayer(torch.nn.Module):
 
     def unpacked(self, like):
         bias = getattr(self, "bias", None)
-        return tuple(self.get_weight(None if one is None else one.to(like.device), like.dtype)
-                     for one in (self.weight, bias))
+        return tuple(
+            self.get_weight(None if one is None else one.to(like.device), like.dtype) for one in (self.weight, bias)
+        )
 
     def forward_comfy_cast_weights(self, value, *args, **kwargs):
         if self.is_ggml_quantized():

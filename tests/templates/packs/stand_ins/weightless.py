@@ -59,8 +59,9 @@ def _detect_text_encoders() -> None:
 def _narrow_text_encoders() -> None:
     made = comfy.sd1_clip.SDClipModel.__init__
 
-    def __init__(self: Any, *args: Any, model_class: Any = comfy.sd1_clip.comfy.clip_model.CLIPTextModel,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self: Any, *args: Any, model_class: Any = comfy.sd1_clip.comfy.clip_model.CLIPTextModel, **kwargs: Any
+    ) -> None:
         def narrow_class(config: dict[str, Any], dtype: Any, device: Any, operations: Any) -> Any:
             transformer = _first(model_class, _narrower(config), dtype, device, operations)
             fill(transformer)

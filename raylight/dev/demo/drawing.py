@@ -1,0 +1,44 @@
+"""The demo's graphs: a picture of what a prompt says, by stock nodes alone and on workers in both ways."""
+
+from __future__ import annotations
+
+from . import graphs
+from .graphs import Graph, Sampling
+
+Job = Sampling
+
+
+def stock(job: Job, text: str, vae: str, prefix: str) -> Graph:
+    """UNETLoader and KSampler (Advanced), nothing of Raylight."""
+    return _from_text(graphs.stock(job, prefix), text, vae, prefix)
+
+
+def sampler_node(job: Job, text: str, vae: str, prefix: str, workers: int) -> Graph:
+    """Ray Initializer, Load Diffusion Model (Ray) and XFuser KSampler (Advanced)."""
+    return _from_text(graphs.on_workers(job, workers, prefix), text, vae, prefix)
+
+
+def drop_in(job: Job, text: str, vae: str, prefix: str, workers: int) -> Graph:
+    """The stock graph with Load Diffusion Model as MODEL (Ray) in the place of its loader."""
+    graph = stock(job, text, vae, prefix)
+    graph["workers"] = graphs.on_workers(job, workers)["workers"]
+    graph["model"] = {
+        "class_type": "RayModelLoader",
+        "inputs": graph["model"]["inputs"] | {"ray_actors_init": ["workers", 0]},
+    }
+    return graph
+
+
+def _from_text(graph: Graph, text: str, vae: str, prefix: str) -> Graph:
+    """The graph with its stored conditioning replaced by text, and its latent decoded and saved as a picture too."""
+    sample = graph["sample"]
+    inputs = sample["inputs"] | {"positive": ["positive", 0], "negative": ["negative", 0]}
+    return graph | {
+        "clip": {"class_type": "RaylightDemoWords", "inputs": {}},
+        "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["clip", 0], "text": text}},
+        "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["clip", 0], "text": ""}},
+        "sample": sample | {"inputs": inputs},
+        "vae": {"class_type": "VAELoader", "inputs": {"vae_name": vae}},
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["vae", 0]}},
+        "picture": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": prefix}},
+    }

@@ -1,0 +1,100 @@
+"""Graphs in ComfyUI's API format: the same picture once by stock nodes and once by workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Graph = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What both graphs have in common. `prompts` names the stored conditioning; sizes are in pixels and frames."""
+
+    model: str
+    positive: str = "positive"
+    negative: str = "negative"
+    width: int = 176
+    height: int = 144
+    frames: int = 9
+    batch: int = 1
+    seed: int = 7
+    steps: int = 6
+    cfg: float = 4.0
+    sampler: str = "euler"
+    scheduler: str = "simple"
+    image: bool = False
+
+    def latent(self) -> dict[str, Any]:
+        if self.image:
+            return {
+                "class_type": "EmptySD3LatentImage",
+                "inputs": {"width": self.width, "height": self.height, "batch_size": self.batch},
+            }
+        return {
+            "class_type": "EmptyHunyuanLatentVideo",
+            "inputs": {"width": self.width, "height": self.height, "length": self.frames, "batch_size": self.batch},
+        }
+
+
+def stock(job: Sampling, prefix: str = "stock") -> Graph:
+    """UNETLoader and KSampler (Advanced), nothing of Raylight."""
+    return _common(job, prefix) | {
+        "model": {"class_type": "UNETLoader", "inputs": {"unet_name": job.model, "weight_dtype": "default"}},
+        "sample": {"class_type": "KSamplerAdvanced", "inputs": _sampler(job) | {"model": ["model", 0]}},
+    }
+
+
+def on_workers(job: Sampling, workers: int, prefix: str = "raylight", **initializer: Any) -> Graph:
+    """The same on `workers` workers; further arguments replace inputs of the Ray initializer."""
+    settings = {
+        "ray_cluster_address": "local",
+        "ray_cluster_namespace": "default",
+        "GPU": workers,
+        "ulysses_degree": workers,
+        "ring_degree": 1,
+        "cfg_degree": 1,
+        "dp_degree": 1,
+        "sync_ulysses": False,
+        "clear_vram_after_sampling": False,
+        "FSDP": False,
+        "FSDP_CPU_OFFLOAD": False,
+        "XFuser_attention": "TORCH_FLASH",
+        "skip_comm_test": False,
+        "use_mmap": False,
+    }
+    return _common(job, prefix) | {
+        "workers": {"class_type": "RayInitializer", "inputs": settings | initializer},
+        "model": {
+            "class_type": "RayUNETLoader",
+            "inputs": {"unet_name": job.model, "weight_dtype": "default", "ray_actors_init": ["workers", 0]},
+        },
+        "sample": {"class_type": "XFuserKSamplerAdvanced", "inputs": _sampler(job) | {"ray_actors": ["model", 0]}},
+    }
+
+
+def _sampler(job: Sampling) -> dict[str, Any]:
+    return {
+        "add_noise": "enable",
+        "noise_seed": job.seed,
+        "steps": job.steps,
+        "cfg": job.cfg,
+        "sampler_name": job.sampler,
+        "scheduler": job.scheduler,
+        "positive": ["positive", 1],
+        "negative": ["negative", 1],
+        "latent_image": ["latent", 0],
+        "start_at_step": 0,
+        "end_at_step": 10000,
+        "return_with_leftover_noise": "disable",
+    }
+
+
+def _common(job: Sampling, prefix: str) -> Graph:
+    return {
+        "positive": {"class_type": "LoadTrainingDataset", "inputs": {"folder_name": job.positive}},
+        "negative": {"class_type": "LoadTrainingDataset", "inputs": {"folder_name": job.negative}},
+        "latent": job.latent(),
+        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": prefix}},
+    }

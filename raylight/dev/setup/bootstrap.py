@@ -1,0 +1,175 @@
+"""Set Raylight up from a fresh clone, and run its demo or its tests. Needs nothing but Python 3.10 or later.
+
+    python3 raylight/dev/setup/bootstrap.py [--comfyui RELEASE] COMMAND [arguments]
+
+    setup           set up: a ComfyUI, an environment in .venv, a link in that ComfyUI's custom_nodes
+    demo [...]      set up, then run the demo with these arguments
+    test [...]      set up, then run pytest with these arguments, without the tests marked slow unless one of the
+                    arguments chooses tests: a path inside tests/, -k, -m, --last-failed
+    test-all [...]  the same with the tests marked slow
+    smoke [...]     set up, then run the few tests that say whether a release of ComfyUI works at all
+    test-gpu [...]  set up, then run the tests that need GPUs, on all that PyTorch sees
+    lint [...]      set up, then run ruff check with these arguments
+    workflows       set up, then write the templates in example_workflows
+    versions        set up, then write the versions of what is installed to tests/versions.txt
+    comfyui-path    print which ComfyUI is used
+
+ComfyUI is $COMFYUI_PATH, or the one whose custom_nodes/ holds this checkout, or a copy that is downloaded. With
+--comfyui 0.24 (0.27, 0.30) it is a copy of that release, and what that needs in other versions than .venv has them
+goes into .venv-0.24.
+A second run finds everything in place and does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # Run as a file: Python has put this directory on the path, where the checkout's root is needed.
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+from raylight.dev.setup import comfyui, environment, overlay
+from raylight.dev.setup.child import run_child
+from raylight.dev.setup.link import check_place, link_into
+from raylight.dev.setup.report import SetupError, say
+from raylight.driver.preflight import MINIMUM
+
+MINIMUM_PYTHON = (3, 10)
+COMMANDS = {
+    "setup": None,
+    "demo": ["-m", "raylight.dev.demo"],
+    "test": ["-m", "pytest", "-q"],
+    "test-all": ["-m", "pytest", "-q"],
+    "smoke": ["-m", "pytest", "-q", "-m", "smoke"],
+    "test-gpu": ["-m", "pytest", "-q", "-rs", "tests/gpu"],
+    "lint": ["-m", "ruff", "check"],
+    "workflows": ["-m", "raylight.dev.workflows"],
+    "versions": ["tests/support/versions.py"],
+}
+
+TESTS = ("test", "test-all", "smoke")
+CHOICES = ("-k", "-m", "--lf", "--last-failed")
+"""Options by which a person chooses tests, so that nothing else may leave any out."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command, as the module's text tells. Returns the exit code."""
+    release = ""
+    if arguments[:1] == ["--comfyui"]:
+        release, arguments = "".join(arguments[1:2]), arguments[2:]
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    if command not in (*COMMANDS, "comfyui-path") or (rest and command in ("setup", "comfyui-path")):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        check_python(sys.version_info[:2])
+        if release:
+            check_release(release, os.environ)
+        checkouts = comfyui.checkout_paths(__file__, os.environ)
+        if command == "comfyui-path":
+            print(found_comfyui(checkouts).root)
+            return 0
+        host, env = set_up(checkouts)
+        if release:
+            host, env = set_up_release(checkouts[0], release, host, env)
+    except SetupError as error:
+        print(f"\nraylight: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nraylight: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    program = COMMANDS[command]
+    if program is None:
+        return 0
+    if command in TESTS:
+        named = any(names_tests(argument, checkouts[0]) for argument in rest)
+        if command == "test" and not named and not any(argument.startswith(CHOICES) for argument in rest):
+            say("tests marked slow are left out: `make test-all` runs them too")
+            program = [*program, "-m", "not slow"]
+        if not named:
+            # Always a path inside tests/: it is by this that pytest finds its configuration there.
+            program = [*program, "tests"]
+    variables = {**os.environ, comfyui.VARIABLE: str(host.root)}
+    return run_child([str(env.python), *program, *rest], cwd=checkouts[0], environ=variables)
+
+
+def check_python(version: tuple[int, ...]) -> None:
+    if version < MINIMUM_PYTHON:
+        have, need = (".".join(map(str, numbers)) for numbers in (version, MINIMUM_PYTHON))
+        raise SetupError(f"this is Python {have}, but {need} or later is needed. Run it with such a Python.")
+
+
+def check_release(release: str, environ: Mapping[str, str]) -> None:
+    comfyui.pinned(release)
+    if environ.get(comfyui.VARIABLE):
+        raise SetupError(
+            f"COMFYUI = {release} asks for a release of ComfyUI, and {comfyui.VARIABLE} for yours in "
+            f"{environ[comfyui.VARIABLE]}: unset one of them."
+        )
+
+
+def names_tests(argument: str, checkout: Path) -> bool:
+    """Whether an argument of pytest is a part of tests/, such as tests/setup or tests/setup/test_link.py::test_it."""
+    path = os.path.realpath(checkout / argument.split("::")[0])
+    return os.path.exists(path) and checkout / "tests" in Path(path).parents
+
+
+def found_comfyui(checkouts: list[Path]) -> comfyui.ComfyUI:
+    found = comfyui.find(checkouts, os.environ)
+    if found is None:
+        raise SetupError(f"there is no ComfyUI yet. Run the command setup, or set {comfyui.VARIABLE} to one of yours.")
+    return found
+
+
+def set_up(checkouts: list[Path]) -> tuple[comfyui.ComfyUI, environment.Environment]:
+    """Bring all that the demo and the tests need into place. Cheap when it already is."""
+    checkout = checkouts[0]
+    say(f"Python {'.'.join(map(str, sys.version_info[:3]))}")
+    host = comfyui.find(checkouts, os.environ)  # before the minutes that pip takes: COMFYUI_PATH may be wrong
+    if host is not None:
+        check_place(host.root, checkout)  # likewise
+    env = environment.Environment(checkout / ".venv")
+    environment.create(env)
+    host = host or comfyui.fetch(checkout, env.python)
+    note = "" if host.is_supported else f", older than {MINIMUM}, which Raylight is made for"
+    say(f"ComfyUI {host.version} {host.origin}: {host.root}{note}")
+    changed = environment.install(env, environment.requirements(env, checkout, host.root))
+    say(f"the environment {env.root} is {'complete now' if changed else 'up to date'}")
+    link(host, checkout)
+    return host, env
+
+
+def set_up_release(
+    checkout: Path, release: str, host: comfyui.ComfyUI, env: environment.Environment
+) -> tuple[comfyui.ComfyUI, environment.Environment]:
+    """The same for a copy of that release, with an environment over `env`, where `host` is not that copy already."""
+    version = comfyui.pinned(release)
+    root = comfyui.cached_root(checkout, version)
+    if root == host.root:
+        return host, env
+    if comfyui.looks_like_comfyui(root):
+        copy = comfyui.ComfyUI(root, "unpacked here")
+    else:
+        copy = comfyui.fetch(checkout, env.python, version)
+    say(f"ComfyUI {copy.version} {copy.origin}: {copy.root}")
+    over = overlay.create_over(env, overlay.overlay_root(checkout, version))
+    what = f"what ComfyUI {version} wants in other versions (0.5 GB, less than a minute)"
+    changed = environment.install(over, overlay.requirements_over(env, copy.root), what)
+    say(f"the environment {over.root} is {'complete now' if changed else 'up to date'}")
+    link(copy, checkout)
+    return copy, over
+
+
+def link(host: comfyui.ComfyUI, checkout: Path) -> None:
+    entry, made = link_into(host.root, checkout)
+    say(f"this checkout is {'now ' if made else ''}among ComfyUI's custom nodes: {entry}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

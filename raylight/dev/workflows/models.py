@@ -1,0 +1,144 @@
+"""The model files of the templates: names, folders and download pages as ComfyUI's own templates have them, and for
+diffusion models how many weights there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_HUB = "https://huggingface.co/"
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """`weights` counts the parameters of ComfyUI's class for it, `largest_block` those of the largest block, which FSDP
+    gathers at once, and `outside` those of no block; `heads` is the most that ulysses_degree can be."""
+
+    name: str
+    weights: int
+    largest_block: int
+    outside: int
+    heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A file of a repository, and the folder of ComfyUI that it goes to. The frontend offers to download it."""
+
+    name: str
+    directory: str
+    repository: str
+    path: str
+
+    @property
+    def url(self) -> str:
+        return f"{_HUB}{self.repository}/resolve/main/{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionFile(ModelFile):
+    """`dtype` is that of its matrices, of `bytes` for each weight."""
+
+    architecture: Architecture
+    dtype: str
+    bytes: int
+
+    @property
+    def whole_gib(self) -> float:
+        """What all its weights take."""
+        return self._gib(self.architecture.weights)
+
+    @property
+    def gathered_gib(self) -> float:
+        """What FSDP has gathered at most: a block, and the next one."""
+        return 2 * self._gib(self.architecture.largest_block)
+
+    @property
+    def offloaded_gib(self) -> float:
+        """What each worker's GPU holds with the parts in system memory: two blocks, and what lies outside of blocks."""
+        return self.gathered_gib + self._gib(self.architecture.outside)
+
+    def _gib(self, weights: int) -> float:
+        return weights * self.bytes / GIB
+
+
+WAN_14B = Architecture("Wan 14B", 14_288_491_584, 351_394_304, 232_719_424, 40)
+WAN_14B_I2V = Architecture("Wan 2.2 14B I2V", 14_288_901_184, 351_394_304, 233_129_024, 40)
+WAN_5B = Architecture("Wan 2.2 5B", 4_999_787_712, 163_656_704, 90_086_592, 24)
+WAN_VACE = Architecture("Wan VACE 14B", 17_337_592_896, 403_833_344, 234_690_624, 40)
+FLUX = Architecture("Flux.1", 11_901_408_320, 339_831_296, 64_124_992, 24)
+QWEN_IMAGE = Architecture("Qwen-Image", 20_430_401_088, 339_831_296, 40_523_328, 24)
+HUNYUAN_VIDEO = Architecture("Hunyuan Video", 12_821_012_544, 339_831_296, 96_380_992, 24)
+
+_WAN21, _WAN22 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
+_QWEN, _QWEN_EDIT = "Comfy-Org/Qwen-Image_ComfyUI", "Comfy-Org/Qwen-Image-Edit_ComfyUI"
+_HUNYUAN = "Comfy-Org/HunyuanVideo_repackaged"
+_FLUX_TEXT = "comfyanonymous/flux_text_encoders"
+
+
+def _split(directory: str, repository: str, name: str) -> ModelFile:
+    return ModelFile(name, directory, repository, f"split_files/{directory}/{name}")
+
+
+def _diffusion(repository: str, name: str, architecture: Architecture, dtype: str) -> DiffusionFile:
+    return DiffusionFile(
+        name,
+        "diffusion_models",
+        repository,
+        f"split_files/diffusion_models/{name}",
+        architecture,
+        dtype,
+        1 if "8" in dtype else 2,
+    )
+
+
+WAN21_T2V = _diffusion(_WAN21, "wan2.1_t2v_14B_fp8_scaled.safetensors", WAN_14B, "fp8")
+WAN21_T2V_BF16 = _diffusion(_WAN21, "wan2.1_t2v_14B_bf16.safetensors", WAN_14B, "bf16")
+VACE = _diffusion(_WAN21, "wan2.1_vace_14B_fp16.safetensors", WAN_VACE, "fp16")
+WAN22_T2V = tuple(
+    _diffusion(_WAN22, f"wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors", WAN_14B, "fp8")
+    for noise in ("high", "low")
+)
+WAN22_I2V = tuple(
+    _diffusion(_WAN22, f"wan2.2_i2v_{noise}_noise_14B_fp8_scaled.safetensors", WAN_14B_I2V, "fp8")
+    for noise in ("high", "low")
+)
+WAN22_TI2V = _diffusion(_WAN22, "wan2.2_ti2v_5B_fp16.safetensors", WAN_5B, "fp16")
+FLUX_DEV = DiffusionFile(
+    "flux1-dev.safetensors", "diffusion_models", "Comfy-Org/flux1-dev", "flux1-dev.safetensors", FLUX, "bf16", 2
+)
+FLUX_KONTEXT = _diffusion(
+    "Comfy-Org/flux1-kontext-dev_ComfyUI", "flux1-dev-kontext_fp8_scaled.safetensors", FLUX, "fp8"
+)
+QWEN = _diffusion(_QWEN, "qwen_image_fp8_e4m3fn.safetensors", QWEN_IMAGE, "fp8")
+QWEN_EDIT = _diffusion(_QWEN_EDIT, "qwen_image_edit_2509_fp8_e4m3fn.safetensors", QWEN_IMAGE, "fp8")
+HUNYUAN = _diffusion(_HUNYUAN, "hunyuan_video_t2v_720p_bf16.safetensors", HUNYUAN_VIDEO, "bf16")
+
+UMT5 = _split("text_encoders", _WAN21, "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+CLIP_L = ModelFile("clip_l.safetensors", "text_encoders", _FLUX_TEXT, "clip_l.safetensors")
+T5 = ModelFile("t5xxl_fp16.safetensors", "text_encoders", _FLUX_TEXT, "t5xxl_fp16.safetensors")
+T5_FP8 = ModelFile(
+    "t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders", _FLUX_TEXT, "t5xxl_fp8_e4m3fn_scaled.safetensors"
+)
+QWEN_VL = _split("text_encoders", _QWEN, "qwen_2.5_vl_7b_fp8_scaled.safetensors")
+LLAVA = _split("text_encoders", _HUNYUAN, "llava_llama3_fp8_scaled.safetensors")
+
+WAN21_VAE = _split("vae", _WAN22, "wan_2.1_vae.safetensors")
+WAN22_VAE = _split("vae", _WAN22, "wan2.2_vae.safetensors")
+FLUX_VAE = _split("vae", "Comfy-Org/Lumina_Image_2.0_Repackaged", "ae.safetensors")
+QWEN_VAE = _split("vae", _QWEN, "qwen_image_vae.safetensors")
+HUNYUAN_VAE = _split("vae", _HUNYUAN, "hunyuan_video_vae_bf16.safetensors")
+
+FLUX_CANNY = ModelFile(
+    "instantx_flux_canny.safetensors",
+    "controlnet",
+    "InstantX/FLUX.1-dev-Controlnet-Canny",
+    "diffusion_pytorch_model.safetensors",
+)
+QWEN_LIGHTNING = ModelFile(
+    "Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors",
+    "loras",
+    "lightx2v/Qwen-Image-Lightning",
+    "Qwen-Image-Edit-2509/Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors",
+)
+QWEN_RELIGHT = _split("loras", _QWEN_EDIT, "Qwen-Image-Edit-2509-Relight.safetensors")

@@ -1,0 +1,82 @@
+"""What several templates have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import layout, notes
+from .models import DiffusionFile, ModelFile
+from .workflow import Output, Workflow
+
+BAD_VIDEO = (
+    "overexposed, static, blurred details, subtitles, painting, still picture, worst quality, low quality, "
+    "jpeg artifacts, ugly, deformed, extra fingers, poorly drawn hands, poorly drawn faces, cluttered "
+    "background, walking backwards"
+)
+
+
+def note(workflow: Workflow, title: str, text: str, files: Sequence[ModelFile], degrees: str) -> None:
+    with workflow.group("Read me", color=layout.GREEN, column=True):
+        workflow.add(
+            "MarkdownNote", title="Degrees, memory, model files", text=notes.about(title, text, files, degrees)
+        )
+
+
+def workers(workflow: Workflow, **settings: Any) -> Output:
+    with workflow.group("Step 1 - GPUs", column=True):
+        return workflow.add("RayInitializer", **settings)["ray_actors_init"]
+
+
+def as_model(
+    workflow: Workflow, file: DiffusionFile, init: Output | None, lora: Output | None = None, title: str | None = None
+) -> Output:
+    """A MODEL for all of ComfyUI's nodes."""
+    inputs = {name: value for name, value in (("ray_actors_init", init), ("lora", lora)) if value is not None}
+    return workflow.add("RayModelLoader", title=title, files=[file], unet_name=file.name, **inputs)["model"]
+
+
+def as_actors(workflow: Workflow, file: DiffusionFile, init: Output) -> Output:
+    """A model for the Ray samplers."""
+    return workflow.add("RayUNETLoader", files=[file], unet_name=file.name, ray_actors_init=init)["ray_actors"]
+
+
+def text_encoder(workflow: Workflow, kind: str, *files: ModelFile) -> Output:
+    if len(files) == 1:
+        return workflow.add("CLIPLoader", files=files, clip_name=files[0].name, type=kind)["CLIP"]
+    return workflow.add("DualCLIPLoader", files=files, clip_name1=files[0].name, clip_name2=files[1].name, type=kind)[
+        "CLIP"
+    ]
+
+
+def vae(workflow: Workflow, file: ModelFile) -> Output:
+    return workflow.add("VAELoader", files=[file], vae_name=file.name)["VAE"]
+
+
+def prompt(workflow: Workflow, clip: Output, text: str, title: str = "Positive prompt") -> Output:
+    return workflow.add("CLIPTextEncode", title=title, clip=clip, text=text)["CONDITIONING"]
+
+
+def prompts(workflow: Workflow, clip: Output, positive: str, negative: str = BAD_VIDEO) -> tuple[Output, Output]:
+    with workflow.group("Step 3 - Prompts", column=True):
+        return prompt(workflow, clip, positive), prompt(workflow, clip, negative, "Negative prompt")
+
+
+def no_negative(workflow: Workflow, positive: Output) -> Output:
+    return workflow.add("ConditioningZeroOut", conditioning=positive)["CONDITIONING"]
+
+
+def save_image(workflow: Workflow, latent: Output, decoder: Output, prefix: str) -> None:
+    with workflow.group("Step 6 - Image", column=True):
+        image = workflow.add("VAEDecode", samples=latent, vae=decoder)["IMAGE"]
+        workflow.add("SaveImage", images=image, filename_prefix=f"raylight/{prefix}")
+
+
+def save_video(
+    workflow: Workflow, latent: Output, decoder: Output, prefix: str, fps: float, tiles: dict[str, int] | None = None
+) -> None:
+    with workflow.group("Step 6 - Video", column=True):
+        kind = "VAEDecode" if tiles is None else "VAEDecodeTiled"
+        image = workflow.add(kind, samples=latent, vae=decoder, **(tiles or {}))["IMAGE"]
+        video = workflow.add("CreateVideo", images=image, fps=fps)["VIDEO"]
+        workflow.add("SaveVideo", video=video, filename_prefix=f"video/raylight/{prefix}")

@@ -1,0 +1,126 @@
+"""Templates of Qwen-Image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import models, notes, parts
+from .template import Mode, Template
+from .workflow import Output, Workflow
+
+_SHOP = (
+    "A small bookshop at a street corner on a rainy evening, warm light in the windows, a hand-painted sign reads "
+    '"SEVERAL HANDS BOOKS", reflections on the pavement, cinematic, high detail'
+)
+_SIGN = "Make it evening: warm light from lamps, long shadows, a deep blue sky. Keep everything else as it is."
+_RELIGHT = "重新照明, relight the image with twilight: warm color temperature, soft light, blurred shadows"
+
+
+def _text_to_image(title: str, text: str, degrees: str, name: str, **settings: Any) -> Any:
+    def build(workflow: Workflow) -> None:
+        parts.note(workflow, title, text, (models.QWEN, models.QWEN_VL, models.QWEN_VAE), degrees)
+        init = parts.workers(workflow, **settings)
+        with workflow.group("Step 2 - Models", column=True):
+            model = parts.as_model(workflow, models.QWEN, init)
+            model = workflow.add("ModelSamplingAuraFlow", model=model, shift=3.1)["MODEL"]
+            clip = parts.text_encoder(workflow, "qwen_image", models.QWEN_VL)
+            decoder = parts.vae(workflow, models.QWEN_VAE)
+        positive, negative = parts.prompts(workflow, clip, _SHOP, "")
+        with workflow.group("Step 4 - Size"):
+            latent = workflow.add("EmptySD3LatentImage", width=1328, height=1328)["LATENT"]
+        parts.save_image(workflow, _sample(workflow, model, positive, negative, latent, 20, 4.0), decoder, name)
+
+    return build
+
+
+def _sample(
+    workflow: Workflow, model: Output, positive: Output, negative: Output, latent: Output, steps: int, cfg: float
+) -> Output:
+    with workflow.group("Step 5 - Sample on all GPUs", column=True):
+        return workflow.add(
+            "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, steps=steps, cfg=cfg
+        )["LATENT"]
+
+
+def _edited(
+    workflow: Workflow, init: Output, lora: Output | None, text: str, name: str, steps: int, cfg: float
+) -> None:
+    with workflow.group("Step 2 - Models", column=True):
+        model = parts.as_model(workflow, models.QWEN_EDIT, init, lora)
+        model = workflow.add("ModelSamplingAuraFlow", model=model, shift=3.0)["MODEL"]
+        model = workflow.add("CFGNorm", model=model)["patched_model"]
+        clip = parts.text_encoder(workflow, "qwen_image", models.QWEN_VL)
+        decoder = parts.vae(workflow, models.QWEN_VAE)
+    with workflow.group("Step 3 - Image", column=True):
+        picture = workflow.add("LoadImage", title="Image to edit")["IMAGE"]
+        scaled = workflow.add("FluxKontextImageScale", image=picture)["IMAGE"]
+        latent = workflow.add("VAEEncode", pixels=scaled, vae=decoder)["LATENT"]
+    with workflow.group("Step 4 - What to change", column=True):
+        of_image = {"clip": clip, "vae": decoder, "image1": scaled}
+        positive = workflow.add("TextEncodeQwenImageEditPlus", title="Positive prompt", prompt=text, **of_image)
+        negative = workflow.add("TextEncodeQwenImageEditPlus", title="Negative prompt", **of_image)
+    sampled = _sample(workflow, model, positive["CONDITIONING"], negative["CONDITIONING"], latent, steps, cfg)
+    parts.save_image(workflow, sampled, decoder, name)
+
+
+def _edit(workflow: Workflow) -> None:
+    files = (models.QWEN_EDIT,)
+    parts.note(
+        workflow,
+        "Qwen-Image-Edit, on all GPUs",
+        "All GPUs edit one image together: tokens of the new image and of yours are shared among them.",
+        (*files, models.QWEN_VL, models.QWEN_VAE),
+        notes.usp(files, guided=True),
+    )
+    _edited(workflow, parts.workers(workflow), None, _SIGN, "qwen-edit", 20, 4.0)
+
+
+def _loras(workflow: Workflow) -> None:
+    files, loras = (models.QWEN_EDIT,), (models.QWEN_RELIGHT, models.QWEN_LIGHTNING)
+    parts.note(
+        workflow,
+        "Qwen-Image-Edit with two LoRAs, on all GPUs",
+        "LoRAs are chained and go into the loader; the workers put them on the model. Another strength, or "
+        "another LoRA, does not load the model again. One LoRA relights the image, the other makes four steps "
+        "enough (`cfg` is 1 for it). ComfyUI's own LoRA loaders, behind the model, do the same.",
+        (*files, models.QWEN_VL, models.QWEN_VAE, *loras),
+        notes.usp(files, guided=False),
+    )
+    init = parts.workers(workflow)
+    with workflow.group("LoRAs", column=True):
+        chain = None
+        for file in loras:
+            previous = {} if chain is None else {"prev_ray_lora": chain}
+            chain = workflow.add("RayLoraLoader", files=[file], lora_name=file.name, **previous)["ray_lora"]
+    _edited(workflow, init, chain, _RELIGHT, "qwen-edit-loras", 4, 1.0)
+
+
+TEMPLATES = (
+    Template(
+        "qwen-image-usp",
+        "Qwen-Image",
+        "Text to image",
+        Mode.USP,
+        _text_to_image(
+            "Qwen-Image, text to image, on all GPUs",
+            "All GPUs sample one image together: each has a part of its tokens.",
+            notes.usp((models.QWEN,), guided=True),
+            "qwen-image",
+        ),
+    ),
+    Template(
+        "qwen-image-cfg",
+        "Qwen-Image",
+        "Text to image",
+        Mode.CFG,
+        _text_to_image(
+            "Qwen-Image: positive and negative prompt on different GPUs",
+            "One half of the GPUs computes the positive prompt, the other half the negative one.",
+            notes.cfg((models.QWEN,)),
+            "qwen-image-cfg",
+            cfg_degree=2,
+        ),
+    ),
+    Template("qwen-edit-usp", "Qwen-Image-Edit", "Image editing", Mode.USP, _edit),
+    Template("qwen-edit-loras", "Qwen-Image-Edit", "Relight in four steps", Mode.LORAS, _loras),
+)

@@ -1,0 +1,206 @@
+"""What the nodes of the templates look like: inputs, widgets in the order of saved values, outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place for a link."""
+
+    name: str
+    type: str
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Widget:
+    """A value in the node. `type` matters where a link gives the value; `control` says that a widget for what happens
+    to it after a run follows."""
+
+    name: str
+    default: Any
+    type: str = ""
+    control: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    slots: tuple[Slot, ...]
+    widgets: tuple[Widget, ...]
+    outputs: tuple[Slot, ...]
+
+
+def _slots(text: str) -> tuple[Slot, ...]:
+    """From words `name:TYPE`, with a `?` behind those that may stay empty."""
+    found = []
+    for word in text.split():
+        name, _, kind = word.partition(":")
+        found.append(Slot(name, (kind or name).rstrip("?"), word.endswith("?")))
+    return tuple(found)
+
+
+def _node(slots: str, outputs: str, *widgets: Widget) -> Signature:
+    return Signature(_slots(slots), widgets, _slots(outputs))
+
+
+def _seed(name: str) -> Widget:
+    return Widget(name, 0, control=True)
+
+
+def _size(width: int, height: int, length: int | None) -> tuple[Widget, ...]:
+    frames = () if length is None else (Widget("length", length, "INT"),)
+    return (Widget("width", width, "INT"), Widget("height", height, "INT"), *frames, Widget("batch_size", 1, "INT"))
+
+
+_FILE = (Widget("unet_name", ""), Widget("weight_dtype", "default"))
+_ALGORITHM = (
+    Widget("steps", 20, "INT"),
+    Widget("cfg", 1.0, "FLOAT"),
+    Widget("sampler_name", "euler"),
+    Widget("scheduler", "simple"),
+)
+_RANGE = (
+    Widget("start_at_step", 0, "INT"),
+    Widget("end_at_step", 10000, "INT"),
+    Widget("return_with_leftover_noise", "disable"),
+)
+_PROMPTS = "positive:CONDITIONING negative:CONDITIONING"
+
+SIGNATURES: dict[str, Signature] = {
+    # Raylight
+    "RayInitializer": _node(
+        "",
+        "ray_actors_init:RAY_ACTORS_INIT",
+        Widget("ray_cluster_address", "local"),
+        Widget("ray_cluster_namespace", "default"),
+        Widget("GPU", 0),
+        Widget("ulysses_degree", 0),
+        Widget("ring_degree", 1),
+        Widget("cfg_degree", 1),
+        Widget("dp_degree", 1),
+        Widget("sync_ulysses", False),
+        Widget("clear_vram_after_sampling", False),
+        Widget("FSDP", False),
+        Widget("FSDP_CPU_OFFLOAD", False),
+        Widget("XFuser_attention", "auto"),
+        Widget("skip_comm_test", False),
+        Widget("use_mmap", False),
+    ),
+    "RayUNETLoader": _node("ray_actors_init:RAY_ACTORS_INIT lora:RAY_LORA?", "ray_actors:RAY_ACTORS", *_FILE),
+    "RayModelLoader": _node("ray_actors_init:RAY_ACTORS_INIT? lora:RAY_LORA?", "model:MODEL", *_FILE),
+    "RayLoraLoader": _node(
+        "prev_ray_lora:RAY_LORA?", "ray_lora:RAY_LORA", Widget("lora_name", ""), Widget("strength_model", 1.0)
+    ),
+    "XFuserKSamplerAdvanced": _node(
+        f"ray_actors:RAY_ACTORS {_PROMPTS} latent_image:LATENT",
+        "latent:LATENT ray_actors:RAY_ACTORS",
+        Widget("add_noise", "enable"),
+        _seed("noise_seed"),
+        *_ALGORITHM,
+        *_RANGE,
+        Widget("denoise", 1.0),
+    ),
+    "DPKSamplerAdvanced": _node(
+        f"ray_actors:RAY_ACTORS noise_list:NOISE {_PROMPTS} latent_image:LATENT",
+        "latent:LATENT",
+        Widget("add_noise", "enable"),
+        *_ALGORITHM,
+        *_RANGE,
+        Widget("denoise", 1.0),
+    ),
+    "DPNoiseList": _node(" ".join(f"noise_{n}:NOISE{'?' * (n > 1)}" for n in range(1, 9)), "noise_list:NOISE"),
+    "DPConditioningList": _node(
+        " ".join(f"conditioning_{n}:CONDITIONING{'?' * (n > 1)}" for n in range(1, 9)), "conditioning_list:CONDITIONING"
+    ),
+    # ComfyUI: files
+    "CLIPLoader": _node("", "CLIP", Widget("clip_name", ""), Widget("type", ""), Widget("device", "default")),
+    "DualCLIPLoader": _node(
+        "", "CLIP", Widget("clip_name1", ""), Widget("clip_name2", ""), Widget("type", ""), Widget("device", "default")
+    ),
+    "VAELoader": _node("", "VAE", Widget("vae_name", "")),
+    "ControlNetLoader": _node("", "CONTROL_NET", Widget("control_net_name", "")),
+    "LoadImage": _node("", "IMAGE MASK", Widget("image", "example.png"), Widget("upload", "image")),
+    # ComfyUI: models and prompts
+    "ModelSamplingSD3": _node("model:MODEL", "MODEL", Widget("shift", 3.0)),
+    "ModelSamplingAuraFlow": _node("model:MODEL", "MODEL", Widget("shift", 1.73)),
+    "CFGNorm": _node("model:MODEL", "patched_model:MODEL", Widget("strength", 1.0), Widget("pre_cfg", False)),
+    "CLIPTextEncode": _node("clip:CLIP", "CONDITIONING", Widget("text", "")),
+    "TextEncodeQwenImageEditPlus": _node(
+        "clip:CLIP vae:VAE? image1:IMAGE? image2:IMAGE? image3:IMAGE?", "CONDITIONING", Widget("prompt", "")
+    ),
+    "ConditioningZeroOut": _node("conditioning:CONDITIONING", "CONDITIONING"),
+    "FluxGuidance": _node("conditioning:CONDITIONING", "CONDITIONING", Widget("guidance", 3.5)),
+    "ReferenceLatent": _node("conditioning:CONDITIONING latent:LATENT?", "CONDITIONING"),
+    "ControlNetApplyAdvanced": _node(
+        f"{_PROMPTS} control_net:CONTROL_NET image:IMAGE vae:VAE?",
+        _PROMPTS,
+        Widget("strength", 1.0),
+        Widget("start_percent", 0.0),
+        Widget("end_percent", 1.0),
+    ),
+    # ComfyUI: pictures and latents
+    "Canny": _node("image:IMAGE", "IMAGE", Widget("low_threshold", 0.4), Widget("high_threshold", 0.8)),
+    "FluxKontextImageScale": _node("image:IMAGE", "IMAGE"),
+    "VAEEncode": _node("pixels:IMAGE vae:VAE", "LATENT"),
+    "VAEDecode": _node("samples:LATENT vae:VAE", "IMAGE"),
+    "VAEDecodeTiled": _node(
+        "samples:LATENT vae:VAE",
+        "IMAGE",
+        Widget("tile_size", 512),
+        Widget("overlap", 64),
+        Widget("temporal_size", 64),
+        Widget("temporal_overlap", 8),
+    ),
+    "EmptySD3LatentImage": _node("", "LATENT", *_size(1024, 1024, None)),
+    "EmptyHunyuanLatentVideo": _node("", "LATENT", *_size(848, 480, 25)),
+    "WanImageToVideo": _node(
+        f"{_PROMPTS} vae:VAE clip_vision_output:CLIP_VISION_OUTPUT? start_image:IMAGE?",
+        f"{_PROMPTS} latent:LATENT",
+        *_size(832, 480, 81),
+    ),
+    "Wan22ImageToVideoLatent": _node("vae:VAE start_image:IMAGE?", "LATENT", *_size(1280, 704, 49)),
+    "WanVaceToVideo": _node(
+        f"{_PROMPTS} vae:VAE control_video:IMAGE? control_masks:MASK? reference_image:IMAGE?",
+        f"{_PROMPTS} latent:LATENT trim_latent:INT",
+        *_size(832, 480, 81),
+        Widget("strength", 1.0),
+    ),
+    "TrimVideoLatent": _node("samples:LATENT", "LATENT", Widget("trim_amount", 0, "INT")),
+    # ComfyUI: sampling
+    "KSampler": _node(
+        f"model:MODEL {_PROMPTS} latent_image:LATENT", "LATENT", _seed("seed"), *_ALGORITHM, Widget("denoise", 1.0)
+    ),
+    "KSamplerAdvanced": _node(
+        f"model:MODEL {_PROMPTS} latent_image:LATENT",
+        "LATENT",
+        Widget("add_noise", "enable"),
+        _seed("noise_seed"),
+        *_ALGORITHM,
+        *_RANGE,
+    ),
+    "RandomNoise": _node("", "NOISE", _seed("noise_seed")),
+    "BasicGuider": _node("model:MODEL conditioning:CONDITIONING", "GUIDER"),
+    "KSamplerSelect": _node("", "SAMPLER", Widget("sampler_name", "euler")),
+    "BasicScheduler": _node(
+        "model:MODEL", "SIGMAS", Widget("scheduler", "simple"), Widget("steps", 20), Widget("denoise", 1.0)
+    ),
+    "SamplerCustomAdvanced": _node(
+        "noise:NOISE guider:GUIDER sampler:SAMPLER sigmas:SIGMAS latent_image:LATENT",
+        "output:LATENT denoised_output:LATENT",
+    ),
+    # ComfyUI: results
+    "SaveImage": _node("images:IMAGE", "images:IMAGE", Widget("filename_prefix", "ComfyUI")),
+    "CreateVideo": _node("images:IMAGE audio:AUDIO?", "VIDEO", Widget("fps", 30.0), Widget("bit_depth", 8)),
+    "SaveVideo": _node(
+        "video:VIDEO",
+        "video:VIDEO",
+        Widget("filename_prefix", "video/ComfyUI"),
+        Widget("format", "auto"),
+        Widget("codec", "auto"),
+    ),
+    # The frontend's own
+    "MarkdownNote": _node("", "", Widget("text", "")),
+}

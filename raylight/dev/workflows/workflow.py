@@ -1,0 +1,207 @@
+"""One workflow in the format that ComfyUI's frontend saves: nodes in titled groups, groups in columns, and links."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import layout
+from .models import ModelFile
+from .signatures import SIGNATURES, Signature, Slot
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output of a node, as what another node's input is set to."""
+
+    node: Node
+    index: int
+
+    @property
+    def type(self) -> str:
+        return self.node.signature.outputs[self.index].type
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """A node with what its inputs are set to: outputs of other nodes, or values of its widgets."""
+
+    number: int
+    type: str
+    inputs: dict[str, Any]
+    title: str | None = None
+    control: str = "randomize"
+    files: tuple[ModelFile, ...] = ()
+    size: tuple[int, int] = (0, 0)
+    position: tuple[int, int] = (0, 0)
+
+    @property
+    def signature(self) -> Signature:
+        return SIGNATURES[self.type]
+
+    def __getitem__(self, name: str) -> Output:
+        """The output of this name."""
+        names = [slot.name for slot in self.signature.outputs]
+        if name not in names:
+            raise KeyError(f"{self.type} has no output {name}, but {', '.join(names)}")
+        return Output(self, names.index(name))
+
+    @property
+    def links(self) -> list[tuple[Slot, Output | None, bool]]:
+        """Its places for links in order, what comes to each, and whether the place is that of a widget."""
+        slots = [(slot, self.inputs.get(slot.name), False) for slot in self.signature.slots]
+        widgets = [
+            (Slot(widget.name, widget.type), value, True)
+            for widget in self.signature.widgets
+            if isinstance(value := self.inputs.get(widget.name), Output)
+        ]
+        return slots + widgets
+
+    @property
+    def values(self) -> list[Any]:
+        """Its widgets' values, in the order in which they are saved."""
+        values = []
+        for widget in self.signature.widgets:
+            value = self.inputs.get(widget.name, widget.default)
+            values.append(widget.default if isinstance(value, Output) else value)
+            if widget.control:
+                values.append(self.control)
+        return values
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """Nodes below each other with a title above."""
+
+    title: str
+    color: str
+    nodes: list[Node] = field(default_factory=list)
+
+
+class Workflow:
+    """Nodes are added in the group that is open, and groups in the column that is open."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[Node] = []
+        self.columns: list[list[Group]] = []
+
+    @contextmanager
+    def group(self, title: str, *, color: str = layout.BLUE, column: bool = False) -> Iterator[None]:
+        """Open a group: below the last one, or with `column` on top of a new column at the right."""
+        if column or not self.columns:
+            self.columns.append([])
+        self.columns[-1].append(Group(title, color))
+        yield
+
+    def add(
+        self,
+        kind: str,
+        /,
+        *,
+        title: str | None = None,
+        control: str = "randomize",
+        files: Sequence[ModelFile] = (),
+        **inputs: Any,
+    ) -> Node:
+        """A node in the open group. Raises ValueError for inputs that it does not have, or that do not fit."""
+        node = Node(len(self.nodes) + 1, kind, inputs, title, control, tuple(files))
+        slots = {slot.name: slot.type for slot in node.signature.slots}
+        slots |= {widget.name: widget.type for widget in node.signature.widgets}
+        for name, value in inputs.items():
+            if name not in slots:
+                raise ValueError(f"{kind} has no input {name}")
+            if isinstance(value, Output) and value.type != slots[name]:
+                raise ValueError(f"{kind}: {name} takes {slots[name]}, not {value.type} of {value.node.type}")
+        missing = [s.name for s in node.signature.slots if not s.optional and s.name not in inputs]
+        if missing:
+            raise ValueError(f"{kind}: nothing comes to {', '.join(missing)}")
+        self.nodes.append(node)
+        self.columns[-1][-1].nodes.append(node)
+        return node
+
+    def to_json(self) -> Json:
+        """The file's content."""
+        boxes = layout.place(self.columns)
+        links = [
+            (source, node, place)
+            for node in self.nodes
+            for place, (_, source, _) in enumerate(node.links)
+            if source is not None
+        ]
+        numbers = {(node.number, place): number for number, (_, node, place) in enumerate(links, 1)}
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"raylight/{self.name}")),
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(links),
+            "nodes": [self._node(node, numbers, links, order) for order, node in enumerate(self.nodes)],
+            "links": [
+                [number, source.node.number, source.index, node.number, place, source.type]
+                for number, (source, node, place) in enumerate(links, 1)
+            ],
+            "groups": [
+                {
+                    "id": number,
+                    "title": group.title,
+                    "bounding": list(box),
+                    "color": group.color,
+                    "font_size": 24,
+                    "flags": {},
+                }
+                for number, (group, box) in enumerate(boxes, 1)
+            ],
+            "config": {},
+            "extra": {"ds": {"scale": 0.6, "offset": [60, 80]}},
+            "version": 0.4,
+        }
+
+    def _node(self, node: Node, numbers: dict[tuple[int, int], int], links: list[Any], order: int) -> Json:
+        inputs = []
+        for place, (slot, _, is_widget) in enumerate(node.links):
+            entry: Json = {"name": slot.name, "type": slot.type, "link": numbers.get((node.number, place))}
+            if slot.optional:
+                entry["shape"] = 7  # how the frontend draws a place that may stay empty
+            if is_widget:
+                entry["widget"] = {"name": slot.name}
+            inputs.append(entry)
+        outputs = [
+            {
+                "name": slot.name,
+                "type": slot.type,
+                "slot_index": index,
+                "links": [
+                    number
+                    for number, (source, _, _) in enumerate(links, 1)
+                    if source.node is node and source.index == index
+                ],
+            }
+            for index, slot in enumerate(node.signature.outputs)
+        ]
+        content: Json = {
+            "id": node.number,
+            "type": node.type,
+            "pos": list(node.position),
+            "size": list(node.size),
+            "flags": {},
+            "order": order,
+            "mode": 0,
+            "inputs": inputs,
+            "outputs": outputs,
+        }
+        if node.title:
+            content["title"] = node.title
+        if node.type == "MarkdownNote":
+            return content | {"properties": {}, "widgets_values": node.values, "color": "#222", "bgcolor": "#000"}
+        content["properties"] = {"Node name for S&R": node.type}
+        if node.files:
+            content["properties"]["models"] = [
+                {"name": file.name, "url": file.url, "directory": file.directory} for file in node.files
+            ]
+        content["widgets_values"] = node.values
+        return content | layout.colors(node.type, node.title)

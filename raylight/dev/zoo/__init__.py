@@ -1,0 +1,36 @@
+"""Every diffusion transformer family that ComfyUI knows, at tiny width with random weights: one file each.
+
+For tests and for probing a plan: real classes from real configurations, small enough for a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from raylight.driver.preflight import is_older, running
+
+from .family import Family
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family of this folder that the ComfyUI here can run, by name."""
+    return {
+        name: family
+        for name, family in all_families().items()
+        if not (family.since and is_older(running(), family.since))
+    }
+
+
+@functools.cache
+def all_families() -> dict[str, Family]:
+    """Every family of this folder, by name."""
+    found: dict[str, Family] = {}
+    for info in pkgutil.iter_modules(__path__):
+        for family in getattr(importlib.import_module(f"{__name__}.{info.name}"), "FAMILIES", ()):
+            if family.name in found:
+                raise ValueError(f"two families are named {family.name}")
+            found[family.name] = family
+    return found

@@ -1,0 +1,131 @@
+"""Models on workers, as the nodes use them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import comfy.sample
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from raylight.cluster import active_session
+from raylight.host.recipe import ModelRecipe, RayModel, Workers
+
+from . import workers as at_workers
+from .batched_runs import run_batched
+from .model_forward import forward
+from .model_import import recipe_of, take_over
+from .outer_sample import finish, hand_over
+from .remote_model import Engine, RemotePatcher
+from .status import overview
+
+__all__ = ["at_once", "end_workers", "guided_by", "ksampler", "load", "overview", "parallelize"]
+
+T = TypeVar("T")
+_ENGINE = Engine(hand_over, forward)
+
+
+def load(model: RayModel) -> RemotePatcher:
+    """A MODEL whose weights are loaded on the workers.
+
+    Raises ValueError for a model that they refuse; ConnectionError, RuntimeError or WorkerError where they cannot
+    start.
+    """
+    return _load(model.workers, model.recipe)
+
+
+def parallelize(model: ModelPatcher, workers: Workers) -> RemotePatcher:
+    """The same MODEL, loaded on workers: weights, patches and options.
+
+    Raises what `load` raises, and ValueError for a model that workers cannot have.
+    """
+    patcher = _load(workers, recipe_of(model, workers))
+    take_over(model, patcher)
+    return patcher
+
+
+def at_once(runs: Sequence[Callable[[], T]]) -> list[T]:
+    """What each of these samplings of models on workers returns; groups of workers do them at the same time, where
+    there are several groups."""
+    return run_batched(runs, finish)
+
+
+def end_workers(with_ray: bool) -> None:
+    """End the workers, and Ray too if it is ours and `with_ray`. The next model that is loaded starts them again."""
+    active_session.close(keep_ray=not with_ray)
+
+
+def _load(workers: Workers, recipe: ModelRecipe) -> RemotePatcher:
+    patcher = RemotePatcher.of(workers, recipe, _ENGINE)
+    at_workers.ask(at_workers.session(workers, recipe), "load", recipe, about=recipe)
+    return patcher
+
+
+def ksampler(
+    *,
+    noise: Any,
+    ray_actors: RemotePatcher,
+    latent_image: dict[str, Any],
+    positive: list[Any],
+    negative: list[Any],
+    add_noise: str,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    start_at_step: int,
+    end_at_step: int,
+    return_with_leftover_noise: str,
+    denoise: float = 1.0,
+) -> dict[str, Any]:
+    """ComfyUI's KSampler (Advanced) with a noise node's noise, and its seed for the sampler; returns a LATENT."""
+    samples = comfy.sample.fix_empty_latent_channels(
+        ray_actors,
+        latent_image["samples"],
+        latent_image.get("downscale_ratio_spacial"),
+        latent_image.get("downscale_ratio_temporal"),
+    )
+    disabled = add_noise == "disable"
+    drawn = (
+        torch.zeros(samples.size(), dtype=samples.dtype, layout=samples.layout, device="cpu")
+        if disabled
+        else noise.generate_noise({**latent_image, "samples": samples})
+    )
+    denoised = comfy.sample.sample(
+        ray_actors,
+        drawn,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        samples,
+        denoise=denoise,
+        disable_noise=disabled,
+        start_step=start_at_step,
+        last_step=end_at_step,
+        force_full_denoise=return_with_leftover_noise == "disable",
+        noise_mask=latent_image.get("noise_mask"),
+        callback=latent_preview.prepare_callback(ray_actors, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=noise.seed,
+    )
+    kept = {k: v for k, v in latent_image.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
+    return kept | {"samples": denoised}
+
+
+def guided_by(guider: Any, model: RemotePatcher) -> Any:
+    """A guider that samples `model`: the guider itself where its own model is on workers already, else a copy, with
+    what nodes have put on its model."""
+    if isinstance(guider.model_patcher, RemotePatcher):
+        return guider
+    patcher = model.clone()
+    take_over(guider.model_patcher, patcher)
+    other = copy.copy(guider)
+    other.model_patcher, other.model_options = patcher, patcher.model_options
+    return other

@@ -1,0 +1,31 @@
+"""The part of a job that says which model it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raylight.cluster.session import Session
+from raylight.host.jobs import Inside, ModelJob
+from raylight.host.patcher_state import Change
+from raylight.host.pickling import CannotTravel, send
+
+from . import written_weights
+from .injected_code import inside_of, tell
+from .remote_model import RemotePatcher
+
+
+def model_job(session: Session, patcher: RemotePatcher, changes: Sequence[Change], whole: str = "") -> ModelJob:
+    """The model of a patcher as it is now, with what nodes have changed on the model itself. `whole` is as in `Inside`,
+    for code that is not there yet. Raises ValueError for patches of weights that cannot be sent."""
+    patches = None
+    written, content = written_weights.of(patcher.model)
+    if patcher.patches or written:
+        try:
+            patches = session.shared.of(
+                f"{patcher.patches_uuid}{content}", lambda: send((written, patcher.patches), patcher, foreign_code=True)
+            )
+        except CannotTravel as error:
+            raise ValueError(f"a patch of the model's weights cannot be sent to the workers: {error}") from error
+    inside = Inside(whole) if whole else inside_of(patcher, changes)
+    tell(inside, patcher.workers.config.world_size)
+    return ModelJob(patcher.recipe, patcher.workers.attention, patcher.workers.strategy, patches, inside)

@@ -1,0 +1,76 @@
+"""The workers as a person wants to see them: who they are, how full, what they hold, and how they are linked."""
+
+from __future__ import annotations
+
+import platform
+
+import ray
+import torch
+
+from raylight.cluster import active_session
+from raylight.cluster.actor import Place
+from raylight.cluster.session import Session
+from raylight.host.jobs import RankMemory
+from raylight.parallel.bandwidth import Links
+
+from .workers import ask_all
+
+_NONE = "no workers are running: they start with the first prompt that has a Ray loader"
+
+
+def overview() -> str:
+    """What there is at this moment, in lines. Starts nothing."""
+    running = active_session.running()
+    lines = [f"PyTorch {torch.__version__}, Ray {ray.__version__}, Python {platform.python_version()}", *_gpus(), ""]
+    if running is None:
+        return "\n".join([*lines, _NONE])
+    try:
+        memory = ask_all(running, "memory")
+    except Exception as error:
+        return "\n".join([*lines, f"the workers do not answer: {error}"])
+    return "\n".join([*lines, *_workers(running, memory), "", *_links(running.places, running.links)])
+
+
+def _gpus() -> list[str]:
+    """The GPUs of this machine, as ComfyUI's process sees them."""
+    if not torch.cuda.is_available():
+        return ["this machine has no GPU that workers can use"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, {_gb(free)} of {_gb(total)} free")
+    return lines
+
+
+def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
+    shape = running.config.mesh
+    lines = [f"{running.config.world_size} workers: batch {shape.batch} x ring {shape.ring} x Ulysses {shape.ulysses}"]
+    for rank, place in running.places.items():
+        of_rank = memory[rank]
+        where = "GPU" if place.gpu is not None else "machine"
+        lines.append(
+            f"{place}: process {_gb(of_rank.process_bytes)}, {where} {_gb(of_rank.free_bytes)} of "
+            f"{_gb(of_rank.total_bytes)} free"
+        )
+        lines += [
+            f"    holds {model.name} ({model.sharding}): {_gb(model.device_bytes)} on the device, "
+            f"{_gb(model.host_bytes)} of its own in system memory"
+            for model in of_rank.models
+        ]
+    return lines
+
+
+def _links(places: dict[int, Place], links: Links | None) -> list[str]:
+    if links is None:
+        return ["the ways between the workers were not tried" if len(places) > 1 else "one worker: nothing travels"]
+    lines = [f"an all-reduce takes {links.latency_s * 1e6:.0f} us; each way, while both are used, in GB/s:"]
+    lines.append("        " + "".join(f"{f'rank {rank}':>9}" for rank in places))
+    for one in places:
+        row = [links.bytes_per_s.get((min(one, other), max(one, other))) for other in places]
+        cells = "".join(f"{'-' if speed is None else f'{speed / 1e9:.1f}':>9}" for speed in row)
+        lines.append(f"{f'rank {one}':<8}{cells}")
+    return lines
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"

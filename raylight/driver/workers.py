@@ -1,0 +1,129 @@
+"""The workers of a model, from ComfyUI's side: found or started, called, and told to let go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import comfy.model_management
+
+from raylight.cluster import active_session
+from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.cluster.errors import DIED, HUNG, OUT_OF_MEMORY, RunCancelled, WorkerError
+from raylight.cluster.session import Session
+from raylight.host import settings
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe, Workers
+
+from . import memory
+
+_ANEW = "The workers start anew with the next prompt"
+
+
+def advised(error: WorkerError, config: SessionConfig, sharding: str | None) -> WorkerError:
+    """The same error with what to try."""
+    if error.kind == OUT_OF_MEMORY:
+        advice = f"What helps, in this order: {'; '.join(_for_memory(config, sharding))}. {_ANEW}."
+    elif error.kind == DIED:
+        advice = (
+            f"{_ANEW}. If it happens again, the system's memory may be too small: "
+            f"{'; '.join(_for_memory(config, sharding))}."
+        )
+    elif error.kind == HUNG:
+        advice = (
+            f"{_ANEW}. If it happens again on GPUs, start ComfyUI with NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows "
+            f"what NCCL does."
+        )
+    else:
+        advice = f"{_ANEW}."
+    told = WorkerError(f"{error}\n{advice}", error.kind)
+    told.__cause__ = error.__cause__
+    return told
+
+
+def _for_memory(config: SessionConfig, sharding: str | None) -> list[str]:
+    several = config.world_size > 1
+    remedies = []
+    if sharding == WHOLE and several:
+        remedies.append("switch FSDP on, so that each GPU holds a part of the weights only")
+    if sharding == SHARDED:
+        remedies.append("switch FSDP_CPU_OFFLOAD on, so that weights stay in system memory")
+    if sharding == OFFLOADED:
+        remedies.append("close what else takes GPU or system memory")
+    if config.mesh.batch > 1:
+        remedies.append(
+            "lower cfg_degree or dp_degree and raise ulysses_degree, so that more GPUs share the tokens of "
+            "one image or video"
+        )
+    remedies.append("a smaller size, fewer frames or a smaller batch")
+    remedies.append("a file with smaller weights (fp8, GGUF)")
+    return remedies
+
+
+logger = logging.getLogger(__name__)
+
+
+def service_spec() -> ServiceSpec:
+    """What a session started from this ComfyUI runs in its workers."""
+    return ServiceSpec("raylight.worker.boot:open_service", settings.capture(), settings.python_path())
+
+
+def session(workers: Workers, recipe: ModelRecipe, latent_shape: Sequence[int] | None = None) -> Session:
+    """The workers' session, started now if it is not running, with room for a model and, where its latent's shape is
+    known, for what sampling takes."""
+    try:
+        found = active_session.session(workers.config, service_spec(), comfy.model_management.processing_interrupted)
+    except RunCancelled:
+        _interrupt()
+    except WorkerError as error:
+        raise advised(error, workers.config, workers.sharding) from error.__cause__
+    memory.announce(free)
+    if workers.config.device_type == "cuda":
+        # Workers share these GPUs with ComfyUI; neither sees what the other could give back.
+        shape = None if latent_shape is None else tuple(latent_shape)
+        memory.make_room(ask(found, "shortfall", recipe, shape, about=recipe))
+    return found
+
+
+def ask(session: Session, method: str, *arguments: Any, about: ModelRecipe | None = None) -> Any:
+    """Call a method of the service on all workers; rank 0's result. Raises as `ask_all`."""
+    return ask_all(session, method, *arguments, about=about)[0]
+
+
+def ask_all(
+    session: Session,
+    method: str,
+    *arguments: Any,
+    about: ModelRecipe | None = None,
+    on_event: Callable[[Any], None] | None = None,
+) -> dict[int, Any]:
+    """Call a method of the service on all workers, for the model `about`; the results by rank.
+
+    Raises what `Session.run_all` raises, errors with what to try, and ComfyUI's interrupt when the person cancels."""
+    try:
+        return session.run_all(
+            method, *arguments, on_event=on_event, wants_cancel=comfy.model_management.processing_interrupted
+        )
+    except RunCancelled:
+        _interrupt()
+    except WorkerError as error:
+        raise advised(error, session.config, None if about is None else about.sharding) from error.__cause__
+
+
+def _interrupt() -> NoReturn:
+    """End the prompt as ComfyUI does when a person cancels it."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    raise comfy.model_management.InterruptProcessingException() from None
+
+
+def free() -> None:
+    """Have the workers, if there are any, let go of their models."""
+    running = active_session.running()
+    if running is None:
+        return
+    try:
+        running.run("free")
+    except (Exception, RunCancelled) as error:
+        logger.warning("the workers could not free their memory: %s", error)
+    else:
+        logger.info("the workers have let go of their models")

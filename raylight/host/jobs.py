@@ -1,0 +1,134 @@
+"""What travels to the workers for one run or one forward, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raylight.cluster.object_store import Shared
+from raylight.cluster.serialization import Parcel
+from raylight.cluster.tensor_delta import Message
+
+from .recipe import ModelRecipe
+
+KEY = "raylight"  # of wrappers and callbacks that are put on a patcher
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What code of nodes inside of a diffusion model asks for. `whole` says whose code asks for whole tokens, "" where
+    none does; `watched` are paths of modules, from the diffusion model, that must not be called with split tokens;
+    `by_token` of those that have to work on each token by itself."""
+
+    whole: str = ""
+    watched: tuple[str, ...] = ()
+    by_token: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelJob:
+    """The model that a job is for. `patches` are those of weights that nodes have put on it besides the LoRAs of the
+    recipe: a Parcel by ComfyUI's `patches_uuid`, fetched by a worker that has not got these on. `inside` is what code
+    of nodes inside of it asks for."""
+
+    recipe: ModelRecipe
+    attention: str
+    strategy: str
+    patches: Shared | None = None
+    inside: Inside = Inside()
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """The global generators: the CPU's, and the GPU's where there is one."""
+
+    cpu: Tensor
+    cuda: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunJob:
+    """A whole run: a guider, a sampler, and what ComfyUI's `outer_sample` takes, packed by `travel.send`.
+
+    Samplers that draw noise from the global generators go on from `random`, as they do in one process. `every_step`
+    asks for all of x0 and x after every step, else rank 0 sends what a previewer looks at if `wants_preview`, and all
+    of the last step's if `wants_last`.
+    """
+
+    model: ModelJob
+    content: Parcel
+    random: RandomState
+    free_memory_after: bool
+    wants_preview: bool
+    every_step: bool
+    wants_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardJob:
+    """One call of a method of the diffusion model. `call` are its arguments, whose tensors come in `tensors`; `extras`
+    are what nodes have put into the model and its options, as a Parcel."""
+
+    model: ModelJob
+    method: str
+    call: Parcel
+    tensors: Message
+    extras: Shared
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """Step `step` (from 0) of `total` has ended. `x0` and `x` are as ComfyUI gives them to a callback, on the CPU; or
+    `x0` is the first image of the batch, of a video its first frame, and `x` None; or both are None."""
+
+    step: int
+    total: int
+    x0: Tensor | None
+    x: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """The latent of a run, (B, C, [T,] H, W) or packed, on the CPU; `last` is its last step with all of x0 and x, where
+    these were not sent before."""
+
+    samples: Tensor
+    random: RandomState
+    last: StepDone | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldModel:
+    """A model on a rank: bytes of its weights on the device and in this rank's own memory on the host."""
+
+    name: str
+    sharding: str
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """The memory of one rank in bytes: of its process on the host, and of its GPU where it has one: free, in all, and
+    taken by PyTorch for tensors."""
+
+    process_bytes: int
+    free_bytes: int
+    total_bytes: int
+    tensor_bytes: int
+    models: tuple[HeldModel, ...]
+
+
+def random_state(device: torch.device) -> RandomState:
+    """The state of this process's global generators."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return RandomState(torch.get_rng_state(), cuda)
+
+
+def set_random_state(state: RandomState) -> None:
+    """Have this process's global generators go on from a state."""
+    torch.set_rng_state(state.cpu.clone())
+    if state.cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state.cuda.clone())

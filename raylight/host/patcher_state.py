@@ -1,0 +1,192 @@
+"""What nodes put on a model's patcher, taken from the one in ComfyUI's process and put on a worker's."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_patcher
+import comfy.patcher_extension
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from torch import nn
+
+from .recipe import WHOLE
+
+# Attributes of ComfyUI's `ModelPatcher` that a node can change, apart from `patches`, which go a way of their own.
+_ALL = (
+    "object_patches",
+    "weight_wrapper_patches",
+    "force_cast_weights",
+    "injections",
+    "attachments",
+    "additional_models",
+    "callbacks",
+    "model_options",
+    "hook_patches",
+    "hook_mode",
+)
+# Of these, what concerns the diffusion model itself when everything around it stays in ComfyUI.
+_INNER = ("weight_wrapper_patches", "force_cast_weights", "injections")
+_INSIDE = "diffusion_model."
+# What ComfyUI puts into the weights' layers when it loads them, and at no other time.
+_LOADED = ("force_cast_weights", "weight_wrapper_patches")
+_VERSION = "patches_uuid"
+
+Dress = dict[str, Any]
+
+
+def of_run(patcher: comfy.model_patcher.ModelPatcher) -> Dress:
+    """What a worker needs to do all that the model does."""
+    return {name: getattr(patcher, name) for name in (*_ALL, _VERSION) if hasattr(patcher, name)}
+
+
+def of_forward(patcher: comfy.model_patcher.ModelPatcher) -> Dress:
+    """What a worker needs to do the diffusion model's part."""
+    found = {name: getattr(patcher, name) for name in (*_INNER, _VERSION) if hasattr(patcher, name)}
+    # One of the forward is put around the call here.
+    inside = {
+        name: value
+        for name, value in patcher.object_patches.items()
+        if name.startswith(_INSIDE) and name != f"{_INSIDE}forward"
+    }
+    return found | {"object_patches": inside}
+
+
+def put_on(patcher: comfy.model_patcher.ModelPatcher, dress: Dress, sharding: str) -> None:
+    """Put it on a worker's patcher. Raises ValueError for what split weights cannot have."""
+    if sharding != WHOLE:
+        for name, what in (
+            ("weight_wrapper_patches", "functions around weights"),
+            ("force_cast_weights", "a compute dtype of its own"),
+            ("hook_patches", "scheduled LoRAs"),
+        ):
+            if dress.get(name):
+                raise ValueError(
+                    f"the model has {what}, which split weights cannot have: switch FSDP off, or remove "
+                    f"the node that sets this"
+                )
+    for name, value in dress.items():
+        if name != _VERSION:
+            setattr(patcher, name, value)
+    if any(dress.get(name) for name in _LOADED):
+        # ComfyUI loads anew for another version. A patcher without these keeps its own, and so its loaded weights.
+        patcher.patches_uuid = uuid.uuid5(patcher.patches_uuid, str(dress[_VERSION]))
+
+
+OPTIONS = "transformer_options"
+
+
+def wrapped(model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`inner(*args, **kwargs)` within the wrappers that the model's own forward would run; it gets options without
+    them."""
+    options = kwargs.get(OPTIONS) or {}
+    wrappers = comfy.patcher_extension.get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+    forward = type(model).forward
+    # Not every model of ComfyUI's runs them.
+    if not wrappers or "DIFFUSION_MODEL" not in forward.__code__.co_names:
+        return inner(*args, **kwargs)
+    # Wrappers look for arguments at the places where models put them.
+    call = inspect.signature(forward).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    return WrapperExecutor.new_class_executor(inner, model, wrappers).execute(*call.args[1:], **call.kwargs)
+
+
+def named(
+    forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as ComfyUI's `BaseModel` passes them: the first two by position, the others by name."""
+    signature = inspect.signature(forward)
+    if any(one.kind is one.VAR_POSITIONAL for one in signature.parameters.values()):
+        return args, dict(kwargs)
+    call = signature.bind(model, *args, **kwargs).arguments
+    rest = next((one.name for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD), None)
+    by_name = call | call.pop(rest, {})
+    by_name.pop(next(iter(signature.parameters)))
+    by_name.pop(rest, None)
+    first = list(by_name)[:2]
+    return tuple(by_name[name] for name in first), {k: v for k, v in by_name.items() if k not in first}
+
+
+_MISSING = object()
+
+# What `nn.Module` itself keeps in a module, and how attributes begin that ComfyUI and PyTorch set on the modules of
+# models that they load, move and split: none of these is a change of a node's.
+OF_TORCH = frozenset(vars(nn.Module()))
+OF_LOADING = ("comfy_", "prev_comfy_", "weight_", "bias_", "_")
+SIMPLE = (bool, int, float, str, bytes, type(None))
+
+# PyTorch's hooks that take part in a forward, by the dict in which a module keeps them.
+HOOKS = {"_forward_pre_hooks": "register_forward_pre_hook", "_forward_hooks": "register_forward_hook"}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An attribute of a module, a hook on it, or an attribute of a class or of a Python module.
+
+    `owner` is the path of a module from ComfyUI's `BaseModel` ("" for that itself), a class, or "python:" and the name
+    of a Python module. `name` is the attribute, or a key of HOOKS; a hook `takes_kwargs` as it was registered.
+    """
+
+    owner: str | type
+    name: str
+    value: Any
+    takes_kwargs: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a message."""
+        owner = self.owner.__qualname__ if isinstance(self.owner, type) else self.owner.removeprefix("python:")
+        return f"{owner}.{self.name}".lstrip(".")
+
+
+@contextmanager
+def changed(patcher: ModelPatcher, changes: Sequence[Change]) -> Iterator[None]:
+    """Within it the patcher's model has these changes; object patches come on top of them."""
+    if not changes:
+        yield
+        return
+    base = patcher.model
+    with ExitStack() as stack:
+        # What ComfyUI left there of an earlier run, and what this one leaves: its backup would be of what is changed.
+        patcher.unpatch_model(unpatch_weights=False)
+        for change in changes:
+            if change.name in HOOKS:
+                register = getattr(_owner(base, change), HOOKS[change.name])
+                stack.callback(register(change.value, with_kwargs=change.takes_kwargs).remove)
+            else:
+                stack.enter_context(_set(_owner(base, change), change.name, change.value))
+        stack.callback(patcher.unpatch_model, unpatch_weights=False)
+        yield
+
+
+def _owner(base: BaseModel, change: Change) -> Any:
+    if isinstance(change.owner, type):
+        return change.owner
+    if change.owner.startswith("python:"):
+        return importlib.import_module(change.owner.removeprefix("python:"))
+    return base.get_submodule(change.owner)
+
+
+@contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    if name == "__class__":
+        before: Any = type(owner)
+    elif isinstance(owner, nn.Module):
+        before = owner.__dict__.get(name, _MISSING)
+    else:
+        before = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

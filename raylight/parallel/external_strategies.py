@@ -1,0 +1,132 @@
+"""The long-context attention of yunchang and of xfuser, as strategies to choose instead of ours.
+
+Both split equal numbers of tokens and heads without masks; calls that are otherwise are done by ours. yunchang's ring
+takes zeros for the log-sum-exp of two of PyTorch's kernels, which is wrong: with a ring these are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raylight.attention.kernels import AUTO
+
+from .sequence_attention import Kernel, Strategy
+
+logger = logging.getLogger(__name__)
+
+OURS, YUNCHANG, XFUSER = "raylight", "yunchang", "xfuser"
+NAMES = (OURS, YUNCHANG, XFUSER)
+
+# Either asks for a torch, which pip may replace to give it to them.
+_YUNCHANG_INSTALL = "run pip install --no-deps yunchang"
+_INSTALL = {
+    YUNCHANG: {YUNCHANG: _YUNCHANG_INSTALL},
+    XFUSER: {
+        XFUSER: "install it as docs/compatibility.md of Raylight says, so that torch stays as it is",
+        YUNCHANG: _YUNCHANG_INSTALL,
+    },
+}
+
+_KERNELS = ("TORCH", "TORCH_FLASH", "TORCH_EFFICIENT", "TORCH_CUDNN", "FA", "FA3")
+_NO_RING = ("TORCH", "TORCH_CUDNN")
+
+
+def check_available(name: str, kernel: str, ring_degree: int, has_gpu: bool) -> None:
+    """Raises ValueError, saying what to install or to choose, where `name` cannot be used with this kernel and ring."""
+    if name == OURS:
+        return
+    if name not in NAMES:
+        raise ValueError(f"sequence_attention = {name} is not known: choose one of {', '.join(NAMES)}")
+    for package, install in _INSTALL[name].items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"sequence_attention = {name} needs the Python package {package}: {install}, or choose {OURS}"
+            )
+    if name == XFUSER and not has_gpu:
+        raise ValueError(f"sequence_attention = {XFUSER} needs a GPU: choose {OURS}")
+    if kernel not in (AUTO, *_KERNELS):
+        raise ValueError(
+            f"sequence_attention = {name} cannot be used with XFuser_attention = {kernel}, whose scale it does not "
+            f"pass on: choose one of {', '.join(_KERNELS)}, or sequence_attention = {OURS}"
+        )
+    if ring_degree > 1 and (kernel in (AUTO, *_NO_RING) or not has_gpu):
+        raise ValueError(
+            f"sequence_attention = {name} has no true log-sum-exp with XFuser_attention = {kernel}, so its ring would "
+            f"be wrong: choose TORCH_FLASH on a GPU, ring_degree = 1, or sequence_attention = {OURS}"
+        )
+
+
+class LongContextAttention:
+    """A library's attention where it can do the call, and `ours` otherwise. Its groups are one pair per process."""
+
+    def __init__(self, name: str, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup, ours: Strategy) -> None:
+        """`name` is YUNCHANG or XFUSER. Raises ImportError where the library, or one that it needs, is missing."""
+        from yunchang.globals import PROCESS_GROUP
+
+        PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = ulysses, ring
+        self._name, self._ours = name, ours
+        self._ulysses = dist.get_world_size(ulysses)
+        self._ranks = self._ulysses * dist.get_world_size(ring)
+        self._layers: dict[str, Callable[..., Tensor]] = {}
+        self._told: set[str] = set()
+        self.calls = 0
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """As `Strategy`."""
+        reason = self._cannot(kernel, q, k, v, lengths, mask)
+        if reason is not None:
+            if reason not in self._told:
+                self._told.add(reason)
+                logger.info("attention: %s does not take %s; raylight does these calls", self._name, reason)
+            return self._ours(kernel, q, k, v, lengths, mask, scale)
+        self.calls += 1
+        attention = self._layer(kernel.name, q.device)
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))  # (B, S, H, D)
+        out = attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale)
+        return out.transpose(1, 2)
+
+    def _cannot(
+        self, kernel: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: Tensor | None
+    ) -> str | None:
+        if getattr(kernel, "name", None) not in _KERNELS:
+            return "this kernel"
+        if mask is not None:
+            return "masks"
+        if len(set(lengths)) > 1:
+            return f"{sum(lengths)} tokens on {self._ranks} ranks"
+        if q.shape[1] % self._ulysses:
+            return f"{q.shape[1]} heads with a Ulysses degree of {self._ulysses}"
+        return "grouped queries" if k.shape[1] != q.shape[1] or v.shape[3] != q.shape[3] else None
+
+    def _layer(self, kernel: str, device: torch.device) -> Callable[..., Tensor]:
+        from yunchang.kernels import AttnType
+
+        # On a CPU its other kernels of PyTorch raise.
+        chosen = "TORCH_MATH" if kernel == "TORCH" or device.type == "cpu" else kernel
+        if chosen not in self._layers:
+            if self._name == YUNCHANG:
+                from yunchang import LongContextAttention as Layer
+
+                self._layers[chosen] = Layer(attn_type=AttnType[chosen])
+            else:
+                from xfuser.core.long_ctx_attention import xFuserLongContextAttention
+
+                layer = xFuserLongContextAttention(attn_type=AttnType[chosen])
+                self._layers[chosen] = lambda *tensors, **options: layer(None, *tensors, **options)
+        return self._layers[chosen]

@@ -1,0 +1,86 @@
+"""A matrix whose rows lie in other tensors and come together only when they are read.
+
+Files that name query, key and value apart are converted to models that hold them in one matrix. Joined this way, a
+rank that needs some rows reads these from the file, and no rank ever makes the whole matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class JoinedRows(Tensor):
+    """A tensor on the CPU that takes slices of dim 0 by assignment, gives them by indexing, and can do no more."""
+
+    @staticmethod
+    def __new__(
+        cls, shape: Sequence[int], dtype: torch.dtype, pieces: list[tuple[int, Tensor]] | None = None, start: int = 0
+    ) -> JoinedRows:
+        return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, pieces: list[tuple[int, Tensor]] | None = None, start: int = 0
+    ) -> None:
+        # Parts of one matrix share the list; `start` is the row of it that is row 0 here.
+        self._pieces = [] if pieces is None else pieces
+        self._start = start
+
+    def narrow(self, dim: int, start: int, length: int) -> JoinedRows:
+        """Rows `start` to `start + length`, as a part of the same matrix. Raises NotImplementedError for other dims."""
+        if dim != 0:
+            raise NotImplementedError(f"rows are joined along dim 0, not {dim}")
+        return JoinedRows((length, *self.shape[1:]), self.dtype, self._pieces, self._start + start)
+
+    def __setitem__(self, index: slice, value: Tensor) -> None:
+        start, stop, _ = index.indices(self.shape[0])
+        if value.shape[0] != stop - start or value.shape[1:] != self.shape[1:]:
+            raise ValueError(
+                f"rows of shape {tuple(value.shape)} do not fit into {stop - start} of {tuple(self.shape)}"
+            )
+        if isinstance(value, JoinedRows):
+            self._pieces.extend((self._start + start + at - value._start, piece) for at, piece in value._pieces)
+        else:
+            self._pieces.append((self._start + start, value))
+
+    def __getitem__(self, index: slice | EllipsisType) -> Tensor:
+        start, stop, _ = (slice(None) if index is ... else index).indices(self.shape[0])
+        rows = torch.empty(max(0, stop - start), *self.shape[1:], dtype=self.dtype)
+        for at, piece in self._pieces:
+            first, last = max(start, at - self._start), min(stop, at - self._start + piece.shape[0])
+            if first < last:
+                offset = self._start - at
+                rows[first - start : last - start] = piece[first + offset : last + offset]
+        return rows
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row was assigned."""
+        covered = torch.zeros(self.shape[0], dtype=torch.bool)
+        for at, piece in self._pieces:
+            covered[max(0, at - self._start) : max(0, at - self._start + piece.shape[0])] = True
+        return bool(covered.all())
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            joined = args[0]
+            return JoinedRows(joined.shape, joined.dtype, joined._pieces, joined._start)
+        raise NotImplementedError(f"{func} of rows that are still in their file")
+
+
+class JoiningRows(TorchFunctionMode):
+    """While it is entered, what `torch.empty` and `torch.empty_like` make on the CPU is a `JoinedRows`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty_like:
+            return JoinedRows(args[0].shape, args[0].dtype)
+        if func is torch.empty:
+            return JoinedRows(args[0], kwargs["dtype"])
+        return func(*args, **kwargs)

@@ -1,0 +1,1 @@
+"""A worker's process, one per rank: load, cache, patch and sample models."""

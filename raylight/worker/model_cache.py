@@ -1,0 +1,222 @@
+"""The models that a rank holds, told apart by what they were loaded from."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import psutil
+import torch
+
+from raylight.cluster.object_store import Shared
+from raylight.host.jobs import HeldModel, RankMemory
+from raylight.host.notices import tell
+from raylight.host.pickling import receive
+from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
+from raylight.parallel.process_group import smallest
+
+from . import lora
+from .lora import Fitting
+from .parallel_model import SplitModel
+from .patcher import RankPatcher
+
+logger = logging.getLogger(__name__)
+
+_HOST_RESERVE = 0.1  # of the machine's memory stays free of models that are not in use
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A model file that a rank holds, and the bytes of that rank's own memory that its weights take on the CPU."""
+
+    name: str
+    host_bytes: int
+
+
+@dataclass(slots=True)
+class Resident:
+    """A model on this rank, and on it the LoRAs of its last use. `host_bytes` is what it takes of this rank's own
+    memory when it is not on the GPU: nothing, where the mapped file has it all."""
+
+    recipe: ModelRecipe
+    patcher: RankPatcher
+    split: SplitModel
+    lora_keys: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    host_bytes: int
+    _worn: tuple[tuple[LoraRecipe, ...], str | None] = ((), None)
+    _patched: RankPatcher | None = field(default=None)
+
+    def patched(self, loras: tuple[LoraRecipe, ...], patches: Shared | None = None) -> RankPatcher:
+        """The patcher with these LoRAs, then these patches, and no others; the same object for the same ones, whose
+        weights ComfyUI then leaves as they are. Raises ValueError for a LoRA that does not fit."""
+        wanted = loras, None if patches is None else patches.key
+        if self._patched is None or wanted != self._worn:
+            self._patched = self.patcher if wanted == ((), None) else self._with(loras, patches)
+            self._worn = wanted
+        return self._patched
+
+    def _with(self, loras: tuple[LoraRecipe, ...], patches: Shared | None) -> RankPatcher:
+        patcher = self.patcher.clone()
+        fitting, warnings = Fitting(self.shapes), []
+        for one in loras:
+            fitted = lora.read(one, self.lora_keys, fitting)
+            patcher.add_patches(fitted.patches, one.strength)
+            if loras != self._worn[0]:  # else it was said when these were put on
+                warnings += fitted.warnings
+        if patches is not None:
+            written, received = receive(patches.get(), patcher, copies=False)
+            on_weights, more = lora.put_on_weights(
+                {key: on for key, on in received.items() if key in self.shapes}, fitting
+            )
+            for key, of_weight in on_weights.items():
+                patcher.patches[key] = [*patcher.patches.get(key, []), *of_weight]
+            for key, weight in written.items():  # what the weight itself is, before any LoRA
+                patcher.patches[key] = [(1.0, ("set", (weight,)), 1.0, None, None), *patcher.patches.get(key, [])]
+            patcher.patches_uuid = uuid.uuid4()
+            warnings += more
+        tell(logger, warnings, self.recipe.name)
+        return patcher
+
+
+class Residents:
+    """Models by recipe, the least recently used first. Every method is called on all ranks alike."""
+
+    def __init__(self, device: torch.device, world_size: int) -> None:
+        self._device = device
+        self._world_size = world_size
+        self._models: dict[ModelRecipe, Resident] = {}
+
+    def get(self, recipe: ModelRecipe) -> Resident | None:
+        """The model of a recipe without its LoRAs, from now on the last used."""
+        found = self._models.pop(recipe.without_loras, None)
+        if found is not None:
+            self._models[recipe.without_loras] = found
+        else:
+            self._drop_gone()
+        return found
+
+    def add(self, model: Resident) -> None:
+        self._models[model.recipe.without_loras] = model
+
+    def all(self) -> tuple[Resident, ...]:
+        return tuple(self._models.values())
+
+    def make_room_on_host(self, needed: int) -> None:
+        """Let go of models, the least recently used first, until each rank can take `needed` bytes. Collective."""
+        while self._models and not self._fits_on_host(needed):
+            self._drop_for_want_of_memory(next(iter(self._models.values())))
+
+    def make_room_on_device(self, needed: int, used: Resident | None = None) -> None:
+        """Move models other than `used` to the CPU, the least recently used first, until the GPU has `needed` bytes
+        free beside what sampling takes. Collective."""
+        if self._device.type == "cpu":
+            return
+        needed += comfy.model_management.minimum_inference_memory()
+        for other in [model for model in self._models.values() if model is not used]:
+            if other.patcher.get_free_memory(self._device) >= needed:
+                return
+            if not self._fits_on_host(other.host_bytes):
+                self._drop_for_want_of_memory(other)
+            elif other.patcher.loaded_size() > 0:
+                logger.info("%s is moved to the CPU to make room for another model", other.recipe.name)
+                self._forget_as_loaded(other)
+                other.patcher.detach()
+
+    def shortfall(self, recipe: ModelRecipe, latent_shape: tuple[int, ...] | None) -> int:
+        """See `ModelService.shortfall`. Collective."""
+        if self._device.type == "cpu":
+            return 0
+        found = self._models.get(recipe.without_loras)
+        needed = comfy.model_management.minimum_inference_memory()
+        if found is None:
+            needed += {WHOLE: recipe.size, SHARDED: recipe.size // self._world_size, OFFLOADED: 0}[recipe.sharding]
+        else:
+            needed += found.patcher.model_size() - found.patcher.loaded_size()
+            if latent_shape is not None:
+                needed += int(found.patcher.model.memory_required(list(latent_shape)))
+        movable = sum(other.patcher.loaded_size() for other in self._models.values() if other is not found)
+        free = comfy.model_management.get_free_memory(self._device)
+        return -smallest(int(free + movable - needed))
+
+    def drop(self, model: Resident) -> None:
+        """Forget a model and give its memory back."""
+        del self._models[model.recipe.without_loras]
+        self._forget_as_loaded(model)  # to unload it would first make a copy on the CPU
+        model.patcher = model._patched = None
+        self.sweep()
+
+    @staticmethod
+    def sweep() -> None:
+        """Give back the memory of what nobody holds any more."""
+        gc.collect()  # hooks, and FSDP's states, refer to the modules that hold them
+        comfy.model_management.soft_empty_cache()
+
+    def clear(self) -> None:
+        for model in self.all():
+            self.drop(model)
+
+    @staticmethod
+    def _forget_as_loaded(model: Resident) -> None:
+        # Not every model is in ComfyUI's list: shards are on the GPU before they are sampled for the first time.
+        loaded = comfy.model_management.current_loaded_models
+        loaded[:] = [one for one in loaded if one.model is None or not one.model.is_clone(model.patcher)]
+
+    def _fits_on_host(self, needed: int) -> bool:
+        if needed == 0:  # nobody has to go, however full the machine is
+            return True
+        memory = psutil.virtual_memory()
+        return smallest(memory.available) >= needed * self._world_size + int(_HOST_RESERVE * memory.total)
+
+    def _drop_gone(self) -> None:
+        """Drop models whose weights were in ComfyUI's memory and no longer are: until then they take it. Collective."""
+        for model in self.all():
+            if model.recipe.export is not None and smallest(int(model.recipe.is_there)) == 0:
+                self.drop(model)
+
+    def _drop_for_want_of_memory(self, model: Resident) -> None:
+        logger.info("%s is dropped: memory is short", model.recipe.name)
+        self.drop(model)
+
+
+def memory(device: torch.device, models: Sequence[Resident]) -> RankMemory:
+    """How full a rank is. On the CPU `free_bytes` and `total_bytes` are of the machine."""
+    held = tuple(
+        HeldModel(model.recipe.name, model.recipe.sharding, model.patcher.loaded_size(), model.host_bytes)
+        for model in models
+    )
+    process = psutil.Process().memory_info().rss
+    if device.type != "cuda":
+        machine = psutil.virtual_memory()
+        return RankMemory(process, machine.available, machine.total, 0, held)
+    free, total = torch.cuda.mem_get_info(device)
+    return RankMemory(process, free, total, torch.cuda.memory_allocated(device), held)
+
+
+def in_words(device: torch.device, models: Sequence[Resident]) -> str:
+    """What a rank holds, as the end of a sentence."""
+    now = memory(device, models)
+    weights = (
+        ", ".join(
+            f"{model.name} ({model.sharding}, {_gb(model.device_bytes)} on {device.type}, "
+            f"{_gb(model.host_bytes)} of its own in system memory)"
+            for model in now.models
+        )
+        or "no model"
+    )
+    if device.type != "cuda":
+        return f"{weights}; its process takes {_gb(now.process_bytes)}, and the machine has {_gb(now.free_bytes)} left"
+    others = now.total_bytes - now.free_bytes - torch.cuda.memory_reserved(device)
+    return (
+        f"{weights}; all its tensors take {_gb(now.tensor_bytes)} of {_gb(now.total_bytes)}, other programs "
+        f"(ComfyUI among them) {_gb(max(0, others))}, and {_gb(now.free_bytes)} are free"
+    )
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"

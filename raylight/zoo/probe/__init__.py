@@ -1,1 +1,0 @@
-"""Finding out what a plan of a new model has to say: see `raylight.plans.probe`."""
