@@ -11,7 +11,7 @@ if _ROOT not in sys.path:
 
 from raylight.driver import preflight
 
-preflight.announce()  # before the nodes: a ComfyUI that is too old for them should at least say so
+preflight.log_problems()  # before the nodes: a ComfyUI that is too old for them should at least say so
 
 from .nodes import comfy_entrypoint
 

@@ -50,7 +50,7 @@ from raylight.cluster.session import Session
 from raylight.dev.demo.prompts import random_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
-from raylight.host.recipe import ModelRecipe, RayModel, Workers
+from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 WAN, FLUX = (1, 16, 21, 60, 104), (1, 16, 128, 128)
@@ -148,7 +148,7 @@ def sample(
 @torch.inference_mode()
 def main() -> None:
     traffic = Traffic()
-    workers = Workers(SessionConfig(MeshShape(), OPTIONS.device), "auto")
+    workers = WorkerConfig(SessionConfig(MeshShape(), OPTIONS.device), "auto")
     print(
         f"{'':<26} {'way':<14} {'ms a step':>10} {'over stock':>11} {'sent a run':>11} {'sent a step':>12} "
         f"{'back a step':>12} (bytes) {'relative L2':>11}"

@@ -175,11 +175,11 @@ def workers(path: Path, ranks: int, sharding: str, step: bool) -> Row:
     from raylight.cluster.config import SessionConfig
     from raylight.dev.demo.prompts import random_prompt
     from raylight.driver import api, workers
-    from raylight.host.recipe import ModelRecipe, RayModel, Workers
+    from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
     from raylight.parallel.mesh import MeshShape
 
     config = SessionConfig(MeshShape(ulysses=ranks), "cpu")
-    model = RayModel(Workers(config, "TORCH"), ModelRecipe.of(str(path), "bf16", sharding))
+    model = RayModel(WorkerConfig(config, "TORCH"), ModelRecipe.of(str(path), "bf16", sharding))
     session = active_session.session(config, workers.service_spec())
     try:
         with Memory([place.pid for place in session.places.values()]) as memory:
@@ -229,7 +229,7 @@ def main() -> None:
 
 
 def _measure(path: Path, form: str, options: argparse.Namespace) -> dict[str, Any]:
-    from raylight.host.recipe import SHARDED, WHOLE
+    from raylight.host.recipe import REPLICATED, SHARDED
 
     if not path.exists():
         write_checkpoint(path, int(options.gib * 2**30), form == "scaled fp8")
@@ -238,7 +238,7 @@ def _measure(path: Path, form: str, options: argparse.Namespace) -> dict[str, An
         while file.read(1 << 24):
             pass
     setups: dict[str, tuple[int, Callable[[bool], Row]]] = {"stock ComfyUI": (1, functools.partial(stock, path))}
-    for sharding in (WHOLE, SHARDED):
+    for sharding in (REPLICATED, SHARDED):
         for ranks in options.ranks:
             name = f"{ranks} worker{'s' * (ranks > 1)}{', FSDP' * (sharding == SHARDED)}"
             setups[name] = ranks, functools.partial(workers, path, ranks, sharding)

@@ -34,10 +34,10 @@ from raylight.cluster.config import SessionConfig
 from raylight.dev.demo.prompts import random_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
-from raylight.host.recipe import SHARDED, WHOLE, LoraRecipe, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import REPLICATED, SHARDED, LoraRecipe, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
 LATENT = (1, 16, 3, 30, 40)
 STEPS = 4
 
@@ -76,7 +76,7 @@ def main() -> None:
             lora,
         )
         print(f"{'seconds':<34} {'a step':>8} {'before it':>10} {'of a step':>10}")
-        for sharding in (WHOLE, SHARDED):
+        for sharding in (REPLICATED, SHARDED):
             _report(str(path), str(lora), sharding, options.repeats)
         active_session.close()
 

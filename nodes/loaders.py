@@ -10,7 +10,16 @@ from comfy_api.latest import io
 
 from raylight.driver.options import all_workers
 from raylight.host import gguf
-from raylight.host.recipe import WEIGHT_DTYPES, LoraRecipe, ModelRecipe, RayModel, Workers, is_gguf, needs_pack, stamp
+from raylight.host.recipe import (
+    WEIGHT_DTYPES,
+    LoraRecipe,
+    ModelRecipe,
+    RayModel,
+    WorkerConfig,
+    is_gguf,
+    needs_pack,
+    stamp,
+)
 
 from .common import CATEGORY, RayActors, RayActorsInit, RayLora, driver
 
@@ -50,7 +59,7 @@ class RayUNETLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, unet_name: str, weight_dtype: str, ray_actors_init: Workers, lora: tuple[LoraRecipe, ...] = ()
+        cls, unet_name: str, weight_dtype: str, ray_actors_init: WorkerConfig, lora: tuple[LoraRecipe, ...] = ()
     ) -> io.NodeOutput:
         return io.NodeOutput(_load(unet_name, weight_dtype, ray_actors_init, lora))
 
@@ -95,7 +104,7 @@ class RayModelLoader(io.ComfyNode):
         cls,
         unet_name: str,
         weight_dtype: str,
-        ray_actors_init: Workers | None = None,
+        ray_actors_init: WorkerConfig | None = None,
         lora: tuple[LoraRecipe, ...] = (),
     ) -> io.NodeOutput:
         return io.NodeOutput(_load(unet_name, weight_dtype, ray_actors_init or all_workers(), lora))
@@ -123,7 +132,7 @@ def _lora_input() -> io.Input:
     return RayLora.Input("lora", optional=True, tooltip="LoRAs for the model, from a Ray LoRA loader.")
 
 
-def _load(name: str, weight_dtype: str, workers: Workers, loras: tuple[LoraRecipe, ...]) -> ModelPatcher:
+def _load(name: str, weight_dtype: str, workers: WorkerConfig, loras: tuple[LoraRecipe, ...]) -> ModelPatcher:
     recipe = ModelRecipe.of(_path(name), weight_dtype, workers.sharding, loras, gguf.find())
     return driver().load(RayModel(workers, recipe))
 
@@ -246,5 +255,5 @@ class RayParallelizeModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, ray_actors_init: Workers | None = None) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, ray_actors_init: WorkerConfig | None = None) -> io.NodeOutput:
         return io.NodeOutput(driver().parallelize(model, ray_actors_init or all_workers()))

@@ -36,7 +36,7 @@ from raylight.cluster.errors import OUT_OF_MEMORY, WorkerError
 from raylight.dev.demo.prompts import random_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
-from raylight.host.recipe import ModelRecipe, RayModel, Workers
+from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 SHAPE, LARGE = (1, 16, 9, 60, 104), (1, 16, 41, 120, 208)
@@ -76,7 +76,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "wan.safetensors"
         write_checkpoint(path, "wan-t2v", heads=12, layers=4)
-        workers = Workers(SessionConfig(MeshShape(), "cuda"), "auto")
+        workers = WorkerConfig(SessionConfig(MeshShape(), "cuda"), "auto")
         model = api.load(RayModel(workers, ModelRecipe.of(str(path), "bf16")))
         first, history = None, []
         for seed in range(OPTIONS.runs):

@@ -19,7 +19,7 @@ from attention import median
 from full_size import versions
 
 from raylight.attention.kernels import kernel
-from raylight.parallel.exchange_layout import packed_heads, parts_of, place_heads, unpacked_heads
+from raylight.parallel.exchange_layout import chunks_of, packed_heads, place_heads, unpacked_heads
 
 SIZES = {"wan-480p": (40, 14040), "wan-720p": (40, 75600), "flux-1024": (24, 4608)}
 WIDTH = 128
@@ -33,7 +33,7 @@ def measure(heads: int, tokens: int, ranks: int, device: torch.device, repeats: 
         .transpose(1, 2)
         for _ in range(3)
     )
-    ranges = parts_of(heads, 1, ranks, 1)[0].queries
+    ranges = chunks_of(heads, 1, ranks, 1)[0].queries
     attend = kernel("auto", device)
 
     def clock(function: Any) -> float:

@@ -23,7 +23,7 @@ from one_share import between, mark
 
 from raylight.dev.local_ranks import run_ranks, values
 
-WHOLE, SHARDED, OFFLOADED = "whole", "split", "split, offloaded"
+REPLICATED, SHARDED, OFFLOADED = "replicated", "split", "split, offloaded"
 
 
 def device_of(device_type: str) -> torch.device:
@@ -61,7 +61,7 @@ def model_on(name: str, layers: int | None, weights_are: str, device: torch.devi
         options, SequenceAttention(tokens, UlyssesAttention(sequence.get_group())), kernel("auto", device)
     )
     weights = RandomWeights(model.diffusion_model, device)
-    if weights_are == WHOLE:
+    if weights_are == REPLICATED:
         fill(model.diffusion_model, weights, device)
     else:
         shard(model.diffusion_model, weights, world_axis(mesh), device, weights_are == OFFLOADED)
@@ -92,7 +92,7 @@ def offloading(rank: int, world: int, name: str, layers: int | None, repeats: in
     found: dict[str, Any] = {}
     with torch.no_grad():
         given = inputs(name, device)
-        for weights_are in (WHOLE, SHARDED, OFFLOADED):
+        for weights_are in (REPLICATED, SHARDED, OFFLOADED):
             model, options, _ = model_on(name, layers, weights_are, device)
             taken = []
             for _ in range(repeats + 1):
@@ -144,8 +144,8 @@ def main() -> None:
     )
     for world in options.ranks:
         whole = 0.0
-        for weights_are in (WHOLE, SHARDED, OFFLOADED):
-            if world == 1 and weights_are != WHOLE:
+        for weights_are in (REPLICATED, SHARDED, OFFLOADED):
+            if world == 1 and weights_are != REPLICATED:
                 continue
             ranks = values(
                 run_ranks(
@@ -161,7 +161,7 @@ def main() -> None:
             )
             most = max(ranks, key=lambda one: one["weights"] + one["more"])
             whole = whole or most["more"]
-            blocks = f"{(most['more'] - whole) / most['block']:9.2f}" if weights_are != WHOLE else ""
+            blocks = f"{(most['more'] - whole) / most['block']:9.2f}" if weights_are != REPLICATED else ""
             print(
                 f"{world:>5} {weights_are:<18} {most['weights'] / 1e9:8.2f} {most['more'] / 1e9:8.2f} "
                 f"{(most['weights'] + most['more']) / 1e9:8.2f} {blocks}",
@@ -181,7 +181,7 @@ def main() -> None:
         )
     )[0]
     print(
-        f"\none rank, seconds of a forward: whole {found[WHOLE]:.3f}, in shards {found[SHARDED]:.3f}, offloaded "
+        f"\none rank, seconds of a forward: whole {found[REPLICATED]:.3f}, in shards {found[SHARDED]:.3f}, offloaded "
         f"{found[OFFLOADED]:.3f}; the copy alone {found['copy']:.3f}, of which {found['hidden']:.1%} is hidden"
     )
     figures["offloading"] = found

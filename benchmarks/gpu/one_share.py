@@ -107,7 +107,7 @@ class ShareHooks(SequenceHooks):
         tokens, sizes = self._tokens, self._tokens.sizes(gather.stream)
         before = tokens.lengths(gather.after)[0]
         head, tail = local.split([before, sizes[0]], gather.dim)
-        tokens.leave(gather.stream)
+        tokens.mark_gathered(gather.stream)
         self.gathered += tail.nbytes * (len(sizes) - 1)
         return torch.cat([head, *(tail.narrow(gather.dim, 0, size) for size in sizes)], gather.dim)
 

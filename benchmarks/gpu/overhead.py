@@ -110,10 +110,10 @@ def main() -> None:
     from raylight.cluster.config import SessionConfig
     from raylight.driver import api
     from raylight.driver import workers as at_workers
-    from raylight.host.recipe import ModelRecipe, RayModel, Workers
+    from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
     from raylight.parallel.mesh import MeshShape
 
-    workers = Workers(SessionConfig(MeshShape(), options.device), options.attention)
+    workers = WorkerConfig(SessionConfig(MeshShape(), options.device), options.attention)
     figures: dict[str, Any] = {"versions": versions(), "attention": options.attention}
     print(figures["versions"])
     steps, repeats = (

@@ -101,7 +101,7 @@ def _fault(candidate: Kernel, device: torch.device, dtype: torch.dtype) -> str |
     error = 0.0
     for tokens in _TRIALS:
         q, k, v = (torch.randn(1, 2, tokens, 64, generator=generator, device=device, dtype=dtype) for _ in range(3))
-        expected, expected_total = torch_kernels.written_out(q.float(), k.float(), v.float(), None, None)
+        expected, expected_total = torch_kernels.reference_attention(q.float(), k.float(), v.float(), None, None)
         try:
             pairs = [(candidate(q, k, v, None, None), expected)]
             if hasattr(candidate, "with_lse"):

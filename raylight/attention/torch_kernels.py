@@ -20,7 +20,7 @@ LseFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Pa
 QUERY_CHUNK = 1024
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial:
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial:
     """Softmax attention from its definition, some queries at a time; works for every dtype, mask and device.
 
     q (B, H, Sq, D), k and v (B, H, Sk, D). Returns (B, H, Sq, D) and the log-sum-exp (B, H, Sq) in float32.
@@ -42,7 +42,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial:
-    """PyTorch's flash attention: on the CPU with masks, on CUDA without. Falls to `written_out` for a boolean mask,
+    """PyTorch's flash attention: on the CPU with masks, on CUDA without. Uses `reference_attention` for a boolean mask,
     whose fully masked rows flash attention leaves undefined."""
     if q.device.type == "cpu" and (mask is None or mask.dtype != torch.bool):
         bias = None if mask is None else mask.to(q.dtype).expand(q.shape[0], q.shape[1], -1, k.shape[2])
@@ -52,7 +52,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
     if q.device.type == "cuda" and mask is None and q.dtype in (torch.float16, torch.bfloat16):
         out, total, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
         return out, total
-    return written_out(q, k, v, mask, scale)
+    return reference_attention(q, k, v, mask, scale)
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial:
@@ -71,14 +71,14 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
     return out, total.reshape(q.shape[:3])
 
 
-def merge(out: Tensor, total: Tensor, more: Tensor, more_total: Tensor) -> Partial:
+def merge(out: Tensor, total: Tensor, more: Tensor, block_lse: Tensor) -> Partial:
     """Attention over two sets of keys from attention over each: outputs (B, H, S, D) in float32, sums (B, H, S).
 
     The online softmax of Milakov and Gimelshein (2018, arXiv 1805.02867), as ring attention uses it.
     """
-    both = torch.logaddexp(total, more_total)
+    both = torch.logaddexp(total, block_lse)
     floor = both.clamp_min(torch.finfo(torch.float32).min)
-    left, right = (total - floor).exp()[..., None], (more_total - floor).exp()[..., None]
+    left, right = (total - floor).exp()[..., None], (block_lse - floor).exp()[..., None]
     # A part with no weight may hold anything, NaN included.
     out = torch.where(left > 0, out * left, 0.0) + torch.where(right > 0, more.float() * right, 0.0)
     return out, both
@@ -100,7 +100,7 @@ _ORDER = {
 
 # The same choices with a log-sum-exp.
 _WITH_LSE: dict[str, LseFunction] = {
-    "TORCH": written_out,
+    "TORCH": reference_attention,
     "TORCH_FLASH": flash,
     "TORCH_EFFICIENT": efficient,
     "TORCH_CUDNN": cudnn,

@@ -166,7 +166,7 @@ class RankActor:
         self._beats_before = heartbeat.beats()
         run.enter(f"beginning to {method}")
         try:
-            with self._memory_told(), heartbeat.checked_by(run.check_cancelled):
+            with self._memory_told(), heartbeat.cancellation_checked_by(run.check_cancelled):
                 result = getattr(self._service, method)(run, *args)
             run.enter(IDLE)
             return result

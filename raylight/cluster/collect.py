@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from .actor import Cancelled
-from .diagnosis import Fault, Scene, cause_of, is_of_peers, is_store_full, root_of, store_full, told
+from .diagnosis import Fault, WorkerStates, cause_of, is_of_peers, is_store_full, root_cause, store_full, to_error
 from .errors import HUNG, RunCancelled, is_out_of_memory
 
 POLL_S = 0.1
@@ -46,7 +46,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Listening:
+class WaitOptions:
     """What a wait heeds besides the ranks. `is_overdue` is asked, with the seconds since, after a cancel."""
 
     on_event: Callable[[Any], None] = lambda _: None
@@ -57,7 +57,7 @@ class Listening:
     timeout_s: float = math.inf
 
 
-def wait_for_all(refs: Mapping[int, ray.ObjectRef], stream: Any = None, heed: Listening = Listening()) -> Outcome:
+def wait_for_all(refs: Mapping[int, ray.ObjectRef], stream: Any = None, heed: WaitOptions = WaitOptions()) -> Outcome:
     """Wait until every rank has ended, or a grace after the first that failed, a fault, or `timeout_s`.
 
     `on_event` gets each event of `stream`; `wants_cancel` is polled, and so is an exception from `on_event`
@@ -114,7 +114,9 @@ def met_alike(outcome: Outcome, world_size: int) -> BaseException | None:
     return first
 
 
-def conclude(outcome: Outcome, world_size: int, scene: Scene, stay: bool | None = None) -> dict[int, Any]:
+def results_or_raise(
+    outcome: Outcome, world_size: int, scene: WorkerStates, stay: bool | None = None
+) -> dict[int, Any]:
     """The results by rank. Raises what the listener raised, RunCancelled, StoreFull, or WorkerError; or an error that
     all ranks have met alike, if the workers `stay` after it (where that is not said, a ValueError)."""
     if outcome.overdue or (outcome.interruption is not None and not outcome.failures and outcome.fault is None):
@@ -126,13 +128,13 @@ def conclude(outcome: Outcome, world_size: int, scene: Scene, stay: bool | None 
         # Of the same kind where that is made as a ValueError is, so that callers can tell refusals apart.
         raise (type(cause) if type(cause).__init__ is ValueError.__init__ else ValueError)(str(cause))
     if outcome.fault is not None:
-        raise told(outcome.fault, scene)
+        raise to_error(outcome.fault, scene)
     if outcome.failures:
         for error in outcome.failures.values():
             if is_store_full(error):
                 raise store_full("what a worker returns", error) from error
-        fault = root_of(outcome.failures)
-        raise told(fault, scene) from outcome.failures[fault.rank]
+        fault = root_cause(outcome.failures)
+        raise to_error(fault, scene) from outcome.failures[fault.rank]
     if any(isinstance(result, Cancelled) for result in outcome.results.values()):
         raise RunCancelled
     return outcome.results

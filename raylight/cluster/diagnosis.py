@@ -46,7 +46,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class WorkerStates:
     """What is known of the ranks, each by number: their place, what they were at, and the last lines of their logs."""
 
     places: Mapping[int, object] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Scene:
         return str(self.places.get(rank, f"rank {rank}"))
 
 
-def told(fault: Fault, scene: Scene) -> WorkerError:
+def to_error(fault: Fault, scene: WorkerStates) -> WorkerError:
     """The error of a fault, as a person reads it."""
     if fault.rank is None:
         return WorkerError(f"{fault.cause}.", fault.kind)
@@ -71,7 +71,7 @@ def told(fault: Fault, scene: Scene) -> WorkerError:
     return WorkerError(text, fault.kind)
 
 
-def root_of(failures: Mapping[int, BaseException]) -> Fault:
+def root_cause(failures: Mapping[int, BaseException]) -> Fault:
     """The cause among what the ranks failed of, in the order in which they did: a rank that died, else the first whose
     error is its own and not one that it met because another was gone."""
     for rank, error in failures.items():

@@ -12,7 +12,7 @@ _GET_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class ObjectHandle:
     """An object in Ray's store. `key` is the same for the same content."""
 
     key: str
@@ -23,19 +23,19 @@ class Shared:
         return ray.get(self._reference, timeout=_GET_S)
 
 
-class SharedObjects:
+class ObjectCache:
     """The objects that this process has put, by `put`, for one session, the least recently used first."""
 
     def __init__(self, limit: int, put: Callable[[Any], ray.ObjectRef]) -> None:
         self._limit = limit
         self._put = put
-        self._held: dict[str, Shared] = {}
+        self._held: dict[str, ObjectHandle] = {}
 
-    def of(self, key: str, make: Callable[[], Any]) -> Shared:
+    def of(self, key: str, make: Callable[[], Any]) -> ObjectHandle:
         """The object of a key, made only when it is not there."""
         found = self._held.pop(key, None)
         if found is None:
-            found = Shared(key, self._put(make()))
+            found = ObjectHandle(key, self._put(make()))
             while len(self._held) >= self._limit:
                 del self._held[next(iter(self._held))]
         self._held[key] = found

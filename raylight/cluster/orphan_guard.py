@@ -17,12 +17,12 @@ GRACE_S = 3.0
 _THEN = "--"  # between folders and processes in the guard's arguments
 
 
-def family() -> frozenset[str]:
+def child_process_ids() -> frozenset[str]:
     """The processes that this one has started, and theirs, by number and time of birth."""
-    return frozenset(names_of(psutil.Process().children(recursive=True)))
+    return frozenset(process_ids(psutil.Process().children(recursive=True)))
 
 
-def names_of(processes: Iterable[psutil.Process]) -> Iterator[str]:
+def process_ids(processes: Iterable[psutil.Process]) -> Iterator[str]:
     """The numbers and times of birth of those that run."""
     for process in processes:
         try:
@@ -38,7 +38,7 @@ def guard(others: frozenset[str], folders: Sequence[str]) -> subprocess.Popen:
     The guard goes by itself when its standard input is closed.
     """
     return subprocess.Popen(
-        [sys.executable, __file__, *folders, _THEN, *sorted(family() - others)],
+        [sys.executable, __file__, *folders, _THEN, *sorted(child_process_ids() - others)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

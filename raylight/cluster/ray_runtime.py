@@ -15,7 +15,7 @@ from ray._private import ray_constants
 
 from . import orphan_guard, ray_environment
 from .config import SessionConfig
-from .timeouts import Pending, bounded
+from .timeouts import BackgroundCall, with_timeout
 
 _PATIENCE_S = 5.0
 # What opens a connection of HTTP/2, of which gRPC is made, and empty settings (RFC 9113, 3.4 and 6.5).
@@ -23,7 +23,7 @@ _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0,
 _FRAME_HEADER, _KIND_AT, _SETTINGS = 9, 3, 4
 
 
-def at(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Knock at "host:port"; does nothing for addresses of other forms.
 
     Raises OSError where nobody listens, or whoever does is not Ray.
@@ -50,9 +50,9 @@ _SHUTDOWN_S = 20.0
 _NEEDED = ("gcs_server", "raylet")
 
 _ours = False
-_thread: Pending | None = None  # that has started Ray
+_thread: BackgroundCall | None = None  # that has started Ray
 _is_starting = False
-_leaving: Pending | None = None  # a Ray that is broken takes seconds to be left
+_leaving: BackgroundCall | None = None  # a Ray that is broken takes seconds to be left
 _guard: subprocess.Popen | None = None
 _not_rays: frozenset[str] = frozenset()  # what ComfyUI and other packs had started before
 _rays: frozenset[str] = frozenset()
@@ -73,10 +73,10 @@ def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
         return
     if not _is_starting:
         _ours = _is_starting = True
-        _not_rays = orphan_guard.family()
+        _not_rays = orphan_guard.child_process_ids()
         ray_environment.prepare(config.is_local, torch.version.hip is not None)
         _bind_to_loopback(config.is_local)
-        _thread = Pending(lambda: _start(config) if config.is_local else _join(config), stays=True)
+        _thread = BackgroundCall(lambda: _start(config) if config.is_local else _join(config), stays=True)
     try:
         _thread.wait(config.start_timeout_s, "the start of Ray", wants_cancel)
     except ConnectionError:
@@ -111,7 +111,7 @@ def _start(config: SessionConfig) -> None:
 def _join(config: SessionConfig) -> None:
     logger.info("joining the Ray cluster at %s", config.address)
     try:
-        at(config.address)
+        check_reachable(config.address)
         ray.init(address=config.address, namespace=config.namespace, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
@@ -135,7 +135,7 @@ def _note_processes() -> None:
     global _rays, _needed
     children = psutil.Process().children(recursive=True)
     _needed = {_name(child): child for child in children if _name(child).startswith(_NEEDED)}
-    _rays = frozenset(orphan_guard.names_of(children)) - _not_rays
+    _rays = frozenset(orphan_guard.process_ids(children)) - _not_rays
 
 
 def _bind_to_loopback(local: bool) -> None:
@@ -174,7 +174,7 @@ def disconnect() -> None:
             logger.debug("the start of Ray had failed: %s", error)
     if _ours and ray.is_initialized() and lost() is None:
         try:
-            bounded(ray.shutdown, _SHUTDOWN_S, "the end of Ray")
+            with_timeout(ray.shutdown, _SHUTDOWN_S, "the end of Ray")
         except TimeoutError as error:
             logger.warning("%s: its processes are ended", error)
             abandon()
@@ -191,10 +191,10 @@ def abandon() -> None:
     global _leaving
     running = psutil.Process().children(recursive=True)
     workers = [child for child in running if _name(child).startswith(("ray::", *_NEEDED))]
-    for process in orphan_guard.find({*_rays, *orphan_guard.names_of(workers)}):
+    for process in orphan_guard.find({*_rays, *orphan_guard.process_ids(workers)}):
         process.kill()
     if ray.is_initialized() and _leaving is None:
-        _leaving = Pending(ray.shutdown)
+        _leaving = BackgroundCall(ray.shutdown)
     _forget()
 
 
@@ -219,7 +219,7 @@ def _forget() -> None:
     global _ours, _thread, _is_starting, _guard, _rays, _needed, _folder
     _ours, _is_starting, _rays, _needed = False, False, frozenset(), {}
     if _thread is not None:
-        _thread.let_go()
+        _thread.release()
         _thread = None
     if _guard is not None:
         _guard.stdin.close()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class SerializedObject:
     """What `pack` made of an object. `tensors` are the bytes of its tensors, by number."""
 
     data: bytes
@@ -101,7 +101,9 @@ class _Packer(cloudpickle.CloudPickler):
 
 
 class _Unpacker(pickle.Unpickler):
-    def __init__(self, parcel: Parcel, resolve: Callable[[Any], Any], device: torch.device, copies: bool) -> None:
+    def __init__(
+        self, parcel: SerializedObject, resolve: Callable[[Any], Any], device: torch.device, copies: bool
+    ) -> None:
         super().__init__(io.BytesIO(parcel.data))
         self._tensors = parcel.tensors
         self._resolve = resolve
@@ -124,7 +126,7 @@ class _Unpacker(pickle.Unpickler):
         return self._made[reference.number]
 
 
-def pack(value: Any, refer: Referrer, reduce: Reducer = lambda _: NotImplemented) -> Parcel:
+def pack(value: Any, refer: Referrer, reduce: Reducer = lambda _: NotImplemented) -> SerializedObject:
     """Pack an object. `refer(part)` returns what stands for a part that the other process has, or None; `reduce` is as
     `pickle.Pickler.reducer_override`, or returns BY_VALUE.
 
@@ -133,10 +135,10 @@ def pack(value: Any, refer: Referrer, reduce: Reducer = lambda _: NotImplemented
     file = io.BytesIO()
     packer = _Packer(file, refer, reduce)
     packer.dump(value)
-    return Parcel(file.getvalue(), tuple(packer.tensors))
+    return SerializedObject(file.getvalue(), tuple(packer.tensors))
 
 
-def unpack(parcel: Parcel, resolve: Callable[[Any], Any], device: torch.device, copies: bool = True) -> Any:
+def unpack(parcel: SerializedObject, resolve: Callable[[Any], Any], device: torch.device, copies: bool = True) -> Any:
     """The object of a parcel. `resolve` turns what `refer` returned into this process's part.
 
     Tensors that were on the CPU are on the CPU, others on `device`. Without `copies` those on the CPU lie in memory

@@ -18,13 +18,13 @@ from raylight.parallel.heartbeat import agree
 
 from . import bandwidth_check, diagnosis, placement, ray_runtime
 from .actor import Place, RankActor
-from .collect import Listening, Outcome, conclude, met_alike, wait_for_all
+from .collect import Outcome, WaitOptions, met_alike, results_or_raise, wait_for_all
 from .config import ServiceSpec, SessionConfig
-from .diagnosis import Fault, Scene, is_store_full, store_full, told
+from .diagnosis import Fault, WorkerStates, is_store_full, store_full, to_error
 from .errors import OUT_OF_MEMORY, RAY_LOST, RunCancelled, WorkerError
-from .object_store import SharedObjects
+from .object_store import ObjectCache
 from .status import IDLE, STARTING
-from .timeouts import bounded
+from .timeouts import with_timeout
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Session:
         then."""
         self.config = config
         self.places: dict[int, Place] = {}
-        self.shared = SharedObjects(_SHARED_OBJECTS, self._put)
+        self.shared = ObjectCache(_SHARED_OBJECTS, self._put)
         self._actors: list[Any] = []
         self._group: Any = None
         self._watchdog: Watchdog | None = None
@@ -88,8 +88,10 @@ class Session:
             ask: Callable[[Any], Any], timeout_s: float = config.start_timeout_s, actors: Sequence[Any] = self._actors
         ) -> dict[int, Any]:
             refs = {rank: ask(actor) for rank, actor in enumerate(actors)}
-            heed = Listening(wants_cancel=wants_cancel, cancel=_raise_cancelled, fault=self._fault, timeout_s=timeout_s)
-            return conclude(wait_for_all(refs, heed=heed), config.world_size, self._scene())
+            heed = WaitOptions(
+                wants_cancel=wants_cancel, cancel=_raise_cancelled, fault=self._fault, timeout_s=timeout_s
+            )
+            return results_or_raise(wait_for_all(refs, heed=heed), config.world_size, self._scene())
 
         self.places = dict(sorted(of_each(lambda actor: actor.place.remote()).items()))
         self._watchdog.know(self.places)
@@ -136,8 +138,8 @@ class Session:
         """Call a method of the service on every rank and return the results by rank.
 
         `args` are put into the object store once. Events of rank 0 are given to `on_event` in this thread.
-        Raises what `conclude` raises. A failure ends the workers unless all of them have met it alike and in step; so
-        does a cancel that they do not heed.
+        Raises what `results_or_raise` raises. A failure ends the workers unless all of them have met it alike and in
+        step; so does a cancel that they do not heed.
         """
         if not self.alive:
             raise WorkerError("the workers have ended: run the prompt again", RAY_LOST)
@@ -157,7 +159,7 @@ class Session:
             outcome = wait_for_all(
                 refs,
                 stream,
-                Listening(
+                WaitOptions(
                     on_event or (lambda _: None),
                     wants_cancel or (lambda: False),
                     cancel,
@@ -165,13 +167,13 @@ class Session:
                     self._fault,
                 ),
             )
-            scene = Scene(self.places) if outcome.is_clean else self._scene(f"beginning to {method}")
+            scene = WorkerStates(self.places) if outcome.is_clean else self._scene(f"beginning to {method}")
             stay = outcome.is_clean or self._may_stay(outcome)
         if not stay:
             # A rank that failed alone leaves the others inside a collective that never ends.
             logger.warning("ending the workers, which start anew with the next prompt")
             self.close()
-        return conclude(outcome, self.config.world_size, scene, stay)
+        return results_or_raise(outcome, self.config.world_size, scene, stay)
 
     def _may_stay(self, outcome: Outcome) -> bool:
         """Whether the workers can go on after a run that has failed: all of them have met the same error at the same
@@ -194,8 +196,8 @@ class Session:
 
     def _of_each(self, ask: Callable[[Any], Any], timeout_s: float) -> dict[int, Any]:
         refs = {rank: ask(actor) for rank, actor in enumerate(self._actors)}
-        outcome = wait_for_all(refs, heed=Listening(fault=self._fault, timeout_s=timeout_s))
-        return conclude(outcome, self.config.world_size, Scene(self.places))
+        outcome = wait_for_all(refs, heed=WaitOptions(fault=self._fault, timeout_s=timeout_s))
+        return results_or_raise(outcome, self.config.world_size, WorkerStates(self.places))
 
     @property
     def phases(self) -> dict[int, str]:
@@ -224,7 +226,7 @@ class Session:
             ray_runtime.abandon()
         elif ray.is_initialized():
             try:
-                bounded(lambda: _give_back(actors, group), _END_S, "the end of the workers")
+                with_timeout(lambda: _give_back(actors, group), _END_S, "the end of the workers")
             except Exception as error:
                 logger.warning("%s", error)
         if self.config.is_local:
@@ -233,7 +235,7 @@ class Session:
     def _put(self, value: Any) -> ray.ObjectRef:
         """A reference to an object in Ray's store. Raises StoreFull."""
         try:
-            return bounded(lambda: ray.put(value), _PUT_S, "sending to the workers")
+            return with_timeout(lambda: ray.put(value), _PUT_S, "sending to the workers")
         except Exception as error:
             if not isinstance(error, TimeoutError) and not is_store_full(error):
                 raise
@@ -248,23 +250,23 @@ class Session:
             return
         try:
             if self._ready and not self._broken:
-                logger.error("%s", told(fault, self._scene()))
+                logger.error("%s", to_error(fault, self._scene()))
                 logger.error("the workers have ended, and start anew with the next prompt")
                 self.close()
         finally:
             self._running.release()
 
-    def _scene(self, at_least: str = IDLE) -> Scene:
+    def _scene(self, at_least: str = IDLE) -> WorkerStates:
         """What is known now; ranks that have not told yet what they do are `at_least` at that."""
         if self._watchdog is None:
-            return Scene(self.places)
+            return WorkerStates(self.places)
         lines = {
             rank: self._watchdog.last_lines(rank) or diagnosis.last_output(place, self._printed.get(rank, {}))
             for rank, place in self.places.items()
         }
         phases = dict.fromkeys(range(self.config.world_size), STARTING) | self._watchdog.phases
         phases = {rank: at_least if phase == IDLE else phase for rank, phase in phases.items()}
-        return Scene(self.places, phases, lines)
+        return WorkerStates(self.places, phases, lines)
 
 
 def _give_back(actors: list[Any], group: Any) -> None:

@@ -29,7 +29,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorUpdate:
     """One tensor of a message. `key` is its name for later, None if it is not kept. `data` are the bytes of all of it,
     of channels `channels` (dim 1) where the others are as in the tensor `base`, or None: then it is `base`."""
 
@@ -47,7 +47,7 @@ class Message:
     `stream` begins anew."""
 
     stream: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorUpdate, ...]
     forget: tuple[int, ...]
 
     @property
@@ -66,7 +66,7 @@ class Sender:
         self._latest: dict[Any, int] = {}
         self._next_key = 0
         self._held_bytes = 0
-        self._pieces: list[Piece] = []
+        self._pieces: list[TensorUpdate] = []
         self._forget: list[int] = []
 
     def slot(self, value: Tensor) -> Slot:
@@ -80,16 +80,16 @@ class Sender:
         self._pieces, self._forget = [], []
         return message
 
-    def _piece(self, value: Tensor) -> Piece:
+    def _piece(self, value: Tensor) -> TensorUpdate:
         value = value.detach()
         form = (value.dtype, tuple(value.shape))
         if value.nbytes < _SMALL:
-            return Piece(None, None, None, as_bytes(value), *form)
+            return TensorUpdate(None, None, None, as_bytes(value), *form)
         fingerprint = (form, _probe(value))
         for key in self._prints.get(fingerprint, ()):
             if torch.equal(self._kept[key], value):
                 self._kept.move_to_end(key)
-                return Piece(None, key, None, None, *form)
+                return TensorUpdate(None, key, None, None, *form)
         base = self._latest.get(form)
         channels = None if base is None or value.ndim < 4 else _changed(self._kept[base], value)
         if channels is None or len(channels) == value.shape[1]:
@@ -97,7 +97,7 @@ class Sender:
         else:
             self._kept.move_to_end(base)
             data = as_bytes(value[:, list(channels)])
-        return Piece(self._keep(value, form, fingerprint), base, channels, data, *form)
+        return TensorUpdate(self._keep(value, form, fingerprint), base, channels, data, *form)
 
     def _keep(self, value: Tensor, form: Any, fingerprint: Any) -> int:
         key = self._next_key
@@ -141,7 +141,7 @@ class Receiver:
             self._kept.pop(key, None)
         return tensors
 
-    def _tensor(self, piece: Piece) -> Tensor:
+    def _tensor(self, piece: TensorUpdate) -> Tensor:
         if piece.data is None:
             return self._kept[piece.base].clone()
         if piece.channels is None:

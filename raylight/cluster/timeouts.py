@@ -13,7 +13,7 @@ T = TypeVar("T")
 _POLL_S = 0.05
 
 
-class Pending:
+class BackgroundCall:
     """A call that is under way in a thread of its own, which dies with the process.
 
     With `stays` the thread does not end with the call, but when it is let go: Linux ends processes that have asked to
@@ -28,7 +28,7 @@ class Pending:
         self._error: BaseException | None = None
         threading.Thread(target=self._run, args=(call,), daemon=True, name="raylight-ray-call").start()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Let the thread end, now or with the call."""
         self._may_go.set()
 
@@ -55,6 +55,6 @@ class Pending:
         self._may_go.wait()
 
 
-def bounded(call: Callable[[], T], timeout_s: float, what: str) -> T:
-    """What `call` returns, waited for at most `timeout_s`. Raises as `Pending.wait`."""
-    return Pending(call).wait(timeout_s, what)
+def with_timeout(call: Callable[[], T], timeout_s: float, what: str) -> T:
+    """What `call` returns, waited for at most `timeout_s`. Raises as `BackgroundCall.wait`."""
+    return BackgroundCall(call).wait(timeout_s, what)

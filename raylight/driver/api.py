@@ -13,20 +13,20 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from raylight.cluster import active_session
-from raylight.host.recipe import ModelRecipe, RayModel, Workers
+from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 
 from . import workers as at_workers
 from .batched_runs import run_batched
 from .model_forward import forward
-from .model_import import recipe_of, take_over
-from .outer_sample import finish, hand_over
+from .model_import import copy_state_from, recipe_of
+from .outer_sample import finish, run_on_workers
 from .remote_model import Engine, RemotePatcher
 from .status import overview
 
 __all__ = ["at_once", "end_workers", "guided_by", "ksampler", "load", "overview", "parallelize"]
 
 T = TypeVar("T")
-_ENGINE = Engine(hand_over, forward)
+_ENGINE = Engine(run_on_workers, forward)
 
 
 def load(model: RayModel) -> RemotePatcher:
@@ -38,13 +38,13 @@ def load(model: RayModel) -> RemotePatcher:
     return _load(model.workers, model.recipe)
 
 
-def parallelize(model: ModelPatcher, workers: Workers) -> RemotePatcher:
+def parallelize(model: ModelPatcher, workers: WorkerConfig) -> RemotePatcher:
     """The same MODEL, loaded on workers: weights, patches and options.
 
     Raises what `load` raises, and ValueError for a model that workers cannot have.
     """
     patcher = _load(workers, recipe_of(model, workers))
-    take_over(model, patcher)
+    copy_state_from(model, patcher)
     return patcher
 
 
@@ -59,7 +59,7 @@ def end_workers(with_ray: bool) -> None:
     active_session.close(keep_ray=not with_ray)
 
 
-def _load(workers: Workers, recipe: ModelRecipe) -> RemotePatcher:
+def _load(workers: WorkerConfig, recipe: ModelRecipe) -> RemotePatcher:
     patcher = RemotePatcher.of(workers, recipe, _ENGINE)
     at_workers.ask(at_workers.session(workers, recipe), "load", recipe, about=recipe)
     return patcher
@@ -125,7 +125,7 @@ def guided_by(guider: Any, model: RemotePatcher) -> Any:
     if isinstance(guider.model_patcher, RemotePatcher):
         return guider
     patcher = model.clone()
-    take_over(guider.model_patcher, patcher)
+    copy_state_from(guider.model_patcher, patcher)
     other = copy.copy(guider)
     other.model_patcher, other.model_options = patcher, patcher.model_options
     return other

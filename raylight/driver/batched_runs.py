@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from raylight.host.jobs import RunJob, RunResult
-from raylight.host.pickling import CannotTravel
+from raylight.host.pickling import NotSerializableError
 
 T = TypeVar("T")
 
 
-class Teller(Protocol):
+class Progress(Protocol):
     """Who is told of a run's steps, and of their end."""
 
     def __call__(self, step: Any) -> None: ...
@@ -25,62 +25,62 @@ class Teller(Protocol):
 
 
 @dataclass(slots=True)
-class Handed:
+class PendingRun:
     """What a run has handed over: its job, who is told of its steps, and how its result is made of theirs."""
 
     job: RunJob
-    tell: Teller
+    tell: Progress
     conclude: Callable[[RunResult], Any]
 
 
-Finish = Callable[[Sequence[Handed]], list[RunResult]]
+Finish = Callable[[Sequence[PendingRun]], list[RunResult]]
 
 
-class _HandedOver(BaseException):
+class _Deferred(BaseException):
     """Ends a run that was begun to see what it hands over. No error, so no handler of errors may stop it."""
 
-    def __init__(self, handed: Handed) -> None:
-        self.handed = handed
+    def __init__(self, pending: PendingRun) -> None:
+        self.pending = pending
 
 
 @dataclass(slots=True)
-class _Together:
+class _Batch:
     results: list[RunResult] | None = None
-    seen: list[Handed] = field(default_factory=list)
+    seen: list[PendingRun] = field(default_factory=list)
 
 
-_together: _Together | None = None
+_batch: _Batch | None = None
 
 
 def run_batched(runs: Sequence[Callable[[], T]], finish: Finish) -> list[T]:
     """What each of `runs` returns, in their order; `finish` has what they hand over done. What a run does not hand over
     it does by itself."""
-    global _together
-    _together = _Together()
+    global _batch
+    _batch = _Batch()
     done: dict[int, T] = {}
     try:
         for place, run in enumerate(runs):
             try:
                 done[place] = run()
-            except _HandedOver as ended:
-                _together.seen.append(ended.handed)
-        handed = _together.seen
-        if handed and all(one.job.model == handed[0].job.model for one in handed):
+            except _Deferred as ended:
+                _batch.seen.append(ended.pending)
+        pending = _batch.seen
+        if pending and all(one.job.model == pending[0].job.model for one in pending):
             try:
-                _together.results = finish(handed)
-            except CannotTravel:  # each finds another way
-                _together = None
+                _batch.results = finish(pending)
+            except NotSerializableError:  # each finds another way
+                _batch = None
         else:
-            _together = None
+            _batch = None
         return [done[place] if place in done else run() for place, run in enumerate(runs)]
     finally:
-        _together = None
+        _batch = None
 
 
-def join_batch(handed: Handed) -> Any:
+def join_batch(pending: PendingRun) -> Any:
     """Called by a run with what it hands over; what it returns is the run's result, None where it is to be done now."""
-    if _together is None:
+    if _batch is None:
         return None
-    if _together.results is None:
-        raise _HandedOver(handed)
-    return handed.conclude(_together.results.pop(0)) if _together.results else None
+    if _batch.results is None:
+        raise _Deferred(pending)
+    return pending.conclude(_batch.results.pop(0)) if _batch.results else None

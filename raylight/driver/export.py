@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from raylight.host import pickling
 from raylight.host.exported import ALIGNMENT, Blueprint, Entry, header_of
-from raylight.host.foreign_code import origin
+from raylight.host.foreign_code import node_name_of
 from raylight.host.gguf import open_pack
 from raylight.host.recipe import Export, ModelRecipe
 
@@ -90,7 +90,7 @@ def _check_classes(base: BaseModel, gguf_folder: str) -> None:
         if not of_pack and pickling.is_of_a_pack(kind):
             raise ValueError(
                 f"the {type(base).__name__} model has a part of the class {kind.__name__} "
-                f"({origin(kind)}), which workers cannot build, as only its pack can: {REMEDY}"
+                f"({node_name_of(kind)}), which workers cannot build, as only its pack can: {REMEDY}"
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import comfy.model_patcher
 from torch import nn
 
-from raylight.host.foreign_code import is_foreign, is_foreign_function, origin
+from raylight.host.foreign_code import is_foreign, is_foreign_function, node_name_of
 from raylight.host.jobs import Inside
 from raylight.host.patcher_state import HOOKS, Change
 from raylight.parallel.plan import SequencePlan
@@ -206,5 +206,5 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _named(code: Any, place: str) -> str:
-    node = origin(getattr(code, "_torchdynamo_orig_callable", code))
+    node = node_name_of(getattr(code, "_torchdynamo_orig_callable", code))
     return f"{node} (at {place})" if place else node

@@ -32,7 +32,7 @@ class _Presence(comfy.model_patcher.ModelPatcher):
 _presence: _Presence | None = None
 
 
-def announce(free: Callable[[], None]) -> None:
+def register(free: Callable[[], None]) -> None:
     """Have ComfyUI call `free` when it unloads models, once."""
     global _presence
     if _presence is None or not _loaded(_presence):

@@ -11,7 +11,7 @@ from typing import Any
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
-from raylight.host.foreign_code import origin
+from raylight.host.foreign_code import node_name_of
 from raylight.host.patcher_state import HOOKS, Change
 from raylight.host.pickling import ancestry
 from raylight.host.settings import comfy_root
@@ -35,7 +35,7 @@ def of_forward(patcher: RemotePatcher) -> list[Change]:
     for change in _of_sources(patcher):
         if change.owner == "":
             raise ValueError(
-                f"{origin(change.value)} has changed {change.name} of the model itself, which only Load "
+                f"{node_name_of(change.value)} has changed {change.name} of the model itself, which only Load "
                 f"Diffusion Model as MODEL (Ray) can follow: use it in the place of Parallelize Model "
                 f"(Ray), or remove the node"
             )

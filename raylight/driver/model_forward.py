@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylight.cluster.serialization import Parcel, unpack
+from raylight.cluster.serialization import SerializedObject, unpack
 from raylight.cluster.session import Session
 from raylight.cluster.tensor_delta import Sender
 from raylight.host import patcher_state
-from raylight.host.foreign_code import origin
+from raylight.host.foreign_code import node_name_of
 from raylight.host.jobs import ForwardJob
-from raylight.host.patcher_state import OPTIONS, Change, named, wrapped
-from raylight.host.pickling import CannotTravel, send
+from raylight.host.patcher_state import OPTIONS, Change, bind_arguments, run_with_wrappers
+from raylight.host.pickling import NotSerializableError, serialize
 
 from . import model_changes, outer_sample
 from . import workers as at_workers
@@ -32,7 +32,7 @@ _PLAIN = (bool, int, float, str, bytes, Tensor, torch.dtype, torch.device, torch
 _CODE = ("patches", "patches_replace", "optimized_attention_override")
 
 
-class _Line:
+class ForwardChannel:
     """What this process keeps between the calls that it sends to one session."""
 
     def __init__(self, session: Session) -> None:
@@ -42,7 +42,7 @@ class _Line:
         self.extras_of: list[Any] = []
 
 
-_line: _Line | None = None
+_channel: ForwardChannel | None = None
 
 
 def forward(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -56,7 +56,7 @@ def forward(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: 
     )
     if method != FORWARD:
         return _send(patcher, method, args, kwargs, device)
-    return wrapped(
+    return run_with_wrappers(
         patcher.model.diffusion_model,
         lambda *inner, **by_name: _send(patcher, method, inner, by_name, device),
         args,
@@ -67,32 +67,34 @@ def forward(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: 
 def _send(
     patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
 ) -> Any:
-    global _line
-    if _line is None or not _line.session.alive:
+    global _channel
+    if _channel is None or not _channel.session.alive:
         shape = next((value.shape for value in args if isinstance(value, Tensor)), None)
-        _line = _Line(at_workers.session(patcher.workers, patcher.recipe, shape))
-    line = _line
+        _channel = ForwardChannel(at_workers.session(patcher.workers, patcher.recipe, shape))
+    line = _channel
     diffusion_model = patcher.model.diffusion_model
-    args, kwargs = named(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
+    args, kwargs = bind_arguments(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
     options = kwargs.pop(OPTIONS, None) or {}
     try:
         changes = model_changes.of_forward(patcher)
         extras = line.session.shared.of(*_extras(line, patcher, options, changes))
         data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
-        call = send((args, kwargs, data), patcher, foreign_code=True, also=_taking(line.sender))
+        call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_taking(line.sender))
         model = model_job(line.session, patcher, changes)
         outer_sample.move_to_workers(model.inside.whole)
         job = ForwardJob(model, method, call, line.sender.message(), extras)
-        answer: Parcel = at_workers.ask(line.session, "forward", job, about=patcher.recipe)
+        answer: SerializedObject = at_workers.ask(line.session, "forward", job, about=patcher.recipe)
     except BaseException:
-        _line = None  # what the workers have of this stream is not known any more
+        _channel = None  # what the workers have of this stream is not known any more
         raise
     return _on(unpack(answer, _no_reference, device), device)
 
 
-def _extras(line: _Line, patcher: RemotePatcher, options: Mapping[str, Any], changes: list[Change]) -> tuple[str, Any]:
-    """A key, and a function that makes the Parcel, of what nodes have put into the model: made once as long as these
-    are the same objects."""
+def _extras(
+    line: ForwardChannel, patcher: RemotePatcher, options: Mapping[str, Any], changes: list[Change]
+) -> tuple[str, Any]:
+    """A key, and a function that makes the SerializedObject, of what nodes have put into the model: made once as long
+    as these are the same objects."""
     code = {name: options[name] for name in _CODE if options.get(name)}
     if code:  # which may look at anything in the options
         code |= {name: value for name, value in options.items() if name not in _OUTSIDE and not _is_plain(value)}
@@ -111,16 +113,18 @@ def _extras(line: _Line, patcher: RemotePatcher, options: Mapping[str, Any], cha
     return line.extras_key, lambda: _packed(patcher, code, inner, changes)
 
 
-def _packed(patcher: RemotePatcher, code: dict[str, Any], inner: patcher_state.Dress, changes: list[Change]) -> Parcel:
+def _packed(
+    patcher: RemotePatcher, code: dict[str, Any], inner: patcher_state.PatcherState, changes: list[Change]
+) -> SerializedObject:
     try:
-        return send((inner, code, changes), patcher, foreign_code=True)
-    except CannotTravel as error:
+        return serialize((inner, code, changes), patcher, foreign_code=True)
+    except NotSerializableError as error:
         for part in _leaves((code, inner, [change.value for change in changes])):
             try:
-                send(part, patcher, foreign_code=True)
-            except CannotTravel as reason:
+                serialize(part, patcher, foreign_code=True)
+            except NotSerializableError as reason:
                 raise ValueError(
-                    f"{origin(part)} changes the inside of the model in a way that cannot be sent to the "
+                    f"{node_name_of(part)} changes the inside of the model in a way that cannot be sent to the "
                     f"workers ({reason}): remove it, or take the model from one of ComfyUI's loaders"
                 ) from error
         raise ValueError(f"what nodes have put into the model cannot be sent to the workers: {error}") from error

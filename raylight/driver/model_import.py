@@ -20,7 +20,7 @@ from raylight.host import loading as models
 from raylight.host import patcher_state
 from raylight.host.checkpoint import MappedModel
 from raylight.host.loading import weight_dtype_of
-from raylight.host.recipe import ModelRecipe, Workers, is_gguf
+from raylight.host.recipe import ModelRecipe, WorkerConfig, is_gguf
 
 from . import export, mappings, stock_weights, weightless
 from .memory_file import MemoryFile
@@ -47,7 +47,7 @@ _known: weakref.WeakKeyDictionary[BaseModel, _Known] = weakref.WeakKeyDictionary
 _used: weakref.WeakKeyDictionary[BaseModel, MemoryFile] = weakref.WeakKeyDictionary()
 
 
-def recipe_of(model: ModelPatcher, workers: Workers) -> ModelRecipe:
+def recipe_of(model: ModelPatcher, workers: WorkerConfig) -> ModelRecipe:
     """How workers get the same weights. Raises ValueError for a model that they cannot have."""
     if isinstance(model, RemotePatcher):
         return _of_remote(model.recipe, workers)
@@ -61,7 +61,7 @@ def recipe_of(model: ModelPatcher, workers: Workers) -> ModelRecipe:
     return replace(known.recipe, sharding=workers.sharding)
 
 
-def exported_recipe(model: ModelPatcher, workers: Workers) -> ModelRecipe:
+def exported_recipe(model: ModelPatcher, workers: WorkerConfig) -> ModelRecipe:
     """The same by way of ComfyUI's memory, whatever file the model is of. Raises ValueError as `recipe_of`."""
     _refuse_shared_out(model)
     now = _digests(model)
@@ -74,7 +74,7 @@ def exported_recipe(model: ModelPatcher, workers: Workers) -> ModelRecipe:
 weights_differ = stock_weights.weights_differ
 
 
-def _of_remote(old: ModelRecipe, workers: Workers) -> ModelRecipe:
+def _of_remote(old: ModelRecipe, workers: WorkerConfig) -> ModelRecipe:
     if old.export is None:
         return ModelRecipe.of(old.path, old.weight_dtype, workers.sharding, old.loras, old.gguf_pack)
     if not workers.config.is_local:
@@ -82,7 +82,7 @@ def _of_remote(old: ModelRecipe, workers: Workers) -> ModelRecipe:
     return replace(old, sharding=workers.sharding)
 
 
-def _look(model: ModelPatcher, workers: Workers, now: dict[str, bytes]) -> _Known:
+def _look(model: ModelPatcher, workers: WorkerConfig, now: dict[str, bytes]) -> _Known:
     """Find the file of a model, or make one."""
     for recipe in _files(model):
         changed = _changed(model, models.map_file(recipe, tells=False))
@@ -135,7 +135,7 @@ def _files(model: ModelPatcher) -> Iterator[ModelRecipe]:
         yield ModelRecipe.of(path, "default", gguf_pack=export.gguf_folder(model.model))
 
 
-def _export(model: ModelPatcher, workers: Workers, now: dict[str, bytes]) -> _Known:
+def _export(model: ModelPatcher, workers: WorkerConfig, now: dict[str, bytes]) -> _Known:
     _refuse_other_machines(model.model, workers)
     _forget(model.model)  # room for the new one
     recipe, file = export.export(model)
@@ -168,7 +168,7 @@ def _refuse_shared_out(model: ModelPatcher) -> None:
         )
 
 
-def _refuse_other_machines(base: BaseModel, workers: Workers) -> None:
+def _refuse_other_machines(base: BaseModel, workers: WorkerConfig) -> None:
     if not workers.config.is_local:
         raise ValueError(_elsewhere(f"the {type(base).__name__} model"))
 
@@ -192,7 +192,7 @@ def _keep(base: BaseModel, remote: RemotePatcher) -> None:
         weightless.forget_file(remote.recipe.path)  # nobody else will ask for it
 
 
-def take_over(model: ModelPatcher, remote: RemotePatcher) -> None:
+def copy_state_from(model: ModelPatcher, remote: RemotePatcher) -> None:
     """Put on `remote` what nodes have put on `model`; what they put there refers to `model` for it."""
     if remote.recipe.export is not None:
         _keep(model.model, remote)
@@ -203,7 +203,7 @@ def take_over(model: ModelPatcher, remote: RemotePatcher) -> None:
             kind: {key: w for key, w in of_kind.items() if key not in wrappers.get(kind, {})}
             for kind, of_kind in source.wrappers.items()
         }
-    patcher_state.put_on(remote, patcher_state.of_run(source), remote.recipe.sharding)
+    patcher_state.apply_state(remote, patcher_state.of_run(source), remote.recipe.sharding)
     remote.patches, remote.patches_uuid = source.patches, source.patches_uuid
     # Raylight's own come first, around all others.
     remote.wrappers = {

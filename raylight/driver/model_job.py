@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from raylight.cluster.session import Session
 from raylight.host.jobs import Inside, ModelJob
 from raylight.host.patcher_state import Change
-from raylight.host.pickling import CannotTravel, send
+from raylight.host.pickling import NotSerializableError, serialize
 
 from . import written_weights
 from .injected_code import inside_of, tell
@@ -22,9 +22,10 @@ def model_job(session: Session, patcher: RemotePatcher, changes: Sequence[Change
     if patcher.patches or written:
         try:
             patches = session.shared.of(
-                f"{patcher.patches_uuid}{content}", lambda: send((written, patcher.patches), patcher, foreign_code=True)
+                f"{patcher.patches_uuid}{content}",
+                lambda: serialize((written, patcher.patches), patcher, foreign_code=True),
             )
-        except CannotTravel as error:
+        except NotSerializableError as error:
             raise ValueError(f"a patch of the model's weights cannot be sent to the workers: {error}") from error
     inside = Inside(whole) if whole else inside_of(patcher, changes)
     tell(inside, patcher.workers.config.world_size)

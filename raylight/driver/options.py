@@ -13,7 +13,7 @@ import torch
 
 from raylight.attention import kernels
 from raylight.cluster.config import LOCAL, SessionConfig
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, Workers
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, WorkerConfig
 from raylight.parallel import external_strategies
 from raylight.parallel.mesh import MeshShape
 
@@ -199,7 +199,7 @@ _IGNORED = {
 }
 
 
-def workers_from(inputs: Mapping[str, Any]) -> tuple[Workers, Degrees]:
+def workers_from(inputs: Mapping[str, Any]) -> tuple[WorkerConfig, Degrees]:
     """The workers that the inputs describe, and what was chosen for them where an input is 0.
 
     Raises ValueError naming the input, its value and what would fit; and as `device_type`.
@@ -223,7 +223,7 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[Workers, Degrees]:
         object_store_bytes=None if store_gb is None else int(store_gb * 1e9),
         check_links=not inputs.get("skip_comm_test", False),
     )
-    workers = Workers(
+    workers = WorkerConfig(
         config,
         inputs["XFuser_attention"],
         bool(inputs.get("clear_vram_after_sampling")),
@@ -233,13 +233,13 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[Workers, Degrees]:
     return workers, degrees
 
 
-def all_workers() -> Workers:
+def all_workers() -> WorkerConfig:
     """One worker for each GPU of this machine, which split the tokens; without a GPU, two workers. Raises as
     `device_type`."""
     degrees = Degrees(gpus_here(), gpus_here(), chosen=("GPU", "ulysses_degree"))
     logger.info("no Ray initializer: %s", degrees)
     config = SessionConfig(degrees.mesh, device_type())
-    return Workers(config, kernels.AUTO)
+    return WorkerConfig(config, kernels.AUTO)
 
 
 def _validate(inputs: Mapping[str, Any], workers: int, selected: tuple[int, ...]) -> None:
@@ -271,7 +271,7 @@ def _sharding(inputs: Mapping[str, Any]) -> str:
             "FSDP_CPU_OFFLOAD keeps weights that FSDP splits in system memory: switch FSDP on, or FSDP_CPU_OFFLOAD off"
         )
     if not inputs.get("FSDP"):
-        return WHOLE
+        return REPLICATED
     return OFFLOADED if inputs.get("FSDP_CPU_OFFLOAD") else SHARDED
 
 

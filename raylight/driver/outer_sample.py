@@ -20,14 +20,14 @@ from tqdm.auto import tqdm
 from raylight.cluster import active_session
 from raylight.cluster.session import Session
 from raylight.host import patcher_state
-from raylight.host.foreign_code import origin, replaced_in_loop
+from raylight.host.foreign_code import node_name_of, replaced_in_loop
 from raylight.host.jobs import RunJob, RunResult, StepDone, random_state, set_random_state
 from raylight.host.patcher_state import Change
-from raylight.host.pickling import CannotTravel, send
+from raylight.host.pickling import NotSerializableError, serialize
 
 from . import injected_code, model_changes, written_weights
 from . import workers as at_workers
-from .batched_runs import Handed, join_batch
+from .batched_runs import PendingRun, join_batch
 from .model_job import model_job
 from .remote_model import RemotePatcher
 
@@ -67,7 +67,7 @@ def move_to_workers(whole: str) -> None:
 logger = logging.getLogger(__name__)
 
 
-def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
+def run_on_workers(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     """An OUTER_SAMPLE wrapper of ComfyUI: does on the workers what it wraps, where all of it can travel.
 
     Otherwise the loop goes on in this process, and the model's forwards are sent to the workers one by one. Raises what
@@ -86,15 +86,15 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     try:
         changes = _changes(patcher)
         written_weights.look(patcher.model, patcher.recipe)
-    except CannotTravel as reason:
+    except NotSerializableError as reason:
         return _stay(reason, patcher, executor, arguments, named)
     parts = (patcher_state.of_run(patcher), changes, guider, call, len(arguments), inner)
     try:
-        content = send(parts, patcher, foreign_code=False)
-    except CannotTravel as reason:
+        content = serialize(parts, patcher, foreign_code=False)
+    except NotSerializableError as reason:
         try:
-            content = send(parts, patcher, foreign_code=True, networks=False)  # as it is before the run
-        except CannotTravel:
+            content = serialize(parts, patcher, foreign_code=True, networks=False)  # as it is before the run
+        except NotSerializableError:
             return _stay(reason, patcher, executor, arguments, named)
         whole = injected_code.inside_of(patcher, changes).whole
         if not whole:
@@ -116,29 +116,35 @@ def hand_over(executor: Any, *arguments: Any, **named: Any) -> Tensor:
         wants_last=callback is not None and not every_step,
     )
     shows_bar = comfy.utils.PROGRESS_BAR_ENABLED and not call.get("disable_pbar")
-    handed = Handed(job, _Teller(callback, shows_bar), functools.partial(_concluded, callback))
-    result = join_batch(handed)
+    pending = PendingRun(job, ProgressReporter(callback, shows_bar), functools.partial(_concluded, callback))
+    result = join_batch(pending)
     if result is not None:
         return result
     logger.info("the workers do the whole run%s", ", with the code of node packs" if whole else "")
     try:
-        result = _finished(session, [handed])[0]
-    except CannotTravel as reason:
+        result = _finished(session, [pending])[0]
+    except NotSerializableError as reason:
         return _stay(reason, patcher, executor, arguments, named)
-    return handed.conclude(result)
+    return pending.conclude(result)
 
 
 def _changes(patcher: RemotePatcher) -> list[Change]:
-    """What nodes have changed on the model itself. Raises CannotTravel where they have changed the sampling loop."""
+    """Return the changes on the model itself. Raises NotSerializableError where the sampling loop was changed."""
     in_loop = replaced_in_loop()
     if in_loop:
         first = in_loop[0]
-        raise CannotTravel(f"code of another node pack takes the place of {first.place} ({origin(first.value)})")
+        raise NotSerializableError(
+            f"code of another node pack takes the place of {first.place} ({node_name_of(first.value)})"
+        )
     return model_changes.of_run(patcher)
 
 
 def _stay(
-    reason: CannotTravel, patcher: RemotePatcher, executor: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+    reason: NotSerializableError,
+    patcher: RemotePatcher,
+    executor: Any,
+    arguments: tuple[Any, ...],
+    named: dict[str, Any],
 ) -> Tensor:
     """Do the run here, and leave nothing of it on the model, which the next run may not load."""
     logger.info("the sampling loop stays in ComfyUI, and each forward goes to the workers: %s", reason)
@@ -148,28 +154,28 @@ def _stay(
         patcher.unpatch_model(unpatch_weights=False)
 
 
-def finish(handed: Sequence[Handed]) -> list[RunResult]:
+def finish(pending: Sequence[PendingRun]) -> list[RunResult]:
     """Have the workers do several runs at once. Raises what `workers.ask_all` raises."""
     running = active_session.running()
     if running is None:
         raise RuntimeError("the workers have ended: run the prompt again")
-    logger.info("the workers do %d runs at once", len(handed))
-    return _finished(running, handed)
+    logger.info("the workers do %d runs at once", len(pending))
+    return _finished(running, pending)
 
 
-def _finished(session: Session, handed: Sequence[Handed]) -> list[RunResult]:
+def _finished(session: Session, pending: Sequence[PendingRun]) -> list[RunResult]:
     def on_event(event: tuple[int, StepDone]) -> None:
-        handed[event[0]].tell(event[1])
+        pending[event[0]].tell(event[1])
 
     try:
         answers = at_workers.ask_all(
-            session, "sample", tuple(one.job for one in handed), about=handed[0].job.model.recipe, on_event=on_event
+            session, "sample", tuple(one.job for one in pending), about=pending[0].job.model.recipe, on_event=on_event
         )
     finally:
-        for one in handed:
+        for one in pending:
             one.tell.close()
     by_place = {place: result for of_rank in answers.values() for place, result in of_rank.items()}
-    return [by_place[place] for place in range(len(handed))]
+    return [by_place[place] for place in range(len(pending))]
 
 
 def _concluded(callback: Callable[..., Any] | None, result: RunResult) -> Tensor:
@@ -180,7 +186,7 @@ def _concluded(callback: Callable[..., Any] | None, result: RunResult) -> Tensor
     return result.samples
 
 
-class _Teller:
+class ProgressReporter:
     """Tells ComfyUI's callback, and the terminal, of each step."""
 
     def __init__(self, callback: Callable[..., Any] | None, shows_bar: bool) -> None:

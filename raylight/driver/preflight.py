@@ -41,7 +41,7 @@ REQUIRED = ("ray", "safetensors")
 _REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 
 
-def announce() -> None:
+def log_problems() -> None:
     """Log what is wrong, if anything. Imports none of the packages."""
     version = running()
     if is_older(version):

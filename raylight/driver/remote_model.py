@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from raylight.host.jobs import KEY
-from raylight.host.recipe import ModelRecipe, Workers
+from raylight.host.recipe import ModelRecipe, WorkerConfig
 
 from . import weightless
 
@@ -26,7 +26,7 @@ class Engine:
     """What a drop-in model calls: to hand a whole run over (an OUTER_SAMPLE wrapper of ComfyUI), and to have one method
     of the diffusion model done by the workers."""
 
-    hand_over: Callable[..., Tensor]
+    run_on_workers: Callable[..., Tensor]
     forward: Callable[..., Any]
 
 
@@ -34,21 +34,21 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     """A MODEL for every node of ComfyUI. It has no weights, so nothing is loaded or moved here; patches, objects and
     options that nodes put on it are kept and go to the workers with each run."""
 
-    workers: Workers
+    workers: WorkerConfig
     recipe: ModelRecipe
     engine: Engine
 
     @classmethod
-    def of(cls, workers: Workers, recipe: ModelRecipe, engine: Engine) -> RemotePatcher:
-        """The model of a recipe on these workers. Raises what `skeleton.of` raises."""
+    def of(cls, workers: WorkerConfig, recipe: ModelRecipe, engine: Engine) -> RemotePatcher:
+        """The model of a recipe on these workers. Raises what `weightless.build` raises."""
 
-        base = weightless.of(recipe, engine.forward)
+        base = weightless.build(recipe, engine.forward)
         if not hasattr(base, _FIRST):
             first = cls(
                 base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(), size=1
             )
             first.workers, first.recipe, first.engine = workers, recipe, engine
-            first.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, engine.hand_over)
+            first.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, engine.run_on_workers)
             first.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare)
             # Kept as long as the model: ComfyUI takes a model without a patcher for a leak, and says so.
             object.__setattr__(base, _FIRST, first)

@@ -17,7 +17,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from raylight.sharding.lazy_concat import JoinedRows
+from raylight.sharding.lazy_concat import LazyConcat
 from raylight.sharding.subclass_weights import flattened
 
 DIFFUSION_MODEL = "diffusion_model."
@@ -78,7 +78,7 @@ def is_ggml(value: Tensor) -> bool:
 
 def parts(value: Tensor) -> dict[str, Tensor]:
     """The plain tensors that a weight is stored in."""
-    if isinstance(value, JoinedRows):
+    if isinstance(value, LazyConcat):
         return {"": value[...]}
     if is_ggml(value):
         with torch._C.DisableTorchFunctionSubclass():

@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from raylight.host import loading
 from raylight.host.checkpoint import set_parameter
 from raylight.host.recipe import ModelRecipe
-from raylight.sharding.lazy_concat import JoinedRows
+from raylight.sharding.lazy_concat import LazyConcat
 
 from .as_built import AsBuilt
 
@@ -34,11 +34,11 @@ _AS_BUILT = "raylight_as_built"
 _built: OrderedDict[ModelRecipe, BaseModel] = OrderedDict()
 
 
-def of(recipe: ModelRecipe, call: Calls) -> BaseModel:
+def build(recipe: ModelRecipe, call: Calls) -> BaseModel:
     """The model of a recipe, whose forward is `call(patcher, method, args, kwargs)`.
 
     The same object for the same file and options, which is read once, and of which only the header; another one where
-    nodes have changed it, as a loader of ComfyUI gives a model that nobody has changed. Raises what `model.map_file`
+    nodes have changed it, as a loader of ComfyUI gives a model that nobody has changed. Raises what `loading.map_file`
     raises.
     """
     key = recipe.without_loras
@@ -51,7 +51,7 @@ def of(recipe: ModelRecipe, call: Calls) -> BaseModel:
 
 
 def as_built(base: BaseModel) -> AsBuilt:
-    """What a model of `of` was before nodes had it."""
+    """What a model of `build` was before nodes had it."""
     return getattr(base, _AS_BUILT)
 
 
@@ -74,7 +74,7 @@ def _build(recipe: ModelRecipe, call: Calls) -> BaseModel:
     base = mapped.model
     diffusion_model = base.diffusion_model
     for name, parameter in list(diffusion_model.named_parameters()):
-        if isinstance(parameter, JoinedRows):  # lies in several tensors of the file
+        if isinstance(parameter, LazyConcat):  # lies in several tensors of the file
             dtype = mapped.dtypes.get(name, parameter.dtype)
             set_parameter(diffusion_model, name, torch.empty(parameter.shape, dtype=dtype, device="meta"))
     for module in diffusion_model.modules():

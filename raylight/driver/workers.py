@@ -13,7 +13,7 @@ from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import DIED, HUNG, OUT_OF_MEMORY, RunCancelled, WorkerError
 from raylight.cluster.session import Session
 from raylight.host import settings
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe, Workers
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 
 from . import memory
 
@@ -44,7 +44,7 @@ def advised(error: WorkerError, config: SessionConfig, sharding: str | None) -> 
 def _for_memory(config: SessionConfig, sharding: str | None) -> list[str]:
     several = config.world_size > 1
     remedies = []
-    if sharding == WHOLE and several:
+    if sharding == REPLICATED and several:
         remedies.append("switch FSDP on, so that each GPU holds a part of the weights only")
     if sharding == SHARDED:
         remedies.append("switch FSDP_CPU_OFFLOAD on, so that weights stay in system memory")
@@ -68,7 +68,7 @@ def service_spec() -> ServiceSpec:
     return ServiceSpec("raylight.worker.boot:open_service", settings.capture(), settings.python_path())
 
 
-def session(workers: Workers, recipe: ModelRecipe, latent_shape: Sequence[int] | None = None) -> Session:
+def session(workers: WorkerConfig, recipe: ModelRecipe, latent_shape: Sequence[int] | None = None) -> Session:
     """The workers' session, started now if it is not running, with room for a model and, where its latent's shape is
     known, for what sampling takes."""
     try:
@@ -77,7 +77,7 @@ def session(workers: Workers, recipe: ModelRecipe, latent_shape: Sequence[int] |
         _interrupt()
     except WorkerError as error:
         raise advised(error, workers.config, workers.sharding) from error.__cause__
-    memory.announce(free)
+    memory.register(free)
     if workers.config.device_type == "cuda":
         # Workers share these GPUs with ComfyUI; neither sees what the other could give back.
         shape = None if latent_shape is None else tuple(latent_shape)

@@ -35,7 +35,7 @@ def of(base: BaseModel) -> tuple[dict[str, Tensor], str]:
 
 
 def look(base: BaseModel, recipe: ModelRecipe) -> None:
-    """Look which weights of a model of `skeleton.of` are not those of the file any more, when a run begins.
+    """Look which weights of a model of `weightless.build` are not those of the file any more, when a run begins.
 
     `of` has them by their names in ComfyUI's patches. Raises ValueError for what cannot be sent: a weight of another
     shape, a quantised one, or too much of them.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from raylight.sharding.lazy_concat import JoinedRows, JoiningRows
+from raylight.sharding.lazy_concat import LazyConcat, LazyConcatMode
 
 from . import tensor_file
 from .notices import held_back, some
@@ -99,11 +99,11 @@ class MappedModel:
 
 
 def load_mapped(path: str, model_options: dict[str, Any]) -> MappedModel:
-    """Detect and build the model of a file. Raises as `map_with`."""
-    return map_with(lambda options: comfy.sd.load_diffusion_model(path, model_options=options), model_options)
+    """Detect and build the model of a file. Raises as `build_from_loader`."""
+    return build_from_loader(lambda options: comfy.sd.load_diffusion_model(path, model_options=options), model_options)
 
 
-def map_with(load: Callable[[dict[str, Any]], Any], model_options: dict[str, Any]) -> MappedModel:
+def build_from_loader(load: Callable[[dict[str, Any]], Any], model_options: dict[str, Any]) -> MappedModel:
     """The model that a loader of ComfyUI's makes with these options.
 
     Raises ValueError naming the first tensor that the model needs and the file lacks, or one of those in excess where
@@ -142,7 +142,7 @@ def _check_complete(diffusion_model: nn.Module) -> None:
     for name, parameter in diffusion_model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"the tensor {name} is missing")
-        if isinstance(parameter, JoinedRows) and not parameter.is_complete:
+        if isinstance(parameter, LazyConcat) and not parameter.is_complete:
             raise ValueError(f"the tensor {name} is joined of several, and one of them is missing")
     for name, module in diffusion_model.named_modules():
         # A layer that may be quantised has no weight until one is loaded.
@@ -216,7 +216,7 @@ def _joining_conversion() -> Iterator[list[str]]:
     def joining(convert: Any) -> Any:
         def convert_without_memory(state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
             found = dict(state_dict)
-            with JoiningRows():
+            with LazyConcatMode():
                 converted = convert(state_dict, *args, **kwargs)  # takes out what it uses
             if converted is not None:
                 check_scales(found, list(state_dict), found.get)

@@ -20,7 +20,7 @@ _MARK = "raylight_door"
 _current: list[dict[str, Any]] = []
 
 
-def open_for(model: nn.Module, modules: Iterable[str]) -> None:
+def route_unhooked_calls(model: nn.Module, modules: Iterable[str]) -> None:
     """From now on attention calls in these Python modules get the options of the model's forward, if there is one.
 
     Raises RuntimeError when ComfyUI's module does not have the function any more.

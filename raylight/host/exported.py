@@ -19,7 +19,7 @@ import torch
 from comfy.model_base import BaseModel
 from torch import Tensor
 
-from .checkpoint import MappedModel, map_with, set_parameter
+from .checkpoint import MappedModel, build_from_loader, set_parameter
 from .gguf import GgmlTensors, GgufPack, map_ggml, open_pack
 from .recipe import ModelRecipe
 
@@ -87,7 +87,7 @@ def load_exported(recipe: ModelRecipe) -> MappedModel:
 
     tensors = {name: read(entry) for name, entry in entries.items()}
     load = _loader(blueprint, tensors, {name: read(entry) for name, entry in around.items()})
-    mapped = map_with(load, {}) if pack is None else map_ggml(pack, GgmlTensors(pack), tensors, load)
+    mapped = build_from_loader(load, {}) if pack is None else map_ggml(pack, GgmlTensors(pack), tensors, load)
     dtypes = {name: getattr(torch, entry.model_dtype) for name, entry in entries.items() if entry.model_dtype}
     return replace(mapped, dtypes=dtypes)
 

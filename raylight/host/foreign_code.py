@@ -183,16 +183,16 @@ def _is_of_models(module: str) -> bool:
 _NAMED = 5
 
 
-def origin(code: Any) -> str:
+def node_name_of(code: Any) -> str:
     """Which node made this function or object.
 
     Of a pack's several nodes those that are in the prompt that runs; the pack itself where that does not tell either.
     """
     if isinstance(code, functools.partial):
-        return origin(code.func)
+        return node_name_of(code.func)
     code = code if isinstance(code, (type, FunctionType)) else getattr(code, "__func__", type(code))
     if isinstance(code, functools.partial):  # bound, as a method
-        return origin(code.func)
+        return node_name_of(code.func)
     module, qualname = getattr(code, "__module__", "?"), getattr(code, "__qualname__", "?")
     pack = _pack_of(code)
     of_module, of_pack = {}, {}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from raylight.sharding.subclass_weights import Parts, Unpacked, flattened
 
-from .checkpoint import MappedModel, map_with, set_parameter
+from .checkpoint import MappedModel, build_from_loader, set_parameter
 
 NODE = "UnetLoaderGGUF"
 _TAKEN = {
@@ -183,7 +183,7 @@ def map_ggml(
 ) -> MappedModel:
     """The model that `load` makes of these tensors with ComfyUI's options for it. Raises as `load_gguf`."""
     _try_patches(pack, ggml, tensors)
-    mapped = map_with(load, {"custom_operations": _operations(pack)()})
+    mapped = build_from_loader(load, {"custom_operations": _operations(pack)()})
     _unpack_outside_of_layers(mapped, pack)
     return replace(mapped, ggml=ggml)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raylight.cluster.object_store import Shared
-from raylight.cluster.serialization import Parcel
+from raylight.cluster.object_store import ObjectHandle
+from raylight.cluster.serialization import SerializedObject
 from raylight.cluster.tensor_delta import Message
 
 from .recipe import ModelRecipe
@@ -30,13 +30,13 @@ class Inside:
 @dataclass(frozen=True, slots=True)
 class ModelJob:
     """The model that a job is for. `patches` are those of weights that nodes have put on it besides the LoRAs of the
-    recipe: a Parcel by ComfyUI's `patches_uuid`, fetched by a worker that has not got these on. `inside` is what code
-    of nodes inside of it asks for."""
+    recipe: a SerializedObject by ComfyUI's `patches_uuid`, fetched by a worker that has not got these on. `inside` is
+    what code of nodes inside of it asks for."""
 
     recipe: ModelRecipe
     attention: str
     strategy: str
-    patches: Shared | None = None
+    patches: ObjectHandle | None = None
     inside: Inside = Inside()
 
 
@@ -58,7 +58,7 @@ class RunJob:
     """
 
     model: ModelJob
-    content: Parcel
+    content: SerializedObject
     random: RandomState
     free_memory_after: bool
     wants_preview: bool
@@ -69,13 +69,13 @@ class RunJob:
 @dataclass(frozen=True, slots=True)
 class ForwardJob:
     """One call of a method of the diffusion model. `call` are its arguments, whose tensors come in `tensors`; `extras`
-    are what nodes have put into the model and its options, as a Parcel."""
+    are what nodes have put into the model and its options, as a SerializedObject."""
 
     model: ModelJob
     method: str
-    call: Parcel
+    call: SerializedObject
     tensors: Message
-    extras: Shared
+    extras: ObjectHandle
 
 
 @dataclass(frozen=True, slots=True)

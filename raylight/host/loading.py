@@ -45,7 +45,7 @@ def map_file(recipe: ModelRecipe, tells: bool = True) -> MappedModel:
 
     Raises ValueError, naming the file, when it cannot be a diffusion model. Logs, as ComfyUI does, what the model has
     no place for; in ComfyUI's process only, which maps each file too, and not where it only looks (`tells`)."""
-    with errors_of(recipe):
+    with file_errors(recipe):
         if recipe.export is not None:
             return load_exported(recipe)
         if recipe.gguf_pack:
@@ -64,7 +64,7 @@ def map_file(recipe: ModelRecipe, tells: bool = True) -> MappedModel:
 
 
 @contextmanager
-def errors_of(recipe: ModelRecipe) -> Iterator[None]:
+def file_errors(recipe: ModelRecipe) -> Iterator[None]:
     """Within it, what is wrong with the file is a ValueError that names it."""
     if recipe.export is not None and not recipe.is_there:
         raise ValueError(

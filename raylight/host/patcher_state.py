@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import nn
 
-from .recipe import WHOLE
+from .recipe import REPLICATED
 
 # Attributes of ComfyUI's `ModelPatcher` that a node can change, apart from `patches`, which go a way of their own.
 _ALL = (
@@ -39,15 +39,15 @@ _INSIDE = "diffusion_model."
 _LOADED = ("force_cast_weights", "weight_wrapper_patches")
 _VERSION = "patches_uuid"
 
-Dress = dict[str, Any]
+PatcherState = dict[str, Any]
 
 
-def of_run(patcher: comfy.model_patcher.ModelPatcher) -> Dress:
+def of_run(patcher: comfy.model_patcher.ModelPatcher) -> PatcherState:
     """What a worker needs to do all that the model does."""
     return {name: getattr(patcher, name) for name in (*_ALL, _VERSION) if hasattr(patcher, name)}
 
 
-def of_forward(patcher: comfy.model_patcher.ModelPatcher) -> Dress:
+def of_forward(patcher: comfy.model_patcher.ModelPatcher) -> PatcherState:
     """What a worker needs to do the diffusion model's part."""
     found = {name: getattr(patcher, name) for name in (*_INNER, _VERSION) if hasattr(patcher, name)}
     # One of the forward is put around the call here.
@@ -59,9 +59,9 @@ def of_forward(patcher: comfy.model_patcher.ModelPatcher) -> Dress:
     return found | {"object_patches": inside}
 
 
-def put_on(patcher: comfy.model_patcher.ModelPatcher, dress: Dress, sharding: str) -> None:
+def apply_state(patcher: comfy.model_patcher.ModelPatcher, dress: PatcherState, sharding: str) -> None:
     """Put it on a worker's patcher. Raises ValueError for what split weights cannot have."""
-    if sharding != WHOLE:
+    if sharding != REPLICATED:
         for name, what in (
             ("weight_wrapper_patches", "functions around weights"),
             ("force_cast_weights", "a compute dtype of its own"),
@@ -83,7 +83,9 @@ def put_on(patcher: comfy.model_patcher.ModelPatcher, dress: Dress, sharding: st
 OPTIONS = "transformer_options"
 
 
-def wrapped(model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run_with_wrappers(
+    model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
     """`inner(*args, **kwargs)` within the wrappers that the model's own forward would run; it gets options without
     them."""
     options = kwargs.get(OPTIONS) or {}
@@ -98,7 +100,7 @@ def wrapped(model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], 
     return WrapperExecutor.new_class_executor(inner, model, wrappers).execute(*call.args[1:], **call.kwargs)
 
 
-def named(
+def bind_arguments(
     forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments as ComfyUI's `BaseModel` passes them: the first two by position, the others by name."""

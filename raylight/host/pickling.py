@@ -25,15 +25,15 @@ from comfy_api.latest import io
 from torch import nn
 
 from raylight.cluster.errors import is_out_of_memory
-from raylight.cluster.serialization import BY_VALUE, Parcel, Referrer, by_value, pack, unpack
+from raylight.cluster.serialization import BY_VALUE, Referrer, SerializedObject, by_value, pack, unpack
 
-from .foreign_code import is_foreign_file, is_foreign_function, origin
+from .foreign_code import is_foreign_file, is_foreign_function, node_name_of
 from .settings import comfy_root
 
 EXTRAS = "comfy_extras"
 
 
-class CannotTravel(ValueError):
+class NotSerializableError(ValueError):
     """Something has no way to the workers; the message says what and why."""
 
 
@@ -45,14 +45,14 @@ class _Part:
     name: str = ""
 
 
-def send(
+def serialize(
     value: Any, model: ModelPatcher, foreign_code: bool, also: Referrer | None = None, networks: bool | None = None
-) -> Parcel:
+) -> SerializedObject:
     """Pack what a run of `model` needs, for workers that hold the weights of it.
 
     `foreign_code` tells whether code of custom node packs may go along, by value, as workers load no packs; `networks`
     whether small networks of patches may, by default where code may.
-    `also` names further parts as `pack`'s `refer` does. Raises CannotTravel.
+    `also` names further parts as `pack`'s `refer` does. Raises NotSerializableError.
     """
     parts: dict[int, _Part] = {}
 
@@ -61,9 +61,9 @@ def send(
             if any(part is one for one in ancestry(model)):
                 return _Part("patcher")
             if not (foreign_code if networks is None else networks):
-                raise CannotTravel(f"another model ({type(part.model).__name__}) takes part")
+                raise NotSerializableError(f"another model ({type(part.model).__name__}) takes part")
             if isinstance(part.model, BaseModel):
-                raise CannotTravel(f"it holds another diffusion model ({type(part.model).__name__})")
+                raise NotSerializableError(f"it holds another diffusion model ({type(part.model).__name__})")
         found = None
         if isinstance(part, (nn.Module, nn.Parameter)):
             if not parts:  # looked for only now: most of what is sent has none
@@ -77,17 +77,17 @@ def send(
     try:
         with by_value(_foreign_modules()) if foreign_code else _nothing():
             return pack(value, refer, reduce)
-    except CannotTravel:
+    except NotSerializableError:
         raise
     except Exception as error:  # of whatever objects people's nodes put there
-        raise CannotTravel(f"{type(error).__name__}: {error}") from error
+        raise NotSerializableError(f"{type(error).__name__}: {error}") from error
 
 
-def receive(
-    parcel: Parcel, patcher: ModelPatcher, also: Callable[[Any], Any] | None = None, copies: bool = True
+def deserialize(
+    parcel: SerializedObject, patcher: ModelPatcher, also: Callable[[Any], Any] | None = None, copies: bool = True
 ) -> Any:
-    """What `send` packed, on the device of this rank's patcher; `also` resolves what its `also` named, and `copies` is
-    as for `unpack`. Raises CannotTravel."""
+    """Unpack what `serialize` packed, on this rank's device; `also` resolves what its `also` named, and `copies`
+    is as for `unpack`. Raises NotSerializableError."""
 
     def resolve(reference: Any) -> Any:
         if not isinstance(reference, _Part):
@@ -101,7 +101,9 @@ def receive(
     except Exception as error:  # of whatever objects people's nodes put there
         if is_out_of_memory(error):
             raise
-        raise CannotTravel(f"it could not be unpacked by the workers: {type(error).__name__}: {error}") from error
+        raise NotSerializableError(
+            f"it could not be unpacked by the workers: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _part(patcher: ModelPatcher, name: str) -> Any:
@@ -165,10 +167,10 @@ def _reduced(part: Any, foreign_code: bool) -> Any:
         return NotImplemented
     if is_foreign_function(part) and not _is_foreign(module):  # it bears the name of what it takes the place of
         if not foreign_code:
-            raise CannotTravel(f"code of another node pack takes part ({origin(part)})")
+            raise NotSerializableError(f"code of another node pack takes part ({node_name_of(part)})")
         return BY_VALUE
     if not foreign_code and _is_foreign(module):
-        raise CannotTravel(f"code of another node pack takes part ({origin(part)})")
+        raise NotSerializableError(f"code of another node pack takes part ({node_name_of(part)})")
     name = _extras_name(module)
     if name is not None and _attribute(module, part.__qualname__) is part:
         return _named, (name, part.__qualname__)

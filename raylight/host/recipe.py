@@ -9,7 +9,7 @@ from raylight.cluster.config import SessionConfig
 from raylight.parallel.external_strategies import OURS
 
 # Where a rank's weights are: all of them on each rank's device, or a part of each on the device or on the host.
-WHOLE, SHARDED, OFFLOADED = "whole", "sharded", "offloaded"
+REPLICATED, SHARDED, OFFLOADED = "replicated", "sharded", "offloaded"
 GGUF = ".gguf"
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16")
 
@@ -53,8 +53,8 @@ class ModelRecipe:
 
     `size` (bytes), `modified_ns`, `changed_ns` and `inode` tell a file from its replacement under the same name, also
     one that was written in place and given the old time of modification. They are of the machine that made the recipe;
-    another machine compares recipes only with each other. `sharding` is WHOLE, SHARDED or OFFLOADED. `gguf_pack` is
-    the folder of the ComfyUI-GGUF that reads a GGUF file, or whose layers an exported model has, and empty for any
+    another machine compares recipes only with each other. `sharding` is REPLICATED, SHARDED or OFFLOADED. `gguf_pack`
+    is the folder of the ComfyUI-GGUF that reads a GGUF file, or whose layers an exported model has, and empty for any
     other. With `export` the file is one that Raylight wrote, in memory of this machine.
     """
 
@@ -62,7 +62,7 @@ class ModelRecipe:
     weight_dtype: str
     size: int
     modified_ns: int
-    sharding: str = WHOLE
+    sharding: str = REPLICATED
     loras: tuple[LoraRecipe, ...] = ()
     gguf_pack: str = ""
     changed_ns: int = 0
@@ -74,7 +74,7 @@ class ModelRecipe:
         cls,
         path: str,
         weight_dtype: str,
-        sharding: str = WHOLE,
+        sharding: str = REPLICATED,
         loras: tuple[LoraRecipe, ...] = (),
         gguf_pack: str = "",
     ) -> ModelRecipe:
@@ -148,21 +148,21 @@ def needs_pack(path: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Workers:
+class WorkerConfig:
     """The workers that a graph asks for. `attention` is the name of their kernel, `strategy` of what exchanges tokens
     around it; with `free_memory_after` they move the model out of GPU memory after each run. `sharding` is where they
-    keep a model's weights: WHOLE, SHARDED or OFFLOADED of `recipe`."""
+    keep a model's weights: REPLICATED, SHARDED or OFFLOADED of `recipe`."""
 
     config: SessionConfig
     attention: str
     free_memory_after: bool = False
     strategy: str = OURS
-    sharding: str = WHOLE
+    sharding: str = REPLICATED
 
 
 @dataclass(frozen=True, slots=True)
 class RayModel:
     """A model on workers, by what it is made of."""
 
-    workers: Workers
+    workers: WorkerConfig
     recipe: ModelRecipe

@@ -20,7 +20,7 @@ Heads = tuple[int, int]  # the first, and one behind the last
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Chunk:
     """One part of an exchange: of each rank its query heads, and the key heads that these need."""
 
     queries: tuple[Heads, ...]
@@ -28,7 +28,7 @@ class Part:
 
 
 @functools.cache
-def parts_of(heads: int, group: int, ranks: int, count: int) -> tuple[Part, ...]:
+def chunks_of(heads: int, group: int, ranks: int, count: int) -> tuple[Chunk, ...]:
     """An exchange of `heads` in at most `count` parts, in each of which every rank has heads. `group` query heads have
     one key head in common; where a group lies on two ranks, both get its key head."""
     split = partition(heads, ranks)
@@ -40,7 +40,9 @@ def parts_of(heads: int, group: int, ranks: int, count: int) -> tuple[Part, ...]
             pieces = partition(own, count)
             start = first + offsets(pieces)[part]
             queries.append((start, start + pieces[part]))
-        result.append(Part(tuple(queries), tuple((start // group, (stop - 1) // group + 1) for start, stop in queries)))
+        result.append(
+            Chunk(tuple(queries), tuple((start // group, (stop - 1) // group + 1) for start, stop in queries))
+        )
     return tuple(result)
 
 

@@ -63,7 +63,7 @@ def check_available(name: str, kernel: str, ring_degree: int, has_gpu: bool) -> 
         )
 
 
-class LongContextAttention:
+class ExternalAttention:
     """A library's attention where it can do the call, and `ours` otherwise. Its groups are one pair per process."""
 
     def __init__(self, name: str, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup, ours: Strategy) -> None:
@@ -121,7 +121,7 @@ class LongContextAttention:
         chosen = "TORCH_MATH" if kernel == "TORCH" or device.type == "cpu" else kernel
         if chosen not in self._layers:
             if self._name == YUNCHANG:
-                from yunchang import LongContextAttention as Layer
+                from yunchang import ExternalAttention as Layer
 
                 self._layers[chosen] = Layer(attn_type=AttnType[chosen])
             else:

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from .collectives import all_gather
-from .plan import Aligned, WholeAttention
+from .plan import Aligned, FullAttention
 from .tokens import TokenState
 
 
-class WholeTokens:
+class FullTokens:
     """For code that was written for whole tokens and runs where they are split. Every rank must make the same calls."""
 
     def __init__(self, tokens: TokenState) -> None:
         self._tokens = tokens
 
     @property
-    def is_cut(self) -> bool:
-        return self._tokens.is_cut
+    def is_split(self) -> bool:
+        return self._tokens.is_split
 
     @property
     def is_shared(self) -> bool:
@@ -50,7 +50,7 @@ class WholeTokens:
 
     def cut(self, value: Tensor, rule: Aligned) -> Tensor:
         """The inverse of `join`."""
-        return self._tokens.localize(value, rule) if self._is_split(rule) else value
+        return self._tokens.shard(value, rule) if self._is_split(rule) else value
 
     @contextmanager
     def local_attention(self, replaces: bool = False) -> Iterator[None]:
@@ -58,11 +58,11 @@ class WholeTokens:
         in it, by whatever means, is the attention of the module around it."""
         if replaces:
             self._tokens.count_whole()
-        self._tokens.push(WholeAttention())
+        self._tokens.push(FullAttention())
         try:
             yield
         finally:
             self._tokens.pop()
 
     def _is_split(self, rule: Aligned) -> bool:
-        return all(self._tokens.is_open(name) for name in rule.streams)
+        return all(self._tokens.is_sharded(name) for name in rule.streams)

@@ -23,10 +23,10 @@ def beats() -> int:
     return _beats
 
 
-def checkpoint() -> None:
+def cancellation_point() -> None:
     """A place where all ranks may agree to stop. Collective: every rank comes to the same ones in the same order.
 
-    Raises what the caller of `checked_by` had raised; does nothing outside of it.
+    Raises what the caller of `cancellation_checked_by` had raised; does nothing outside of it.
     """
     beat()
     if _check is not None:
@@ -34,8 +34,8 @@ def checkpoint() -> None:
 
 
 @contextmanager
-def checked_by(check: Callable[[], None]):
-    """Within it, `checkpoint` calls `check`."""
+def cancellation_checked_by(check: Callable[[], None]):
+    """Within it, `cancellation_point` calls `check`."""
     global _check
     before, _check = _check, check
     try:

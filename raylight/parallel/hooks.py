@@ -23,14 +23,14 @@ from .collectives import all_gather
 from .plan import (
     Attention,
     CrossAttention,
+    FullAttention,
     Gather,
+    GatherAround,
+    Gathered,
     Input,
-    Joined,
     SelfAttention,
     SequencePlan,
     Stream,
-    Whole,
-    WholeAttention,
     alternatives,
 )
 from .tokens import TokenState
@@ -93,21 +93,23 @@ class SequenceHooks:
 
         self._handles.append(module.register_forward_pre_hook(localize, with_kwargs=True))
         for rule in rules.values():
-            if isinstance(rule, Whole):
+            if isinstance(rule, GatherAround):
                 self._mark_attention(module, rule)
                 self._handles.append(module.register_forward_hook(partial(self._part, rule)))
 
-    def _part(self, rule: Whole, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _part(self, rule: GatherAround, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         return output if self._tokens.degree == 1 else self._tokens.part(output, rule.stream, rule.dim)
 
     def _localize(self, value: Any, rule: Input) -> Any:
-        if isinstance(rule, (Whole, Joined)):
+        if isinstance(rule, (GatherAround, Gathered)):
             return self._whole(value, rule.stream, rule.dim)
-        return self._tokens.localize(value, rule)
+        return self._tokens.shard(value, rule)
 
-    def _mark_attention(self, module: nn.Module, attention: Attention | Whole) -> None:
+    def _mark_attention(self, module: nn.Module, attention: Attention | GatherAround) -> None:
         kinds = (
-            () if isinstance(attention, Whole) else tuple(_of_module(kind, module) for kind in alternatives(attention))
+            ()
+            if isinstance(attention, GatherAround)
+            else tuple(_of_module(kind, module) for kind in alternatives(attention))
         )
         rule = attention if not kinds else kinds if isinstance(attention, tuple) else kinds[0]
 
@@ -121,12 +123,12 @@ class SequenceHooks:
         self._handles.append(module.register_forward_hook(leave))
 
     def _are_local(self, kind: SelfAttention) -> bool:
-        return self._tokens.degree > 1 and all(self._tokens.is_open(name) for name in kind.streams)
+        return self._tokens.degree > 1 and all(self._tokens.is_sharded(name) for name in kind.streams)
 
     def _gather_output(self, module: nn.Module, gathers: tuple[Gather, ...]) -> None:
         def join(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             for gather in gathers:
-                if not self._tokens.is_open(gather.stream) or (gather.patched not in ("", *self._tokens.patched)):
+                if not self._tokens.is_sharded(gather.stream) or (gather.patched not in ("", *self._tokens.patched)):
                     continue
                 local = output if gather.index is None else output[gather.index]
                 whole = self._join(local, gather)
@@ -142,7 +144,7 @@ class SequenceHooks:
         before = self._tokens.held(gather.after)
         head, tail = local.split([before, local.shape[gather.dim] - before], gather.dim)
         whole = self._whole(tail, gather.stream, gather.dim)
-        self._tokens.leave(gather.stream)
+        self._tokens.mark_gathered(gather.stream)
         whole = self._tokens.on_grid(whole, gather.stream, gather.dim)
         return torch.cat([head, whole], gather.dim) if before else whole
 
@@ -151,7 +153,7 @@ class SequenceHooks:
         return all_gather(own, self._tokens.sizes(stream), dim, self._tokens.group)
 
     def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:
-        open_streams = {gather.stream for gather in self._plan.gathers() if self._tokens.is_open(gather.stream)}
+        open_streams = {gather.stream for gather in self._plan.gathers() if self._tokens.is_sharded(gather.stream)}
         if open_streams:
             raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {sorted(open_streams)}")
         self._tokens.begin()  # frees what was kept for this forward
@@ -174,8 +176,8 @@ def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Mod
 
 
 def _of_module(
-    kind: SelfAttention | CrossAttention | WholeAttention, module: nn.Module
-) -> SelfAttention | CrossAttention | WholeAttention:
+    kind: SelfAttention | CrossAttention | FullAttention, module: nn.Module
+) -> SelfAttention | CrossAttention | FullAttention:
     """A kind of attention call with what depends on the module itself."""
     if not isinstance(kind, SelfAttention):
         return kind

@@ -73,7 +73,7 @@ class TokenPrefix:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class Unsupported:
     """The argument is one with which this model cannot be split; `reason` is for the person at the graph."""
 
     reason: str
@@ -88,7 +88,7 @@ class Converted:
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class Gathered:
     """The argument is the stream, local, of which the module needs the whole along `dim`; its output is not cut."""
 
     stream: str
@@ -117,7 +117,7 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class GatherAround:
     """The module mixes tokens by other means than attention (a convolution): the argument, the stream, is joined
     before it, and its output cut again, along `dim`. Its work, attention calls included, is done by every rank."""
 
@@ -147,13 +147,24 @@ class CrossAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class WholeAttention:
+class FullAttention:
     """Queries, keys and values are whole on every rank, so nothing is exchanged."""
 
 
-Input = Stream | Aligned | TokenRanges | TokenIndex | TokenPrefix | Control | Converted | Joined | Whole | Refused
+Input = (
+    Stream
+    | Aligned
+    | TokenRanges
+    | TokenIndex
+    | TokenPrefix
+    | Control
+    | Converted
+    | Gathered
+    | GatherAround
+    | Unsupported
+)
 # Several, where one module attends within different streams: the number of queries tells them apart.
-Attention = SelfAttention | CrossAttention | WholeAttention | tuple[SelfAttention, ...]
+Attention = SelfAttention | CrossAttention | FullAttention | tuple[SelfAttention, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,16 +205,18 @@ class SequencePlan:
         return [gather for rule in self.outputs.values() for gather in (rule if isinstance(rule, tuple) else (rule,))]
 
 
-def alternatives(attention: Attention) -> tuple[SelfAttention | CrossAttention | WholeAttention, ...]:
+def alternatives(attention: Attention) -> tuple[SelfAttention | CrossAttention | FullAttention, ...]:
     """The kinds of attention call of one module."""
     return attention if isinstance(attention, tuple) else (attention,)
 
 
-def _streams_of(rule: Input | SelfAttention | CrossAttention | WholeAttention) -> tuple[str, ...]:
+def _streams_of(rule: Input | SelfAttention | CrossAttention | FullAttention) -> tuple[str, ...]:
     if isinstance(rule, Stream):
         return (rule.name, *rule.after)
     if isinstance(rule, CrossAttention):
         return rule.query
-    if isinstance(rule, (Refused, Converted, WholeAttention)):
+    if isinstance(rule, (Unsupported, Converted, FullAttention)):
         return ()
-    return (rule.stream,) if isinstance(rule, (Control, Joined, TokenIndex, TokenPrefix, Whole)) else rule.streams
+    return (
+        (rule.stream,) if isinstance(rule, (Control, Gathered, TokenIndex, TokenPrefix, GatherAround)) else rule.streams
+    )

@@ -69,11 +69,11 @@ class RingAttention:
             arriving, requests = self._pass_on(block, lengths, source) if step < self._degree - 1 else (None, [])
             if lengths[self._rank] and lengths[source]:
                 columns = None if mask is None else mask.narrow(-1, starts[source], lengths[source])
-                more, more_total = kernel.with_lse(q, block[0], block[1], columns, scale)
+                more, block_lse = kernel.with_lse(q, block[0], block[1], columns, scale)
                 if out is None:
-                    out, total = more.float(), more_total.float()
+                    out, total = more.float(), block_lse.float()
                 else:
-                    out, total = merge(out, total, more, more_total.float())
+                    out, total = merge(out, total, more, block_lse.float())
             for request in requests:
                 request.wait()
             block = arriving

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .collectives import all_gather
-from .plan import Attention, CrossAttention, SelfAttention, Whole, WholeAttention, alternatives
+from .plan import Attention, CrossAttention, FullAttention, GatherAround, SelfAttention, alternatives
 from .tokens import TokenState
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class SequenceAttention:
         Raises RuntimeError where the call does not fit the plan: attending over a shard would be wrong silently.
         """
         tokens, scope = self._tokens, self._tokens.scope
-        if not tokens.is_cut or isinstance(scope, (Whole, WholeAttention)):
+        if not tokens.is_split or isinstance(scope, (GatherAround, FullAttention)):
             tokens.count_whole()
             return kernel(q, k, v, mask, scale)
         if scope is None:

@@ -16,15 +16,15 @@ from .plan import (
     Attention,
     Control,
     Converted,
+    FullAttention,
+    GatherAround,
     Input,
-    Refused,
     SelfAttention,
     Stream,
     TokenIndex,
     TokenPrefix,
     TokenRanges,
-    Whole,
-    WholeAttention,
+    Unsupported,
     alternatives,
 )
 
@@ -33,7 +33,7 @@ from .plan import (
 class Scope:
     """A module being run: what the plan says of its attention, and the calls of each kind that were made so far."""
 
-    rule: Attention | Whole
+    rule: Attention | GatherAround
     calls: dict[SelfAttention, int] = field(default_factory=dict)
 
 
@@ -47,9 +47,9 @@ class TokenState:
     """
 
     def __init__(self, rank: int, degree: int, group: dist.ProcessGroup | None = None) -> None:
-        self.share(rank, degree, group)
+        self.use_group(rank, degree, group)
 
-    def share(self, rank: int, degree: int, group: dist.ProcessGroup | None) -> None:
+    def use_group(self, rank: int, degree: int, group: dist.ProcessGroup | None) -> None:
         """From the next forward on, split among these ranks; a degree of 1 leaves tokens whole."""
         self.rank = rank
         self.degree = degree
@@ -66,11 +66,11 @@ class TokenState:
         self._cache: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     @property
-    def is_cut(self) -> bool:
+    def is_split(self) -> bool:
         """Whether some stream is local at this point of the forward."""
         return len(self._pieces) > len(self._left)
 
-    def is_open(self, stream: str) -> bool:
+    def is_sharded(self, stream: str) -> bool:
         """Whether `stream` is local at this point of the forward."""
         return stream in self._pieces and stream not in self._left
 
@@ -128,7 +128,7 @@ class TokenState:
             raise RuntimeError(f"token stream '{stream}' is used before the model handed it to a block")
         return self._pieces[stream]
 
-    def leave(self, stream: str) -> None:
+    def mark_gathered(self, stream: str) -> None:
         self._left.add(stream)
 
     def on_grid(self, whole: Tensor, stream: str, dim: int) -> Tensor:
@@ -136,14 +136,14 @@ class TokenState:
         grid = self._grids.get(stream)
         return whole if grid is None else whole.reshape(*whole.shape[:dim], *grid, *whole.shape[dim + len(grid) :])
 
-    def push(self, rule: Attention | Whole) -> None:
+    def push(self, rule: Attention | GatherAround) -> None:
         self._scopes.append(Scope(rule))
 
     def pop(self) -> Scope:
         return self._scopes.pop()
 
     @property
-    def scope(self) -> Attention | Whole | None:
+    def scope(self) -> Attention | GatherAround | None:
         """What the innermost module being run says of its attention calls."""
         return self._scopes[-1].rule if self._scopes else None
 
@@ -154,17 +154,17 @@ class TokenState:
 
     def count_whole(self) -> None:
         """Attention over whole tokens, which stands for every call of the module around it."""
-        around = next((scope for scope in reversed(self._scopes) if not isinstance(scope.rule, WholeAttention)), None)
-        if around is not None and not isinstance(around.rule, Whole):
+        around = next((scope for scope in reversed(self._scopes) if not isinstance(scope.rule, FullAttention)), None)
+        if around is not None and not isinstance(around.rule, GatherAround):
             around.calls.update(
                 {kind: kind.calls for kind in alternatives(around.rule) if isinstance(kind, SelfAttention)}
             )
 
-    def localize(self, value: Any, rule: Input) -> Any:
+    def shard(self, value: Any, rule: Input) -> Any:
         """This rank's part of an argument."""
         if value is None:
             return None
-        if isinstance(rule, Refused):
+        if isinstance(rule, Unsupported):
             raise ValueError(f"this model cannot be split over workers here: {rule.reason}")
         if isinstance(rule, (TokenRanges, TokenIndex, Aligned)) and self._has_left_all(rule):
             return value
@@ -185,9 +185,9 @@ class TokenState:
         if isinstance(rule, Control):
             return {name: LocalResiduals(items, self, rule.stream) for name, items in value.items()}
         if isinstance(value, Mapping):
-            return {key: self.localize(item, rule) for key, item in value.items()}
+            return {key: self.shard(item, rule) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self.localize(item, rule) for item in value)
+            return type(value)(self.shard(item, rule) for item in value)
         if not isinstance(value, Tensor):
             return value
         key = (id(value), rule)
@@ -201,7 +201,7 @@ class TokenState:
         return all(name in self._left for name in streams)
 
     def _cut(self, value: Tensor, rule: Stream) -> Tensor:
-        if self.is_open(rule.name):
+        if self.is_sharded(rule.name):
             # A model may use the whole stream twice before it goes on with its local output.
             whole = rule.grid == 1 and not rule.after and value.shape[rule.dim] == self.total((rule.name,))
             return self.part(value, rule.name, rule.dim) if whole else value
@@ -218,7 +218,9 @@ class TokenState:
         if known is None or known.total != total:
             if known is not None:
                 self._cache.clear()
-            self._pieces[rule.name] = deal(total, self.lengths([name for name in self._pieces if self.is_open(name)]))
+            self._pieces[rule.name] = deal(
+                total, self.lengths([name for name in self._pieces if self.is_sharded(name)])
+            )
         self._left.discard(rule.name)
         return self.part(value, rule.name, rule.dim)
 
@@ -311,7 +313,7 @@ class LocalResiduals(list):
         return self._local(super().pop(index))
 
     def _local(self, residual: Tensor | None) -> Tensor | None:
-        if residual is None or not self._tokens.is_open(self._stream):
+        if residual is None or not self._tokens.is_sharded(self._stream):
             return residual
         ((start, stop),) = self._tokens.spans((self._stream,), self._tokens.rank)
         rows = residual.shape[1]

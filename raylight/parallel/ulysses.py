@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import start_exchange
-from .exchange_layout import Part, packed_heads, packed_tokens, parts_of, place_heads, unpacked_heads
+from .exchange_layout import Chunk, chunks_of, packed_heads, packed_tokens, place_heads, unpacked_heads
 from .sequence_attention import Kernel
 
 PARTS = 2
@@ -50,7 +50,7 @@ class UlyssesAttention:
                 f"choose a degree of at most {heads}"
             )
         group = heads // k.shape[1]
-        parts = parts_of(heads, group, self._degree, self._parts if self._is_large(q, k, v, lengths) else 1)
+        parts = chunks_of(heads, group, self._degree, self._parts if self._is_large(q, k, v, lengths) else 1)
         # Before: all heads of S_r tokens. After: this rank's heads of all S tokens.
         arriving = [self._send_heads(q, k, v, part, lengths) for part in parts]
         returning = []
@@ -77,7 +77,7 @@ class UlyssesAttention:
         return q.shape[0] * sum(lengths) * width * q.element_size() // self._degree >= self._large
 
     def _send_heads(
-        self, q: Tensor, k: Tensor, v: Tensor, part: Part, lengths: Sequence[int]
+        self, q: Tensor, k: Tensor, v: Tensor, part: Chunk, lengths: Sequence[int]
     ) -> tuple[Tensor, dist.Work]:
         """To each rank its heads of these tokens; what comes is (S, B, H_r x D of q, k and v)."""
         buffer, counts = packed_heads((q, k, v), (part.queries, part.keys, part.keys))
@@ -85,7 +85,7 @@ class UlyssesAttention:
         per_token = q.shape[0] * ((stop - start) * q.shape[3] + (last - first) * (k.shape[3] + v.shape[3]))
         return self._exchange(buffer, counts, [per_token * tokens for tokens in lengths])
 
-    def _send_tokens(self, out: Tensor, part: Part, lengths: Sequence[int]) -> tuple[Tensor, dist.Work]:
+    def _send_tokens(self, out: Tensor, part: Chunk, lengths: Sequence[int]) -> tuple[Tensor, dist.Work]:
         """To each rank its tokens of these heads; what comes from rank d is (S_r, B, H_d, D)."""
         batch, heads, _, width = out.shape
         receives = [batch * lengths[self._rank] * (stop - start) * width for start, stop in part.queries]

@@ -1,6 +1,15 @@
 """Hunyuan Video 1.0 and 1.5 and Hunyuan Image 2.1: joint attention over text and image tokens, both split."""
 
-from raylight.parallel.plan import Aligned, Control, Gather, Refused, SelfAttention, SequencePlan, Stream, TokenRanges
+from raylight.parallel.plan import (
+    Aligned,
+    Control,
+    Gather,
+    SelfAttention,
+    SequencePlan,
+    Stream,
+    TokenRanges,
+    Unsupported,
+)
 
 from . import patches
 
@@ -12,7 +21,7 @@ PLANS = (
         inputs={
             "": {
                 "control": Control("img"),
-                "ref_latent": Refused(
+                "ref_latent": Unsupported(
                     "a reference latent is cut off again by its whole length between the blocks and "
                     "the last layer; use another way to give the image, or GPU = 1"
                 ),

@@ -12,12 +12,12 @@ from raylight.parallel.plan import (
     Aligned,
     Converted,
     CrossAttention,
+    FullAttention,
     Gather,
-    Joined,
+    Gathered,
     SelfAttention,
     SequencePlan,
     Stream,
-    WholeAttention,
 )
 from raylight.parallel.tokens import TokenState
 
@@ -40,7 +40,7 @@ def dense_mask(mask: Any, _: TokenState) -> Tensor | None:
 def timestep_per_frame(timestep: Any, tokens: TokenState) -> Any:
     """This rank's tokens of a `CompressedTimestep`, which keeps one row for each frame; a rank may end inside one."""
     if not hasattr(timestep, "patches_per_frame"):
-        return tokens.localize(timestep, ALIGNED)
+        return tokens.shard(timestep, ALIGNED)
     ((start, stop),) = tokens.spans(VIDEO, tokens.rank)
     if timestep.data.shape[1] == 1 and timestep.patches_per_frame == 1:
         return timestep
@@ -94,7 +94,7 @@ PLANS = (
                 ),
             },
             "transformer_blocks.*.audio_to_video_attn": {"pe": ALIGNED},
-            "transformer_blocks.*.video_to_audio_attn": {"context": Joined("video")},
+            "transformer_blocks.*.video_to_audio_attn": {"context": Gathered("video")},
         },
         attention={
             "transformer_blocks.*.attn1": SelfAttention(VIDEO),
@@ -106,7 +106,7 @@ PLANS = (
                     "transformer_blocks.*.audio_attn2",
                     "transformer_blocks.*.video_to_audio_attn",
                 ),
-                WholeAttention(),
+                FullAttention(),
             ),
         },
         outputs={"norm_out": Gather("video")},

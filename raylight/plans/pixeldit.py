@@ -1,7 +1,7 @@
 """PixelDiT and PiD: joint attention over text and patch tokens. The few blocks over pixels, which pack patches into the
 batch, are done by every rank."""
 
-from raylight.parallel.plan import Aligned, Gather, SelfAttention, SequencePlan, Stream, WholeAttention
+from raylight.parallel.plan import Aligned, FullAttention, Gather, SelfAttention, SequencePlan, Stream
 
 
 def pixeldit(model: str, gathered: str) -> SequencePlan:
@@ -15,7 +15,7 @@ def pixeldit(model: str, gathered: str) -> SequencePlan:
                 "pos_txt": Aligned(("txt",), dim=0),
             }
         },
-        attention={"patch_blocks.*": SelfAttention(("txt", "img")), "pixel_blocks.*": WholeAttention()},
+        attention={"patch_blocks.*": SelfAttention(("txt", "img")), "pixel_blocks.*": FullAttention()},
         outputs={gathered: Gather("img", index=0)},
         heads="num_groups",
     )

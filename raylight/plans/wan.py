@@ -1,6 +1,15 @@
 """Wan 2.1 and 2.2: one stream of video, reference and pose tokens; text, image and audio context stay whole."""
 
-from raylight.parallel.plan import Aligned, CrossAttention, Gather, Input, SelfAttention, SequencePlan, Stream, Whole
+from raylight.parallel.plan import (
+    Aligned,
+    CrossAttention,
+    Gather,
+    GatherAround,
+    Input,
+    SelfAttention,
+    SequencePlan,
+    Stream,
+)
 
 VIDEO = ("video",)
 TOKENS_OF_VIDEO = Aligned(VIDEO)
@@ -47,12 +56,12 @@ PLANS = (
         modulation_per_frame=False,
     ),
     # Audio is attended to frame by frame, and a rank's tokens do not end where a frame does.
-    wan("model.WanModel_S2V", {"audio_injector": {"x": Whole("video")}}),
-    wan("model.HumoWanModel", {"blocks.*.audio_cross_attn_wrapper": {"x": Whole("video")}}),
-    wan("model_animate.AnimateWanModel", {"face_adapter.fuser_blocks.*": {"x": Whole("video")}}),
+    wan("model.WanModel_S2V", {"audio_injector": {"x": GatherAround("video")}}),
+    wan("model.HumoWanModel", {"blocks.*.audio_cross_attn_wrapper": {"x": GatherAround("video")}}),
+    wan("model_animate.AnimateWanModel", {"face_adapter.fuser_blocks.*": {"x": GatherAround("video")}}),
     wan(
         "model_wandancer.WanDancerModel",
-        {"music_injector": {"x": Whole("video")}, "head_global": {"e": PER_FRAME}},
+        {"music_injector": {"x": GatherAround("video")}, "head_global": {"e": PER_FRAME}},
         heads=("head", "head_global"),
     ),
 )

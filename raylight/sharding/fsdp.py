@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from raylight.parallel.heartbeat import checkpoint
+from raylight.parallel.heartbeat import cancellation_point
 
 from .rows import ByteAllGather, rows_of
 
@@ -184,7 +184,7 @@ def _fill(
     for name, parameter in list(model.named_parameters()):
         if not isinstance(parameter, DTensor):
             continue
-        checkpoint()
+        cancellation_point()
         rows = weights[name][rows_of(parameter.shape[0], mesh.size(), mesh.get_local_rank())]
         local = _copy(rows, parameter.dtype, device)
         whole = DTensor.from_local(

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class JoinedRows(Tensor):
+class LazyConcat(Tensor):
     """A tensor on the CPU that takes slices of dim 0 by assignment, gives them by indexing, and can do no more."""
 
     @staticmethod
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, pieces: list[tuple[int, Tensor]] | None = None, start: int = 0
-    ) -> JoinedRows:
+    ) -> LazyConcat:
         return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")
 
     def __init__(
@@ -31,11 +31,11 @@ class JoinedRows(Tensor):
         self._pieces = [] if pieces is None else pieces
         self._start = start
 
-    def narrow(self, dim: int, start: int, length: int) -> JoinedRows:
+    def narrow(self, dim: int, start: int, length: int) -> LazyConcat:
         """Rows `start` to `start + length`, as a part of the same matrix. Raises NotImplementedError for other dims."""
         if dim != 0:
             raise NotImplementedError(f"rows are joined along dim 0, not {dim}")
-        return JoinedRows((length, *self.shape[1:]), self.dtype, self._pieces, self._start + start)
+        return LazyConcat((length, *self.shape[1:]), self.dtype, self._pieces, self._start + start)
 
     def __setitem__(self, index: slice, value: Tensor) -> None:
         start, stop, _ = index.indices(self.shape[0])
@@ -43,7 +43,7 @@ class JoinedRows(Tensor):
             raise ValueError(
                 f"rows of shape {tuple(value.shape)} do not fit into {stop - start} of {tuple(self.shape)}"
             )
-        if isinstance(value, JoinedRows):
+        if isinstance(value, LazyConcat):
             self._pieces.extend((self._start + start + at - value._start, piece) for at, piece in value._pieces)
         else:
             self._pieces.append((self._start + start, value))
@@ -70,17 +70,17 @@ class JoinedRows(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
             joined = args[0]
-            return JoinedRows(joined.shape, joined.dtype, joined._pieces, joined._start)
+            return LazyConcat(joined.shape, joined.dtype, joined._pieces, joined._start)
         raise NotImplementedError(f"{func} of rows that are still in their file")
 
 
-class JoiningRows(TorchFunctionMode):
-    """While it is entered, what `torch.empty` and `torch.empty_like` make on the CPU is a `JoinedRows`."""
+class LazyConcatMode(TorchFunctionMode):
+    """While it is entered, what `torch.empty` and `torch.empty_like` make on the CPU is a `LazyConcat`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty_like:
-            return JoinedRows(args[0].shape, args[0].dtype)
+            return LazyConcat(args[0].shape, args[0].dtype)
         if func is torch.empty:
-            return JoinedRows(args[0], kwargs["dtype"])
+            return LazyConcat(args[0], kwargs["dtype"])
         return func(*args, **kwargs)

@@ -50,7 +50,7 @@ def flattened(parameter: Tensor) -> Unpacked | None:
     return Unpacked({part: getattr(value, part) for part in inner}, functools.partial(_unflatten, type(value), context))
 
 
-def take_apart(model: nn.Module, unpack: Callable[[Tensor], Unpacked | None] = flattened) -> None:
+def flatten(model: nn.Module, unpack: Callable[[Tensor], Unpacked | None] = flattened) -> None:
     """Replace each parameter that `unpack` knows by its parts, as parameters of the same module.
 
     The part `p` of a parameter `w` becomes a parameter `w_p`; 8-bit parts are held as `HELD_AS`. `w` itself turns into
@@ -72,7 +72,7 @@ def take_apart(model: nn.Module, unpack: Callable[[Tensor], Unpacked | None] = f
 
 
 def packed_weights(module: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters of this module itself that `take_apart` took apart."""
+    """The names of the parameters of this module itself that `flatten` took apart."""
     return tuple(getattr(module, _RECIPES, ()))
 
 
@@ -88,7 +88,7 @@ def parts_as_held(value: Tensor) -> Parts:
     return _as_held(unpacked.parts)
 
 
-def put_together(module: nn.Module, name: str, parts: Parts) -> Tensor:
+def unflatten(module: nn.Module, name: str, parts: Parts) -> Tensor:
     """The parameter made of these parts, which are as the attributes of `parts_of` hold them, but whole."""
     recipe = getattr(module, _RECIPES)[name]
     return recipe.together(
@@ -125,7 +125,7 @@ def _assemble(name: str, module: nn.Module) -> Tensor:
             f"the weight '{name}' of a {type(module).__name__} is split over the ranks and was used "
             f"outside of the forward of its block"
         )
-    return put_together(module, name, parts)
+    return unflatten(module, name, parts)
 
 
 def _state_dict(

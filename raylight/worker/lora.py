@@ -230,7 +230,7 @@ def put_in_place_of_misfits(name: str, patches: Patches, model: Fitting) -> list
     return misfits
 
 
-def put_on_weights(
+def fit_weight_patches(
     patches: Mapping[str, Sequence[Any]], model: Fitting, what: str = "what LoRAs and patches change"
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """Patches in the form of ComfyUI's patcher, by weight, of which those that do not fit are replaced as above; and
@@ -265,7 +265,7 @@ def fit_scheduled(patcher: ModelPatcher) -> list[str]:
         shapes = {name: tuple(parameter.shape) for name, parameter in patcher.model.named_parameters()}
         for hook, patches in patcher.hook_patches.items():
             known = {key: of_weight for key, of_weight in patches.items() if key in shapes}
-            patcher.hook_patches[hook], more = put_on_weights(known, Fitting(shapes), "the scheduled LoRA")
+            patcher.hook_patches[hook], more = fit_weight_patches(known, Fitting(shapes), "the scheduled LoRA")
             warnings += more
     return warnings
 

@@ -13,16 +13,16 @@ import comfy.model_management
 import psutil
 import torch
 
-from raylight.cluster.object_store import Shared
+from raylight.cluster.object_store import ObjectHandle
 from raylight.host.jobs import HeldModel, RankMemory
 from raylight.host.notices import tell
-from raylight.host.pickling import receive
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe
+from raylight.host.pickling import deserialize
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe
 from raylight.parallel.process_group import smallest
 
 from . import lora
 from .lora import Fitting
-from .parallel_model import SplitModel
+from .parallel_model import ParallelModel
 from .patcher import RankPatcher
 
 logger = logging.getLogger(__name__)
@@ -39,39 +39,39 @@ class Held:
 
 
 @dataclass(slots=True)
-class Resident:
+class CachedModel:
     """A model on this rank, and on it the LoRAs of its last use. `host_bytes` is what it takes of this rank's own
     memory when it is not on the GPU: nothing, where the mapped file has it all."""
 
     recipe: ModelRecipe
     patcher: RankPatcher
-    split: SplitModel
+    split: ParallelModel
     lora_keys: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     host_bytes: int
-    _worn: tuple[tuple[LoraRecipe, ...], str | None] = ((), None)
+    _applied: tuple[tuple[LoraRecipe, ...], str | None] = ((), None)
     _patched: RankPatcher | None = field(default=None)
 
-    def patched(self, loras: tuple[LoraRecipe, ...], patches: Shared | None = None) -> RankPatcher:
+    def patched(self, loras: tuple[LoraRecipe, ...], patches: ObjectHandle | None = None) -> RankPatcher:
         """The patcher with these LoRAs, then these patches, and no others; the same object for the same ones, whose
         weights ComfyUI then leaves as they are. Raises ValueError for a LoRA that does not fit."""
         wanted = loras, None if patches is None else patches.key
-        if self._patched is None or wanted != self._worn:
+        if self._patched is None or wanted != self._applied:
             self._patched = self.patcher if wanted == ((), None) else self._with(loras, patches)
-            self._worn = wanted
+            self._applied = wanted
         return self._patched
 
-    def _with(self, loras: tuple[LoraRecipe, ...], patches: Shared | None) -> RankPatcher:
+    def _with(self, loras: tuple[LoraRecipe, ...], patches: ObjectHandle | None) -> RankPatcher:
         patcher = self.patcher.clone()
         fitting, warnings = Fitting(self.shapes), []
         for one in loras:
             fitted = lora.read(one, self.lora_keys, fitting)
             patcher.add_patches(fitted.patches, one.strength)
-            if loras != self._worn[0]:  # else it was said when these were put on
+            if loras != self._applied[0]:  # else it was said when these were put on
                 warnings += fitted.warnings
         if patches is not None:
-            written, received = receive(patches.get(), patcher, copies=False)
-            on_weights, more = lora.put_on_weights(
+            written, received = deserialize(patches.get(), patcher, copies=False)
+            on_weights, more = lora.fit_weight_patches(
                 {key: on for key, on in received.items() if key in self.shapes}, fitting
             )
             for key, of_weight in on_weights.items():
@@ -84,15 +84,15 @@ class Resident:
         return patcher
 
 
-class Residents:
+class ModelCache:
     """Models by recipe, the least recently used first. Every method is called on all ranks alike."""
 
     def __init__(self, device: torch.device, world_size: int) -> None:
         self._device = device
         self._world_size = world_size
-        self._models: dict[ModelRecipe, Resident] = {}
+        self._models: dict[ModelRecipe, CachedModel] = {}
 
-    def get(self, recipe: ModelRecipe) -> Resident | None:
+    def get(self, recipe: ModelRecipe) -> CachedModel | None:
         """The model of a recipe without its LoRAs, from now on the last used."""
         found = self._models.pop(recipe.without_loras, None)
         if found is not None:
@@ -101,10 +101,10 @@ class Residents:
             self._drop_gone()
         return found
 
-    def add(self, model: Resident) -> None:
+    def add(self, model: CachedModel) -> None:
         self._models[model.recipe.without_loras] = model
 
-    def all(self) -> tuple[Resident, ...]:
+    def all(self) -> tuple[CachedModel, ...]:
         return tuple(self._models.values())
 
     def make_room_on_host(self, needed: int) -> None:
@@ -112,7 +112,7 @@ class Residents:
         while self._models and not self._fits_on_host(needed):
             self._drop_for_want_of_memory(next(iter(self._models.values())))
 
-    def make_room_on_device(self, needed: int, used: Resident | None = None) -> None:
+    def make_room_on_device(self, needed: int, used: CachedModel | None = None) -> None:
         """Move models other than `used` to the CPU, the least recently used first, until the GPU has `needed` bytes
         free beside what sampling takes. Collective."""
         if self._device.type == "cpu":
@@ -135,7 +135,7 @@ class Residents:
         found = self._models.get(recipe.without_loras)
         needed = comfy.model_management.minimum_inference_memory()
         if found is None:
-            needed += {WHOLE: recipe.size, SHARDED: recipe.size // self._world_size, OFFLOADED: 0}[recipe.sharding]
+            needed += {REPLICATED: recipe.size, SHARDED: recipe.size // self._world_size, OFFLOADED: 0}[recipe.sharding]
         else:
             needed += found.patcher.model_size() - found.patcher.loaded_size()
             if latent_shape is not None:
@@ -144,7 +144,7 @@ class Residents:
         free = comfy.model_management.get_free_memory(self._device)
         return -smallest(int(free + movable - needed))
 
-    def drop(self, model: Resident) -> None:
+    def drop(self, model: CachedModel) -> None:
         """Forget a model and give its memory back."""
         del self._models[model.recipe.without_loras]
         self._forget_as_loaded(model)  # to unload it would first make a copy on the CPU
@@ -162,7 +162,7 @@ class Residents:
             self.drop(model)
 
     @staticmethod
-    def _forget_as_loaded(model: Resident) -> None:
+    def _forget_as_loaded(model: CachedModel) -> None:
         # Not every model is in ComfyUI's list: shards are on the GPU before they are sampled for the first time.
         loaded = comfy.model_management.current_loaded_models
         loaded[:] = [one for one in loaded if one.model is None or not one.model.is_clone(model.patcher)]
@@ -179,12 +179,12 @@ class Residents:
             if model.recipe.export is not None and smallest(int(model.recipe.is_there)) == 0:
                 self.drop(model)
 
-    def _drop_for_want_of_memory(self, model: Resident) -> None:
+    def _drop_for_want_of_memory(self, model: CachedModel) -> None:
         logger.info("%s is dropped: memory is short", model.recipe.name)
         self.drop(model)
 
 
-def memory(device: torch.device, models: Sequence[Resident]) -> RankMemory:
+def memory(device: torch.device, models: Sequence[CachedModel]) -> RankMemory:
     """How full a rank is. On the CPU `free_bytes` and `total_bytes` are of the machine."""
     held = tuple(
         HeldModel(model.recipe.name, model.recipe.sharding, model.patcher.loaded_size(), model.host_bytes)
@@ -198,7 +198,7 @@ def memory(device: torch.device, models: Sequence[Resident]) -> RankMemory:
     return RankMemory(process, free, total, torch.cuda.memory_allocated(device), held)
 
 
-def in_words(device: torch.device, models: Sequence[Resident]) -> str:
+def in_words(device: torch.device, models: Sequence[CachedModel]) -> str:
     """What a rank holds, as the end of a sentence."""
     now = memory(device, models)
     weights = (

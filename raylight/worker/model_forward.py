@@ -9,7 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from raylight.cluster.serialization import Parcel, pack
+from raylight.cluster.serialization import SerializedObject, pack
 from raylight.cluster.tensor_delta import Receiver, Slot
 from raylight.host import patcher_state
 from raylight.host.jobs import ForwardJob
@@ -17,10 +17,10 @@ from raylight.host.patcher_state import changed
 from raylight.host.pickling import receive
 
 from .node_code import AsBefore
-from .parallel_model import SplitModel
+from .parallel_model import ParallelModel
 
 
-class Forwards:
+class ModelForward:
     """What a rank keeps between calls: tensors that come again, and what nodes have put into the model."""
 
     def __init__(self, device: torch.device) -> None:
@@ -36,13 +36,13 @@ class Forwards:
             self._before.restore()
             self._before = None
 
-    def call(self, patcher: ModelPatcher, job: ForwardJob, split: SplitModel) -> Any:
+    def call(self, patcher: ModelPatcher, job: ForwardJob, split: ParallelModel) -> Any:
         """What the method returns, of a model that is split so; to be called in the mode of the model.
 
         Raises ValueError where code of nodes keeps a state on the model, of which its part in ComfyUI knows nothing.
         """
         worn, code, changes = self._unpacked(patcher, job)
-        patcher_state.put_on(patcher, worn, job.model.recipe.sharding)
+        patcher_state.apply_state(patcher, worn, job.model.recipe.sharding)
         tensors = self._tensors.receive(job.tensors)
 
         def resolve(slot: Any) -> Tensor:
@@ -83,7 +83,7 @@ class Forwards:
         return self._extras[2]
 
 
-def answer(output: Any) -> Parcel:
+def answer(output: Any) -> SerializedObject:
     """What a call returned, as it goes back."""
     return pack(output, lambda _: None)
 

@@ -19,16 +19,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from raylight.attention.kernels import kernel
 from raylight.host import comfy_patches
 from raylight.host.jobs import Inside, ModelJob
-from raylight.host.patcher_state import OPTIONS, named, wrapped
+from raylight.host.patcher_state import OPTIONS, bind_arguments, run_with_wrappers
 from raylight.parallel.batch import BatchAxis, Rows
-from raylight.parallel.external_strategies import OURS, LongContextAttention
-from raylight.parallel.full_tokens import WholeTokens
+from raylight.parallel.external_strategies import OURS, ExternalAttention
+from raylight.parallel.full_tokens import FullTokens
 from raylight.parallel.hooks import SequenceHooks
 from raylight.parallel.mesh import sequence_axis
 from raylight.parallel.process_group import among, any_rank
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_attention import SequenceAttention, Strategy
-from raylight.parallel.sequence_group import Crew, Crews
+from raylight.parallel.sequence_group import SequenceGroup, SequenceGroups
 from raylight.parallel.tokens import TokenState
 from raylight.plans import plan_for
 
@@ -44,7 +44,7 @@ _MARKS = ("cond_or_uncond", "uuids")
 _STOCK = "wrappers"
 
 
-class Sharing:
+class BatchParallel:
     """One model's forwards on a mesh with a batch axis. Whether a batch is dealt out is decided for each forward, on
     all ranks alike, by what it holds."""
 
@@ -52,8 +52,8 @@ class Sharing:
         """`tokens` are those of the model's sequence hooks, None for a model that is not split by tokens."""
         self._model, self._batch, self._tokens = model, batch, tokens
         self._attention: SequenceAttention | None = None
-        self._sequence: Crew | None = None
-        self._everyone: Crew | None = None
+        self._sequence: SequenceGroup | None = None
+        self._all_ranks: SequenceGroup | None = None
         self._rows_of = 0
         self._alone = self._in_step = self._idles = False
         self._latest: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -65,12 +65,12 @@ class Sharing:
         """To be called when the model has all its other hooks: they do as is decided in one that comes before them."""
         self._model.register_forward_pre_hook(self._decide, prepend=True, with_kwargs=True)
 
-    def use(self, attention: SequenceAttention, sequence: Crew, everyone: Crew | None) -> None:
-        """What splits tokens in the forwards to come: `sequence` beside other rows of the batch, or `everyone`."""
-        self._attention, self._sequence, self._everyone = attention, sequence, everyone
+    def use(self, attention: SequenceAttention, sequence: SequenceGroup, all_ranks: SequenceGroup | None) -> None:
+        """What splits tokens in the forwards to come: `sequence` beside other rows of the batch, or `all_ranks`."""
+        self._attention, self._sequence, self._all_ranks = attention, sequence, all_ranks
 
     @contextmanager
-    def alone(self, in_step: bool) -> Iterator[None]:
+    def independent_groups(self, in_step: bool) -> Iterator[None]:
         """Within it each group of the batch axis does runs of its own.
 
         With `in_step`, for weights that are gathered from all ranks, no group begins a forward before the others do:
@@ -96,19 +96,19 @@ class Sharing:
         splits = self._batch.can_split(total) and not self._alone
         splits = splits and not any(kwargs.get(name) is not None for name in _BATCH_IS_WHOLE)
         self._rows_of = total if splits else 0
-        crew = self._sequence if splits or self._alone or self._everyone is None else self._everyone
+        group_of_ranks = self._sequence if splits or self._alone or self._all_ranks is None else self._all_ranks
         if not self._alone:
             self._tell(total, splits)
-        if crew is not None:
-            crew.take(self._tokens, self._attention)
+        if group_of_ranks is not None:
+            group_of_ranks.activate(self._tokens, self._attention)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._rows_of:
             return self._own(*args, **kwargs)
-        return wrapped(self._model, self._shared, args, kwargs)
+        return run_with_wrappers(self._model, self._shared, args, kwargs)
 
     def _shared(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = named(type(self._model).forward, self._model, args, kwargs)
+        args, kwargs = bind_arguments(type(self._model).forward, self._model, args, kwargs)
         options = kwargs.pop(OPTIONS, None) or {}
 
         def some(rows: Rows) -> Any:
@@ -122,7 +122,7 @@ class Sharing:
         """Say once what is done with batches of a size."""
         if splits:
             what = f"the workers share out a batch of {total}"
-        elif self._everyone is not None:
+        elif self._all_ranks is not None:
             what = (
                 f"a batch of {total} is not enough for {self._batch.degree} groups of workers: all of them split "
                 f"its tokens instead"
@@ -147,7 +147,7 @@ def _batch_of(values: Any) -> int:
     return 0
 
 
-class SplitModel:
+class ParallelModel:
     """The split of one model. Must be made before weights are split: FSDP changes the class by which a plan is found.
 
     Raises ValueError for a model without a plan, or one that cannot be split by its plan, where tokens are to be split.
@@ -156,9 +156,9 @@ class SplitModel:
     def __init__(self, base: BaseModel, mesh: DeviceMesh, device: torch.device) -> None:
         self._mesh, self._device = mesh, device
         sequence, batch = sequence_axis(mesh), BatchAxis(mesh.get_group("batch"))
-        self._crews: Crews | None = None
+        self._groups: SequenceGroups | None = None
         self._tokens: TokenState | None = None
-        self._sharing: Sharing | None = None
+        self._sharing: BatchParallel | None = None
         if sequence.size() > 1:
             self._split_tokens(base)
         elif batch.degree > 1:
@@ -166,9 +166,9 @@ class SplitModel:
                 self._split_tokens(base)
             except ValueError as error:
                 logger.info("%s: workers can only share out its batch", error)
-                self._crews = self._tokens = None
+                self._groups = self._tokens = None
         if batch.degree > 1:
-            self._sharing = Sharing(base.diffusion_model, batch, self._tokens)
+            self._sharing = BatchParallel(base.diffusion_model, batch, self._tokens)
 
     def begin(self) -> None:
         """To be called when the model's weights are where they will be, and it has all its other hooks."""
@@ -177,10 +177,10 @@ class SplitModel:
 
     @contextmanager
     def groups_apart(self, in_step: bool) -> Iterator[None]:
-        """Within it each group of the batch axis does runs of its own; `in_step` is as for `Sharing.alone`."""
+        """Within it each group of the batch axis does runs of its own; `in_step` as for `BatchParallel`."""
         with among(sequence_axis(self._mesh).get_group()), ExitStack() as stack:
             if self._sharing is not None:
-                stack.enter_context(self._sharing.alone(in_step))
+                stack.enter_context(self._sharing.independent_groups(in_step))
             yield
 
     def install(self, model_options: dict[str, Any], job: ModelJob) -> None:
@@ -188,16 +188,16 @@ class SplitModel:
 
         Raises ValueError where the library of its strategy does not work here.
         """
-        if self._tokens is None or self._crews is None:
+        if self._tokens is None or self._groups is None:
             return
         local = kernel(job.attention, self._device)
         whole = bool(job.inside.whole)
-        sequence = self._crews.alone() if whole else self._crews.sequence(self._strategy(job.strategy))
+        sequence = self._groups.single_rank() if whole else self._groups.sequence(self._strategy(job.strategy))
         split = SequenceAttention(self._tokens, sequence.strategy)
         transformer_options.install_override(model_options, split, local)
-        sequence.take(self._tokens, split)
+        sequence.activate(self._tokens, split)
         if self._sharing is not None:
-            self._sharing.use(split, sequence, None if whole else self._crews.everyone(local))
+            self._sharing.use(split, sequence, None if whole else self._groups.all_ranks(local))
 
     @contextmanager
     def watching(self, patcher: ModelPatcher, inside: Inside) -> Iterator[None]:
@@ -214,7 +214,7 @@ class SplitModel:
             yield
 
     def _refuse(self, path: str, *_: Any) -> None:
-        if self._tokens is not None and self._tokens.is_cut:
+        if self._tokens is not None and self._tokens.is_split:
             raise ValueError(
                 f"a node has changed {path} of the model, which works with tokens that are split over "
                 f"workers here: remove the node, or use cfg_degree, dp_degree or GPU = 1 instead"
@@ -225,9 +225,9 @@ class SplitModel:
         plan = plan_for(diffusion_model, type(base.model_config).__name__)
         tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
         SequenceHooks(diffusion_model, plan, tokens, self._mesh["ulysses"].size())
-        comfy_patches.open_for(diffusion_model, plan.unhooked)
-        transformer_options.install_patches(diffusion_model, plan, WholeTokens(tokens))
-        self._tokens, self._crews = tokens, Crews(self._mesh, attrgetter(plan.heads)(diffusion_model))
+        comfy_patches.route_unhooked_calls(diffusion_model, plan.unhooked)
+        transformer_options.install_patches(diffusion_model, plan, FullTokens(tokens))
+        self._tokens, self._groups = tokens, SequenceGroups(self._mesh, attrgetter(plan.heads)(diffusion_model))
 
     def _strategy(self, name: str) -> Strategy:
         ulysses, ring = (self._mesh.get_group(axis) for axis in ("ulysses", "ring"))
@@ -235,6 +235,6 @@ class SplitModel:
         if name == OURS:
             return ours
         try:
-            return LongContextAttention(name, ulysses, ring, ours)
+            return ExternalAttention(name, ulysses, ring, ours)
         except ImportError as error:
             raise ValueError(f"sequence_attention = {name} cannot be used: {error}; choose {OURS}") from error

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from raylight.host.checkpoint import MappedModel, set_parameter
 from raylight.host.gguf import GgmlTensors
-from raylight.host.recipe import WHOLE
+from raylight.host.recipe import REPLICATED
 from raylight.parallel.process_group import smallest
-from raylight.sharding.lazy_concat import JoinedRows
+from raylight.sharding.lazy_concat import LazyConcat
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -39,7 +39,7 @@ def mode_of(sharding: str) -> Iterator[None]:
     inference mode.
     """
     # In this order: to leave inference mode turns gradients on.
-    with torch.inference_mode(sharding == WHOLE), torch.no_grad():
+    with torch.inference_mode(sharding == REPLICATED), torch.no_grad():
         yield
 
 
@@ -66,7 +66,7 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
     wanted, weights are taken from there, where all ranks share them, and not from a copy in each rank's memory.
     """
 
-    sharding = WHOLE
+    sharding = REPLICATED
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
@@ -150,7 +150,7 @@ class GgufPatcher(RankPatcher):
         return super().partially_unload(device_to, memory_to_free, force_patch_weights=True)
 
 
-def whole(mapped: MappedModel, offload_device: torch.device) -> tuple[RankPatcher, int]:
+def build_replicated(mapped: MappedModel, offload_device: torch.device) -> tuple[RankPatcher, int]:
     """A patcher of all the weights of a mapped model. Those that are to have another dtype than in the file become a
     copy of this rank's own, of so many bytes, and so do those that the file has in several tensors."""
     diffusion_model = mapped.model.diffusion_model
@@ -159,7 +159,7 @@ def whole(mapped: MappedModel, offload_device: torch.device) -> tuple[RankPatche
         if mapped.ggml is not None and mapped.ggml.is_quantised(parameter):
             continue
         dtype = mapped.dtypes.get(name, parameter.dtype)
-        if isinstance(parameter, JoinedRows) or parameter.dtype != dtype:
+        if isinstance(parameter, LazyConcat) or parameter.dtype != dtype:
             own = parameter.detach()[...].to(dtype)
             own_bytes += own.nbytes
             set_parameter(diffusion_model, name, own)

@@ -16,7 +16,7 @@ from raylight.host import patcher_state
 from raylight.host.jobs import KEY, RunJob, RunResult, StepDone, random_state, set_random_state
 from raylight.host.notices import tell
 from raylight.host.patcher_state import changed
-from raylight.host.pickling import receive
+from raylight.host.pickling import deserialize
 
 from . import lora
 from .node_code import leaving_nothing
@@ -24,7 +24,7 @@ from .node_code import leaving_nothing
 logger = logging.getLogger(__name__)
 
 
-class GuidedRun:
+class SamplingRun:
     """The job at `place` among several, ready to be done with `patcher` on this rank."""
 
     def __init__(self, run: Run, patcher: ModelPatcher, place: int, job: RunJob, device: torch.device) -> None:
@@ -34,8 +34,10 @@ class GuidedRun:
         self._device = device
         self._last: tuple[int, int, Any, Any] | None = None
         self._steps = 0
-        worn, self._changes, self._guider, self._call, self._positional, self._wrappers = receive(job.content, patcher)
-        patcher_state.put_on(patcher, worn, job.model.recipe.sharding)
+        worn, self._changes, self._guider, self._call, self._positional, self._wrappers = deserialize(
+            job.content, patcher
+        )
+        patcher_state.apply_state(patcher, worn, job.model.recipe.sharding)
         tell(logger, lora.fit_scheduled(patcher), job.model.recipe.name)
         for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # those of ComfyUI's process
             for holder in ("transformer_options", "to_load_options"):

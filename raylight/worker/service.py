@@ -7,19 +7,19 @@ import logging
 import comfy.model_management
 
 from raylight.cluster.actor import RankContext, Run
-from raylight.cluster.serialization import Parcel
+from raylight.cluster.serialization import SerializedObject
 from raylight.host import loading
 from raylight.host.jobs import ForwardJob, ModelJob, RunJob, RunResult
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
 from raylight.parallel.mesh import sequence_axis, world_axis
 from raylight.sharding.fsdp import reset
 
 from . import model_cache
-from .model_cache import Held, RankMemory, Resident, Residents
-from .model_forward import Forwards, answer
-from .parallel_model import SplitModel
-from .patcher import RankPatcher, mode_of, whole
-from .sampling import GuidedRun
+from .model_cache import CachedModel, Held, ModelCache, RankMemory
+from .model_forward import ModelForward, answer
+from .parallel_model import ParallelModel
+from .patcher import RankPatcher, build_replicated, mode_of
+from .sampling import SamplingRun
 from .sharded_patcher import shard_over
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ class ModelService:
 
     def __init__(self, context: RankContext) -> None:
         self._context = context
-        self._models = Residents(context.device, context.world_size)
-        self._forwards = Forwards(context.device)
+        self._models = ModelCache(context.device, context.world_size)
+        self._forward = ModelForward(context.device)
 
     def load(self, run: Run, recipe: ModelRecipe) -> None:
         """Hold the model of `recipe`, split over the ranks; reads nothing of it when it is held already.
@@ -51,9 +51,9 @@ class ModelService:
         Rank 0 emits `(place, StepDone)` after every step of its runs; all can be cancelled at each step.
         """
         first = jobs[0]
-        self._forwards.clear()  # a run may find nothing on the model of what the loops in ComfyUI have left
+        self._forward.clear()  # a run may find nothing on the model of what the loops in ComfyUI have left
         with mode_of(first.model.recipe.sharding):
-            self._forwards.clear()
+            self._forward.clear()
             held, patcher = self._ready(run, first.model)
             results = self._all(run, held, patcher, jobs)
             run.enter("handing over the result")
@@ -62,32 +62,32 @@ class ModelService:
                 comfy.model_management.soft_empty_cache()
         return results if sequence_axis(self._context.mesh).get_local_rank() == 0 else {}
 
-    def _all(self, run: Run, held: Resident, patcher: RankPatcher, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
+    def _all(self, run: Run, held: CachedModel, patcher: RankPatcher, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
         if len(jobs) == 1:
             return {0: self._one(run, held, patcher, 0, jobs[0])}
         batch = self._context.mesh["batch"]
         mine = list(range(batch.get_local_rank(), len(jobs), batch.size()))
-        with held.split.groups_apart(in_step=held.recipe.sharding != WHOLE):
+        with held.split.groups_apart(in_step=held.recipe.sharding != REPLICATED):
             # A group without a run of its own does the first one too: what it does not do, it would wait for.
             return {place: self._one(run, held, patcher.clone(), place, jobs[place]) for place in mine or [0]}
 
-    def _one(self, run: Run, held: Resident, patcher: RankPatcher, place: int, job: RunJob) -> RunResult:
-        guided = GuidedRun(run, patcher, place, job, self._context.device)
+    def _one(self, run: Run, held: CachedModel, patcher: RankPatcher, place: int, job: RunJob) -> RunResult:
+        guided = SamplingRun(run, patcher, place, job, self._context.device)
         held.split.install(guided.model_options, job.model)
         with held.split.watching(patcher, job.model.inside):
             return guided.sample()
 
-    def forward(self, run: Run, job: ForwardJob) -> Parcel | None:
+    def forward(self, run: Run, job: ForwardJob) -> SerializedObject | None:
         """Do one call of the diffusion model; rank 0 returns what it does, the others None."""
         with mode_of(job.model.recipe.sharding):
             held, patcher = self._ready(run, job.model)
             run.enter("step (one forward of the model)")
-            output = self._forwards.call(patcher, job, held.split)
+            output = self._forward.call(patcher, job, held.split)
         return answer(output) if run.rank == 0 else None
 
     def free(self, run: Run) -> None:
         """Let go of every model."""
-        self._forwards.clear()
+        self._forward.clear()
         self._models.clear()
 
     def shortfall(self, run: Run, recipe: ModelRecipe, latent_shape: tuple[int, ...] | None) -> int:
@@ -112,7 +112,7 @@ class ModelService:
         """How full this rank is, and of what."""
         return model_cache.memory(self._context.device, self._models.all())
 
-    def _ready(self, run: Run, job: ModelJob) -> tuple[Resident, RankPatcher]:
+    def _ready(self, run: Run, job: ModelJob) -> tuple[CachedModel, RankPatcher]:
         """The model of a job with its patches, and room for it where it runs; the patcher is for this job alone."""
         held = self._hold(run, job.recipe)
         run.enter(f"putting LoRAs and patches on {job.recipe.name}")
@@ -120,11 +120,11 @@ class ModelService:
         self._models.make_room_on_device(patcher.model_size() - patcher.loaded_size(), held)
         return held, patcher
 
-    def _hold(self, run: Run, recipe: ModelRecipe) -> Resident:
+    def _hold(self, run: Run, recipe: ModelRecipe) -> CachedModel:
         held = self._models.get(recipe)
         if held is None:
             run.enter(f"loading {recipe.name}")
-            if recipe.sharding != WHOLE:
+            if recipe.sharding != REPLICATED:
                 share = recipe.size // self._context.world_size
                 self._models.make_room_on_host(share)
                 if recipe.sharding == SHARDED:
@@ -138,14 +138,14 @@ class ModelService:
             logger.info("holds %s", recipe.name)
         return held
 
-    def _place(self, recipe: ModelRecipe) -> Resident:
+    def _place(self, recipe: ModelRecipe) -> CachedModel:
         mapped = loading.map_file(recipe)
-        split = SplitModel(mapped.model, self._context.mesh, self._context.device)
-        with loading.errors_of(recipe):
-            if recipe.sharding == WHOLE:
-                patcher, host_bytes = whole(mapped, comfy.model_management.unet_offload_device())
+        split = ParallelModel(mapped.model, self._context.mesh, self._context.device)
+        with loading.file_errors(recipe):
+            if recipe.sharding == REPLICATED:
+                patcher, host_bytes = build_replicated(mapped, comfy.model_management.unet_offload_device())
             else:
                 patcher, report = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
                 host_bytes = report.bytes
         split.begin()
-        return Resident(recipe, patcher, split, mapped.lora_keys, mapped.shapes, host_bytes)
+        return CachedModel(recipe, patcher, split, mapped.lora_keys, mapped.shapes, host_bytes)

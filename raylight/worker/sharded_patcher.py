@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from raylight.host.checkpoint import MappedModel, set_parameter
 from raylight.host.recipe import SHARDED
 from raylight.sharding.fsdp import ShardReport, move, shard
-from raylight.sharding.subclass_weights import flattened, take_apart
+from raylight.sharding.subclass_weights import flatten, flattened
 
 from .patcher import RankPatcher, in_own_mode
 from .sharded_patches import ShardPatches
@@ -101,7 +101,7 @@ def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple[Sh
 def _on_meta(mapped: MappedModel) -> dict[str, Tensor]:
     """Take the weights out of a model and leave parameters on `meta`, of the dtypes that they are to have."""
     diffusion_model = mapped.model.diffusion_model
-    take_apart(diffusion_model, flattened if mapped.ggml is None else mapped.ggml.unpack)
+    flatten(diffusion_model, flattened if mapped.ggml is None else mapped.ggml.unpack)
     weights = {name: parameter.detach() for name, parameter in diffusion_model.named_parameters()}
     for name, weight in weights.items():
         dtype = mapped.dtypes.get(name, weight.dtype)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from raylight.host.gguf import PatchedOnUse
-from raylight.parallel.heartbeat import checkpoint
+from raylight.parallel.heartbeat import cancellation_point
 from raylight.sharding import subclass_weights
 from raylight.sharding.rows import gather_rows, rows_of
 
@@ -25,7 +25,7 @@ from raylight.sharding.rows import gather_rows, rows_of
 Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
 
 
-def of_rows(patches: list[Patch], rows: slice, height: int) -> list[Patch] | None:
+def restrict_to_rows(patches: list[Patch], rows: slice, height: int) -> list[Patch] | None:
     """The patches for rows `rows` of a weight that has `height`, to be applied to these rows alone.
 
     A LoRA's update is a product, of which rows `rows` need the same rows of the left factor only (Hu et al., 2021,
@@ -101,7 +101,7 @@ class ShardPatches:
         for name in [name for name in self._before if name not in wanted]:
             self._write(name, self._before.pop(name))
         for name, of_weight in wanted.items():
-            checkpoint()
+            cancellation_point()
             if name not in self._before:
                 self._before[name] = {part: held.cpu().clone() for part, held in self._held(name).items()}
             self._write(name, self._patched(name, of_weight))
@@ -122,7 +122,7 @@ class ShardPatches:
         if not isinstance(parameter, DTensor):
             return {"": self._calculated(name, before[""], patches)}
         rows = rows_of(parameter.shape[0], self._mesh.size(), self._mesh.get_local_rank())
-        by_row = of_rows(patches, rows, parameter.shape[0]) if parameter.dtype in _ROUNDED_BY_ROW else None
+        by_row = restrict_to_rows(patches, rows, parameter.shape[0]) if parameter.dtype in _ROUNDED_BY_ROW else None
         if by_row is not None:
             return {"": self._calculated(name, before[""], by_row)}
         return {"": self._calculated(name, self._gathered(before[""], parameter), patches)[rows]}
@@ -137,7 +137,7 @@ class ShardPatches:
         attributes = subclass_weights.parts_of(module, leaf)
         before = self._before[name]
         parameters = {part: getattr(module, attribute) for part, attribute in attributes.items()}
-        whole = subclass_weights.put_together(
+        whole = subclass_weights.unflatten(
             module,
             leaf,
             {

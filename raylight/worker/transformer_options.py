@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from raylight.parallel.full_tokens import WholeTokens
+from raylight.parallel.full_tokens import FullTokens
 from raylight.parallel.plan import Aligned, SequencePlan
 from raylight.parallel.sequence_attention import Kernel, SequenceAttention
 
@@ -76,7 +76,7 @@ _POSITIONAL = {
 _OPTIONS = ("transformer_options", "extra_options")
 
 
-def install_patches(model: nn.Module, plan: SequencePlan, whole: WholeTokens) -> RemovableHandle:
+def install_patches(model: nn.Module, plan: SequencePlan, whole: FullTokens) -> RemovableHandle:
     """From now on the model's forward sees its patches wrapped; those in the caller's options stay as they are."""
 
     def wrap_all(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -89,7 +89,7 @@ def install_patches(model: nn.Module, plan: SequencePlan, whole: WholeTokens) ->
     return model.register_forward_pre_hook(wrap_all, with_kwargs=True)
 
 
-def _wrapped(options: Mapping[str, Any], plan: SequencePlan, whole: WholeTokens) -> dict[str, Any]:
+def _wrapped(options: Mapping[str, Any], plan: SequencePlan, whole: FullTokens) -> dict[str, Any]:
     result = dict(options)
     if "patches" in options:
         result["patches"] = {
@@ -104,7 +104,7 @@ def _wrapped(options: Mapping[str, Any], plan: SequencePlan, whole: WholeTokens)
     return result
 
 
-def wrap(kind: str, patch: Patch, plan: SequencePlan, whole: WholeTokens, replaces: bool = False) -> Patch:
+def wrap(kind: str, patch: Patch, plan: SequencePlan, whole: FullTokens, replaces: bool = False) -> Patch:
     """A patch of that kind as a split model may call it; one that `replaces` a block is given the block to call.
 
     The call raises ValueError where tokens are split, or would be by the block, and the plan does not know `kind`.
@@ -113,7 +113,7 @@ def wrap(kind: str, patch: Patch, plan: SequencePlan, whole: WholeTokens, replac
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if rules is None:
-            if whole.is_cut or (replaces and whole.is_shared):
+            if whole.is_split or (replaces and whole.is_shared):
                 raise ValueError(
                     f"{plan.model.rpartition('.')[2]} is split over workers, and there a '{kind}' patch is not "
                     f"supported: remove the node that patches the model this way, or use GPU = 1"
@@ -131,7 +131,7 @@ def wrap(kind: str, patch: Patch, plan: SequencePlan, whole: WholeTokens, replac
     return wrapped
 
 
-def _join(value: Any, name: str, rules: Rules, whole: WholeTokens) -> Any:
+def _join(value: Any, name: str, rules: Rules, whole: FullTokens) -> Any:
     """One argument with its tokens whole."""
     if isinstance(value, Tensor):
         return whole.join(value, rules[name]) if name in rules else value
@@ -159,9 +159,9 @@ def _each(value: Any, rules: Rules, convert: Callable[[Tensor, Aligned], Tensor]
     }
 
 
-def _with_whole_slice(options: Any, rules: Rules, whole: WholeTokens) -> Any:
+def _with_whole_slice(options: Any, rules: Rules, whole: FullTokens) -> Any:
     """`img_slice` is the image's place in the joint tokens, which the model measured on this rank."""
     joint = next((rule.streams for rule in rules.values() if len(rule.streams) > 1), None)
-    if joint is None or not isinstance(options, Mapping) or "img_slice" not in options or not whole.is_cut:
+    if joint is None or not isinstance(options, Mapping) or "img_slice" not in options or not whole.is_split:
         return options
     return {**options, "img_slice": [whole.total(joint[:-1]), whole.total(joint)]}

@@ -7,7 +7,7 @@ import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from raylight.cluster.actor import Place, RankActor
-from raylight.cluster.diagnosis import Fault, Scene, root_of, told
+from raylight.cluster.diagnosis import Fault, WorkerStates, root_cause, to_error
 from raylight.cluster.errors import DIED, FAILED, OUT_OF_MEMORY, OutOfMemory, is_out_of_memory
 
 OF_A_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
@@ -29,7 +29,7 @@ OF_A_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by 
     ],
 )
 def test_the_cause_among_failures(failures: dict[int, BaseException], kind: str, rank: int) -> None:
-    fault = root_of(failures)
+    fault = root_cause(failures)
     assert (fault.kind, fault.rank) == (kind, rank)
 
 
@@ -64,20 +64,20 @@ def test_nccl_that_does_not_say_what_cuda_has_failed_of(text: str, monkeypatch: 
         with pytest.raises(kind) as error, rank._memory_told():
             raise RuntimeError(text)
         assert type(error.value) is kind
-    assert root_of({0: OF_A_PEER, 1: OutOfMemory(text)}).kind == OUT_OF_MEMORY
+    assert root_cause({0: OF_A_PEER, 1: OutOfMemory(text)}).kind == OUT_OF_MEMORY
 
 
 def test_pytorchs_number_of_a_gpu_is_the_machines() -> None:
     cause = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB"
-    here = told(Fault(OUT_OF_MEMORY, 1, cause), Scene({1: Place(1, "10.0.0.7", 42, "NVIDIA H100", 3)}))
+    here = to_error(Fault(OUT_OF_MEMORY, 1, cause), WorkerStates({1: Place(1, "10.0.0.7", 42, "NVIDIA H100", 3)}))
     assert "GPU 3 has a total capacity" in str(here) and "GPU 0" not in str(here)
-    unknown = told(Fault(OUT_OF_MEMORY, 1, cause), Scene({1: Place(1, "10.0.0.7", 42, "NVIDIA H100")}))
+    unknown = to_error(Fault(OUT_OF_MEMORY, 1, cause), WorkerStates({1: Place(1, "10.0.0.7", 42, "NVIDIA H100")}))
     assert "GPU 0 has a total capacity" in str(unknown)
 
 
 def test_a_fault_is_told_with_place_phase_cause_and_last_words() -> None:
-    scene = Scene({1: Place(1, "10.0.0.7", 42, "NVIDIA H100", 3)}, {1: "step 3 of 20"}, {1: ("last", "words")})
-    assert str(told(Fault(FAILED, 1, "KeyError: 'x'"), scene)) == (
+    scene = WorkerStates({1: Place(1, "10.0.0.7", 42, "NVIDIA H100", 3)}, {1: "step 3 of 20"}, {1: ("last", "words")})
+    assert str(to_error(Fault(FAILED, 1, "KeyError: 'x'"), scene)) == (
         "rank 1 (NVIDIA H100, GPU 3, pid 42 on 10.0.0.7) failed while step 3 of 20: KeyError: 'x'.\n"
         "It said last:\n  last\n  words"
     )

@@ -14,7 +14,7 @@ def test_nobody() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         with pytest.raises(OSError):
-            ray_runtime.at(f"127.0.0.1:{taken.getsockname()[1]}")
+            ray_runtime.check_reachable(f"127.0.0.1:{taken.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -29,9 +29,9 @@ def test_another_program(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None
 
             threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(ConnectionError, match="another program"):
-            ray_runtime.at(f"127.0.0.1:{server.getsockname()[1]}")
+            ray_runtime.check_reachable(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001"])
 def test_addresses_of_other_forms_are_left_to_ray(address: str) -> None:
-    ray_runtime.at(address)
+    ray_runtime.check_reachable(address)

@@ -140,8 +140,8 @@ def test_a_token_for_one_start(given: dict[str, str], changes: bool, monkeypatch
 
 def test_variables_that_are_told() -> None:
     assert ray_environment.of_person({"RAY_TMPDIR": "/x", "RAY_AUTH_TOKEN": "secret", "PATH": "/bin"}) == ""
-    told = ray_environment.of_person({"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}', "RAY_AUTH_TOKEN": "secret"})
-    assert 'RAY_OVERRIDE_RESOURCES={"CPU": 1},' in told and "secret" not in told
+    to_error = ray_environment.of_person({"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}', "RAY_AUTH_TOKEN": "secret"})
+    assert 'RAY_OVERRIDE_RESOURCES={"CPU": 1},' in to_error and "secret" not in to_error
 
 
 def test_a_folder_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

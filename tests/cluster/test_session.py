@@ -208,10 +208,10 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
             assert driver.stdout.splitlines()[-1:] == ["rank 0 of 2"], driver.stderr
         assert head.poll() is None
     finally:
-        family = psutil.Process(head.pid).children(recursive=True)
+        child_process_ids = psutil.Process(head.pid).children(recursive=True)
         head.terminate()
         head.wait(timeout=60)
-        for process in psutil.wait_procs(family, timeout=20)[1]:
+        for process in psutil.wait_procs(child_process_ids, timeout=20)[1]:
             process.kill()
 
 
@@ -236,12 +236,12 @@ def test_nothing_is_left_when_the_driver(how: str, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": "", "HOME": str(tmp_path)},
     )
     started = [int(pid) for pid in driver.stdout.readline().split()]
-    family = started + [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
-    assert len(started) == 2 and len(family) > 4
+    child_process_ids = started + [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
+    assert len(started) == 2 and len(child_process_ids) > 4
     if how == "is killed":
         driver.kill()
     driver.wait(timeout=60)
-    _wait_gone(family)
+    _wait_gone(child_process_ids)
     assert not list(tmp_path.iterdir()), "nothing is left in the home either"
 
 

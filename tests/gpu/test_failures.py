@@ -13,12 +13,12 @@ from torch import Tensor
 
 from raylight.cluster import active_session
 from raylight.cluster.errors import DIED, OUT_OF_MEMORY, WorkerError
-from raylight.host.recipe import SHARDED, WHOLE
+from raylight.host.recipe import REPLICATED, SHARDED
 
 LAST = GPUS - 1
 
 
-@pytest.mark.parametrize(("depth", "sharding"), [("whole run", SHARDED), ("loop in ComfyUI", WHOLE)])
+@pytest.mark.parametrize(("depth", "sharding"), [("whole run", SHARDED), ("loop in ComfyUI", REPLICATED)])
 def test_a_worker_killed_in_a_step(depth: str, sharding: str, path: Path, expected: Tensor, compare) -> None:
     model = on_workers(path, sharding)
 
@@ -32,7 +32,7 @@ def test_a_worker_killed_in_a_step(depth: str, sharding: str, path: Path, expect
     compare(latent(model, DEPTHS[depth]), expected, "the run after it")
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 def test_a_full_gpu(sharding: str, path: Path, expected: Tensor, compare) -> None:
     model = on_workers(path, sharding)
     compare(latent(model), expected, "before")

@@ -22,16 +22,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from raylight.cluster import active_session
 from raylight.driver import api
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel
+from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel
 
 CHANGES = {
-    "AttentionForward": WHOLE,
+    "AttentionForward": REPLICATED,
     "CrossAttentionMean": SHARDED,
-    "ChunkedFeedForward": WHOLE,
+    "ChunkedFeedForward": REPLICATED,
     "RootForward": SHARDED,
-    "InPlaceBlock": WHOLE,
+    "InPlaceBlock": REPLICATED,
     "ForwardHook": SHARDED,
-    "WeightInPlace": WHOLE,
+    "WeightInPlace": REPLICATED,
     "WeightData": SHARDED,
 }
 
@@ -68,7 +68,7 @@ def test_a_change_inside(change: str, pack: ModuleType, path: Path, expected: Te
     compare(latent(on_workers(path, CHANGES[change])), expected, "without it")
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 def test_an_error_that_all_workers_meet_costs_none(
     sharding: str, pack: ModuleType, path: Path, expected: Tensor, compare
 ) -> None:
@@ -78,11 +78,11 @@ def test_an_error_that_all_workers_meet_costs_none(
     with pytest.raises(RuntimeError, match="this node has failed"):
         latent(changed(pack, "Failing", model))
     compare(latent(model), expected, "the run after it")
-    if sharding == WHOLE or hasattr(FSDPModule, "reset_iter_state"):  # else split weights are loaded anew
+    if sharding == REPLICATED or hasattr(FSDPModule, "reset_iter_state"):  # else split weights are loaded anew
         assert worker_pids() == pids
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 def test_prompts_of_one_token(sharding: str, folder: Path, compare, caplog: pytest.LogCaptureFixture) -> None:
     path = checkpoint(folder, replace(CASES["Flux with guidance"], heads=max(3, GPUS)))
 

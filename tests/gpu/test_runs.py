@@ -15,7 +15,7 @@ from gpu_cases import DEPTHS, HALF, SINGLE, WAYS, error, latent, little_room, on
 from torch import Tensor
 
 from raylight.driver import api
-from raylight.host.recipe import SHARDED, WHOLE
+from raylight.host.recipe import REPLICATED, SHARDED
 
 both_depths = pytest.mark.parametrize("depth", DEPTHS)
 every_way = pytest.mark.parametrize("sharding", WAYS)
@@ -26,7 +26,7 @@ every_way = pytest.mark.parametrize("sharding", WAYS)
 def test_the_first_run_after_a_load(
     depth: str, sharding: str, path: Path, expected: Tensor, compare, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if DEPTHS[depth] or sharding == WHOLE:  # of fresh workers: each start takes its time
+    if DEPTHS[depth] or sharding == REPLICATED:  # of fresh workers: each start takes its time
         api.end_workers(with_ray=False)
     model = on_workers(path, sharding)
     with caplog.at_level(logging.INFO, "raylight"):
@@ -66,7 +66,7 @@ def test_a_compute_dtype_after_a_plain_run(
     node = ModelComputeDtype()
     wanted = latent(node.patch(stock, "fp32")[0])
     assert error(wanted, expected) > 2 * SINGLE, "the dtype changes nothing"
-    model = on_workers(path, WHOLE)
+    model = on_workers(path, REPLICATED)
     in_float32 = node.patch(model, "fp32")[0]
     for what, one, right, largest in (
         ("plain", model, expected, HALF),
@@ -87,7 +87,7 @@ def test_two_models_in_turns(
     other = wan(folder, seed=1)
     wanted = latent(comfy.sd.load_diffusion_model(str(other)))
     comfy.model_management.unload_all_models()
-    first, second = on_workers(path, WHOLE), on_workers(other, SHARDED)
+    first, second = on_workers(path, REPLICATED), on_workers(other, SHARDED)
 
     def in_turns() -> None:
         for turn in ("first", "second"):

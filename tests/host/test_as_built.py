@@ -27,7 +27,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def base(path: Path) -> BaseModel:
     weightless._built.clear()
-    return weightless.of(ModelRecipe.of(str(path), "default"), lambda *_: None)
+    return weightless.build(ModelRecipe.of(str(path), "default"), lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_finds_a_weight_that_was_written_to(write: Callable[[Any], Any], base: B
         written_weights.look(base, recipe)
     found, again = written_weights.of(base)
     assert torch.equal(found[WEIGHT], before * 6) and again != content, "the same weight, written to once more"
-    assert weightless.of(recipe, lambda *_: None) is not base, "a loader gives a model that nobody has changed"
+    assert weightless.build(recipe, lambda *_: None) is not base, "a loader gives a model that nobody has changed"
 
 
 def test_rejects_a_weight_of_another_shape(base: BaseModel, path: Path) -> None:
@@ -152,7 +152,7 @@ def test_rejects_a_weight_of_another_shape(base: BaseModel, path: Path) -> None:
 
 
 def test_a_model_that_nobody_has_changed_is_built_once(base: BaseModel, path: Path) -> None:
-    assert weightless.of(ModelRecipe.of(str(path), "default"), lambda *_: None) is base
+    assert weightless.build(ModelRecipe.of(str(path), "default"), lambda *_: None) is base
 
 
 def test_computes_with_its_weights_on_any_input(base: BaseModel, stock: ModelPatcher) -> None:

@@ -18,7 +18,7 @@ from dropin_cases import SETUPS, prompt, sample
 
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
@@ -43,7 +43,9 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
 
 def dropin(path: Path, mesh: MeshShape, sharding: str) -> ModelPatcher:
     return api.load(
-        RayModel(Workers(SessionConfig(mesh, "cpu"), "TORCH_FLASH"), ModelRecipe.of(str(path), "default", sharding))
+        RayModel(
+            WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH"), ModelRecipe.of(str(path), "default", sharding)
+        )
     )
 
 
@@ -74,8 +76,8 @@ def runs(model: ModelPatcher, samplers: tuple[str, ...], masked: bool = False) -
 @pytest.mark.parametrize(
     ("mesh", "sharding"),
     [
-        (MeshShape(ulysses=2), WHOLE),
-        (MeshShape(batch=2), WHOLE),
+        (MeshShape(ulysses=2), REPLICATED),
+        (MeshShape(batch=2), REPLICATED),
         (MeshShape(batch=2), SHARDED),
         pytest.param(MeshShape(batch=3), SHARDED, marks=pytest.mark.slow),
     ],

@@ -42,7 +42,7 @@ OPTIONS = {"optimized_attention_override": override}
 
 def test_options_reach_attention(module: types.ModuleType) -> None:
     q, split, other = torch.randn(1, 3, 8), Model(module), Model(module)
-    comfy_patches.open_for(split, [NAME])
+    comfy_patches.route_unhooked_calls(split, [NAME])
     assert split(q, transformer_options=OPTIONS) == "overridden"
     assert torch.is_tensor(other(q, transformer_options=OPTIONS)), "another model with this module stays as it is"
     assert torch.is_tensor(module.optimized_attention(q, q, q, 2))
@@ -50,7 +50,7 @@ def test_options_reach_attention(module: types.ModuleType) -> None:
 
 def test_a_forward_that_fails_leaves_nothing_behind(module: types.ModuleType) -> None:
     split = Model(module)
-    comfy_patches.open_for(split, [NAME])
+    comfy_patches.route_unhooked_calls(split, [NAME])
     with pytest.raises(AttributeError):
         split(None, transformer_options={})
     q = torch.randn(1, 3, 8)
@@ -60,7 +60,7 @@ def test_a_forward_that_fails_leaves_nothing_behind(module: types.ModuleType) ->
 
 def test_is_opened_once(module: types.ModuleType) -> None:
     for _ in range(2):
-        comfy_patches.open_for(Model(module), [NAME])
+        comfy_patches.route_unhooked_calls(Model(module), [NAME])
     assert module.optimized_attention.__wrapped__ is comfy.ldm.modules.attention.attention_pytorch
 
 
@@ -68,4 +68,4 @@ def test_is_opened_once(module: types.ModuleType) -> None:
 def test_refuses_a_comfyui_that_has_changed(module: types.ModuleType, function: Any) -> None:
     module.optimized_attention = function
     with pytest.raises(RuntimeError, match=f"this version of ComfyUI has changed {NAME}: .* Update Raylight"):
-        comfy_patches.open_for(Model(module), [NAME])
+        comfy_patches.route_unhooked_calls(Model(module), [NAME])

@@ -14,7 +14,7 @@ from dropin_cases import SETUPS, easy_cache, equal_lengths, sample
 
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
@@ -36,9 +36,9 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
         yield
 
 
-def dropin(path: Path, mesh: MeshShape, sharding: str = WHOLE, kernel: str = "TORCH_FLASH") -> ModelPatcher:
+def dropin(path: Path, mesh: MeshShape, sharding: str = REPLICATED, kernel: str = "TORCH_FLASH") -> ModelPatcher:
     return api.load(
-        RayModel(Workers(SessionConfig(mesh, "cpu"), kernel), ModelRecipe.of(str(path), "default", sharding))
+        RayModel(WorkerConfig(SessionConfig(mesh, "cpu"), kernel), ModelRecipe.of(str(path), "default", sharding))
     )
 
 
@@ -54,13 +54,13 @@ SETS = {
 CHOICES = [
     (mesh, sharding, batch, name)
     for mesh in (MeshShape(batch=2), MeshShape(batch=3))
-    for sharding in (WHOLE, SHARDED)
-    for batch in ((1, 2, 3, 5) if sharding == WHOLE else (1, 3))
-    for name in (list(SETS) if batch == 3 and sharding == WHOLE else list(SETS)[:2])
+    for sharding in (REPLICATED, SHARDED)
+    for batch in ((1, 2, 3, 5) if sharding == REPLICATED else (1, 3))
+    for name in (list(SETS) if batch == 3 and sharding == REPLICATED else list(SETS)[:2])
 ]
-CHOICES += [(MeshShape(batch=2, ulysses=2), WHOLE, batch, "same length") for batch in (1, 2)]
+CHOICES += [(MeshShape(batch=2, ulysses=2), REPLICATED, batch, "same length") for batch in (1, 2)]
 CHOICES += [(MeshShape(batch=2, ulysses=2), SHARDED, 1, "other length")]
-SMOKE = (MeshShape(batch=2), WHOLE, 1, "same length")
+SMOKE = (MeshShape(batch=2), REPLICATED, 1, "same length")
 
 
 @pytest.mark.parametrize(

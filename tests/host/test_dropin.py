@@ -17,11 +17,11 @@ from loras import lora_for
 
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_model_of_comfyui_is_taken_over_with_what_is_on_it(
     assert _error(actual, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, pytest.param(SHARDED, marks=pytest.mark.smoke)])
+@pytest.mark.parametrize("sharding", [REPLICATED, pytest.param(SHARDED, marks=pytest.mark.smoke)])
 def test_a_lora_by_comfyuis_loader_reaches_the_workers(sharding: str, stock: ModelPatcher, path: Path) -> None:
     dropin = api.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding)))
     shapes = {name: tuple(weight.shape) for name, weight in stock.model.named_parameters()}

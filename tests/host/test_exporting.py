@@ -34,13 +34,13 @@ from raylight.driver import memory_file, model_import, stock_weights
 from raylight.driver.export import export, gguf_folder
 from raylight.driver.stock_weights import weights_differ
 from raylight.host.loading import map_file
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, Workers
+from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 from raylight.host.settings import PACK_ROOT
 from raylight.parallel.mesh import MeshShape
-from raylight.worker.patcher import whole
+from raylight.worker.patcher import build_replicated
 
 pytestmark = pytest.mark.slow
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 LINEAR = "blocks.0.ffn.0.weight"
 TOLERANCE = 1e-5
 HEADS = 2  # one quantised format wants widths that divide by 256
@@ -69,7 +69,7 @@ def quantised(folder: Path, wan: Path, form: str) -> ModelPatcher:
 
 
 def built(recipe: ModelRecipe) -> Any:
-    patcher, _ = whole(map_file(recipe), CPU)
+    patcher, _ = build_replicated(map_file(recipe), CPU)
     patcher.partially_load(CPU, 10**12)
     return patcher
 
@@ -208,7 +208,7 @@ def test_a_model_is_exported_once_and_no_longer_than_it_lives(wan: Path, caplog:
             1,
             0,
         )
-        again = model_import.recipe_of(model.clone(), Workers(WORKERS.config, "TORCH", sharding=SHARDED))
+        again = model_import.recipe_of(model.clone(), WorkerConfig(WORKERS.config, "TORCH", sharding=SHARDED))
     assert caplog.text.count("from ComfyUI's memory") == 1
     assert "GB once for all of them, in shared memory" in caplog.text
     assert (again.path, again.export, again.sharding) == (recipe.path, recipe.export, SHARDED)
@@ -305,7 +305,7 @@ class OfAPack(torch.nn.Linear):
 
 def test_refuses_what_workers_cannot_build(model: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     model.cached_patcher_init = None
-    elsewhere = Workers(SessionConfig(MeshShape(), "cpu", address="ray://elsewhere"), "TORCH")
+    elsewhere = WorkerConfig(SessionConfig(MeshShape(), "cpu", address="ray://elsewhere"), "TORCH")
     with pytest.raises(ValueError, match="WAN21 model are in the memory of this ComfyUI .* set ray_cluster_address"):
         model_import.recipe_of(model, elsewhere)
     model.model.diffusion_model.head.head.__class__ = OfAPack
@@ -337,7 +337,7 @@ def test_the_file_of_a_gguf_pack_is_read_where_its_weights_are_still_in_it(folde
     write_gguf(wan, path, "Q8_0", "wan")
     model = stock_gguf(path)
     recipe = model_import.recipe_of(model, WORKERS)
-    assert (recipe.path, recipe.export, recipe.sharding) == (str(path), None, WHOLE)
+    assert (recipe.path, recipe.export, recipe.sharding) == (str(path), None, REPLICATED)
     other = stock_gguf(path)
     path.unlink()
     assert model_import.recipe_of(other, WORKERS).export is not None

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 CASE = CASES["Flux with guidance"]
 
 
@@ -41,10 +41,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(source: Path) -> torch.Tensor:
-    return sample_on_workers(model_of(source, WHOLE), CASE)
+    return sample_on_workers(model_of(source, REPLICATED), CASE)
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 @pytest.mark.parametrize(
     ("write", "name"),
     [(as_diffusers, "diffusers.safetensors"), (as_checkpoint, "checkpoint.safetensors"), (as_pickle, "model.pt")],
@@ -57,7 +57,7 @@ def test_forms(
     comfy.model_management.unload_all_models()
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 def test_rejects_a_file_that_lacks_one_of_the_joined(sharding: str, source: Path, tmp_path: Path) -> None:
     path = tmp_path / "lacking.safetensors"
     as_diffusers(source, path)

@@ -15,9 +15,9 @@ from raylight.host.gguf import GgmlTensors, open_pack, plain
 from raylight.sharding import subclass_weights
 
 CASES = {
-    (2, "Q8_0", "F16"): ("whole", "sharded"),
+    (2, "Q8_0", "F16"): ("replicated", "sharded"),
     # A convolution over time in BF16, which no layer of the pack unpacks.
-    (3, "Q4_0", "BF16"): ("whole", "sharded", "offloaded"),
+    (3, "Q4_0", "BF16"): ("replicated", "sharded", "offloaded"),
 }
 
 
@@ -53,7 +53,7 @@ def test_gives_what_comfyui_gives(world: int, mode: str, measured, report_parity
         assert rank.effect > 0.1
         assert rank.changed == rank.removed == rank.back == rank.in_parts == 0.0
         # Whole weights are in the file, but for a convolution that the model wants in its own dtype.
-        assert rank.own <= (0.05 * whole if mode == "whole" else 1.1 * whole / world)
+        assert rank.own <= (0.05 * whole if mode == "replicated" else 1.1 * whole / world)
 
 
 def test_a_convolution_is_taken_apart_and_put_together() -> None:
@@ -68,7 +68,7 @@ def test_a_convolution_is_taken_apart_and_put_together() -> None:
     )
     inputs = torch.ones(1, 8, 5, 5)
     expected = layer(inputs)
-    subclass_weights.take_apart(layer, ggml.unpack)
+    subclass_weights.flatten(layer, ggml.unpack)
     assert {name: tuple(one.shape) for name, one in layer.named_parameters()} == {"weight_raw": (6, 34)}
     assert layer.weight.shape == values.shape
     assert torch.equal(plain(layer.weight), stored)

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 CASE = CASES["Flux"]
 STRENGTHS = (0.8, -0.6)
 FIRST = "double_blocks.0.img_attn.qkv.weight"
 
 
-def model_of(path: Path, sharding: str = WHOLE, *loras: LoraRecipe, pack: str = PACK) -> RayModel:
+def model_of(path: Path, sharding: str = REPLICATED, *loras: LoraRecipe, pack: str = PACK) -> RayModel:
     return RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding, loras, pack))
 
 
@@ -68,7 +68,7 @@ def expected(good: Path, loras: tuple[Path, ...]) -> tuple[torch.Tensor, torch.T
     return plain, sample(patcher, CASE)
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED, OFFLOADED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED, OFFLOADED])
 def test_sampling_with_loras_that_come_and_go(
     sharding: str, good: Path, loras: tuple[Path, ...], expected, folder: Path, report_parity
 ) -> None:
@@ -92,7 +92,7 @@ def test_sampling_with_loras_that_come_and_go(
     assert torch.equal(sample_on_workers(plain, CASE), first)
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 def test_a_tensor_in_excess_is_told_and_left_out(
     sharding: str, source: Path, folder: Path, expected, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,7 +134,7 @@ def misshapen(path: Path, source: Path) -> None:
     write_gguf(source, path, "Q8_0", "flux", more={FIRST: torch.zeros(96, 32)})
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

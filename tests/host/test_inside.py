@@ -15,7 +15,7 @@ from raylight.driver import weightless
 from raylight.driver.injected_code import inside_of
 from raylight.host.jobs import Inside
 from raylight.host.patcher_state import Change
-from raylight.host.recipe import ModelRecipe, Workers
+from raylight.host.recipe import ModelRecipe, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 INNER = "diffusion_model."
@@ -25,12 +25,12 @@ INNER = "diffusion_model."
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("models") / "wan.safetensors"
     write_checkpoint(path, "wan-t2v", heads=3)
-    return weightless.of(ModelRecipe.of(str(path), "default"), lambda *_: None)
+    return weightless.build(ModelRecipe.of(str(path), "default"), lambda *_: None)
 
 
 def patched(model: Any, ring: int = 1, **patches: Any) -> ModelPatcher:
     patcher = ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-    patcher.workers = Workers(SessionConfig(MeshShape(ulysses=2, ring=ring), "cpu"), "TORCH_FLASH")
+    patcher.workers = WorkerConfig(SessionConfig(MeshShape(ulysses=2, ring=ring), "cpu"), "TORCH_FLASH")
     for name, value in patches.items():
         patcher.add_object_patch(INNER + name.replace("__", "."), value)
     return patcher

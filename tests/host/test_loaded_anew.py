@@ -21,11 +21,11 @@ from torch import Tensor
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
 from raylight.host import patcher_state
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 pytestmark = pytest.mark.slow
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
         yield
 
 
-def dropin(path: Path, sharding: str = WHOLE) -> ModelPatcher:
+def dropin(path: Path, sharding: str = REPLICATED) -> ModelPatcher:
     return api.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding)))
 
 
@@ -96,7 +96,7 @@ def test_functions_around_weights_in_turn(stays_here: bool, stock: ModelPatcher,
 def test_what_changes_no_weights_loads_nothing(stock: ModelPatcher) -> None:
     on_worker = stock.clone()
     for one in (stock.clone(), computing_in(stock, "default")):
-        patcher_state.put_on(on_worker, patcher_state.of_run(one), WHOLE)
+        patcher_state.put_on(on_worker, patcher_state.of_run(one), REPLICATED)
         assert on_worker.patches_uuid == stock.patches_uuid
 
 

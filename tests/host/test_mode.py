@@ -17,8 +17,8 @@ from mode_cases import moved_in_inference_mode, patches_for
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.host.checkpoint import MappedModel, load_mapped
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE
-from raylight.worker.patcher import mode_of, whole
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED
+from raylight.worker.patcher import build_replicated, mode_of
 from raylight.worker.service import ModelService
 
 CPU, GPU = torch.device("cpu"), torch.device("cpu", 0)
@@ -33,9 +33,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", OTHERS)
 @pytest.mark.parametrize("patched", [False, True])
 def test_whole_weights_are_moved_and_used_after(mode: str, patched: bool, path: Path) -> None:
-    with mode_of(WHOLE):
+    with mode_of(REPLICATED):
         mapped = load_mapped(str(path), {})
-        patcher, _ = whole(mapped, CPU)
+        patcher, _ = build_replicated(mapped, CPU)
         before, here = result(mapped), places(mapped)
     patcher.load_device = GPU
     if patched:
@@ -45,19 +45,19 @@ def test_whole_weights_are_moved_and_used_after(mode: str, patched: bool, path: 
         loaded = comfy.model_management.LoadedModel(patcher)
         loaded.model_load()
     assert not places(mapped) & here
-    with mode_of(WHOLE):
+    with mode_of(REPLICATED):
         assert torch.equal(result(mapped), before) != patched
     with OTHERS[mode]():
         loaded.model_unload()
-    with mode_of(WHOLE):
+    with mode_of(REPLICATED):
         assert torch.equal(result(mapped), before)
 
 
 @pytest.mark.parametrize("mode", OTHERS)
 def test_whole_weights_leave_in_part(mode: str, path: Path) -> None:
-    with mode_of(WHOLE):
+    with mode_of(REPLICATED):
         mapped = load_mapped(str(path), {})
-        patcher, _ = whole(mapped, CPU)
+        patcher, _ = build_replicated(mapped, CPU)
         before = result(mapped)
         patcher.load(GPU, full_load=True)
         there = places(mapped)
@@ -66,7 +66,7 @@ def test_whole_weights_leave_in_part(mode: str, path: Path) -> None:
     assert there & places(mapped) and there - places(mapped)
     with OTHERS[mode]():
         patcher.load(GPU, full_load=True)  # ComfyUI casts weights of a model that is there in part
-    with mode_of(WHOLE):
+    with mode_of(REPLICATED):
         assert torch.allclose(result(mapped), before, atol=1e-5)
 
 
@@ -74,7 +74,7 @@ def test_split_weights_stay_out_of_inference_mode(path: Path) -> None:
     assert values(run_ranks(1, moved_in_inference_mode, path, timeout_s=120)) == [[0, 0]]
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED, OFFLOADED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED, OFFLOADED])
 def test_all_of_a_job_is_done_in_the_mode_of_its_model(sharding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = SimpleNamespace(sharding=sharding, without_loras=None, loras=())
     job = SimpleNamespace(model=SimpleNamespace(recipe=recipe, patches=None))
@@ -95,7 +95,7 @@ def test_all_of_a_job_is_done_in_the_mode_of_its_model(sharding: str, monkeypatc
         for mode in OTHERS.values():
             with mode(), ends():
                 call()
-    assert seen == [(sharding == WHOLE, False)] * len(calls) * len(OTHERS)
+    assert seen == [(sharding == REPLICATED, False)] * len(calls) * len(OTHERS)
 
 
 @contextmanager

@@ -23,12 +23,12 @@ from quantised import quantise
 from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api, model_import
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, Workers
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
 WAN, FLUX = CASES["Wan T2V"], CASES["Flux"]
 EXPORTED = "from ComfyUI's memory"
 
@@ -55,7 +55,7 @@ def with_lora(model: ModelPatcher, kinds: Any = ("lora",)) -> ModelPatcher:
     return comfy.sd.load_lora_for_models(model, None, lora_for(shapes, list(kinds), 1), 0.7, 0)[0]
 
 
-def parallel(model: ModelPatcher, sharding: str = WHOLE) -> ModelPatcher:
+def parallel(model: ModelPatcher, sharding: str = REPLICATED) -> ModelPatcher:
     return api.parallelize(model, replace(WORKERS, sharding=sharding))
 
 
@@ -93,11 +93,11 @@ def gguf(folder: Path) -> ModelPatcher:
 @pytest.mark.parametrize(
     ("load", "case", "shardings"),
     [
-        (wan, WAN, (WHOLE, SHARDED)),
+        (wan, WAN, (REPLICATED, SHARDED)),
         (flux, FLUX, (OFFLOADED,)),
-        (scaled_fp8, WAN, (WHOLE, SHARDED)),
+        (scaled_fp8, WAN, (REPLICATED, SHARDED)),
         (in_bf16, WAN, (SHARDED,)),
-        (gguf, FLUX, (WHOLE, SHARDED)),
+        (gguf, FLUX, (REPLICATED, SHARDED)),
     ],
 )
 def test_behind_a_loader_that_tells_nothing(

@@ -9,7 +9,7 @@ import torch
 from comfy_cases import CASES, checkpoint, sample_on_workers, sample_stock
 
 from raylight.cluster.config import SessionConfig
-from raylight.host.recipe import SHARDED, WEIGHT_DTYPES, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import SHARDED, WEIGHT_DTYPES, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
@@ -39,7 +39,7 @@ def test_parity(name: str, world: int, folder: Path, report_parity, stock_result
     if name not in stock_results:
         stock_results[name] = sample_stock(path, case)
     expected = stock_results[name]
-    workers = Workers(SessionConfig(MeshShape(ulysses=world), "cpu"), "TORCH_FLASH", strategy=case.strategy)
+    workers = WorkerConfig(SessionConfig(MeshShape(ulysses=world), "cpu"), "TORCH_FLASH", strategy=case.strategy)
     actual = sample_on_workers(RayModel(workers, ModelRecipe.of(str(path), "default", case.sharding)), case)
     assert actual.shape == expected.shape
     assert expected.std() > 0.1
@@ -57,7 +57,7 @@ def stock_results() -> dict:
 def test_split_weights_are_those_of_comfyui_in_every_dtype(weight_dtype: str, folder: Path) -> None:
     case = CASES["Wan T2V"]
     path = str(checkpoint(folder, case))
-    workers = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
+    workers = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
     whole = sample_on_workers(RayModel(workers, ModelRecipe.of(path, weight_dtype)), case)
     split = sample_on_workers(RayModel(workers, ModelRecipe.of(path, weight_dtype, SHARDED)), case)
     assert torch.equal(split, whole)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import TOY_PLAN
 
-from raylight.parallel.full_tokens import WholeTokens
+from raylight.parallel.full_tokens import FullTokens
 from raylight.parallel.plan import Stream
 from raylight.parallel.tokens import TokenState
 from raylight.worker.transformer_options import install_patches, wrap
@@ -19,10 +19,10 @@ class Recorder(torch.nn.Module):
         return transformer_options
 
 
-def cut() -> WholeTokens:
+def cut() -> FullTokens:
     tokens = TokenState(0, 2)
-    tokens.localize(torch.zeros(1, 6, 4), Stream("img"))
-    return WholeTokens(tokens)
+    tokens.shard(torch.zeros(1, 6, 4), Stream("img"))
+    return FullTokens(tokens)
 
 
 def test_a_patch_of_an_unknown_kind_is_refused_where_tokens_are_split() -> None:
@@ -33,14 +33,14 @@ def test_a_patch_of_an_unknown_kind_is_refused_where_tokens_are_split() -> None:
 
 def test_a_replaced_block_is_refused_before_the_split_too() -> None:
     patch = wrap(
-        "double_block", lambda arguments, more: arguments, TOY_PLAN, WholeTokens(TokenState(0, 2)), replaces=True
+        "double_block", lambda arguments, more: arguments, TOY_PLAN, FullTokens(TokenState(0, 2)), replaces=True
     )
     with pytest.raises(ValueError, match="a 'double_block' patch is not supported"):
         patch({"img": torch.zeros(1, 6, 4)}, {"original_block": None})
 
 
 def test_a_patch_before_the_split_is_called_as_it_is() -> None:
-    patch = wrap("post_input", lambda arguments: arguments, TOY_PLAN, WholeTokens(TokenState(0, 2)))
+    patch = wrap("post_input", lambda arguments: arguments, TOY_PLAN, FullTokens(TokenState(0, 2)))
     arguments = {"img": torch.zeros(1, 3, 4)}
     assert patch(arguments) is arguments
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
-from raylight.host.recipe import SHARDED, WHOLE, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 
 
-def model_of(path: Path, sharding: str = WHOLE) -> RayModel:
+def model_of(path: Path, sharding: str = REPLICATED) -> RayModel:
     return RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding))
 
 
@@ -63,7 +63,7 @@ def test_rejects_a_truncated_file_whose_weights_are_to_be_split(folder: Path) ->
         api.load(model_of(path, SHARDED))
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 def test_rejects_a_file_that_lacks_a_tensor(folder: Path, sharding: str) -> None:
     path = folder / "lacking.safetensors"
     tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))
@@ -82,7 +82,7 @@ def test_rejects_a_tensor_of_another_shape(folder: Path) -> None:
         api.load(model_of(path, SHARDED))
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 def test_rejects_a_file_of_which_most_has_no_place(folder: Path, sharding: str) -> None:
     path = folder / "excessive.safetensors"
     tensors = load_file(checkpoint(folder, CASES["Wan T2V"]))

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api, workers
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
 WAN, FLUX = CASES["Wan T2V"], CASES["Flux"]
 
 
@@ -43,7 +43,7 @@ def write_lora(folder: Path, model: Path, name: str, seed: int, kinds=("lora",))
     return folder / name
 
 
-def model_of(path: Path, sharding: str = WHOLE, *loras: tuple[Path, float]) -> RayModel:
+def model_of(path: Path, sharding: str = REPLICATED, *loras: tuple[Path, float]) -> RayModel:
     recipes = tuple(LoraRecipe.of(str(lora), strength) for lora, strength in loras)
     return RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding, recipes))
 
@@ -52,7 +52,7 @@ def held() -> tuple[str, ...]:
     return tuple(model.name for model in active_session.session(WORKERS.config, workers.service_spec()).run("held"))
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED, OFFLOADED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED, OFFLOADED])
 def test_two_loras_are_those_of_comfyui(sharding: str, folder: Path, report_parity) -> None:
     path = write(folder, WAN, "wan.safetensors")
     loras = (
@@ -67,7 +67,7 @@ def test_two_loras_are_those_of_comfyui(sharding: str, folder: Path, report_pari
     assert (expected - sample_stock(path, WAN)).std() > 0.05 * expected.std()
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED, OFFLOADED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED, OFFLOADED])
 def test_other_models_and_loras_read_no_model_again(sharding: str, folder: Path) -> None:
     wan, flux = write(folder, WAN, "wan.safetensors"), write(folder, FLUX, "flux.safetensors")
     lora = write_lora(folder, wan, "lora.safetensors", 1, KINDS)
@@ -99,7 +99,7 @@ def test_another_file_under_the_same_name_is_another_model(folder: Path) -> None
     assert not torch.allclose(second, first, atol=1e-2)
 
 
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 def test_files_written_in_place_with_their_old_time_are_other_files(sharding: str, folder: Path) -> None:
     path, other = write(folder, FLUX, "flux.safetensors"), write(folder, FLUX, "other.safetensors", seed=1)
     loras = [write_lora(folder, path, f"{seed}.safetensors", seed) for seed in (1, 2)]
@@ -143,7 +143,7 @@ def test_unloading_models_in_comfyui_reaches_the_workers(folder: Path) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("sharding", [WHOLE, SHARDED])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
 def test_rejects_a_lora_for_another_model(sharding: str, change, message: str, folder: Path) -> None:
     path = write(folder, WAN, "wan.safetensors")
     lora = write_lora(folder, path, "lora.safetensors", 1)
@@ -158,4 +158,4 @@ def test_rejects_a_damaged_lora(folder: Path) -> None:
     lora = write_lora(folder, path, "lora.safetensors", 1)
     lora.write_bytes(lora.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"lora\.safetensors cannot be read as a LoRA"):
-        api.load(model_of(path, WHOLE, (lora, 1.0)))
+        api.load(model_of(path, REPLICATED, (lora, 1.0)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raylight.host.recipe import ModelRecipe
-from raylight.worker.model_cache import Resident, Residents
+from raylight.worker.model_cache import CachedModel, ModelCache
 
 GB = 10**9
 
@@ -61,13 +61,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return machine
 
 
-def resident(machine: Machine, name: str, size: int, on_gpu: bool = True) -> Resident:
+def resident(machine: Machine, name: str, size: int, on_gpu: bool = True) -> CachedModel:
     recipe = ModelRecipe(f"/models/{name}", "default", size, 0, "sharded")
-    return Resident(recipe, Patcher(name, size, machine, on_gpu), None, {}, {}, size)
+    return CachedModel(recipe, Patcher(name, size, machine, on_gpu), None, {}, {}, size)
 
 
-def three(machine: Machine, device: str) -> tuple[Residents, list[Resident]]:
-    models = Residents(torch.device(device), world_size=2)
+def three(machine: Machine, device: str) -> tuple[ModelCache, list[CachedModel]]:
+    models = ModelCache(torch.device(device), world_size=2)
     entries = [resident(machine, name, 6 * GB) for name in ("a", "b", "c")]
     for entry in entries:
         models.add(entry)
@@ -113,7 +113,7 @@ def test_a_new_model_on_a_full_host_drops_the_least_recently_used(
     machine.host = 24 * GB
     drop = models.drop
 
-    def drop_and_free(model: Resident) -> None:
+    def drop_and_free(model: CachedModel) -> None:
         drop(model)
         machine.host += 2 * model.host_bytes
 

@@ -51,7 +51,7 @@ def test_a_saved_graph_without_the_pack_is_told_what_it_needs(loader: Any, model
     message = loader.validate_inputs(unet_name=model)
     assert "model.gguf is a GGUF file, which needs the custom node ComfyUI-GGUF" in message
     with pytest.raises(ValueError, match="needs the custom node ComfyUI-GGUF"):
-        loader.execute(model, "default", SimpleNamespace(sharding="whole"))
+        loader.execute(model, "default", SimpleNamespace(sharding="replicated"))
 
 
 def test_files_are_listed_with_the_pack(loader: Any, model: str, installed: None) -> None:
@@ -59,7 +59,7 @@ def test_files_are_listed_with_the_pack(loader: Any, model: str, installed: None
     assert options(loader) == [model]
     assert loader.validate_inputs(unet_name=model) is True
     with pytest.raises(ValueError, match="weight_dtype = fp8_e4m3fn is not for model.gguf"):
-        loader.execute(model, "fp8_e4m3fn", SimpleNamespace(sharding="whole"))
+        loader.execute(model, "fp8_e4m3fn", SimpleNamespace(sharding="replicated"))
 
 
 def test_names_that_are_linked_or_unknown(loader: Any, installed: None) -> None:

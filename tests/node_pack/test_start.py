@@ -101,7 +101,7 @@ def test_a_start_without_ray_says_so_once_and_a_graph_again(starts: list[dict[st
 
 def test_the_same_for_several_packages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-    preflight.announce()
+    preflight.log_problems()
     (record,) = caplog.records
     assert "needs the Python packages ray and safetensors" in record.getMessage()
 
@@ -114,7 +114,7 @@ def test_an_old_comfyui(
     version: str, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(preflight, "running", lambda: version)
-    preflight.announce()
+    preflight.log_problems()
     expected = [
         f"Raylight is made for ComfyUI {preflight.MINIMUM} or later, and this is {version}: update ComfyUI if "
         "its nodes do not work"

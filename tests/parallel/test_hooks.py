@@ -8,9 +8,9 @@ import pytest
 import torch
 from toy import TOY_PLAN, Toy, plain_kernel
 
-from raylight.parallel.full_tokens import WholeTokens
+from raylight.parallel.full_tokens import FullTokens
 from raylight.parallel.hooks import SequenceHooks
-from raylight.parallel.plan import Gather, SelfAttention, SequencePlan, Stream, Whole
+from raylight.parallel.plan import Gather, GatherAround, SelfAttention, SequencePlan, Stream
 from raylight.parallel.sequence_attention import SequenceAttention
 from raylight.parallel.tokens import TokenState
 
@@ -81,7 +81,7 @@ def test_rejects_tokens_before_a_gather_that_never_enter() -> None:
 
 def test_rejects_attention_that_no_plan_covers() -> None:
     tokens = TokenState(0, 2)
-    tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
+    tokens.shard(torch.zeros(1, 6, 4), Stream("x"))
     attention = SequenceAttention(tokens, None)
     with pytest.raises(RuntimeError, match="does not say over which tokens"):
         attention(plain_kernel, *(torch.zeros(1, 2, 3, 4) for _ in range(3)), None, None)
@@ -89,7 +89,7 @@ def test_rejects_attention_that_no_plan_covers() -> None:
 
 def test_rejects_attention_over_other_tokens_than_planned() -> None:
     tokens = TokenState(0, 2)
-    tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
+    tokens.shard(torch.zeros(1, 6, 4), Stream("x"))
     tokens.push(SelfAttention(("x",)))
     attention = SequenceAttention(tokens, None)
     with pytest.raises(RuntimeError, match="6 queries on rank 0 where the plan expects 3"):
@@ -104,7 +104,7 @@ def test_attention_before_the_split_is_left_alone() -> None:
 
 def test_a_rank_without_tokens_takes_part_in_the_exchange(caplog: pytest.LogCaptureFixture) -> None:
     tokens, exchanged = TokenState(0, 2), []
-    tokens.localize(torch.zeros(1, 1, 4), Stream("x"))
+    tokens.shard(torch.zeros(1, 1, 4), Stream("x"))
     tokens.push(SelfAttention(("x",)))
 
     def strategy(kernel, q, k, v, lengths, mask, scale):
@@ -124,8 +124,8 @@ def test_a_rank_without_tokens_takes_part_in_the_exchange(caplog: pytest.LogCapt
 
 def test_attention_in_a_module_that_runs_whole_is_left_alone() -> None:
     tokens = TokenState(0, 2)
-    tokens.localize(torch.zeros(1, 6, 4), Stream("x"))
-    tokens.push(Whole("x"))
+    tokens.shard(torch.zeros(1, 6, 4), Stream("x"))
+    tokens.push(GatherAround("x"))
     q = torch.randn(1, 2, 6, 4)
     attention = SequenceAttention(tokens, None)
     assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
@@ -190,7 +190,7 @@ def run_block(attention, degree: int = 2, calls=1, whole=None) -> list[int]:
         return q
 
     model, tokens = OneBlock(), TokenState(0, degree)
-    model.block.attention = attention if whole is None else lambda x, options: whole(WholeTokens(tokens), x, options)
+    model.block.attention = attention if whole is None else lambda x, options: whole(FullTokens(tokens), x, options)
     plan = dataclasses.replace(ONE_BLOCK, attention={"block": SelfAttention(("x",), calls=calls)}, outputs={})
     SequenceHooks(model, plan, tokens)
     model(torch.randn(1, 6, 8), {"attention": SequenceAttention(tokens, strategy)})
@@ -215,15 +215,15 @@ def test_fewer_calls_than_planned_end_the_run() -> None:
 def test_attention_of_whole_tokens_reaches_raylight_anyhow() -> None:
     assert run_block(without_options, degree=1) == []
 
-    def called(whole: WholeTokens, x: torch.Tensor, options: dict) -> torch.Tensor:
+    def called(whole: FullTokens, x: torch.Tensor, options: dict) -> torch.Tensor:
         with whole.local_attention():
             return through_options(x, options)
 
-    def replaced(whole: WholeTokens, x: torch.Tensor, options: dict) -> torch.Tensor:
+    def replaced(whole: FullTokens, x: torch.Tensor, options: dict) -> torch.Tensor:
         with whole.local_attention(replaces=True):
             return without_options(x, options)
 
-    def beside(whole: WholeTokens, x: torch.Tensor, options: dict) -> torch.Tensor:
+    def beside(whole: FullTokens, x: torch.Tensor, options: dict) -> torch.Tensor:
         with whole.local_attention():
             pass
         return without_options(x, options)
@@ -236,7 +236,7 @@ def test_attention_of_whole_tokens_reaches_raylight_anyhow() -> None:
 def test_a_module_that_runs_whole_needs_no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = OneBlock(), TokenState(0, 2)
     model.block.attention = without_options
-    plan = SequencePlan("test.OneBlock", {"": {"x": Stream("x")}, "block": {"x": Whole("x")}}, {}, {})
+    plan = SequencePlan("test.OneBlock", {"": {"x": Stream("x")}, "block": {"x": GatherAround("x")}}, {}, {})
     monkeypatch.setattr("raylight.parallel.hooks.all_gather", lambda value, *_: torch.cat([value, value], 1))
     SequenceHooks(model, plan, tokens)
     assert model(torch.randn(1, 6, 8), {}).shape == (1, 3, 8)

@@ -15,7 +15,7 @@ STREAMS = ("txt", "img")
 def test_tokens_come_stream_by_stream() -> None:
     tokens = TokenState(0, 2)
     for name, length in (("txt", 3), ("img", 6)):
-        tokens.localize(torch.zeros(1, length, 4), Stream(name))
+        tokens.shard(torch.zeros(1, length, 4), Stream(name))
     whole = torch.randn(1, 2, 9, 4)
     places = [place for rank in range(2) for start, stop in tokens.spans(STREAMS, rank) for place in range(start, stop)]
     mask = torch.zeros(1, 1, 9, 9).masked_fill(torch.rand(9, 9) > 0.6, -3.0)

@@ -29,7 +29,7 @@ PACK = Path(__file__).resolve().parents[1] / "support" / "changing_pack"
 
 SPLIT = ["ChunkedFeedForward", "Embedding", "WeightInPlace", "WeightData", "WeightReplaced", "Loop", "InPlaceAttribute"]
 """These leave tokens split, the others need them whole."""
-WHOLE = [
+REPLICATED = [
     "AttentionForward",
     "AttentionByTorch",
     "AttentionClass",
@@ -56,7 +56,7 @@ WHOLE = [
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     work = tmp_path_factory.mktemp("comfyui")
     write_checkpoint(work / "models" / "wan.safetensors", "wan-t2v", heads=3)
-    for name in (*SPLIT, *WHOLE, "ReplacedInPlace"):
+    for name in (*SPLIT, *REPLICATED, "ReplacedInPlace"):
         # ComfyUI keeps a model that a loader has loaded, with what a node has changed on it.
         (work / "models" / f"{name}.safetensors").hardlink_to(work / "models" / "wan.safetensors")
     write_prompt(work / "datasets" / "positive", random_prompt(9, 4096, seed=1))
@@ -112,14 +112,14 @@ def log_since(server: ComfyServer, place: int) -> str:
     return server.log.read_text("utf-8", errors="replace")[place:]
 
 
-@pytest.mark.parametrize("change", [*SPLIT, *WHOLE])
+@pytest.mark.parametrize("change", [*SPLIT, *REPLICATED])
 def test_equals_stock(server: ComfyServer, change: str) -> None:
     expected = latent(server, change, "stock", change)
     began = len(log_since(server, 0))
     for way in ("drop-in", "behind", "end"):
         assert error(latent(server, change, way, change), expected) <= 1e-4, way
     told = "has put code inside of the model that has to see all tokens" in log_since(server, began)
-    assert told == (change in WHOLE)
+    assert told == (change in REPLICATED)
     assert "ending the workers" not in log_since(server, began)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raylight.sharding.lazy_concat import JoinedRows, JoiningRows
+from raylight.sharding.lazy_concat import LazyConcat, LazyConcatMode
 
 Q, K, V = (torch.arange(12.0).view(4, 3) + 100 * index for index in range(3))
 
 
-def joined() -> JoinedRows:
+def joined() -> LazyConcat:
     """As ComfyUI's conversion makes it: room for the first, then twice a larger one that the former goes into."""
-    with JoiningRows():
+    with LazyConcatMode():
         matrix = torch.empty_like(Q)
         matrix.narrow(0, 0, 4)[:] = Q
         for index, piece in enumerate((K, V), start=1):
@@ -41,7 +41,7 @@ def test_what_is_assigned_last_counts() -> None:
 
 
 def test_it_knows_what_is_missing() -> None:
-    with JoiningRows():
+    with LazyConcatMode():
         matrix = torch.empty([8, 3], device=Q.device, dtype=Q.dtype)
     matrix.narrow(0, 4, 4)[:] = K
     assert not matrix.is_complete

@@ -18,7 +18,7 @@ from torch import Tensor
 from raylight.dev.demo.prompts import random_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, RayModel
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, RayModel
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ParityCase:
     heads: int = 3
     regions: bool = False
     strategy: str = "raylight"
-    sharding: str = WHOLE
+    sharding: str = REPLICATED
     tokens: tuple[int, int] = (11, 7)
 
     def conditioning(self) -> tuple[list[Any], list[Any]]:

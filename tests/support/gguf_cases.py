@@ -23,7 +23,7 @@ from raylight.host.checkpoint import MappedModel
 from raylight.host.gguf import load_gguf, open_pack
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.worker import lora
-from raylight.worker.patcher import RankPatcher, whole
+from raylight.worker.patcher import RankPatcher, build_replicated
 from raylight.worker.sharded_patcher import shard_over
 
 Loras = tuple[tuple[dict[str, Tensor], float], ...]
@@ -81,8 +81,8 @@ def _compare(rank: int, mesh: Any, path: Path, mode: str, base: Tensor, expected
 
     def load() -> tuple[MappedModel, RankPatcher, int]:
         mapped = load_gguf(str(mine), PACK)
-        if mode == "whole":
-            return mapped, *whole(mapped, CPU)
+        if mode == "replicated":
+            return mapped, *build_replicated(mapped, CPU)
         patcher, report = shard_over(mapped, mesh, mode == "offloaded")
         return mapped, patcher, report.bytes
 

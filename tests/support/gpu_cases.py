@@ -21,13 +21,13 @@ from raylight.cluster.config import SessionConfig
 from raylight.dev.demo.prompts import random_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
-from raylight.host.recipe import OFFLOADED, SHARDED, WHOLE, LoraRecipe, ModelRecipe, RayModel, Workers
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 GPUS = torch.cuda.device_count()
-WORKERS = Workers(SessionConfig(MeshShape(ulysses=max(1, GPUS)), "cuda"), "TORCH_FLASH")
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=max(1, GPUS)), "cuda"), "TORCH_FLASH")
 HEADS = -(-6 // max(1, GPUS)) * max(1, GPUS)  # as many as divide among the workers
-WAYS = (WHOLE, SHARDED, OFFLOADED)
+WAYS = (REPLICATED, SHARDED, OFFLOADED)
 DEPTHS = {"whole run": False, "loop in ComfyUI": True}
 
 SHAPE, TEXT = (1, 16, 5, 30, 52), 4096

@@ -8,7 +8,7 @@ import torch
 from toy import plain_kernel
 
 from raylight.attention.kernels import kernel
-from raylight.parallel.external_strategies import YUNCHANG, LongContextAttention
+from raylight.parallel.external_strategies import YUNCHANG, ExternalAttention
 from raylight.parallel.mesh import MeshShape, build_mesh
 from raylight.parallel.partition import offsets, partition
 from raylight.parallel.ring import HybridAttention
@@ -38,7 +38,7 @@ def against_yunchang(rank: int, world: int) -> dict[str, tuple[Errors, int]]:
     mesh = build_mesh(MeshShape(ulysses=world), torch.device("cpu"))
     groups = mesh.get_group("ulysses"), mesh.get_group("ring")
     ours = HybridAttention(*groups)
-    theirs = LongContextAttention(YUNCHANG, *groups, ours)
+    theirs = ExternalAttention(YUNCHANG, *groups, ours)
     torch_kernel = kernel("TORCH")
     attentions = {
         name: (lambda *call, strategy=strategy: strategy(torch_kernel, *call))

@@ -19,7 +19,7 @@ from raylight.attention.kernels import kernel
 from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw, Family
 from raylight.host import comfy_patches
-from raylight.parallel.full_tokens import WholeTokens
+from raylight.parallel.full_tokens import FullTokens
 from raylight.parallel.hooks import SequenceHooks
 from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
 from raylight.parallel.ring import HybridAttention
@@ -167,8 +167,8 @@ def split(model: torch.nn.Module, mesh: Any) -> Split:
     tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
     plan = plan_for(model)
     hooks = SequenceHooks(model, plan, tokens, mesh["ulysses"].size())
-    comfy_patches.open_for(model, plan.unhooked)
-    patches = transformer_options.install(model, plan, WholeTokens(tokens))
+    comfy_patches.route_unhooked_calls(model, plan.unhooked)
+    patches = transformer_options.install(model, plan, FullTokens(tokens))
     heads: list[int] = []
     exchange = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
 
