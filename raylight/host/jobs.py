@@ -50,7 +50,7 @@ class RandomState:
 
 @dataclass(frozen=True, slots=True)
 class RunJob:
-    """A whole run: a guider, a sampler, and what ComfyUI's `outer_sample` takes, packed by `travel.send`.
+    """A whole run: a guider, a sampler, and what ComfyUI's `outer_sample` takes, packed by `pickling.serialize`.
 
     Samplers that draw noise from the global generators go on from `random`, as they do in one process. `every_step`
     asks for all of x0 and x after every step, else rank 0 sends what a previewer looks at if `wants_preview`, and all

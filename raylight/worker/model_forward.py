@@ -14,7 +14,7 @@ from raylight.cluster.tensor_delta import Receiver, Slot
 from raylight.host import patcher_state
 from raylight.host.jobs import ForwardJob
 from raylight.host.patcher_state import changed
-from raylight.host.pickling import receive
+from raylight.host.pickling import deserialize
 
 from .node_code import AsBefore
 from .parallel_model import ParallelModel
@@ -49,7 +49,7 @@ class ModelForward:
             assert isinstance(slot, Slot)
             return tensors[slot.number]
 
-        args, kwargs, data = receive(job.call, patcher, resolve)
+        args, kwargs, data = deserialize(job.call, patcher, resolve)
         patcher.model_options = {"transformer_options": data | _copied(code)}
         split.install(patcher.model_options, job.model)
         whole = job.model.inside.whole
@@ -79,7 +79,7 @@ class ModelForward:
         # Unpacked once: some patches keep what they have computed.
         if self._extras is None or self._extras[0] != job.extras.key or self._extras[1] is not patcher.model:
             self.clear()
-            self._extras = job.extras.key, patcher.model, receive(job.extras.get(), patcher)
+            self._extras = job.extras.key, patcher.model, deserialize(job.extras.get(), patcher)
         return self._extras[2]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import external_cases
 import gguf_cases
 import loaded_cases
-import long_context_cases
 import pytest
 import sharded_cases
 import split_cases
 
-__all__ = ["gguf_cases", "loaded_cases", "long_context_cases", "pytest", "sharded_cases", "split_cases"]
+__all__ = ["gguf_cases", "loaded_cases", "external_cases", "pytest", "sharded_cases", "split_cases"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from long_context_cases import against_xfuser, against_yunchang
+from external_cases import against_xfuser, against_yunchang
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.parallel import external_strategies
