@@ -7,7 +7,7 @@ COMFYUI ?=
 BOOTSTRAP = $(PYTHON) raylight/dev/setup/bootstrap.py $(if $(COMFYUI),--comfyui $(COMFYUI))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu smoke lint models versions workflows screenshots clean
+.PHONY: help setup demo test test-all test-gpu smoke lint format models versions workflows screenshots clean
 
 help:
 	@echo "make demo                   sample a small model in a real ComfyUI, by stock nodes and by Ray workers"
@@ -16,7 +16,8 @@ help:
 	@echo "make test-all               run all tests, some of them in a browser if there is Chromium"
 	@echo "make smoke                  run the few tests that say whether a release of ComfyUI works at all"
 	@echo "make test-gpu               run the tests that need GPUs, on all that PyTorch sees (CUDA_VISIBLE_DEVICES chooses)"
-	@echo "make lint                   run ruff"
+	@echo "make lint                   check style (ruff), layout (ruff format) and types (pyright)"
+	@echo "make format                 lay the code out with ruff format"
 	@echo "make models                 write docs/models.md from what the parity matrix measures"
 	@echo "make versions               write tests/versions.txt from what is installed, once all tests have passed with it"
 	@echo "make workflows              write example_workflows anew from raylight/dev/workflows"
@@ -48,6 +49,11 @@ test-gpu:
 
 lint:
 	@$(BOOTSTRAP) lint $(ARGS)
+	@$(BOOTSTRAP) format --check
+	@$(BOOTSTRAP) types
+
+format:
+	@$(BOOTSTRAP) format
 
 models:
 	@$(BOOTSTRAP) test tests/zoo --write-docs

@@ -87,6 +87,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[st
         (["smoke"], ["-m", "pytest", "-q", "-m", "smoke", "tests"]),
         (["test-gpu", "-k", "lora"], ["-m", "pytest", "-q", "-rs", "tests/gpu", "-k", "lora"]),
         (["lint"], ["-m", "ruff", "check"]),
+        (["format", "--check"], ["-m", "ruff", "format", "--check"]),
     ],
 )
 def test_runs_the_program_with_the_environment(
@@ -96,6 +97,15 @@ def test_runs_the_program_with_the_environment(
     ((command, cwd, environ),) = ready
     assert command == [str(Environment(tmp_path / "venv").python), *program]
     assert cwd == ROOT and environ["COMFYUI_PATH"] == str(tmp_path)
+
+
+def test_types_are_those_of_the_environment_and_comfyui(
+    ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path
+) -> None:
+    bootstrap.main(["types"])
+    ((command, _, environ),) = ready
+    assert command[1:] == ["-m", "basedpyright", "--pythonpath", command[0]]
+    assert environ["PYTHONPATH"] == str(tmp_path)
 
 
 def test_runs_with_a_release(ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path) -> None:

@@ -10,6 +10,8 @@
     smoke [...]     set up, then run the few tests that say whether a release of ComfyUI works at all
     test-gpu [...]  set up, then run the tests that need GPUs, on all that PyTorch sees
     lint [...]      set up, then run ruff check with these arguments
+    format [...]    set up, then run ruff format with these arguments
+    types [...]     set up, then check types with these arguments
     workflows       set up, then write the templates in example_workflows
     versions        set up, then write the versions of what is installed to tests/versions.txt
     comfyui-path    print which ComfyUI is used
@@ -46,6 +48,8 @@ COMMANDS = {
     "smoke": ["-m", "pytest", "-q", "-m", "smoke"],
     "test-gpu": ["-m", "pytest", "-q", "-rs", "tests/gpu"],
     "lint": ["-m", "ruff", "check"],
+    "format": ["-m", "ruff", "format"],
+    "types": ["-m", "basedpyright"],
     "workflows": ["-m", "raylight.dev.workflows"],
     "versions": ["tests/support/versions.py"],
 }
@@ -96,6 +100,9 @@ def main(arguments: list[str]) -> int:
             # Always a path inside tests/: it is by this that pytest finds its configuration there.
             program = [*program, "tests"]
     variables = {**os.environ, comfyui.VARIABLE: str(host.root)}
+    if command == "types":  # it asks this Python, with this path, where ComfyUI and the packages are
+        program = [*program, "--pythonpath", str(env.python)]
+        variables["PYTHONPATH"] = str(host.root)
     return run_child([str(env.python), *program, *rest], cwd=checkouts[0], environ=variables)
 
 
