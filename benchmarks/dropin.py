@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,14 @@ class Traffic:
         self.sent = self.received = 0
         own = Session.run_all
 
-        def run_all(session: Session, method: str, *args: Any, on_event: Any = None, **named: Any) -> Any:
+        def run_all(session: Session, verb: Callable[..., Any], *args: Any, on_event: Any = None, **named: Any) -> Any:
             self.sent += sum(map(size, args))
 
             def count(event: Any) -> None:
                 self.received += size(event)
                 on_event(event)
 
-            answers = own(session, method, *args, on_event=on_event and count, **named)
+            answers = own(session, verb, *args, on_event=on_event and count, **named)
             self.received += sum(map(size, answers.values()))
             return answers
 

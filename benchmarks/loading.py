@@ -176,6 +176,7 @@ def workers(path: Path, ranks: int, sharding: str, step: bool) -> Row:
     from raylight.dev.demo.prompts import random_prompt
     from raylight.driver import api, workers
     from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
+    from raylight.host.worker_service import WorkerService
     from raylight.parallel.mesh import MeshShape
 
     config = SessionConfig(MeshShape(ulysses=ranks), "cpu")
@@ -203,7 +204,7 @@ def workers(path: Path, ranks: int, sharding: str, step: bool) -> Row:
                 disable_pbar=True,
                 seed=1,
             )
-        return Row(seconds, grown, memory.peak, memory.grown(), session.run("held")[0].host_bytes)
+        return Row(seconds, grown, memory.peak, memory.grown(), session.run(WorkerService.memory).models[0].host_bytes)
     finally:
         active_session.close()
 

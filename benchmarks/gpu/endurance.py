@@ -37,6 +37,7 @@ from raylight.dev.demo.prompts import random_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
+from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
 
 SHAPE, LARGE = (1, 16, 9, 60, 104), (1, 16, 41, 120, 208)
@@ -107,7 +108,7 @@ def _report(history: list[dict[str, int]]) -> bool:
 
 def _fail(model: ModelPatcher, prompts: list) -> bool:
     """Fill the device, and have a run fail. Returns whether it did, and was told as what it is."""
-    active_session.running().run("free")
+    active_session.running().run(WorkerService.free)
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - (OPTIONS.left_mib << 20), dtype=torch.uint8, device="cuda")
     try:

@@ -155,8 +155,8 @@ class RankActor:
         self._status.enter(IDLE)
         return measured
 
-    def run(self, run_id: str, method: str, *args: Any) -> Any:
-        """Call `method(run, *args)` of the service; returns its result, or `Cancelled`.
+    def run(self, run_id: str, verb: str, *args: Any) -> Any:
+        """Call the service's `verb(run, *args)`. Return its result, or `Cancelled`.
 
         Raises what it raises; OutOfMemory, with what the service holds, where memory was exhausted. This rank goes on
         after it if all have met it alike, see `settle`; else it ends.
@@ -164,10 +164,10 @@ class RankActor:
         run = self._run(run_id)
         self._status.run = run_id
         self._beats_before = heartbeat.beats()
-        run.enter(f"beginning to {method}")
+        run.enter(f"beginning to {verb}")
         try:
             with self._memory_told(), heartbeat.cancellation_checked_by(run.check_cancelled):
-                result = getattr(self._service, method)(run, *args)
+                result = getattr(self._service, verb)(run, *args)
             run.enter(IDLE)
             return result
         except RunCancelled:

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from raylight.parallel.mesh import MeshShape
 
 LOCAL = "local"
 
 
+class Service(Protocol):
+    """What a session needs of the object that it calls on every rank. Its other methods are the verbs: their first
+    argument is an `actor.Run`, and a session calls them by `Session.run`."""
+
+    def inventory(self) -> str:
+        """Return in words what this rank holds in memory."""
+
+    def recover(self) -> bool:
+        """Get ready for the next run after a failure that all ranks met alike. Return False where that is impossible.
+
+        Collective.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceSpec:
     """What each worker runs once it has joined its world.
 
-    `factory(context, settings)` returns the object whose methods a session calls. Its `inventory()` says in words what
-    it holds in memory; its `recover()`, called on all ranks after they have failed alike and in step, makes it ready
-    for the next run, or returns False where it cannot be. It is named "module:function", and imported by workers only:
-    `python_path` holds the folders in which they find the module, in order.
+    `factory(context, settings)` returns a `Service`. It is named "module:function", and imported by workers only:
+    `python_path` lists the folders in which they search for the module, in order.
     """
 
     factory: str
     settings: Any
     python_path: tuple[str, ...]
 
-    def open(self, context: Any) -> Any:
-        """The service of the rank that `context` describes. Imports the module of `factory`."""
+    def open(self, context: Any) -> Service:
+        """Import the module of `factory` and return the service of the rank that `context` describes."""
         module, function = self.factory.split(":")
         return getattr(importlib.import_module(module), function)(context, self.settings)
 

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import remove_placement_group
@@ -28,6 +28,7 @@ from .timeouts import with_timeout
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R")
 
 _SHARED_OBJECTS = 8  # in the object store for as long as nothing takes their place
 _PUT_S = 120.0
@@ -120,26 +121,26 @@ class Session:
 
     def run(
         self,
-        method: str,
+        verb: Callable[..., R],
         *args: Any,
         on_event: Callable[[Any], None] | None = None,
         wants_cancel: Callable[[], bool] | None = None,
-    ) -> Any:
-        """Call a method of the service on every rank and return rank 0's result, as `run_all`."""
-        return self.run_all(method, *args, on_event=on_event, wants_cancel=wants_cancel)[0]
+    ) -> R:
+        """Call a verb on every rank and return rank 0's result, as `run_all`."""
+        return self.run_all(verb, *args, on_event=on_event, wants_cancel=wants_cancel)[0]
 
     def run_all(
         self,
-        method: str,
+        verb: Callable[..., R],
         *args: Any,
         on_event: Callable[[Any], None] | None = None,
         wants_cancel: Callable[[], bool] | None = None,
-    ) -> dict[int, Any]:
-        """Call a method of the service on every rank and return the results by rank.
+    ) -> dict[int, R]:
+        """Call a verb, a method of the service's class or Protocol, on every rank and return the results by rank.
 
-        `args` are put into the object store once. Events of rank 0 are given to `on_event` in this thread.
-        Raises what `results_or_raise` raises. A failure ends the workers unless all of them have met it alike and in
-        step; so does a cancel that they do not heed.
+        Only the name of `verb` is sent. `args` are put into the object store once. Events of rank 0 are given to
+        `on_event` in this thread. Raises what `results_or_raise` raises. A failure ends the workers unless all of them
+        have met it alike and in step; so does a cancel that they do not heed.
         """
         if not self.alive:
             raise WorkerError("the workers have ended: run the prompt again", RAY_LOST)
@@ -149,7 +150,7 @@ class Session:
             self._watchdog.begin(run_id)
             if self.config.is_local:
                 self._printed = {rank: diagnosis.printed(place) for rank, place in self.places.items()}
-            refs = {rank: a.run.remote(run_id, method, *shared) for rank, a in enumerate(self._actors)}
+            refs = {rank: a.run.remote(run_id, verb.__name__, *shared) for rank, a in enumerate(self._actors)}
             stream = self._actors[0].events.remote(run_id)
 
             def cancel() -> None:
@@ -167,7 +168,7 @@ class Session:
                     self._fault,
                 ),
             )
-            scene = WorkerStates(self.places) if outcome.is_clean else self._scene(f"beginning to {method}")
+            scene = WorkerStates(self.places) if outcome.is_clean else self._scene(f"beginning to {verb.__name__}")
             stay = outcome.is_clean or self._may_stay(outcome)
         if not stay:
             # A rank that failed alone leaves the others inside a collective that never ends.

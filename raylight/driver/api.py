@@ -14,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 
 from raylight.cluster import active_session
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
+from raylight.host.worker_service import WorkerService
 
 from . import workers as at_workers
 from .batched_runs import run_batched
@@ -61,7 +62,7 @@ def end_workers(with_ray: bool) -> None:
 
 def _load(workers: WorkerConfig, recipe: ModelRecipe) -> RemotePatcher:
     patcher = RemotePatcher.of(workers, recipe, _ENGINE)
-    at_workers.ask(at_workers.session(workers, recipe), "load", recipe, about=recipe)
+    at_workers.ask(at_workers.session(workers, recipe), WorkerService.load, recipe, about=recipe)
     return patcher
 
 

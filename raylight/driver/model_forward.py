@@ -17,6 +17,7 @@ from raylight.host.foreign_code import node_name_of
 from raylight.host.jobs import ForwardJob
 from raylight.host.patcher_state import OPTIONS, Change, bind_arguments, run_with_wrappers
 from raylight.host.pickling import NotSerializableError, serialize
+from raylight.host.worker_service import WorkerService
 
 from . import model_changes, outer_sample
 from . import workers as at_workers
@@ -83,7 +84,7 @@ def _send(
         model = model_job(line.session, patcher, changes)
         outer_sample.move_to_workers(model.inside.whole)
         job = ForwardJob(model, method, call, line.sender.message(), extras)
-        answer: SerializedObject = at_workers.ask(line.session, "forward", job, about=patcher.recipe)
+        answer = at_workers.ask(line.session, WorkerService.forward, job, about=patcher.recipe)
     except BaseException:
         _channel = None  # what the workers have of this stream is not known any more
         raise

@@ -24,6 +24,7 @@ from raylight.host.foreign_code import node_name_of, replaced_in_loop
 from raylight.host.jobs import RunJob, RunResult, StepDone, random_state, set_random_state
 from raylight.host.patcher_state import Change
 from raylight.host.pickling import NotSerializableError, serialize
+from raylight.host.worker_service import WorkerService
 
 from . import injected_code, model_changes, written_weights
 from . import workers as at_workers
@@ -169,7 +170,11 @@ def _finished(session: Session, pending: Sequence[PendingRun]) -> list[RunResult
 
     try:
         answers = at_workers.ask_all(
-            session, "sample", tuple(one.job for one in pending), about=pending[0].job.model.recipe, on_event=on_event
+            session,
+            WorkerService.sample,
+            tuple(one.job for one in pending),
+            about=pending[0].job.model.recipe,
+            on_event=on_event,
         )
     finally:
         for one in pending:

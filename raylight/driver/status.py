@@ -11,6 +11,7 @@ from raylight.cluster import active_session
 from raylight.cluster.actor import Place
 from raylight.cluster.session import Session
 from raylight.host.jobs import RankMemory
+from raylight.host.worker_service import WorkerService
 from raylight.parallel.bandwidth import Links
 
 from .workers import ask_all
@@ -25,7 +26,7 @@ def overview() -> str:
     if running is None:
         return "\n".join([*lines, _NONE])
     try:
-        memory = ask_all(running, "memory")
+        memory = ask_all(running, WorkerService.memory)
     except Exception as error:
         return "\n".join([*lines, f"the workers do not answer: {error}"])
     return "\n".join([*lines, *_workers(running, memory), "", *_links(running.places, running.links)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import comfy.model_management
 
@@ -14,9 +14,11 @@ from raylight.cluster.errors import DIED, HUNG, OUT_OF_MEMORY, RunCancelled, Wor
 from raylight.cluster.session import Session
 from raylight.host import settings
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
+from raylight.host.worker_service import WorkerService
 
 from . import memory
 
+R = TypeVar("R")
 _ANEW = "The workers start anew with the next prompt"
 
 
@@ -81,28 +83,28 @@ def session(workers: WorkerConfig, recipe: ModelRecipe, latent_shape: Sequence[i
     if workers.config.device_type == "cuda":
         # Workers share these GPUs with ComfyUI; neither sees what the other could give back.
         shape = None if latent_shape is None else tuple(latent_shape)
-        memory.make_room(ask(found, "shortfall", recipe, shape, about=recipe))
+        memory.make_room(ask(found, WorkerService.shortfall, recipe, shape, about=recipe))
     return found
 
 
-def ask(session: Session, method: str, *arguments: Any, about: ModelRecipe | None = None) -> Any:
-    """Call a method of the service on all workers; rank 0's result. Raises as `ask_all`."""
-    return ask_all(session, method, *arguments, about=about)[0]
+def ask(session: Session, verb: Callable[..., R], *arguments: Any, about: ModelRecipe | None = None) -> R:
+    """Call a verb of `WorkerService` on all workers; rank 0's result. Raises as `ask_all`."""
+    return ask_all(session, verb, *arguments, about=about)[0]
 
 
 def ask_all(
     session: Session,
-    method: str,
+    verb: Callable[..., R],
     *arguments: Any,
     about: ModelRecipe | None = None,
     on_event: Callable[[Any], None] | None = None,
-) -> dict[int, Any]:
-    """Call a method of the service on all workers, for the model `about`; the results by rank.
+) -> dict[int, R]:
+    """Call a verb of `WorkerService` on all workers, for the model `about`; the results by rank.
 
     Raises what `Session.run_all` raises, errors with what to try, and ComfyUI's interrupt when the person cancels."""
     try:
         return session.run_all(
-            method, *arguments, on_event=on_event, wants_cancel=comfy.model_management.processing_interrupted
+            verb, *arguments, on_event=on_event, wants_cancel=comfy.model_management.processing_interrupted
         )
     except RunCancelled:
         _interrupt()
@@ -122,7 +124,7 @@ def free() -> None:
     if running is None:
         return
     try:
-        running.run("free")
+        running.run(WorkerService.free)
     except (Exception, RunCancelled) as error:
         logger.warning("the workers could not free their memory: %s", error)
     else:

@@ -30,14 +30,6 @@ logger = logging.getLogger(__name__)
 _HOST_RESERVE = 0.1  # of the machine's memory stays free of models that are not in use
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A model file that a rank holds, and the bytes of that rank's own memory that its weights take on the CPU."""
-
-    name: str
-    host_bytes: int
-
-
 @dataclass(slots=True)
 class CachedModel:
     """A model on this rank, and on it the LoRAs of its last use. `host_bytes` is what it takes of this rank's own

@@ -9,13 +9,14 @@ import comfy.model_management
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
 from raylight.host import loading
-from raylight.host.jobs import ForwardJob, ModelJob, RunJob, RunResult
+from raylight.host.jobs import ForwardJob, ModelJob, RankMemory, RunJob, RunResult
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
+from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import sequence_axis, world_axis
 from raylight.sharding.fsdp import reset
 
 from . import model_cache
-from .model_cache import CachedModel, Held, ModelCache, RankMemory
+from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
 from .parallel_model import ParallelModel
 from .patcher import RankPatcher, build_replicated, mode_of
@@ -25,8 +26,8 @@ from .sharded_patcher import shard_over
 logger = logging.getLogger(__name__)
 
 
-class ModelService:
-    """The models of one rank. Every method is called on all ranks alike."""
+class ModelService(WorkerService):
+    """The models of one rank. Its verbs are documented in `WorkerService`."""
 
     def __init__(self, context: RankContext) -> None:
         self._context = context
@@ -34,22 +35,14 @@ class ModelService:
         self._forward = ModelForward(context.device)
 
     def load(self, run: Run, recipe: ModelRecipe) -> None:
-        """Hold the model of `recipe`, split over the ranks; reads nothing of it when it is held already.
-
-        Raises ValueError for a file that is no such model, a model without a plan, too few heads, or a LoRA that
-        does not fit. Other models stay, and the session stays usable.
-        """
+        """Load a model with its LoRAs."""
         with mode_of(recipe.sharding):
             held = self._hold(run, recipe)
             run.enter("reading LoRAs")
             held.patched(recipe.loras)
 
     def sample(self, run: Run, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
-        """Do whole runs of one model, which the groups of the batch axis deal out among them; a single run is shared by
-        all. The first rank of each group returns the results of its runs by their place among the jobs.
-
-        Rank 0 emits `(place, StepDone)` after every step of its runs; all can be cancelled at each step.
-        """
+        """Do complete runs of one model."""
         first = jobs[0]
         self._forward.clear()  # a run may find nothing on the model of what the loops in ComfyUI have left
         with mode_of(first.model.recipe.sharding):
@@ -78,7 +71,7 @@ class ModelService:
             return guided.sample()
 
     def forward(self, run: Run, job: ForwardJob) -> SerializedObject | None:
-        """Do one call of the diffusion model; rank 0 returns what it does, the others None."""
+        """Call a method of the diffusion model once."""
         with mode_of(job.model.recipe.sharding):
             held, patcher = self._ready(run, job.model)
             run.enter("step (one forward of the model)")
@@ -86,30 +79,24 @@ class ModelService:
         return answer(output) if run.rank == 0 else None
 
     def free(self, run: Run) -> None:
-        """Let go of every model."""
+        """Unload every model."""
         self._forward.clear()
         self._models.clear()
 
     def shortfall(self, run: Run, recipe: ModelRecipe, latent_shape: tuple[int, ...] | None) -> int:
-        """How many bytes the fullest GPU lacks for a model and, with a latent's shape, for sampling it, when the
-        workers have made what room they can. Collective."""
+        """Return how many bytes the fullest GPU lacks."""
         return self._models.shortfall(recipe, latent_shape)
 
-    def held(self, run: Run) -> tuple[Held, ...]:
-        """The models that this rank holds, the least recently used first."""
-        return tuple(Held(loading.recipe.name, loading.host_bytes) for model in self._models.all())
-
     def inventory(self) -> str:
-        """What this rank holds, in words."""
+        """Return in words what this rank holds in memory."""
         return model_cache.in_words(self._context.device, self._models.all())
 
     def recover(self) -> bool:
-        """Make the models ready for the next run after one that has failed on all ranks alike; False where they cannot
-        be. Collective."""
+        """Reset the models after a failure that all ranks met alike."""
         return all([reset(held.patcher.model.diffusion_model) for held in self._models.all()])
 
     def memory(self, run: Run) -> RankMemory:
-        """How full this rank is, and of what."""
+        """Return how much memory this rank uses, and its models."""
         return model_cache.memory(self._context.device, self._models.all())
 
     def _ready(self, run: Run, job: ModelJob) -> tuple[CachedModel, RankPatcher]:

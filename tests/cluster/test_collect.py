@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from echo_service import EchoService
 
 from raylight.cluster import active_session
 from raylight.cluster.collect import Outcome, met_alike
@@ -67,9 +68,9 @@ def test_tallies() -> None:
 def test_workers_stay(begins: str, kind: type[Exception]) -> None:
     before = session()
     with pytest.raises(kind, match="no such part"):
-        before.run("fail_alike", begins, kind)
+        before.run(EchoService.fail_alike, begins, kind)
     assert before.alive
-    assert session() is before and before.run("same_object", b"x" * 10) is True
+    assert session() is before and before.run(EchoService.same_object, b"x" * 10) is True
 
 
 @pytest.mark.slow
@@ -77,14 +78,14 @@ def test_workers_stay(begins: str, kind: type[Exception]) -> None:
 def test_workers_end_where_they_are_not_known_to_be_in_step(begins: str) -> None:
     before = session()
     with pytest.raises(WorkerError, match="KeyError: 'no such part'"):
-        before.run("fail_alike", begins, KeyError)
+        before.run(EchoService.fail_alike, begins, KeyError)
     assert not before.alive
 
 
 @pytest.mark.slow
 def test_last_words_are_of_the_run_that_failed() -> None:
     once = session()
-    once.run("say", "an old story")
+    once.run(EchoService.say, "an old story")
     with pytest.raises(WorkerError) as error:
-        once.run("say_and_die", "a new one")
+        once.run(EchoService.say_and_die, "a new one")
     assert "a new one" in str(error.value) and "an old story" not in str(error.value)

@@ -202,7 +202,7 @@ _STARTS = """
 import os, sys, time
 sys.path[:0] = sys.argv[1:3]
 import echo_service
-from raylight.cluster import current
+from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.parallel.mesh import MeshShape
 
@@ -210,10 +210,11 @@ def start(**changes):
     service = ServiceSpec("echo_service:open_service", None, tuple(sys.argv[1:3]))
     began = time.monotonic()
     try:
-        print(current.session(SessionConfig(MeshShape(ulysses=2), "cpu", **changes), service).run("count", 3)[0])
+        session = active_session.session(SessionConfig(MeshShape(ulysses=2), "cpu", **changes), service)
+        print(session.run(echo_service.EchoService.count, 3)[0])
     except Exception as error:
         print(f"{time.monotonic() - began:.1f} s: {error}".replace("\\n", " "))
-    current.close()
+    active_session.close()
 """
 
 

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from echo_service import EchoService
 
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
@@ -43,13 +45,13 @@ def end_of_module():
 def test_rank_zero_answers_and_streams() -> None:
     session = active_session.session(config(), SERVICE)
     events: list = []
-    assert session.run("count", 5, on_event=events.append) == ("rank 0 of 2", "settings", 5)
+    assert session.run(EchoService.count, 5, on_event=events.append) == ("rank 0 of 2", "settings", 5)
     assert events == list(range(5))
 
 
 def test_an_argument_travels_once() -> None:
     session = active_session.session(config(), SERVICE)
-    assert session.run("same_object", b"x" * 300_000) is True
+    assert session.run(EchoService.same_object, b"x" * 300_000) is True
 
 
 @pytest.mark.slow
@@ -79,10 +81,10 @@ def test_cancel_ends_all_ranks_and_the_next_run_works() -> None:
     asked = threading.Event()
     started = time.monotonic()
     with pytest.raises(RunCancelled):
-        session.run("count_slowly", 1000, on_event=lambda _: asked.set(), wants_cancel=asked.is_set)
+        session.run(EchoService.count_slowly, 1000, on_event=lambda _: asked.set(), wants_cancel=asked.is_set)
     assert time.monotonic() - started < 10
     assert session.alive
-    assert session.run("count", 1)[2] == 1
+    assert session.run(EchoService.count, 1)[2] == 1
 
 
 def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped() -> None:
@@ -92,37 +94,40 @@ def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped() -> None
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        session.run("count_slowly", 1000, on_event=stop)
-    assert session.run("count", 1)[2] == 1
+        session.run(EchoService.count_slowly, 1000, on_event=stop)
+    assert session.run(EchoService.count, 1)[2] == 1
 
 
-@pytest.mark.parametrize("method", ["refuse", "refuse_in_own_time"])
-def test_a_refusal_that_all_ranks_agree_on_is_told_plainly(method: str) -> None:
+@pytest.mark.parametrize("verb", [EchoService.refuse, EchoService.refuse_in_own_time])
+def test_a_refusal_that_all_ranks_agree_on_is_told_plainly(verb: Callable) -> None:
     session = active_session.session(config(), SERVICE)
     with pytest.raises(ValueError, match=r"^no such thing$"):
-        session.run(method)
+        session.run(verb)
     assert session.alive
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("verb", "message"),
     [
         (
-            "fail_alone",
+            EchoService.fail_alone,
             r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) failed while beginning to fail_alone: "
             r"RuntimeError: rank 1 is unwell",
         ),
-        ("die_alone", r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while beginning to die_alone: its process ended"),
+        (
+            EchoService.die_alone,
+            r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while beginning to die_alone: its process ended",
+        ),
     ],
 )
-def test_a_failing_rank_is_named_and_the_next_session_works(method: str, message: str) -> None:
+def test_a_failing_rank_is_named_and_the_next_session_works(verb: Callable, message: str) -> None:
     session = active_session.session(config(), SERVICE)
     started = time.monotonic()
     with pytest.raises(WorkerError, match=message):
-        session.run(method)
+        session.run(verb)
     assert time.monotonic() - started < 20
     assert not session.alive
-    assert active_session.session(config(), SERVICE).run("count", 2)[2] == 2
+    assert active_session.session(config(), SERVICE).run(EchoService.count, 2)[2] == 2
 
 
 def test_only_loopback_is_listened_on() -> None:
@@ -189,13 +194,13 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
         code = (
             "import sys; sys.path[:0] = sys.argv[1:3]\n"
             "import echo_service\n"
-            "from raylight.cluster import current\n"
+            "from raylight.cluster import active_session\n"
             "from raylight.cluster.config import ServiceSpec, SessionConfig\n"
             "from raylight.parallel.mesh import MeshShape\n"
             "service = ServiceSpec('echo_service:open_service', None, tuple(sys.argv[1:3]))\n"
             "config = SessionConfig(MeshShape(ulysses=2), 'cpu', address=sys.argv[3], start_timeout_s=60)\n"
-            "print(active_session.session(config, service).run('count', 3)[0])\n"
-            "current.close()\n"
+            "print(active_session.session(config, service).run(echo_service.EchoService.count, 3)[0])\n"
+            "active_session.close()\n"
         )
         for _ in range(2):
             driver = subprocess.run(
@@ -220,7 +225,7 @@ def test_nothing_is_left_when_the_driver(how: str, tmp_path: Path) -> None:
     code = (
         "import sys, time; sys.path[:0] = sys.argv[1:3]\n"
         "import echo_service\n"
-        "from raylight.cluster import current\n"
+        "from raylight.cluster import active_session\n"
         "from raylight.cluster.config import ServiceSpec, SessionConfig\n"
         "from raylight.parallel.mesh import MeshShape\n"
         "service = ServiceSpec('echo_service:open_service', None, tuple(sys.argv[1:3]))\n"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import ray
+from echo_service import EchoService
 
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
@@ -33,20 +35,28 @@ def end_of_module():
 
 
 @pytest.mark.parametrize(
-    ("limit", "method", "message"),
+    ("limit", "verb", "message"),
     [
-        ({"stall_timeout_s": 4.0}, "stand_still", "rank 1 .* it has not got on for 4 s, and the others wait for it"),
-        ({"heartbeat_timeout_s": 5.0}, "hold_the_interpreter", "rank 1 .* its process has not answered for 5 s"),
+        (
+            {"stall_timeout_s": 4.0},
+            EchoService.stand_still,
+            "rank 1 .* it has not got on for 4 s, and the others wait for it",
+        ),
+        (
+            {"heartbeat_timeout_s": 5.0},
+            EchoService.hold_the_interpreter,
+            "rank 1 .* its process has not answered for 5 s",
+        ),
     ],
 )
-def test_a_rank_that_hangs_is_named(limit: dict[str, float], method: str, message: str) -> None:
+def test_a_rank_that_hangs_is_named(limit: dict[str, float], verb: Callable, message: str) -> None:
     hung = session(**limit)
     began = time.monotonic()
     with pytest.raises(WorkerError, match=message):
-        hung.run(method)
+        hung.run(verb)
     assert time.monotonic() - began < 20
     assert not hung.alive
-    assert session(**limit).run("count", 2)[2] == 2
+    assert session(**limit).run(EchoService.count, 2)[2] == 2
 
 
 def test_a_cancel_that_is_not_heeded_ends_the_workers() -> None:
@@ -54,10 +64,10 @@ def test_a_cancel_that_is_not_heeded_ends_the_workers() -> None:
     threading.Timer(1.0, asked.set).start()
     began = time.monotonic()
     with pytest.raises(RunCancelled):
-        deaf.run("refuse_cancel", wants_cancel=asked.is_set)
+        deaf.run(EchoService.refuse_cancel, wants_cancel=asked.is_set)
     assert time.monotonic() - began < 8
     assert not deaf.alive
-    assert session().run("count", 1)[2] == 1
+    assert session().run(EchoService.count, 1)[2] == 1
 
 
 def test_a_start_is_cancelled() -> None:
@@ -69,12 +79,12 @@ def test_a_start_is_cancelled() -> None:
             wants_cancel=lambda: time.monotonic() - began > 1,
         )
     assert time.monotonic() - began < 8
-    assert session().run("count", 1)[2] == 1
+    assert session().run(EchoService.count, 1)[2] == 1
 
 
 def test_what_ran_out_of_memory_tells_what_it_held() -> None:
     with pytest.raises(WorkerError, match="ran out of memory .* It held nothing but echoes") as error:
-        session().run("exhaust_memory")
+        session().run(EchoService.exhaust_memory)
     assert error.value.kind == OUT_OF_MEMORY
 
 
@@ -84,7 +94,7 @@ def test_workers_log_to_this_process_once(caplog: pytest.LogCaptureFixture) -> N
     before = root.level
     root.setLevel(logging.INFO)
     try:
-        session().run("say", "hello")
+        session().run(EchoService.say, "hello")
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and "hello printed" not in caplog.text:
             time.sleep(0.1)

@@ -24,6 +24,7 @@ from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api, model_import
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, WorkerConfig
+from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
 
 pytestmark = pytest.mark.slow
@@ -185,12 +186,12 @@ def test_workers_let_go_of_what_has_gone(folder: Path) -> None:
     sample(parallel(model), WAN)
     recipe = model_import.recipe_of(model, WORKERS)
     session = active_session.running()
-    before = session.run("held")
+    before = [model.name for model in session.run(WorkerService.memory).models]
     del model
     gc.collect()
     assert not recipe.is_there
     sample(parallel(flux(folder)), FLUX)
     assert active_session.running() is session
-    held = [one.name for one in session.run("held")]
+    held = [model.name for model in session.run(WorkerService.memory).models]
     assert held[-1] == "Flux (from memory)"
-    assert held.count("WAN21 (from memory)") < [one.name for one in before].count("WAN21 (from memory)")
+    assert held.count("WAN21 (from memory)") < before.count("WAN21 (from memory)")

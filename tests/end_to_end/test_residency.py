@@ -20,6 +20,7 @@ from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api, workers
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe, RayModel, WorkerConfig
+from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
 
 WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
@@ -49,7 +50,8 @@ def model_of(path: Path, sharding: str = REPLICATED, *loras: tuple[Path, float])
 
 
 def held() -> tuple[str, ...]:
-    return tuple(model.name for model in active_session.session(WORKERS.config, workers.service_spec()).run("held"))
+    session = active_session.session(WORKERS.config, workers.service_spec())
+    return tuple(model.name for model in session.run(WorkerService.memory).models)
 
 
 @pytest.mark.parametrize("sharding", [REPLICATED, SHARDED, OFFLOADED])

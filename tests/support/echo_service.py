@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from raylight.cluster.actor import RankContext, Run
+from raylight.cluster.config import Service
 from raylight.parallel.process_group import any_rank
 
 
-class EchoService:
+class EchoService(Service):
     def __init__(self, context: RankContext, settings: Any) -> None:
         self.context, self.settings = context, settings
         self.is_beyond_repair = False

@@ -1,0 +1,60 @@
+"""The verbs of a worker: what the driver can call on all ranks by `Session.run` and `Session.run_all`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+from raylight.cluster.actor import Run
+from raylight.cluster.config import Service
+from raylight.cluster.serialization import SerializedObject
+
+from .jobs import ForwardJob, RankMemory, RunJob, RunResult
+from .recipe import ModelRecipe
+
+
+class WorkerService(Service, Protocol):
+    """The models of one rank. Every verb is called on all ranks with the same arguments.
+
+    `run` is given by the worker, not by the caller. Verbs marked collective exchange data between the ranks.
+    Any of them may raise OutOfMemory; RunCancelled passes where the run was cancelled.
+    """
+
+    @abstractmethod
+    def load(self, run: Run, recipe: ModelRecipe) -> None:
+        """Load the model of `recipe`, split over the ranks, with its LoRAs; does nothing if it is loaded already.
+
+        Collective. Raises ValueError: for a file that is no such model, a model without a plan, too few heads, or a
+        LoRA that does not fit. Other models stay loaded, and the session stays usable.
+        """
+
+    @abstractmethod
+    def sample(self, run: Run, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
+        """Do complete runs of one model, divided among the groups of the batch axis. All ranks share a single run.
+
+        Return, on the first rank of each group, the results of its runs by their index in `jobs`; on others nothing.
+        Rank 0 emits `(index, StepDone)` after every step of its runs. All runs can be cancelled at each step.
+        Collective. Raises ValueError: as `load`, and for an input that the model's plan does not support.
+        """
+
+    @abstractmethod
+    def forward(self, run: Run, job: ForwardJob) -> SerializedObject | None:
+        """Call a method of the diffusion model once. Return its serialized output on rank 0, None on others.
+
+        Collective. Raises ValueError: as `sample`.
+        """
+
+    @abstractmethod
+    def free(self, run: Run) -> None:
+        """Unload every model."""
+
+    @abstractmethod
+    def shortfall(self, run: Run, recipe: ModelRecipe, latent_shape: tuple[int, ...] | None) -> int:
+        """Return how many bytes the fullest GPU lacks for a model, after the workers have freed what they can.
+
+        With the shape of a latent, the memory for sampling it is included. Collective.
+        """
+
+    @abstractmethod
+    def memory(self, run: Run) -> RankMemory:
+        """Return how much memory this rank uses, and its models, the least recently used first."""
