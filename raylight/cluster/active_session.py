@@ -6,8 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
-from . import ray_runtime
 from .config import ServiceSpec, SessionConfig
+from .ray_runtime import RUNTIME
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def close(keep_ray: bool = False) -> None:
             _stop(_session, _session.config if keep_ray else None)
             _session = None
         elif not keep_ray:
-            ray_runtime.disconnect()
+            RUNTIME.disconnect()
 
 
 def _stop(old: Session, successor: SessionConfig | None) -> None:
@@ -62,7 +62,7 @@ def _stop(old: Session, successor: SessionConfig | None) -> None:
         and successor.is_local
         and successor.namespace == old.config.namespace
         and successor.object_store_bytes == old.config.object_store_bytes
-        and ray_runtime.has_room(successor)
+        and RUNTIME.has_room(successor)
     )
     if not keeps_ray:
-        ray_runtime.disconnect()
+        RUNTIME.disconnect()

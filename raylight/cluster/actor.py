@@ -126,7 +126,7 @@ class RankActor:
             if not torch.cuda.is_available():
                 raise RuntimeError(f"the worker of rank {self._rank} sees no GPU")
             device = torch.cuda.get_device_name(0)
-            gpu = ray_environment.of_machine(os.environ, torch.version.hip is not None)
+            gpu = ray_environment.machine_gpu_index(os.environ, torch.version.hip is not None)
         return Place(self._rank, ray.util.get_node_ip_address(), os.getpid(), device, gpu)
 
     def open_store(self, host: str, timeout_s: float) -> Rendezvous:

@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from . import ray_runtime
 from .actor import Place
 from .errors import DIED, FAILED, OUT_OF_MEMORY, StoreFull, WorkerError, is_out_of_memory
+from .ray_runtime import RUNTIME
 
 # How errors read that a rank meets because another is gone: no causes.
 _OF_PEERS = (
@@ -150,7 +149,6 @@ def _sentence(text: str) -> str:
 
 STEP = "step"  # with which the phases of a sampler's steps begin, and only these
 _PATIENCE_S = 1.5
-_GONE_S = 5.0
 _LAST_BYTES, _LAST_LINES = 4096, 12
 _RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # marks for Ray's own reader of these files
 
@@ -160,23 +158,9 @@ def is_overdue(since_cancel_s: float, phases: Iterable[str]) -> bool:
     return since_cancel_s > _PATIENCE_S and not any(phase.startswith(STEP) for phase in phases)
 
 
-def kill(pids: Iterable[int]) -> None:
-    """End the processes of workers on this machine, stopped ones too, and wait until their memory is back."""
-    processes = []
-    for pid in pids:
-        try:
-            process = psutil.Process(pid)
-            if process.name().startswith("ray::"):  # the number may be another's by now
-                process.kill()
-                processes.append(process)
-        except psutil.Error:
-            continue
-    psutil.wait_procs(processes, timeout=_GONE_S)
-
-
 def printed(place: Place) -> dict[str, int]:
     """How many bytes the process of a worker on this machine has printed until now, by file."""
-    folder = ray_runtime.log_folder()
+    folder = RUNTIME.log_folder
     # Names of folders may hold what `glob` takes for patterns.
     paths = glob.glob(os.path.join(glob.escape(folder), f"worker-*-{place.pid}.err")) if folder else ()
     return {path: os.path.getsize(path) for path in paths}

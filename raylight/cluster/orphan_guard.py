@@ -1,7 +1,7 @@
-"""A guard for the day that ComfyUI is killed: ends what Ray would leave behind.
+"""A guard process that ends Ray's processes if ComfyUI's process is killed.
 
-Ray's workers die with their driver, but two of its helper processes stay for minutes when the driver
-gets no chance to shut down. The guard is a child that waits for the other end of a pipe to close.
+Ray's workers die with their driver, but two of its helper processes stay for minutes if the driver could not shut
+down. The guard waits for the other end of a pipe to close.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import psutil
 
 GRACE_S = 3.0
-_THEN = "--"  # between folders and processes in the guard's arguments
+_SEPARATOR = "--"  # between folders and processes in the guard's arguments
 
 
 def child_process_ids() -> frozenset[str]:
-    """The processes that this one has started, and theirs, by number and time of birth."""
+    """Return the ids of all descendants of this process."""
     return frozenset(process_ids(psutil.Process().children(recursive=True)))
 
 
 def process_ids(processes: Iterable[psutil.Process]) -> Iterator[str]:
-    """The numbers and times of birth of those that run."""
+    """Return "pid:creation time" of the processes that run. Unlike a pid, it is never reused."""
     for process in processes:
         try:
             yield f"{process.pid}:{process.create_time()}"
@@ -31,14 +31,12 @@ def process_ids(processes: Iterable[psutil.Process]) -> Iterator[str]:
             continue
 
 
-def guard(others: frozenset[str], folders: Sequence[str]) -> subprocess.Popen:
-    """Start a guard over the processes that this one has started but for `others`, which are not Ray's; they and what
-    they start end when it ends, however it ends, and the folders of their files go.
-
-    The guard goes by itself when its standard input is closed.
+def start(foreign_ids: frozenset[str], folders: Sequence[str]) -> subprocess.Popen:
+    """Start a guard process. When this process exits for any reason, it kills this one's descendants except
+    `foreign_ids`, and deletes `folders`. It exits when its standard input is closed.
     """
     return subprocess.Popen(
-        [sys.executable, __file__, *folders, _THEN, *sorted(child_process_ids() - others)],
+        [sys.executable, __file__, *folders, _SEPARATOR, *sorted(child_process_ids() - foreign_ids)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -46,11 +44,10 @@ def guard(others: frozenset[str], folders: Sequence[str]) -> subprocess.Popen:
     )
 
 
-def find(names: Iterable[str]) -> list[psutil.Process]:
-    """The processes of those names that still run; a number that was given to another process is not one."""
+def find(ids: Iterable[str]) -> list[psutil.Process]:
+    """Return the processes with these ids that still run."""
     found = []
-    for name in names:
-        pid, created = name.split(":")
+    for pid, created in (process_id.split(":") for process_id in ids):
         try:
             process = psutil.Process(int(pid))
             if process.create_time() == float(created):
@@ -70,9 +67,9 @@ def _with_children(processes: list[psutil.Process]) -> list[psutil.Process]:
     return list(found)
 
 
-def _main(folders: Sequence[str], names: Sequence[str]) -> None:
-    sys.stdin.buffer.read()  # returns when the last holder of the pipe is gone
-    _, left = psutil.wait_procs(_with_children(find(names)), timeout=GRACE_S)
+def _main(folders: Sequence[str], ids: Sequence[str]) -> None:
+    sys.stdin.buffer.read()  # returns when the pipe's other end is closed
+    _, left = psutil.wait_procs(_with_children(find(ids)), timeout=GRACE_S)
     for process in left:
         process.kill()
     psutil.wait_procs(left, timeout=GRACE_S)
@@ -81,5 +78,5 @@ def _main(folders: Sequence[str], names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _at = sys.argv.index(_THEN)
+    _at = sys.argv.index(_SEPARATOR)
     _main(sys.argv[1:_at], sys.argv[_at + 1 :])

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from . import ray_environment
 from .config import ServiceSpec, SessionConfig
 from .errors import RunCancelled
-from .ray_environment import of_person
+from .ray_environment import user_variables
 from .ray_runtime import loopback_interface
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -44,7 +44,7 @@ def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> Placemen
         has, advice = ("has", "Lower GPU") if never else ("has free:", "Lower GPU, or free what uses them")
         raise RuntimeError(
             f"{config.world_size} workers need {_said(bundle, bundle)} each, but Ray {has} {_said(free, bundle)}. "
-            f"{advice}.{of_person()}"
+            f"{advice}.{user_variables()}"
         )
     return group
 
@@ -67,5 +67,5 @@ def environment(config: SessionConfig, service: ServiceSpec, rank: int) -> dict[
     if interface is not None:
         variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     if config.gpu_select:
-        variables |= ray_environment.only(config.gpu_select[rank], os.environ, torch.version.hip is not None)
+        variables |= ray_environment.select_gpu(config.gpu_select[rank], os.environ, torch.version.hip is not None)
     return variables

@@ -1,8 +1,4 @@
-"""Which GPUs a process sees, by the environment variables of CUDA and of ROCm.
-
-ROCm's PyTorch takes HIP_VISIBLE_DEVICES, or CUDA_VISIBLE_DEVICES where that is not set. ROCR_VISIBLE_DEVICES comes
-before both: their numbers count what it leaves.
-"""
+"""The environment that Ray starts in: visible GPUs, the folder of its files, and its environment variables."""
 
 from __future__ import annotations
 
@@ -15,103 +11,107 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+# ROCm's PyTorch reads HIP_VISIBLE_DEVICES, or CUDA_VISIBLE_DEVICES if that is not set. ROCR_VISIBLE_DEVICES is applied
+# before both: their numbers count the GPUs that it leaves.
 CUDA, HIP, ROCR = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"
-# Ray's switches for leaving them as they are.
+# Variables that keep Ray from changing them.
 _NOSET = {name: f"RAY_EXPERIMENTAL_NOSET_{name}" for name in (CUDA, HIP)}
 
 
-def names(environ: Mapping[str, str], is_rocm: bool) -> list[str] | None:
-    """What the GPUs that a process sees are called, in its order: indices, UUIDs or MIG names. None where its
-    environment leaves all of them."""
+def visible_gpus(environ: Mapping[str, str], is_rocm: bool) -> list[str] | None:
+    """Return the names (indices, UUIDs or MIG names) of the GPUs that a process sees, None if it sees all."""
     value = (environ.get(HIP) if is_rocm else None) or environ.get(CUDA)
     return [name.strip() for name in value.split(",")] if value else None
 
 
-def of_machine(environ: Mapping[str, str], is_rocm: bool) -> int | None:
-    """The machine's index of the first GPU that a process sees; None where it is called otherwise."""
-    name = (names(environ, is_rocm) or ["0"])[0]
+def machine_gpu_index(environ: Mapping[str, str], is_rocm: bool) -> int | None:
+    """Return the machine's index of the first GPU that a process sees, None if the GPU is named by no index."""
+    name = (visible_gpus(environ, is_rocm) or ["0"])[0]
     if is_rocm and name.isdigit() and environ.get(ROCR):
         left = environ[ROCR].split(",")
         name = left[int(name)].strip() if int(name) < len(left) else ""
     return int(name) if name.isdigit() else None
 
 
-def only(index: int, environ: Mapping[str, str], is_rocm: bool) -> dict[str, str]:
-    """Variables by which a process sees one GPU, the `index`th that this one sees, whatever Ray would choose."""
-    seen = names(environ, is_rocm)
-    name = str(index) if seen is None else seen[index]
-    return {
-        variable: value
-        for of_kind in ((CUDA, HIP) if is_rocm else (CUDA,))
-        for variable, value in ((of_kind, name), (_NOSET[of_kind], "1"))
-    }
+def select_gpu(index: int, environ: Mapping[str, str], is_rocm: bool) -> dict[str, str]:
+    """Return variables that show a process only one GPU, the `index`th that this one sees, whatever Ray assigns."""
+    visible = visible_gpus(environ, is_rocm)
+    name = str(index) if visible is None else visible[index]
+    variables = (CUDA, HIP) if is_rocm else (CUDA,)
+    return dict.fromkeys(variables, name) | {_NOSET[variable]: "1" for variable in variables}
 
 
-def for_ray(environ: Mapping[str, str], is_rocm: bool) -> dict[str, str]:
-    """Variables without which Ray refuses to start on ROCm: with ROCR_VISIBLE_DEVICES it wants HIP_VISIBLE_DEVICES, and
-    gets what that is anyway."""
+def hip_variables(environ: Mapping[str, str], is_rocm: bool) -> dict[str, str]:
+    """Return variables without which Ray refuses to start on ROCm.
+
+    If ROCR_VISIBLE_DEVICES is set, Ray requires HIP_VISIBLE_DEVICES too. The value changes nothing.
+    """
     if not is_rocm or HIP in environ or ROCR not in environ:
         return {}
     left = [name for name in environ[ROCR].split(",") if name.strip()]
     return {HIP: environ.get(CUDA) or ",".join(str(index) for index in range(len(left)))}
 
 
-VARIABLE = "RAY_TMPDIR"
-_LEAST_FREE_BYTES = 100_000_000
-_INSIDE = "r"  # Ray opens its folder to all users, so it is inside of one that is not
+FOLDER_VARIABLE = "RAY_TMPDIR"
+_MIN_FREE_BYTES = 100_000_000
+_INSIDE = "r"  # Ray opens its folder to all users, so put it inside of a private one
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
-_OF_RAY = "/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+_SOCKET_PATH = "/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 _SHORT_ROOTS = ("/tmp", "/var/tmp", "/dev/shm")
-_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+_FOLDER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 
-class NoFolder(OSError):
-    """Ray's files find no place. The message says why, and what to do."""
+class FolderError(OSError):
+    """Ray's files cannot be placed. The message names the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class RayFolder:
-    """`path` is what Ray is given; `own` are the folders that go when Ray ends."""
+    """The folder `path` that Ray is given, and the folders `owned` that `remove` deletes."""
 
     path: str
-    own: tuple[str, ...]
+    owned: tuple[str, ...]
 
     def remove(self) -> None:
-        for folder in self.own:
+        for folder in self.owned:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def root() -> str:
-    """Where Ray's files go. On POSIX not to TMPDIR, whose paths are long on many machines."""
-    return os.environ.get(VARIABLE) or ("/tmp" if os.name == "posix" else tempfile.gettempdir())
+def folder_root() -> str:
+    """Return the folder for Ray's files. On POSIX this ignores TMPDIR, whose paths are long on many machines."""
+    return os.environ.get(FOLDER_VARIABLE) or ("/tmp" if os.name == "posix" else tempfile.gettempdir())
 
 
-def most_bytes() -> int:
-    """How long the name of the folder that Ray is given may be."""
-    return _SOCKET_BYTES - len(_OF_RAY.format(pid=os.getpid()))
+def max_folder_bytes() -> int:
+    """Return the maximum length of the path that Ray is given."""
+    return _SOCKET_BYTES - len(_SOCKET_PATH.format(pid=os.getpid()))
 
 
-def fits(path: str) -> bool:
-    """Whether Ray can have its sockets in a folder of this name."""
-    return os.name != "posix" or (path.isascii() and len(os.fsencode(path)) <= most_bytes())
+def fits_sockets(path: str) -> bool:
+    """Return whether Ray can create its sockets in a folder of this path."""
+    return os.name != "posix" or (path.isascii() and len(os.fsencode(path)) <= max_folder_bytes())
 
 
-def make() -> RayFolder:
-    """A new folder in `root`. Raises NoFolder."""
-    where = os.path.abspath(root())
+def make_folder() -> RayFolder:
+    """Make a new folder for Ray's files in `folder_root`. Raises FolderError."""
+    root = os.path.abspath(folder_root())
     try:
-        # Ray would only say after half a minute that it has waited in vain.
-        if (free := shutil.disk_usage(where).free) < _LEAST_FREE_BYTES:
-            raise NoFolder(
-                f"the disk of {where} has {free / 1e6:.1f} MB left, and {_LEAST_FREE_BYTES / 1e6:.0f} MB "
-                f"are needed. {advice()}"
+        # Ray itself would report a full disk only after half a minute, as a timeout.
+        if (free := shutil.disk_usage(root).free) < _MIN_FREE_BYTES:
+            raise FolderError(
+                f"the disk of {root} has {free / 1e6:.1f} MB left, and {_MIN_FREE_BYTES / 1e6:.0f} MB are needed. "
+                f"{folder_remedy()}"
             )
-        own = tempfile.mkdtemp(prefix="raylight-", dir=where)
+        private = tempfile.mkdtemp(prefix="raylight-", dir=root)
+    except FolderError:
+        raise
     except OSError as error:
-        raise error if isinstance(error, NoFolder) else NoFolder(f"{_words(error)}. {advice()}") from error
-    path = os.path.join(own, _INSIDE)
-    if fits(path):
-        return RayFolder(path, (own,))
+        raise FolderError(
+            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}. {folder_remedy()}"
+        ) from error
+    path = os.path.join(private, _INSIDE)
+    if fits_sockets(path):
+        return RayFolder(path, (private,))
     os.mkdir(path)
     for short in _SHORT_ROOTS:
         try:
@@ -119,119 +119,107 @@ def make() -> RayFolder:
         except OSError:
             continue
         link = os.path.join(holder, _INSIDE)
-        if fits(link):
+        if fits_sockets(link):
             os.symlink(path, link)
-            return RayFolder(link, (holder, own))
+            return RayFolder(link, (holder, private))
         shutil.rmtree(holder, ignore_errors=True)
-    shutil.rmtree(own, ignore_errors=True)
-    length = len(os.fsencode(where))
-    longest = most_bytes() - (len(os.fsencode(path)) - length)
-    letters = "" if where.isascii() else ", and letters that are not ASCII"
-    raise NoFolder(
-        f"its sockets cannot be there: {VARIABLE} = {where} has {length} bytes{letters}, and a short link "
-        f"to it can be made in none of {', '.join(_SHORT_ROOTS)}. Name a folder of at most {longest} bytes, "
-        f"of ASCII letters only"
+    shutil.rmtree(private, ignore_errors=True)
+    length = len(os.fsencode(root))
+    longest = max_folder_bytes() - (len(os.fsencode(path)) - length)
+    letters = "" if root.isascii() else " and letters that are not ASCII"
+    raise FolderError(
+        f"{FOLDER_VARIABLE} = {root} has {length} bytes{letters}, which is too long for Ray's sockets, and no short "
+        f"link to it can be made in {', '.join(_SHORT_ROOTS)}. Choose a folder of at most {longest} bytes, of ASCII "
+        f"letters only"
     )
 
 
-def is_cause(error: BaseException, folder: RayFolder | None) -> bool:
-    """Whether an error that Ray has met is one of its folder: a full disk, or no right to write there."""
-    if not isinstance(error, OSError) or error.errno not in _OF_DISK or folder is None:
+def is_folder_error(error: BaseException, folder: RayFolder | None) -> bool:
+    """Return whether an error of Ray's start is due to its folder: a full disk, or no permission to write there."""
+    if not isinstance(error, OSError) or error.errno not in _FOLDER_ERRNOS or folder is None:
         return False
-    named = [name for name in (error.filename, error.filename2) if isinstance(name, str)]
+    paths = [path for path in (error.filename, error.filename2) if isinstance(path, str)]
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or any(
-        Path(name).is_relative_to(own) for name in named for own in folder.own
+        Path(path).is_relative_to(owned) for path in paths for owned in folder.owned
     )
 
 
-def advice() -> str:
-    """What to do where the folder is the cause."""
+def folder_remedy() -> str:
+    """Return what to do if Ray's folder is the root cause."""
     return (
-        f"Its temporary files go to {root()}, or where {VARIABLE} says: make room there, and let this user write there"
+        f"Ray's temporary files go to {folder_root()}; set {FOLDER_VARIABLE} to change that. Free space there, and "
+        f"make sure that this user can write there"
     )
-
-
-def _words(error: OSError) -> str:
-    return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
 
 
 TOKEN, TOKEN_PATH, AUTH_MODE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # by default workers give way to every other program of the machine
+    "RAY_worker_niceness": "0",  # by default workers run at a lower priority than other programs
 }
-# Where Ray's files and clusters are, and what is a secret; and what Ray and this module set themselves.
-_UNTOLD = frozenset(
-    {
-        "RAY_TMPDIR",
-        "RAY_ADDRESS",
-        "RAY_NAMESPACE",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
-        "RAY_CLIENT_MODE",
-        AUTH_MODE,
-        TOKEN,
-        TOKEN_PATH,
-        *_DEFAULTS,
-    }
-)
-_LONGEST = 120  # characters of a value that are repeated in a message
-
-_before: dict[str, str | None] = {}
+# Locations, secrets, and what Ray and this module set themselves.
+_NOT_REPORTED = {
+    "RAY_TMPDIR",
+    "RAY_ADDRESS",
+    "RAY_NAMESPACE",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+    "RAY_CLIENT_MODE",
+    AUTH_MODE,
+    TOKEN,
+    TOKEN_PATH,
+    *_DEFAULTS,
+}
+_MAX_CHARACTERS = 120  # of a variable's value in a message
 
 
-def prepare(is_local: bool, is_rocm: bool) -> None:
-    """Set what Ray is to be started, or joined, with; `restore` takes back what is for one start."""
+def prepare(is_local: bool, is_rocm: bool) -> dict[str, str | None]:
+    """Set the variables with which Ray is started or joined.
+
+    Return the values that the variables for this one start had before, for `restore`.
+    """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if not is_local:
-        return
-    values = for_ray(os.environ, is_rocm)
+        return {}
+    values = hip_variables(os.environ, is_rocm)
+    before: dict[str, str | None] = dict.fromkeys(values)
     if (
         os.environ.get(AUTH_MODE, "token").lower() == "token"
         and not (os.environ.get(TOKEN) or os.environ.get(TOKEN_PATH))
         and (token := _new_token()) is not None
     ):
-        # Ray would write one into the home of the person, for good; and it may not be able to.
+        # Without it, Ray writes a token into the user's home, where it stays; and it may not be able to.
         values[TOKEN] = token
-        _before.setdefault(AUTH_MODE, os.environ.get(AUTH_MODE))  # Ray sets it
-    for name, value in values.items():
-        _before.setdefault(name, os.environ.get(name))
-        os.environ[name] = value
+        before |= {name: os.environ.get(name) for name in (TOKEN, AUTH_MODE)}  # Ray sets AUTH_MODE
+    os.environ.update(values)
     if TOKEN in values:
-        _read_again()
+        _reload_token()
+    return before
 
 
-def restore() -> None:
-    """Take back what `prepare` has set for one start: another Ray may be joined next, with another token or none."""
-    had_token = TOKEN in _before
-    for name, value in _before.items():
+def restore(before: Mapping[str, str | None]) -> None:
+    """Undo `prepare`: the next Ray may be another one, with another token or none."""
+    for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    _before.clear()
-    if had_token:
-        _read_again()
+    if TOKEN in before:
+        _reload_token()
 
 
-def of_person(environ: Mapping[str, str] = os.environ) -> str:
-    """A sentence that names what is set for Ray in ComfyUI's environment, which may be why Ray does otherwise than it
-    should; empty where nothing is."""
-    found = {
-        name: value
+def user_variables(environ: Mapping[str, str] = os.environ) -> str:
+    """Return a sentence that names the Ray variables that the user has set, a possible root cause; else ""."""
+    found = ", ".join(
+        f"{name}={value if len(value) <= _MAX_CHARACTERS else value[:_MAX_CHARACTERS] + '...'}"
         for name, value in sorted(environ.items())
-        if name.startswith("RAY_") and name not in _UNTOLD and value
-    }
-    if not found:
-        return ""
-    named = ", ".join(
-        f"{name}={value if len(value) <= _LONGEST else value[:_LONGEST] + '...'}" for name, value in found.items()
+        if name.startswith("RAY_") and name not in _NOT_REPORTED and value
     )
-    return f" ComfyUI was started with {named}, which changes Ray: try without."
+    return f" ComfyUI was started with {found}, which changes Ray: try without." if found else ""
 
 
 def _new_token() -> str | None:
-    """A token as Ray makes them; None for a Ray that knows no tokens."""
+    """Return a token in Ray's format, None for a Ray without tokens."""
     try:
         from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
     except ImportError:
@@ -239,8 +227,8 @@ def _new_token() -> str | None:
     return generate_new_authentication_token()
 
 
-def _read_again() -> None:
-    """Have Ray, in this process, read the mode and the token anew: it keeps both."""
+def _reload_token() -> None:
+    """Make Ray in this process read the mode and the token again. It caches both."""
     from ray._raylet import AuthenticationTokenLoader, Config
 
     Config.initialize("")

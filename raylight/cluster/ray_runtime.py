@@ -1,4 +1,4 @@
-"""Whether a Ray cluster can be at an address, asked before Ray is: it would wait for minutes, and then end ComfyUI."""
+"""Ray in this process: a local Ray that is started and ended here, or a cluster that is joined."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import psutil
 import ray
@@ -17,98 +17,180 @@ from . import orphan_guard, ray_environment
 from .config import SessionConfig
 from .timeouts import BackgroundCall, with_timeout
 
-_PATIENCE_S = 5.0
-# What opens a connection of HTTP/2, of which gRPC is made, and empty settings (RFC 9113, 3.4 and 6.5).
-_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-_FRAME_HEADER, _KIND_AT, _SETTINGS = 9, 3, 4
-
-
-def check_reachable(address: str) -> None:
-    """Knock at "host:port"; does nothing for addresses of other forms.
-
-    Raises OSError where nobody listens, or whoever does is not Ray.
-    """
-    host, separator, port = address.rpartition(":")
-    if not (separator and port.isdigit() and "//" not in address):
-        return
-    with socket.create_connection((host, int(port)), timeout=_PATIENCE_S) as connection:
-        connection.sendall(_GREETING)
-        answer = b""
-        try:
-            while len(answer) < _FRAME_HEADER and (more := connection.recv(_FRAME_HEADER - len(answer))):
-                answer += more
-        except TimeoutError:
-            pass
-    if len(answer) < _FRAME_HEADER or answer[_KIND_AT] != _SETTINGS:
-        raise ConnectionError("another program listens there, which is not Ray")
-
-
 logger = logging.getLogger(__name__)
 
-_LEFT_START_S = 60.0
+_START_TO_FINISH_S = 60.0
 _SHUTDOWN_S = 20.0
-_NEEDED = ("gcs_server", "raylet")
-
-_ours = False
-_thread: BackgroundCall | None = None  # that has started Ray
-_is_starting = False
-_leaving: BackgroundCall | None = None  # a Ray that is broken takes seconds to be left
-_guard: subprocess.Popen | None = None
-_not_rays: frozenset[str] = frozenset()  # what ComfyUI and other packs had started before
-_rays: frozenset[str] = frozenset()
-_needed: dict[str, psutil.Process] = {}
-_folder: ray_environment.RayFolder | None = None
+_KILL_S = 5.0
+_REQUIRED = ("gcs_server", "raylet")
+_WORKER_PREFIX = "ray::"
 
 
-def connect(config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
-    """Have Ray up for this session; keeps what is already up in this process.
+class RayRuntime:
+    """Ray in this process. Use the one instance `RUNTIME`; Ray itself is one per process."""
 
-    Raises ConnectionError when the cluster at `config.address` does not answer, RuntimeError when Ray does not start
-    here, and RunCancelled; a start that was cancelled goes on, and the next call finds it.
-    """
-    global _ours, _thread, _is_starting, _guard, _not_rays
-    if _leaving is not None:
-        _end_leaving()
-    if not _is_starting and ray.is_initialized():
-        return
-    if not _is_starting:
-        _ours = _is_starting = True
-        _not_rays = orphan_guard.child_process_ids()
-        ray_environment.prepare(config.is_local, torch.version.hip is not None)
+    def __init__(self) -> None:
+        self._start_call: BackgroundCall | None = None  # None if Ray is not up, or was started by another pack
+        self._is_starting = False
+        self._shutdown_call: BackgroundCall | None = None  # a broken Ray takes seconds to shut down
+        self._variables: dict[str, str | None] = {}  # of the environment, before the start
+        self._folder: ray_environment.RayFolder | None = None
+        self._guard: subprocess.Popen | None = None
+        self._foreign_ids: frozenset[str] = frozenset()  # children that ComfyUI and other packs started before
+        self._ray_ids: frozenset[str] = frozenset()
+        self._required: dict[str, psutil.Process] = {}
+
+    def connect(self, config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
+        """Start or join Ray for a session; keep a Ray that is already up in this process.
+
+        Raises ConnectionError: when the cluster at `config.address` does not answer. Raises RuntimeError: when Ray
+        does not start here. Raises RunCancelled: when cancelled; the start goes on, and the next call waits for it.
+        """
+        self._finish_shutdown()
+        if not self._is_starting:
+            if ray.is_initialized():
+                return
+            self._begin_start(config)
+        try:
+            self._start_call.wait(config.start_timeout_s, "the start of Ray", wants_cancel)
+        except ConnectionError:
+            self._reset()
+            raise
+        except Exception as error:
+            reason = self._reason(error)
+            self.abandon()
+            raise RuntimeError(f"Ray does not start on this machine: {reason}") from error
+        self._is_starting = False
+        if config.is_local:
+            self._guard_processes()
+
+    def lost(self) -> str | None:
+        """Return which of the local Ray's required processes has ended, None while all run.
+
+        Ray ends this process a minute after that, unless `abandon` is called.
+        """
+        for name, process in self._required.items():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    continue
+            except psutil.NoSuchProcess:
+                pass
+            return f"{name} (pid {process.pid})"
+        return None
+
+    def disconnect(self) -> None:
+        """Leave the cluster, or end the local Ray. Does nothing to a Ray that another pack has started."""
+        if self._is_starting:
+            try:
+                self._start_call.wait(_START_TO_FINISH_S, "the start of Ray")
+            except Exception as error:
+                logger.debug("the start of Ray had failed: %s", error)
+        if self._start_call is not None:
+            if ray.is_initialized() and self.lost() is None:
+                try:
+                    with_timeout(ray.shutdown, _SHUTDOWN_S, "the end of Ray")
+                except TimeoutError as error:
+                    logger.warning("%s: its processes are killed", error)
+                    self.abandon()
+            else:
+                self.abandon()
+        self._finish_shutdown()
+        self._reset()
+
+    def abandon(self) -> None:
+        """Kill the processes of a Ray that does not answer, and shut it down in the background.
+
+        The processes come first: the shutdown would wait for them.
+        """
+        children = psutil.Process().children(recursive=True)
+        ours = [child for child in children if _name(child).startswith((_WORKER_PREFIX, *_REQUIRED))]
+        for process in orphan_guard.find({*self._ray_ids, *orphan_guard.process_ids(ours)}):
+            process.kill()
+        if ray.is_initialized() and self._shutdown_call is None:
+            self._shutdown_call = BackgroundCall(ray.shutdown)
+        self._reset()
+
+    def has_room(self, config: SessionConfig) -> bool:
+        """Return whether the local Ray is up and was started with enough CPUs for a session."""
+        is_up = ray.is_initialized() and self._shutdown_call is None and self.lost() is None
+        return is_up and ray.cluster_resources().get("CPU", 0) >= config.world_size
+
+    @property
+    def log_folder(self) -> str | None:
+        """The folder with the logs of the local Ray's processes."""
+        return None if self._folder is None else os.path.join(self._folder.path, "session_latest", "logs")
+
+    def _begin_start(self, config: SessionConfig) -> None:
+        self._foreign_ids = orphan_guard.child_process_ids()
         _bind_to_loopback(config.is_local)
-        _thread = BackgroundCall(lambda: _start(config) if config.is_local else _join(config), stays=True)
-    try:
-        _thread.wait(config.start_timeout_s, "the start of Ray", wants_cancel)
-    except ConnectionError:
-        _forget()
-        raise
-    except Exception as error:
-        words = _why_not(error)
-        abandon()
-        raise RuntimeError(f"Ray does not start on this machine: {words}") from error
-    _is_starting = False
-    if config.is_local:
-        _note_processes()
-        _guard = orphan_guard.guard(_not_rays, () if _folder is None else _folder.own)
+        self._variables = ray_environment.prepare(config.is_local, torch.version.hip is not None)
+        start = self._start_local if config.is_local else _join_cluster
+        self._start_call, self._is_starting = BackgroundCall(lambda: start(config), stays=True), True
+
+    def _start_local(self, config: SessionConfig) -> None:
+        logger.info("starting Ray on this machine for %d workers", config.world_size)
+        self._folder = ray_environment.make_folder()
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            namespace=config.namespace,
+            num_cpus=max(config.world_size, os.cpu_count() or 1),
+            object_store_memory=config.object_store_bytes,
+            log_to_driver=False,  # workers report their logs themselves, see status.py
+            logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
+            _temp_dir=self._folder.path,
+        )
+
+    def _reason(self, error: BaseException) -> str:
+        """Return why Ray has not started, with a remedy where one is known."""
+        if isinstance(error, ray_environment.FolderError):
+            return f"{error}."
+        text = str(error).strip().rstrip(".") or type(error).__name__
+        if ray_environment.is_folder_error(error, self._folder):
+            return f"{text}. {ray_environment.folder_remedy()}."
+        return f"{text}.{ray_environment.user_variables()}"
+
+    def _guard_processes(self) -> None:
+        children = psutil.Process().children(recursive=True)
+        self._required = {_name(child): child for child in children if _name(child).startswith(_REQUIRED)}
+        self._ray_ids = frozenset(orphan_guard.process_ids(children)) - self._foreign_ids
+        self._guard = orphan_guard.start(self._foreign_ids, () if self._folder is None else self._folder.owned)
+
+    def _finish_shutdown(self) -> None:
+        if self._shutdown_call is None:
+            return
+        try:
+            self._shutdown_call.wait(_SHUTDOWN_S, "the end of the previous Ray")
+        except Exception as error:
+            logger.warning("Ray did not shut down cleanly: %s", error)
+        self._shutdown_call = None
+        self._restore_variables()
+
+    def _reset(self) -> None:
+        """Forget the Ray that has ended, and release what was kept for it."""
+        self._is_starting, self._ray_ids, self._required = False, frozenset(), {}
+        if self._start_call is not None:
+            self._start_call.release()
+            self._start_call = None
+        if self._guard is not None:
+            self._guard.stdin.close()
+            self._guard.wait(timeout=30)
+            self._guard = None
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
+        if self._shutdown_call is None:  # Ray must be down when it reads its variables again
+            self._restore_variables()
+
+    def _restore_variables(self) -> None:
+        ray_environment.restore(self._variables)
+        self._variables = {}
 
 
-def _start(config: SessionConfig) -> None:
-    global _folder
-    logger.info("starting Ray on this machine for %d workers", config.world_size)
-    _folder = ray_environment.make()
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        namespace=config.namespace,
-        num_cpus=max(config.world_size, os.cpu_count() or 1),
-        object_store_memory=config.object_store_bytes,
-        log_to_driver=False,  # workers send their own, see worker_logs
-        logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
-        _temp_dir=_folder.path,
-    )
+RUNTIME = RayRuntime()
 
 
-def _join(config: SessionConfig) -> None:
+def _join_cluster(config: SessionConfig) -> None:
     logger.info("joining the Ray cluster at %s", config.address)
     try:
         check_reachable(config.address)
@@ -121,91 +203,62 @@ def _join(config: SessionConfig) -> None:
         ) from error
 
 
-def _why_not(error: BaseException) -> str:
-    """Why Ray has not started: in its own words, and with what helps where that is known."""
-    if isinstance(error, ray_environment.NoFolder):
-        return f"{error}."
-    words = str(error).strip().rstrip(".") or type(error).__name__
-    if ray_environment.is_cause(error, _folder):
-        return f"{words}. {ray_environment.advice()}."
-    return f"{words}.{ray_environment.of_person()}"
+_CONNECT_S = 5.0
+# The preface of an HTTP/2 connection, which gRPC uses, and empty settings (RFC 9113, 3.4 and 6.5).
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_FRAME_HEADER_BYTES, _TYPE_INDEX, _SETTINGS = 9, 3, 4
 
 
-def _note_processes() -> None:
-    global _rays, _needed
-    children = psutil.Process().children(recursive=True)
-    _needed = {_name(child): child for child in children if _name(child).startswith(_NEEDED)}
-    _rays = frozenset(orphan_guard.process_ids(children)) - _not_rays
+def check_reachable(address: str) -> None:
+    """Check that a gRPC server answers at "host:port". Does nothing for addresses of other forms.
+
+    Ray itself would wait for minutes, and then end ComfyUI. Raises OSError: when nobody listens there.
+    Raises ConnectionError: when another program does.
+    """
+    host, separator, port = address.rpartition(":")
+    if not (separator and port.isdigit() and "//" not in address):
+        return
+    with socket.create_connection((host, int(port)), timeout=_CONNECT_S) as connection:
+        connection.sendall(_PREFACE)
+        answer = b""
+        try:
+            while len(answer) < _FRAME_HEADER_BYTES and (more := connection.recv(_FRAME_HEADER_BYTES - len(answer))):
+                answer += more
+        except TimeoutError:
+            pass
+    if len(answer) < _FRAME_HEADER_BYTES or answer[_TYPE_INDEX] != _SETTINGS:
+        raise ConnectionError("another program listens there, which is not Ray")
 
 
-def _bind_to_loopback(local: bool) -> None:
-    """Have Ray's processes listen on the loopback interface only, or, for a cluster, on the machine's address.
+def _bind_to_loopback(is_local: bool) -> None:
+    """Make Ray's processes listen on the loopback interface only; for a cluster, on the machine's address.
 
-    `ray.init` replaces a loopback address by the machine's own; this switch of Ray's is the one way around.
-    The variable is for the processes that Ray starts, the constant for this one, which has read it already.
+    `ray.init` replaces a loopback address by the machine's own, unless this switch is set: as a variable for the
+    processes that Ray starts, as a constant for this one, which has read the variable already.
     """
     if not hasattr(ray_constants, "ENABLE_RAY_CLUSTER"):
         raise RuntimeError(f"Ray {ray.__version__} cannot be kept on the loopback interface: install another version")
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0" if local else "1"
-    ray_constants.ENABLE_RAY_CLUSTER = not local
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0" if is_local else "1"
+    ray_constants.ENABLE_RAY_CLUSTER = not is_local
 
 
-def lost() -> str | None:
-    """Which of the processes that the local Ray cannot do without is gone; None while all are there.
+def loopback_interface() -> str | None:
+    """Return the name of this machine's loopback interface."""
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
 
-    Ray ends this whole process a minute after that, so somebody has to ask, and to `abandon` it.
-    """
-    for name, process in _needed.items():
+
+def kill_workers(pids: Iterable[int]) -> None:
+    """Kill the processes of workers on this machine, also stopped ones, and wait until their memory is free."""
+    processes = []
+    for pid in pids:
         try:
-            if process.status() != psutil.STATUS_ZOMBIE:
-                continue
-        except psutil.NoSuchProcess:
-            pass
-        return f"{name} (pid {process.pid})"
-    return None
-
-
-def disconnect() -> None:
-    """Leave Ray, and end it where it is a Ray of our own. Leaves alone what another pack has started."""
-    if _is_starting:
-        try:
-            _thread.wait(_LEFT_START_S, "the start of Ray")
-        except Exception as error:
-            logger.debug("the start of Ray had failed: %s", error)
-    if _ours and ray.is_initialized() and lost() is None:
-        try:
-            with_timeout(ray.shutdown, _SHUTDOWN_S, "the end of Ray")
-        except TimeoutError as error:
-            logger.warning("%s: its processes are ended", error)
-            abandon()
-    elif _ours:
-        abandon()
-    if _leaving is not None:
-        _end_leaving()
-    _forget()
-
-
-def abandon() -> None:
-    """End a Ray of our own that no longer answers: its processes first, as it would wait for them. What then is left
-    to do in this process goes on beside others."""
-    global _leaving
-    running = psutil.Process().children(recursive=True)
-    workers = [child for child in running if _name(child).startswith(("ray::", *_NEEDED))]
-    for process in orphan_guard.find({*_rays, *orphan_guard.process_ids(workers)}):
-        process.kill()
-    if ray.is_initialized() and _leaving is None:
-        _leaving = BackgroundCall(ray.shutdown)
-    _forget()
-
-
-def _end_leaving() -> None:
-    global _leaving
-    try:
-        _leaving.wait(_SHUTDOWN_S, "the end of the Ray before")
-    except Exception as error:
-        logger.warning("Ray could not be ended in order: %s", error)
-    _leaving = None
-    ray_environment.restore()
+            process = psutil.Process(pid)
+            if process.name().startswith(_WORKER_PREFIX):  # the pid may have been reused
+                process.kill()
+                processes.append(process)
+        except psutil.Error:
+            continue
+    psutil.wait_procs(processes, timeout=_KILL_S)
 
 
 def _name(process: psutil.Process) -> str:
@@ -213,36 +266,3 @@ def _name(process: psutil.Process) -> str:
         return process.name()
     except psutil.Error:
         return ""
-
-
-def _forget() -> None:
-    global _ours, _thread, _is_starting, _guard, _rays, _needed, _folder
-    _ours, _is_starting, _rays, _needed = False, False, frozenset(), {}
-    if _thread is not None:
-        _thread.release()
-        _thread = None
-    if _guard is not None:
-        _guard.stdin.close()
-        _guard.wait(timeout=30)
-        _guard = None
-    if _folder is not None:
-        _folder.remove()
-        _folder = None
-    if _leaving is None:
-        ray_environment.restore()  # Ray reads it anew, for which none may be up
-
-
-def log_folder() -> str | None:
-    """Where the processes of the local Ray write their logs."""
-    return None if _folder is None else os.path.join(_folder.path, "session_latest", "logs")
-
-
-def has_room(config: SessionConfig) -> bool:
-    """Whether the local Ray that is up was started with enough processors for this session."""
-    is_up = ray.is_initialized() and _leaving is None and lost() is None
-    return is_up and ray.cluster_resources().get("CPU", 0) >= config.world_size
-
-
-def loopback_interface() -> str | None:
-    """The name of this machine's loopback interface, for sockets that must not leave it."""
-    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)

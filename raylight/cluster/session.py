@@ -23,6 +23,7 @@ from .config import ServiceSpec, SessionConfig
 from .diagnosis import Fault, WorkerStates, is_store_full, store_full, to_error
 from .errors import OUT_OF_MEMORY, RAY_LOST, RunCancelled, WorkerError
 from .object_store import ObjectCache
+from .ray_runtime import RUNTIME
 from .status import IDLE, STARTING
 from .timeouts import with_timeout
 from .watchdog import Watchdog
@@ -55,7 +56,7 @@ class Session:
         self._running, self._closing = threading.Lock(), threading.Lock()
         started = time.monotonic()
         try:
-            ray_runtime.connect(config, wants_cancel)
+            RUNTIME.connect(config, wants_cancel)
             self._group = placement.reserve(config, wants_cancel)
             self._start(service, wants_cancel)
         except BaseException:
@@ -223,15 +224,15 @@ class Session:
         group, self._group = self._group, None
         if not actors and group is None:
             return
-        if self.config.is_local and ray_runtime.lost() is not None:
-            ray_runtime.abandon()
+        if self.config.is_local and RUNTIME.lost() is not None:
+            RUNTIME.abandon()
         elif ray.is_initialized():
             try:
                 with_timeout(lambda: _give_back(actors, group), _END_S, "the end of the workers")
             except Exception as error:
                 logger.warning("%s", error)
         if self.config.is_local:
-            diagnosis.kill(place.pid for place in self.places.values())
+            ray_runtime.kill_workers(place.pid for place in self.places.values())
 
     def _put(self, value: Any) -> ray.ObjectRef:
         """A reference to an object in Ray's store. Raises StoreFull."""

@@ -18,11 +18,11 @@ import psutil
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
-from . import ray_runtime
 from .actor import Place
 from .config import SessionConfig
 from .diagnosis import Fault, of_process, oom_kills
 from .errors import HUNG, RAY_LOST
+from .ray_runtime import RUNTIME
 from .status import IDLE, LogLine, Report, repeat
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class Watchdog:
         return self._stopped() or self._silent() or self._standing()
 
     def _ray_lost(self) -> Fault | None:
-        lost = ray_runtime.lost() if self._config.is_local else None
+        lost = RUNTIME.lost() if self._config.is_local else None
         if lost is None:
             return None
         return Fault(

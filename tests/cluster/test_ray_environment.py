@@ -1,4 +1,4 @@
-"""Machines as people have them: their variables, folders and limits, for a Ray of one's own."""
+"""GPU variables, folders and limits of users' machines, for a local Ray."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ROOT = Path(__file__).resolve().parents[2]
             2,
             {"CUDA_VISIBLE_DEVICES": "3", "HIP_VISIBLE_DEVICES": "3"},
         ),
-        # Numbers of HIP count what ROCR leaves.
+        # HIP's numbers count the GPUs that ROCR leaves.
         (
             {"ROCR_VISIBLE_DEVICES": "4,5,6", "HIP_VISIBLE_DEVICES": "1,2"},
             True,
@@ -78,17 +78,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_which_gpus_a_process_sees(
     environ: dict[str, str], is_rocm: bool, seen: list[str] | None, first: int | None, second: dict[str, str]
 ) -> None:
-    assert ray_environment.names(environ, is_rocm) == seen
-    assert ray_environment.of_machine(environ, is_rocm) == first
+    assert ray_environment.visible_gpus(environ, is_rocm) == seen
+    assert ray_environment.machine_gpu_index(environ, is_rocm) == first
     switches = {f"RAY_EXPERIMENTAL_NOSET_{name}": "1" for name in second}
-    assert ray_environment.only(1, environ, is_rocm) == second | switches
+    assert ray_environment.select_gpu(1, environ, is_rocm) == second | switches
 
 
 def test_rays_switches_are_those_of_this_ray() -> None:
     from ray._private.accelerators import amd_gpu, nvidia_gpu
 
     assert {amd_gpu.NOSET_HIP_VISIBLE_DEVICES_ENV_VAR, nvidia_gpu.NOSET_CUDA_VISIBLE_DEVICES_ENV_VAR} == {
-        name for name in ray_environment.only(0, {}, True) if name.startswith("RAY")
+        name for name in ray_environment.select_gpu(0, {}, True) if name.startswith("RAY")
     }
 
 
@@ -99,16 +99,16 @@ def test_ray_on_rocm_takes_rocr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "4,5")
     with pytest.raises(RuntimeError):
         AMDGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
-    ray_environment.prepare(is_local=True, is_rocm=True)
+    before = ray_environment.prepare(is_local=True, is_rocm=True)
     try:
         assert AMDGPUAcceleratorManager.get_current_process_visible_accelerator_ids() == ["0", "1"]
     finally:
-        ray_environment.restore()
+        ray_environment.restore(before)
     assert "HIP_VISIBLE_DEVICES" not in os.environ
-    assert ray_environment.for_ray({"ROCR_VISIBLE_DEVICES": "4,5", "CUDA_VISIBLE_DEVICES": "1"}, True) == {
+    assert ray_environment.hip_variables({"ROCR_VISIBLE_DEVICES": "4,5", "CUDA_VISIBLE_DEVICES": "1"}, True) == {
         "HIP_VISIBLE_DEVICES": "1"
     }
-    assert ray_environment.for_ray({"ROCR_VISIBLE_DEVICES": "4,5", "HIP_VISIBLE_DEVICES": "1"}, True) == {}
+    assert ray_environment.hip_variables({"ROCR_VISIBLE_DEVICES": "4,5", "HIP_VISIBLE_DEVICES": "1"}, True) == {}
 
 
 @pytest.mark.parametrize(
@@ -128,33 +128,33 @@ def test_a_token_for_one_start(given: dict[str, str], changes: bool, monkeypatch
         monkeypatch.setenv(name, value)
     made = set()
     for _ in range(2):
-        ray_environment.prepare(is_local=True, is_rocm=False)
+        before = ray_environment.prepare(is_local=True, is_rocm=False)
         made.add(os.environ.get("RAY_AUTH_TOKEN"))
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray does
-        ray_environment.restore()
+        ray_environment.restore(before)
         if changes:
             assert {name for name in os.environ if name.startswith("RAY_AUTH")} == set(given)
     assert len(made) == (2 if changes else 1) and (changes or made == {given.get("RAY_AUTH_TOKEN")})
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
 
 
-def test_variables_that_are_told() -> None:
-    assert ray_environment.of_person({"RAY_TMPDIR": "/x", "RAY_AUTH_TOKEN": "secret", "PATH": "/bin"}) == ""
-    to_error = ray_environment.of_person({"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}', "RAY_AUTH_TOKEN": "secret"})
-    assert 'RAY_OVERRIDE_RESOURCES={"CPU": 1},' in to_error and "secret" not in to_error
+def test_variables_that_are_reported() -> None:
+    assert ray_environment.user_variables({"RAY_TMPDIR": "/x", "RAY_AUTH_TOKEN": "secret", "PATH": "/bin"}) == ""
+    sentence = ray_environment.user_variables({"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}', "RAY_AUTH_TOKEN": "secret"})
+    assert 'RAY_OVERRIDE_RESOURCES={"CPU": 1},' in sentence and "secret" not in sentence
 
 
 def test_a_folder_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("short", "a" * 100, "é"):
         monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / name))
         (tmp_path / name).mkdir()
-        folder = ray_environment.make()
-        assert ray_environment.fits(folder.path)
-        assert all(os.stat(own).st_mode & 0o777 == 0o700 for own in folder.own), "for this user alone"
+        folder = ray_environment.make_folder()
+        assert ray_environment.fits_sockets(folder.path)
+        assert all(os.stat(own).st_mode & 0o777 == 0o700 for own in folder.owned), "for this user alone"
         Path(folder.path, "there").mkdir(parents=True)
         assert list((tmp_path / name).glob("raylight-*/r/there"))
         folder.remove()
-        assert not any(os.path.lexists(own) for own in folder.own) and not list((tmp_path / name).iterdir())
+        assert not any(os.path.lexists(own) for own in folder.owned) and not list((tmp_path / name).iterdir())
 
 
 def test_a_folder_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,27 +163,26 @@ def test_a_folder_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_TMPDIR", str(long))
     monkeypatch.setattr(ray_environment, "_SHORT_ROOTS", (str(long), "/proc"))
     with pytest.raises(
-        ray_environment.NoFolder, match=rf"has {len(str(long))} bytes, and .* at most \d+ bytes"
+        ray_environment.FolderError, match=rf"has {len(str(long))} bytes, .* at most \d+ bytes"
     ) as error:
-        ray_environment.make()
+        ray_environment.make_folder()
     assert not list(long.iterdir())
     most = int(re.search(r"at most (\d+) bytes", str(error.value)).group(1))
-    assert ray_environment.fits("/" + "a" * (most - 1) + "/raylight-12345678/r")
-    assert not ray_environment.fits("/" + "a" * most + "/raylight-12345678/r")
+    assert ray_environment.fits_sockets("/" + "a" * (most - 1) + "/raylight-12345678/r")
+    assert not ray_environment.fits_sockets("/" + "a" * most + "/raylight-12345678/r")
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/proc/none")
     with pytest.raises(
-        ray_environment.NoFolder,
-        match=r"No such file or directory: /proc/none\. Its temporary files go to "
-        r"/proc/none, .* make room there",
+        ray_environment.FolderError,
+        match=r"No such file or directory: /proc/none\. Ray's temporary files go to /proc/none; .* Free space there",
     ):
-        ray_environment.make()
+        ray_environment.make_folder()
 
 
 @pytest.mark.parametrize(
-    ("error", "is_cause"),
+    ("error", "expected"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), True),
         (PermissionError(errno.EACCES, "Permission denied", "/x/raylight-1/r/session"), True),
@@ -193,9 +192,9 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> Non
         (ModuleNotFoundError("No module named 'not_there'"), False),
     ],
 )
-def test_when_the_folder_is_the_cause(error: Exception, is_cause: bool) -> None:
+def test_when_the_folder_is_the_root_cause(error: Exception, expected: bool) -> None:
     folder = ray_environment.RayFolder("/x/raylight-1/r", ("/x/raylight-1",))
-    assert ray_environment.is_cause(error, folder) is is_cause
+    assert ray_environment.is_folder_error(error, folder) is expected
 
 
 _STARTS = """
@@ -219,7 +218,7 @@ def start(**changes):
 
 
 def starts(code: str, **environ: str) -> list[str]:
-    """What a process prints that starts sessions by `code`, a line for each."""
+    """Return the lines, one for each session, that a process prints which runs `code`."""
     process = subprocess.run(
         [sys.executable, "-c", _STARTS + code, str(ROOT), str(ROOT / "tests" / "support")],
         text=True,
@@ -259,5 +258,5 @@ def test_what_keeps_ray_from_starting_is_named() -> None:
         hook,
     )
     assert "Ray does not start on this machine: " in store and store.count("..") == store.count("...")
-    assert float(small.split()[0]) < 30, "it waited for what cannot come"
+    assert float(small.split()[0]) < 30, "it waited for resources that never come"
     assert not any("temporary files" in line for line in (small, hook, store))

@@ -1,4 +1,4 @@
-"""Who listens at an address, found out before Ray is asked."""
+"""Addresses are checked before Ray is asked to join."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_nobody() -> None:
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_another_program(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_runtime, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(ray_runtime, "_CONNECT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         if answers:
 
