@@ -76,14 +76,16 @@ class Traffic:
         self.sent = self.received = 0
         own = Session.run_all
 
-        def run_all(session: Session, verb: Callable[..., Any], *args: Any, on_event: Any = None, **named: Any) -> Any:
+        def run_all(
+            session: Session, verb: Callable[..., Any], *args: Any, on_event: Any = lambda _: None, **named: Any
+        ) -> Any:
             self.sent += sum(map(size, args))
 
             def count(event: Any) -> None:
                 self.received += size(event)
                 on_event(event)
 
-            answers = own(session, verb, *args, on_event=on_event and count, **named)
+            answers = own(session, verb, *args, on_event=count, **named)
             self.received += sum(map(size, answers.values()))
             return answers
 

@@ -1,4 +1,4 @@
-"""The one session of this process: GPUs have one owner, so a new configuration replaces the old."""
+"""The one session of this process. GPUs have one owner, so a new configuration replaces the old one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from .config import ServiceSpec, SessionConfig
+from .diagnosis import Remedies, no_remedies
 from .ray_runtime import RUNTIME
 from .session import Session
 
@@ -16,35 +17,33 @@ _lock = threading.Lock()
 _session: Session | None = None
 
 
-def session(config: SessionConfig, service: ServiceSpec, wants_cancel: Callable[[], bool] = lambda: False) -> Session:
-    """The session of `config`: the running one if it is of this configuration and alive, else a new one.
-
-    Raises what `Session` raises."""
+def session(
+    config: SessionConfig,
+    service: ServiceSpec,
+    wants_cancel: Callable[[], bool] = lambda: False,
+    remedies: Remedies = no_remedies,
+) -> Session:
+    """Return the running session if it has this configuration, else start a new one. Raises as `Session`."""
     global _session
     with _lock:
         if _session is not None and (_session.config != config or not _session.alive):
             if _session.alive:
-                logger.info("the workers are started anew: their configuration has changed")
+                logger.info("the workers restart: their configuration has changed")
             _stop(_session, config)
             _session = None
         if _session is None:
-            _session = Session(config, service, wants_cancel)
+            _session = Session(config, service, wants_cancel, remedies)
         return _session
 
 
 def running() -> Session | None:
-    """The session that is running, if one is."""
-    with _lock:
-        return _session if _session is not None and _session.alive else None
-
-
-def peek() -> Session | None:
-    """The session, alive or not, without waiting for one that is being started; for looking only."""
-    return _session
+    """Return the running session, if any. Does not wait for one that is starting."""
+    found = _session
+    return found if found is not None and found.alive else None
 
 
 def close(keep_ray: bool = False) -> None:
-    """End the running session and, if it is ours and not to be kept, Ray."""
+    """End the running session, and Ray too unless `keep_ray`. A Ray of another pack stays."""
     global _session
     with _lock:
         if _session is not None:

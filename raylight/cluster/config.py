@@ -1,4 +1,4 @@
-"""What makes one session of workers different from another."""
+"""The configuration of a session, and of the service that its workers run."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class ServiceSpec:
 
 @dataclass(frozen=True, slots=True)
 class SessionConfig:
-    """Everything for which workers must be started anew when it changes.
+    """Everything that requires new workers when it changes.
 
-    `address` is "local" for a Ray of one's own, else that of a running cluster. `gpu_select` are indices of
-    this machine's GPUs, empty for any. Times in seconds, memory in bytes; `object_store_bytes` None leaves it to Ray.
-    `check_links` has the ways between the workers tried before they are used for the first time. A rank that does not
-    answer for `heartbeat_timeout_s` has hung, and so have ranks that do not get on for `stall_timeout_s`.
+    `address` is "local", or that of a running cluster. `gpu_select` are indices of this machine's GPUs, empty for any.
+    `object_store_bytes` None leaves the size to Ray. `check_links`: measure the links between the workers before their
+    first use. A rank has hung if it sends no report for `heartbeat_timeout_s`, or if all ranks make no progress for
+    `stall_timeout_s`.
     """
 
     mesh: MeshShape

@@ -1,4 +1,4 @@
-"""How a worker's failure reaches the person at the graph."""
+"""Errors that reach the user from the workers, and which errors mean that memory ran out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ DIED, HUNG, FAILED, OUT_OF_MEMORY, RAY_LOST = "died", "hung", "failed", "out of 
 
 
 class WorkerError(RuntimeError):
-    """A worker failed or died, and the workers have ended. The message names the rank, where it ran, what it did and
-    the cause; `kind` is one of this module's."""
+    """A worker failed or died, and the workers have ended.
+
+    The message names the rank, where it ran, its phase, the root cause and the remedies. `kind` is one of this
+    module's constants.
+    """
 
     def __init__(self, message: str, kind: str = FAILED) -> None:
         super().__init__(message)
@@ -15,11 +18,11 @@ class WorkerError(RuntimeError):
 
 
 class StoreFull(RuntimeError):
-    """What should travel found no room. The workers go on."""
+    """Ray's object store is full. The workers stay."""
 
 
 class OutOfMemory(RuntimeError):
-    """A rank's memory was exhausted. The message says by what."""
+    """A rank ran out of memory. The message names what it held."""
 
 
 class RunCancelled(BaseException):
@@ -29,9 +32,9 @@ class RunCancelled(BaseException):
     """
 
 
-# What NCCL takes of a GPU's memory for one more communicator, and some more.
+# What NCCL takes of a GPU's memory for one more communicator, with a margin.
 NCCL_BYTES = 512 * 2**20
-_OF_MEMORY = (
+_MEMORY_MARKS = (
     "out of memory",
     "can't allocate memory",
     "cannot allocate memory",
@@ -39,7 +42,7 @@ _OF_MEMORY = (
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
 )
-_OF_CUDA_IN_NCCL = (
+_NCCL_CUDA_MARKS = (
     "unhandled cuda error",
     "unhandled system error",
     "ncclunhandledcudaerror",
@@ -50,15 +53,20 @@ _OF_CUDA_IN_NCCL = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, of PyTorch on any device, or of NCCL says that memory was exhausted."""
+    """Return whether an error of Python, NCCL, or PyTorch on any device says that memory ran out."""
     if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(mark in text for mark in _OF_MEMORY)
+    return isinstance(error, RuntimeError) and _has_mark(error, _MEMORY_MARKS)
 
 
-def may_be_of_memory(error: BaseException) -> bool:
-    """Whether it is an error of NCCL that does not say why CUDA has failed: with a full GPU it is for want of memory,
-    which NCCL takes by itself."""
+def may_be_out_of_memory(error: BaseException) -> bool:
+    """Return whether it is an error of NCCL that does not say why CUDA failed.
+
+    On a full GPU the reason is memory, which NCCL allocates by itself.
+    """
+    return isinstance(error, RuntimeError) and "nccl" in str(error).lower() and _has_mark(error, _NCCL_CUDA_MARKS)
+
+
+def _has_mark(error: BaseException, marks: tuple[str, ...]) -> bool:
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and "nccl" in text and any(mark in text for mark in _OF_CUDA_IN_NCCL)
+    return any(mark in text for mark in marks)

@@ -1,4 +1,4 @@
-"""Objects that workers fetch when they want them, and that are put where they can only once."""
+"""Objects in Ray's object store that workers fetch when they need them. Each is put there once."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ _GET_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class ObjectHandle:
-    """An object in Ray's store. `key` is the same for the same content."""
+    """A reference to an object in Ray's object store. `key` is the same for the same content."""
 
     key: str
     _reference: ray.ObjectRef
 
     def get(self) -> Any:
-        """The object; arrays in it lie in memory that is shared and read only. Raises ray's GetTimeoutError."""
+        """Return the object. Its arrays are in shared, read-only memory. Raises ray's GetTimeoutError: after 120 s."""
         return ray.get(self._reference, timeout=_GET_S)
 
 
 class ObjectCache:
-    """The objects that this process has put, by `put`, for one session, the least recently used first."""
+    """The up to `limit` objects that one session has put by `put`, the least recently used first."""
 
     def __init__(self, limit: int, put: Callable[[Any], ray.ObjectRef]) -> None:
         self._limit = limit
         self._put = put
-        self._held: dict[str, ObjectHandle] = {}
+        self._objects: dict[str, ObjectHandle] = {}
 
     def of(self, key: str, make: Callable[[], Any]) -> ObjectHandle:
-        """The object of a key, made only when it is not there."""
-        found = self._held.pop(key, None)
+        """Return the handle of a key's object. Call `make` only if the object is not there."""
+        found = self._objects.pop(key, None)
         if found is None:
             found = ObjectHandle(key, self._put(make()))
-            while len(self._held) >= self._limit:
-                del self._held[next(iter(self._held))]
-        self._held[key] = found
+            while len(self._objects) >= self._limit:
+                del self._objects[next(iter(self._objects))]
+        self._objects[key] = found
         return found

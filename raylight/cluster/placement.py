@@ -1,4 +1,4 @@
-"""Which processor each rank gets, and the environment that its process starts with."""
+"""The GPU and CPU of each rank, and the environment that its process starts with."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _LOCAL_S, _POLL_S = 30.0, 0.5
 
 
 def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> PlacementGroup:
-    """Reserve one bundle per rank.
+    """Reserve a CPU, and a GPU if Ray is to choose it, for each rank.
 
-    Raises RuntimeError, with what is free, when they cannot be had, and RunCancelled."""
+    Raises RuntimeError: when there are not enough. Raises RunCancelled: when cancelled.
+    """
     bundle = {"CPU": 1.0}
     if config.device_type == "cuda" and not config.gpu_select:
         bundle["GPU"] = 1.0
@@ -41,27 +42,27 @@ def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> Placemen
             continue
         free = ray.cluster_resources() if never else ray.available_resources()
         remove_placement_group(group)
-        has, advice = ("has", "Lower GPU") if never else ("has free:", "Lower GPU, or free what uses them")
+        has, remedy = ("has", "Lower GPU") if never else ("has free:", "Lower GPU, or free what uses them")
         raise RuntimeError(
-            f"{config.world_size} workers need {_said(bundle, bundle)} each, but Ray {has} {_said(free, bundle)}. "
-            f"{advice}.{user_variables()}"
+            f"{config.world_size} workers need {_counts(bundle, bundle)} each, but Ray {has} {_counts(free, bundle)}. "
+            f"{remedy}.{user_variables()}"
         )
     return group
 
 
-def _said(resources: Mapping[str, float], names: Iterable[str]) -> str:
+def _counts(resources: Mapping[str, float], names: Iterable[str]) -> str:
     counts = {name: f"{resources.get(name, 0):g}" for name in sorted(names, reverse=True)}
     return " and ".join(f"{count} {name}{'' if count == '1' else 's'}" for name, count in counts.items())
 
 
 def environment(config: SessionConfig, service: ServiceSpec, rank: int) -> dict[str, str]:
-    """Environment variables of a rank's process."""
+    """Return the environment variables of a rank's process."""
     path = [*service.python_path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
     for name in ALLOCATOR_VARIABLES:
         if "cudaMallocAsync" in os.environ.get(name, ""):
-            # ComfyUI sets this allocator for itself; with NCCL it runs out of memory.
-            kept = [part for part in os.environ[name].split(",") if not part.startswith("backend:")]
+            # ComfyUI sets this allocator for itself. With NCCL it runs out of memory.
+            kept = [setting for setting in os.environ[name].split(",") if not setting.startswith("backend:")]
             variables[name] = ",".join(kept)
     interface = loopback_interface() if config.is_local else None
     if interface is not None:

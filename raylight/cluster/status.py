@@ -1,13 +1,15 @@
-"""What a rank tells of itself while it works: where it is, that it gets on, and what it logs."""
+"""What a rank reports while it works: its phase, its heartbeat and its log."""
 
 from __future__ import annotations
 
+import glob
 import logging
+import os
 import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +17,13 @@ from typing import Any
 from raylight.parallel import heartbeat
 
 STARTING, IDLE = "starting", "waiting for work"
-_MOST_LINES = 500  # between two reports; what a rank logs beyond that is lost, oldest first
+STEP = "step"  # the phases of a sampler's steps start with it, and no others
+_MAX_LINES = 500  # between two reports; of more lines the oldest are lost
 
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """One record of Python's logging. `run` is the run that was the rank's last when it was made, empty before the
-    first."""
+    """One record of Python's logging. `run` is the id of the rank's last run when it was made, "" before the first."""
 
     level: int
     name: str
@@ -31,7 +33,7 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A rank's word: its phase, how often its pulse has beaten, and what it has logged since its last report."""
+    """A rank's phase, its number of heartbeats, and what it has logged since its last report."""
 
     phase: str
     beats: int
@@ -39,44 +41,44 @@ class Report:
 
 
 class Status:
-    """The state of one rank. Written by the thread that works, read by the one that reports."""
+    """The state of one rank, written by its working thread and read by its reporting thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._phase, self._told_phase = STARTING, ""
-        self._lines: deque[LogLine] = deque(maxlen=_MOST_LINES)
+        self._phase, self._reported_phase = STARTING, ""
+        self._lines: deque[LogLine] = deque(maxlen=_MAX_LINES)
         self.run = ""
 
     def enter(self, phase: str) -> None:
-        """Say what begins now; it reads well behind "in" or "while"."""
+        """Set the phase; it must read well after "while"."""
         heartbeat.beat()
         with self._changed:
             self._phase = phase
             self._changed.notify_all()
 
     def add(self, line: LogLine) -> None:
-        """Take a line for the next report."""
+        """Add a line to the next report."""
         with self._changed:
             self._lines.append(line)
             self._changed.notify_all()
 
     def report(self, patience_s: float) -> Report:
-        """What is new since the last report, at once when something is, else after `patience_s`."""
+        """Return what is new since the last report, as soon as there is something, at the latest after `patience_s`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._lines or self._phase != self._told_phase, patience_s)
+            self._changed.wait_for(lambda: self._lines or self._phase != self._reported_phase, patience_s)
             report = Report(self._phase, heartbeat.beats(), tuple(self._lines))
             self._lines.clear()
-            self._told_phase = self._phase
+            self._reported_phase = self._phase
         return report
 
 
 OUTPUT = "raylight.output"  # the logger of what is printed
-_OURS = "raylight."
-_FROM_RANK_0_ONLY = ("py.warnings", OUTPUT)
+_OWN_LOGGERS = "raylight."
+_RANK_0_ONLY = ("py.warnings", OUTPUT)
 
 
-class _Forwarding(logging.Handler):
-    """Takes what concerns people. All ranks do the same things: what is no warning is told by rank 0 alone."""
+class _ReportHandler(logging.Handler):
+    """Adds log records to a rank's reports. All ranks do the same, so only rank 0 reports less than warnings."""
 
     def __init__(self, status: Status, rank: int) -> None:
         super().__init__()
@@ -84,13 +86,10 @@ class _Forwarding(logging.Handler):
         self.is_brief = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.is_brief and record.levelno < logging.WARNING and not record.name.startswith(_OURS):
+        if self.is_brief and record.levelno < logging.WARNING and not record.name.startswith(_OWN_LOGGERS):
             return
-        if (
-            self._rank > 0
-            and logging.DEBUG < record.levelno
-            and (record.levelno < logging.WARNING or record.name in _FROM_RANK_0_ONLY)
-        ):
+        is_routine = record.levelno < logging.WARNING or record.name in _RANK_0_ONLY
+        if self._rank > 0 and record.levelno > logging.DEBUG and is_routine:
             return
         text = record.getMessage()
         if record.exc_info:
@@ -98,8 +97,8 @@ class _Forwarding(logging.Handler):
         self._status.add(LogLine(record.levelno, record.name, text, self._status.run))
 
 
-class _Printed:
-    """Stands for a stream: each line that is printed becomes a line of the log."""
+class _LoggedStream:
+    """A stream whose lines are logged instead of printed."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._rest = stream, ""
@@ -115,20 +114,19 @@ class _Printed:
         return getattr(self._stream, name)
 
 
-def forward(status: Status, rank: int, level: int) -> None:
-    """Have all that this process logs from `level` on, and prints, go to `status`."""
+def report_logs(status: Status, rank: int, level: int) -> None:
+    """Send what this process prints, and logs at `level` or above, to `status`."""
     root = logging.getLogger()
-    root.addHandler(_Forwarding(status, rank))
+    root.addHandler(_ReportHandler(status, rank))
     root.setLevel(level)
     logging.captureWarnings(True)
-    sys.stdout, sys.stderr = _Printed(sys.stdout), _Printed(sys.stderr)
+    sys.stdout, sys.stderr = _LoggedStream(sys.stdout), _LoggedStream(sys.stderr)
 
 
 @contextmanager
-def briefly() -> Iterator[None]:
-    """Within it, only warnings and Raylight's own lines are sent: what ComfyUI says when it starts, it has said already
-    in the process of the person."""
-    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, _Forwarding)]
+def brief_logs() -> Iterator[None]:
+    """Report only warnings and Raylight's own lines: ComfyUI has logged the rest when its own process started."""
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, _ReportHandler)]
     for handler in handlers:
         handler.is_brief = True
     try:
@@ -139,7 +137,28 @@ def briefly() -> Iterator[None]:
 
 
 def repeat(line: LogLine, rank: int) -> None:
-    """Log, in ComfyUI's process, what a rank has logged."""
+    """Log a rank's line in ComfyUI's process."""
     logger = logging.getLogger(line.name)
     if logger.isEnabledFor(line.level):
         logger.log(line.level, "rank %d: %s", rank, line.text)
+
+
+_LAST_BYTES, _LAST_LINES = 4096, 12
+_RAY_MARKS = (":job_id:", ":actor_name:", ":task_name:")  # for Ray's own reader of these files
+
+
+def output_sizes(folder: str | None, pid: int) -> dict[str, int]:
+    """Return how many bytes a worker of this machine has printed, by file in Ray's log `folder`."""
+    # The folder's path may contain characters that are patterns for `glob`.
+    paths = glob.glob(os.path.join(glob.escape(folder), f"worker-*-{pid}.err")) if folder else ()
+    return {path: os.path.getsize(path) for path in paths}
+
+
+def last_output(folder: str | None, pid: int, before: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the last lines that a worker of this machine has printed since `before`, such as the stack of a crash."""
+    lines: list[str] = []
+    for path, size in output_sizes(folder, pid).items():
+        with open(path, "rb") as file:
+            file.seek(max(before.get(path, 0), size - _LAST_BYTES))
+            lines += file.read().decode(errors="replace").splitlines()
+    return tuple(line for line in lines if line.strip() and not line.startswith(_RAY_MARKS))[-_LAST_LINES:]

@@ -1,11 +1,11 @@
-"""Calls into Ray that may block for good when it is broken, made in a thread that nobody has to wait for."""
+"""Time limits for calls into Ray that may block forever when Ray is broken."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from .errors import RunCancelled
 
@@ -13,28 +13,31 @@ T = TypeVar("T")
 _POLL_S = 0.05
 
 
-class BackgroundCall:
-    """A call that is under way in a thread of its own, which dies with the process.
+class BackgroundCall(Generic[T]):
+    """A call in a daemon thread, which dies with the process.
 
-    With `stays` the thread does not end with the call, but when it is let go: Linux ends processes that have asked to
-    go with their parent, as Ray's have, when the very thread ends that has started them.
+    `stays`: keep the thread alive until `release()`. Ray's children set a parent-death signal, and Linux sends it when
+    the *thread* that started them exits.
     """
 
     def __init__(self, call: Callable[[], T], stays: bool = False) -> None:
-        self._ended, self._may_go = threading.Event(), threading.Event()
+        self._ended, self._released = threading.Event(), threading.Event()
         if not stays:
-            self._may_go.set()
+            self._released.set()
         self._result: T | None = None
         self._error: BaseException | None = None
         threading.Thread(target=self._run, args=(call,), daemon=True, name="raylight-ray-call").start()
 
     def release(self) -> None:
-        """Let the thread end, now or with the call."""
-        self._may_go.set()
+        """Let the thread end, now or when the call does."""
+        self._released.set()
 
     def wait(self, timeout_s: float, what: str, wants_cancel: Callable[[], bool] = lambda: False) -> T:
-        """What the call returns. Raises what it raises; TimeoutError, naming `what`, when it takes longer than that;
-        RunCancelled when it is cancelled. It then still goes on."""
+        """Return the call's result. The call goes on after a timeout or cancel.
+
+        Raises what the call raises. Raises TimeoutError, naming `what`: after `timeout_s`. Raises RunCancelled: when
+        cancelled.
+        """
         deadline = time.monotonic() + timeout_s
         while not self._ended.wait(_POLL_S):
             if wants_cancel():
@@ -48,13 +51,13 @@ class BackgroundCall:
     def _run(self, call: Callable[[], T]) -> None:
         try:
             self._result = call()
-        except BaseException as error:  # for whoever waits
+        except BaseException as error:  # raised again in `wait`
             self._error = error
         finally:
             self._ended.set()
-        self._may_go.wait()
+        self._released.wait()
 
 
 def with_timeout(call: Callable[[], T], timeout_s: float, what: str) -> T:
-    """What `call` returns, waited for at most `timeout_s`. Raises as `BackgroundCall.wait`."""
+    """Return the result of `call`. Raises as `BackgroundCall.wait`."""
     return BackgroundCall(call).wait(timeout_s, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -10,7 +11,7 @@ import comfy.model_management
 
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
-from raylight.cluster.errors import DIED, HUNG, OUT_OF_MEMORY, RunCancelled, WorkerError
+from raylight.cluster.errors import DIED, HUNG, OUT_OF_MEMORY, RunCancelled
 from raylight.cluster.session import Session
 from raylight.host import settings
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
@@ -19,47 +20,43 @@ from raylight.host.worker_service import WorkerService
 from . import memory
 
 R = TypeVar("R")
-_ANEW = "The workers start anew with the next prompt"
+_RESTART = "The workers restart with the next prompt"
 
 
-def advised(error: WorkerError, config: SessionConfig, sharding: str | None) -> WorkerError:
-    """The same error with what to try."""
-    if error.kind == OUT_OF_MEMORY:
-        advice = f"What helps, in this order: {'; '.join(_for_memory(config, sharding))}. {_ANEW}."
-    elif error.kind == DIED:
-        advice = (
-            f"{_ANEW}. If it happens again, the system's memory may be too small: "
+def remedies(config: SessionConfig, sharding: str | None, kind: str) -> str:
+    """Return what the user can do about a failure of `kind`; `sharding` is that of the model it is about."""
+    if kind == OUT_OF_MEMORY:
+        return f"What helps, in this order: {'; '.join(_for_memory(config, sharding))}. {_RESTART}."
+    if kind == DIED:
+        return (
+            f"{_RESTART}. If it happens again, the system's memory may be too small: "
             f"{'; '.join(_for_memory(config, sharding))}."
         )
-    elif error.kind == HUNG:
-        advice = (
-            f"{_ANEW}. If it happens again on GPUs, start ComfyUI with NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows "
+    if kind == HUNG:
+        return (
+            f"{_RESTART}. If it happens again on GPUs, start ComfyUI with NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows "
             f"what NCCL does."
         )
-    else:
-        advice = f"{_ANEW}."
-    told = WorkerError(f"{error}\n{advice}", error.kind)
-    told.__cause__ = error.__cause__
-    return told
+    return f"{_RESTART}."
 
 
 def _for_memory(config: SessionConfig, sharding: str | None) -> list[str]:
     several = config.world_size > 1
-    remedies = []
+    found = []
     if sharding == REPLICATED and several:
-        remedies.append("switch FSDP on, so that each GPU holds a part of the weights only")
+        found.append("switch FSDP on, so that each GPU holds a part of the weights only")
     if sharding == SHARDED:
-        remedies.append("switch FSDP_CPU_OFFLOAD on, so that weights stay in system memory")
+        found.append("switch FSDP_CPU_OFFLOAD on, so that weights stay in system memory")
     if sharding == OFFLOADED:
-        remedies.append("close what else takes GPU or system memory")
+        found.append("close what else takes GPU or system memory")
     if config.mesh.batch > 1:
-        remedies.append(
+        found.append(
             "lower cfg_degree or dp_degree and raise ulysses_degree, so that more GPUs share the tokens of "
             "one image or video"
         )
-    remedies.append("a smaller size, fewer frames or a smaller batch")
-    remedies.append("a file with smaller weights (fp8, GGUF)")
-    return remedies
+    found.append("a smaller size, fewer frames or a smaller batch")
+    found.append("a file with smaller weights (fp8, GGUF)")
+    return found
 
 
 logger = logging.getLogger(__name__)
@@ -74,11 +71,14 @@ def session(workers: WorkerConfig, recipe: ModelRecipe, latent_shape: Sequence[i
     """The workers' session, started now if it is not running, with room for a model and, where its latent's shape is
     known, for what sampling takes."""
     try:
-        found = active_session.session(workers.config, service_spec(), comfy.model_management.processing_interrupted)
+        found = active_session.session(
+            workers.config,
+            service_spec(),
+            comfy.model_management.processing_interrupted,
+            functools.partial(remedies, workers.config, workers.sharding),
+        )
     except RunCancelled:
         _interrupt()
-    except WorkerError as error:
-        raise advised(error, workers.config, workers.sharding) from error.__cause__
     memory.register(free)
     if workers.config.device_type == "cuda":
         # Workers share these GPUs with ComfyUI; neither sees what the other could give back.
@@ -97,19 +97,21 @@ def ask_all(
     verb: Callable[..., R],
     *arguments: Any,
     about: ModelRecipe | None = None,
-    on_event: Callable[[Any], None] | None = None,
+    on_event: Callable[[Any], None] = lambda _: None,
 ) -> dict[int, R]:
     """Call a verb of `WorkerService` on all workers, for the model `about`; the results by rank.
 
     Raises what `Session.run_all` raises, errors with what to try, and ComfyUI's interrupt when the person cancels."""
     try:
         return session.run_all(
-            verb, *arguments, on_event=on_event, wants_cancel=comfy.model_management.processing_interrupted
+            verb,
+            *arguments,
+            on_event=on_event,
+            wants_cancel=comfy.model_management.processing_interrupted,
+            remedies=functools.partial(remedies, session.config, None if about is None else about.sharding),
         )
     except RunCancelled:
         _interrupt()
-    except WorkerError as error:
-        raise advised(error, session.config, None if about is None else about.sharding) from error.__cause__
 
 
 def _interrupt() -> NoReturn:

@@ -1,4 +1,4 @@
-"""An error that every rank meets at the same place: the workers stay where that is proven, and only there."""
+"""After an error that every rank met at the same place the workers stay, and only then."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from echo_service import EchoService
 
 from raylight.cluster import active_session
-from raylight.cluster.collect import Outcome, met_alike
+from raylight.cluster.collect import Outcome, common_error
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import WorkerError
 from raylight.cluster.session import Session
@@ -49,8 +49,8 @@ def end_of_module():
     ],
 )
 def test_the_same_error(first: BaseException, second: BaseException, same: bool) -> None:
-    assert (met_alike(Outcome(failures={1: second, 0: first}), 2) is first) is same
-    assert met_alike(Outcome(failures={0: first}), 2) is None, "the other rank is still at work"
+    assert (common_error(Outcome(errors={1: second, 0: first})) is first) is same
+    assert common_error(Outcome(errors={0: first}, unfinished={1})) is None, "the other rank is still working"
 
 
 def test_tallies() -> None:
@@ -83,7 +83,7 @@ def test_workers_end_where_they_are_not_known_to_be_in_step(begins: str) -> None
 
 
 @pytest.mark.slow
-def test_last_words_are_of_the_run_that_failed() -> None:
+def test_last_output_is_of_the_run_that_failed() -> None:
     once = session()
     once.run(EchoService.say, "an old story")
     with pytest.raises(WorkerError) as error:

@@ -99,7 +99,7 @@ def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped() -> None
 
 
 @pytest.mark.parametrize("verb", [EchoService.refuse, EchoService.refuse_in_own_time])
-def test_a_refusal_that_all_ranks_agree_on_is_told_plainly(verb: Callable) -> None:
+def test_a_refusal_by_all_ranks_is_raised_as_it_is(verb: Callable) -> None:
     session = active_session.session(config(), SERVICE)
     with pytest.raises(ValueError, match=r"^no such thing$"):
         session.run(verb)

@@ -1,4 +1,4 @@
-"""Workers that stand still, fall silent or do not heed a cancel; what they log; the ways between them."""
+"""Workers that hang, do not answer, or ignore a cancel; their logs; the links between them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def end_of_module():
         (
             {"stall_timeout_s": 4.0},
             EchoService.stand_still,
-            "rank 1 .* it has not got on for 4 s, and the others wait for it",
+            "rank 1 .* no progress for 4 s; the other ranks are waiting for it",
         ),
         (
             {"heartbeat_timeout_s": 5.0},
@@ -59,7 +59,7 @@ def test_a_rank_that_hangs_is_named(limit: dict[str, float], verb: Callable, mes
     assert session(**limit).run(EchoService.count, 2)[2] == 2
 
 
-def test_a_cancel_that_is_not_heeded_ends_the_workers() -> None:
+def test_a_cancel_that_is_ignored_ends_the_workers() -> None:
     deaf, asked = session(), threading.Event()
     threading.Timer(1.0, asked.set).start()
     began = time.monotonic()
@@ -82,7 +82,7 @@ def test_a_start_is_cancelled() -> None:
     assert session().run(EchoService.count, 1)[2] == 1
 
 
-def test_what_ran_out_of_memory_tells_what_it_held() -> None:
+def test_out_of_memory_names_what_the_rank_held() -> None:
     with pytest.raises(WorkerError, match="ran out of memory .* It held nothing but echoes") as error:
         session().run(EchoService.exhaust_memory)
     assert error.value.kind == OUT_OF_MEMORY
@@ -110,7 +110,7 @@ def test_workers_log_to_this_process_once(caplog: pytest.LogCaptureFixture) -> N
     ]
 
 
-def test_the_ways_between_workers_are_tried_once_for_a_set_of_them() -> None:
+def test_links_are_measured_once_for_a_set_of_workers() -> None:
     links = session().links
     assert links.exact and set(links.bytes_per_s) == {(0, 1)} and 0 < links.latency_s < 1
     active_session.close()

@@ -1,12 +1,12 @@
-"""What people are told to try, by how their workers were set up."""
+"""Remedies for failures, by how the workers were set up."""
 
 from __future__ import annotations
 
 import pytest
 
 from raylight.cluster.config import SessionConfig
-from raylight.cluster.errors import DIED, FAILED, HUNG, OUT_OF_MEMORY, WorkerError
-from raylight.driver.workers import advised
+from raylight.cluster.errors import DIED, FAILED, HUNG, OUT_OF_MEMORY
+from raylight.driver.workers import remedies
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED
 from raylight.parallel.mesh import MeshShape
 
@@ -20,11 +20,9 @@ from raylight.parallel.mesh import MeshShape
         (OUT_OF_MEMORY, OFFLOADED, MeshShape(batch=2), "raise ulysses_degree", "switch FSDP"),
         (DIED, REPLICATED, MeshShape(ulysses=2), "the system's memory", "NCCL"),
         (HUNG, REPLICATED, MeshShape(ulysses=2), "NCCL_P2P_DISABLE=1", "FSDP"),
-        (FAILED, None, MeshShape(ulysses=2), "start anew", "FSDP"),
+        (FAILED, None, MeshShape(ulysses=2), "restart", "FSDP"),
     ],
 )
-def test_advice(kind: str, sharding: str | None, mesh: MeshShape, with_: str, without: str) -> None:
-    error = advised(WorkerError("rank 1 failed.", kind), SessionConfig(mesh, "cuda"), sharding)
-    first, advice = str(error).split("\n", 1)
-    assert first == "rank 1 failed." and with_ in advice and without not in advice
-    assert error.kind == kind
+def test_remedies(kind: str, sharding: str | None, mesh: MeshShape, with_: str, without: str) -> None:
+    text = remedies(SessionConfig(mesh, "cuda"), sharding, kind)
+    assert with_ in text and without not in text

@@ -40,8 +40,8 @@ class InjectFault:
 async def phases(_):
     from raylight.cluster import active_session
 
-    session = active_session.peek()
-    return web.json_response(session.phases if session is not None and session.alive else {})
+    session = active_session.running()
+    return web.json_response({} if session is None else session.phases)
 
 
 NODE_CLASS_MAPPINGS = {"InjectFault": InjectFault}
