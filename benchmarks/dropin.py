@@ -96,9 +96,11 @@ class Traffic:
 
 
 def size(value: Any) -> int:
-    """Bytes of the tensors and parcels in a value."""
+    """Bytes of the tensors and serialized objects in a value."""
     if hasattr(value, "nbytes"):
         return value.nbytes
+    if isinstance(value, bytes):
+        return len(value)
     if isinstance(value, dict):
         return sum(map(size, value.values()))
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
-"""Tensors that are sent again and again, of which only what is new travels.
+"""Streams of tensors of which only changes are sent.
 
-Each forward of a model gets mostly what the last one got: the same conditioning, the same image to start from, another
-latent. The sender keeps what it has sent and compares; the receiver keeps it too and is told what to reuse. A latent
-with channels that stay, such as those of an image that a video starts from, travels without them.
+Consecutive forwards of a model get mostly the same tensors: the same conditioning, the same start image, another
+latent. Both ends keep what was sent; the sender compares, and names what the receiver is to reuse. Of a latent only
+changed channels are sent: those of a start image do not change.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ from torch import Tensor
 
 from .serialization import as_bytes, from_bytes
 
-_SMALL = 4096  # bytes; below this, remembering costs more than sending
-_PROBES = 32  # elements that tell most different tensors apart before all are compared
+_SMALL = 4096  # bytes; keeping smaller tensors costs more than sending them
+_PROBES = 32  # elements in a fingerprint, which differ for most different tensors
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Stands in a message for the tensor `number` of the same message."""
+    """A reference to the tensor `number` of the same message."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class TensorUpdate:
-    """One tensor of a message. `key` is its name for later, None if it is not kept. `data` are the bytes of all of it,
-    of channels `channels` (dim 1) where the others are as in the tensor `base`, or None: then it is `base`."""
+    """One tensor of a message, kept by both ends as `key` unless that is None.
+
+    `data` are its bytes, (bytes,) uint8; or those of its `channels` (dim 1), with the others as in the kept tensor
+    `base`; or None if the tensor equals `base`.
+    """
 
     key: int | None
     base: int | None
@@ -43,50 +46,48 @@ class TensorUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """The tensors of one message, by number; `forget` are keys that come up no more. A receiver that knows another
-    `stream` begins anew."""
+    """The tensors of one message, by number. `forget` are keys that are not used any more.
+
+    A receiver starts again when `stream` changes.
+    """
 
     stream: str
-    pieces: tuple[TensorUpdate, ...]
+    updates: tuple[TensorUpdate, ...]
     forget: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.data.nbytes for piece in self.pieces if piece.data is not None)
 
 
 class Sender:
-    """What one process has sent in a stream. Keeps up to `limit` bytes of tensors where they are."""
+    """The sending end of a stream. Keeps up to `limit` bytes of tensors, on their device."""
 
     def __init__(self, stream: str, limit: int) -> None:
         self._stream = stream
         self._limit = limit
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
-        self._prints: dict[Any, list[int]] = {}
+        self._keys: dict[Any, list[int]] = {}  # by fingerprint
         self._latest: dict[Any, int] = {}
         self._next_key = 0
         self._held_bytes = 0
-        self._pieces: list[TensorUpdate] = []
+        self._updates: list[TensorUpdate] = []
         self._forget: list[int] = []
 
     def slot(self, value: Tensor) -> Slot:
-        """Take a tensor into the message that is being made."""
-        self._pieces.append(self._piece(value))
-        return Slot(len(self._pieces) - 1)
+        """Add a tensor of any shape and dtype to the next message."""
+        self._updates.append(self._update(value))
+        return Slot(len(self._updates) - 1)
 
     def message(self) -> Message:
-        """The message with all tensors since the last."""
-        message = Message(self._stream, tuple(self._pieces), tuple(self._forget))
-        self._pieces, self._forget = [], []
+        """Return a message with all tensors since the last one."""
+        message = Message(self._stream, tuple(self._updates), tuple(self._forget))
+        self._updates, self._forget = [], []
         return message
 
-    def _piece(self, value: Tensor) -> TensorUpdate:
+    def _update(self, value: Tensor) -> TensorUpdate:
         value = value.detach()
         form = (value.dtype, tuple(value.shape))
         if value.nbytes < _SMALL:
             return TensorUpdate(None, None, None, as_bytes(value), *form)
         fingerprint = (form, _probe(value))
-        for key in self._prints.get(fingerprint, ()):
+        for key in self._keys.get(fingerprint, ()):
             if torch.equal(self._kept[key], value):
                 self._kept.move_to_end(key)
                 return TensorUpdate(None, key, None, None, *form)
@@ -104,7 +105,7 @@ class Sender:
         self._next_key += 1
         # A copy: samplers change latents in place.
         self._kept[key] = value.clone()
-        self._prints.setdefault(fingerprint, []).append(key)
+        self._keys.setdefault(fingerprint, []).append(key)
         self._latest[form] = key
         self._held_bytes += value.nbytes
         while self._held_bytes > self._limit and len(self._kept) > 1:
@@ -118,14 +119,14 @@ class Sender:
         form = (value.dtype, tuple(value.shape))
         if self._latest.get(form) == key:
             del self._latest[form]
-        keys = self._prints[form, _probe(value)]
-        keys.remove(key)
-        if not keys:
-            del self._prints[form, _probe(value)]
+        fingerprint = (form, _probe(value))
+        self._keys[fingerprint].remove(key)
+        if not self._keys[fingerprint]:
+            del self._keys[fingerprint]
 
 
 class Receiver:
-    """The other end of a stream. Tensors are on `device`."""
+    """The receiving end of a stream. Its tensors are on `device`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -133,25 +134,25 @@ class Receiver:
         self._kept: dict[int, Tensor] = {}
 
     def receive(self, message: Message) -> list[Tensor]:
-        """The tensors of a message, by number. They are this process's own and may be written to."""
+        """Return the tensors of a message, by number. They are copies, which may be written to."""
         if message.stream != self._stream:
             self._stream, self._kept = message.stream, {}
-        tensors = [self._tensor(piece) for piece in message.pieces]
+        tensors = [self._tensor(update) for update in message.updates]
         for key in message.forget:
             self._kept.pop(key, None)
         return tensors
 
-    def _tensor(self, piece: TensorUpdate) -> Tensor:
-        if piece.data is None:
-            return self._kept[piece.base].clone()
-        if piece.channels is None:
-            value = from_bytes(piece.data, piece.dtype, piece.shape).to(self._device, copy=True)
+    def _tensor(self, update: TensorUpdate) -> Tensor:
+        if update.data is None:
+            return self._kept[update.base].clone()
+        if update.channels is None:
+            value = from_bytes(update.data, update.dtype, update.shape).to(self._device, copy=True)
         else:
-            shape = (piece.shape[0], len(piece.channels), *piece.shape[2:])
-            value = self._kept[piece.base].clone()
-            value[:, list(piece.channels)] = from_bytes(piece.data, piece.dtype, shape).to(self._device)
-        if piece.key is not None:
-            self._kept[piece.key] = value.clone()
+            shape = (update.shape[0], len(update.channels), *update.shape[2:])
+            value = self._kept[update.base].clone()
+            value[:, list(update.channels)] = from_bytes(update.data, update.dtype, shape).to(self._device)
+        if update.key is not None:
+            self._kept[update.key] = value.clone()
         return value
 
 
@@ -161,6 +162,6 @@ def _probe(value: Tensor) -> bytes:
 
 
 def _changed(before: Tensor, now: Tensor) -> tuple[int, ...]:
-    """The channels (dim 1) in which two tensors of one shape differ."""
+    """Return the channels (dim 1) in which two tensors of one shape, (B, C, ...), differ."""
     differs = (before != now).movedim(1, 0).flatten(1).any(1)
     return tuple(differs.nonzero().flatten().tolist())

@@ -1,4 +1,4 @@
-"""Code that travels by value goes on to work as one piece."""
+"""Functions that are sent with their code still work together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def counter() -> tuple[Callable[[], None], Callable[[], int]]:
     return step, steps
 
 
-def test_functions_go_on_sharing_their_variables() -> None:
+def test_functions_still_share_their_variables() -> None:
     step, steps = counter()
     step()
     step_there, steps_there = there((step, steps))
