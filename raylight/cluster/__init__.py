@@ -1,1 +1,1 @@
-"""Ray: one actor per rank, their placement, and what travels to and from them. Knows nothing of ComfyUI."""
+"""Ray: the session, one actor per rank, their health, and what is sent between them. Knows nothing of ComfyUI."""

@@ -157,8 +157,8 @@ class RankActor:
     def run(self, run_id: str, verb: str, *args: Any) -> Any:
         """Call the service's `verb(run, *args)`. Return its result, or `Cancelled`.
 
-        Raises OutOfMemory: when memory ran out. Raises what the verb raises. After an error that all ranks met alike
-        the session calls `recover`; after any other it ends this worker.
+        Raises OutOfMemory: when memory ran out. Raises what the verb raises. After an error that is common to all
+        ranks the session calls `recover`; after any other it ends this worker.
         """
         run = self._run(run_id)
         self._status.run = run_id

@@ -142,8 +142,8 @@ def results_or_raise(
     """Return the results by rank.
 
     Raises what the listener raised. Raises RunCancelled: when the run was cancelled. Raises StoreFull: when a result
-    found no room. Raises the common error of all ranks: if the workers `stay`; None stands for staying after a
-    ValueError only. Raises WorkerError: for any other failure.
+    found no room. Raises the common error of all ranks: if the workers `stay`; None means that they stay after
+    a ValueError only. Raises WorkerError: for any other failure.
     """
     if outcome.overdue or (outcome.interruption is not None and not outcome.errors and outcome.failure is None):
         raise outcome.interruption or RunCancelled

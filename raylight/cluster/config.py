@@ -19,7 +19,7 @@ class Service(Protocol):
         """Return in words what this rank holds in memory."""
 
     def recover(self) -> bool:
-        """Get ready for the next run after a failure that all ranks met alike. Return False where that is impossible.
+        """Get ready for the next run after an error that all ranks met. Return False if that is impossible.
 
         Collective.
         """

@@ -31,7 +31,7 @@ class SerializedObject:
 
 @dataclass(frozen=True, slots=True)
 class _TensorReference:
-    """Stands in the pickle for a tensor of `SerializedObject.tensors`."""
+    """The place in the pickle of a tensor in `SerializedObject.tensors`."""
 
     index: int
     dtype: torch.dtype

@@ -74,7 +74,7 @@ def test_workers_stay(begins: str, kind: type[Exception]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("begins", ["more on one", "beyond repair"])
+@pytest.mark.parametrize("begins", ["more on one", "cannot recover"])
 def test_workers_end_where_they_are_not_known_to_be_in_step(begins: str) -> None:
     before = session()
     with pytest.raises(WorkerError, match="KeyError: 'no such part'"):

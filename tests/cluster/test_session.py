@@ -49,7 +49,7 @@ def test_rank_zero_answers_and_streams() -> None:
     assert events == list(range(5))
 
 
-def test_an_argument_travels_once() -> None:
+def test_an_argument_is_sent_once() -> None:
     session = active_session.session(config(), SERVICE)
     assert session.run(EchoService.same_object, b"x" * 300_000) is True
 

@@ -1,4 +1,4 @@
-"""A real ComfyUI whose workers are hurt, and the graphs that it is asked for."""
+"""A real ComfyUI with faults in its workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raylight.dev.demo.graphs import stock
 
 @pytest.fixture(scope="package")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, LoRAs, prompts and packs for the servers of these tests."""
+    """Return a folder with models, LoRAs, prompts and packs for the servers of these tests."""
     work = tmp_path_factory.mktemp("faults")
     write_files(work)
     return work
@@ -31,13 +31,13 @@ def server(folder: Path) -> Iterator[FaultServer]:
 
 @pytest.fixture(scope="package")
 def reference(server: FaultServer) -> torch.Tensor:
-    """What one process of ComfyUI makes of JOB."""
+    """Return the latent that ComfyUI samples for JOB without workers."""
     return server.latent(stock(JOB))
 
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """A folder for Ray's files, whose sockets allow no long path."""
+    """Return a folder with a path that is short enough for Ray's sockets."""
     path = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)

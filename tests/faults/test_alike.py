@@ -1,4 +1,4 @@
-"""What every worker meets alike: it is told as ComfyUI tells it, the workers stay, and the next picture is right."""
+"""Errors that all workers meet: the message is ComfyUI's, the workers stay, and the next image is right."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from raylight.dev.demo.graphs import Graph, on_workers, stock
 pytestmark = pytest.mark.slow
 
 LORA = {"lora_name": "lora.safetensors", "strength_model": 1.0}
-EVERYONE = {"rank": -1, "what": "raise"}
+ALL_RANKS = {"rank": -1, "what": "raise"}
 INJECTED = "ArithmeticError: the injected fault"
 
 
 def patched(graph: Graph, node: str, **inputs: Any) -> Graph:
-    """The graph with a node between its model and its sampler."""
+    """Add a node between the model and the sampler of a graph."""
     sampler = graph["sample"]["inputs"]
     graph["patch"] = {"class_type": node, "inputs": {"model": sampler["model"], **inputs}}
     sampler["model"] = ["patch", 0]
     return graph
 
 
-def words(server: FaultServer, graph: Graph) -> str:
+def message_of(server: FaultServer, graph: Graph) -> str:
     with pytest.raises(PromptFailed) as error:
         server.run(graph, timeout=120)
     return str(error.value)
 
 
-@pytest.mark.parametrize("initializer", [{}, {"FSDP": True}], ids=["whole", "FSDP"])
+@pytest.mark.parametrize("initializer", [{}, {"FSDP": True}], ids=["replicated", "FSDP"])
 @pytest.mark.parametrize(
     ("node", "inputs"),
     [
@@ -46,21 +46,21 @@ def test_a_node_that_fails_in_stock_too(
 ) -> None:
     assert_same(server.latent(dropin(JOB, 2, **initializer)), reference)
     before = server.workers()
-    theirs = words(server, patched(stock(JOB), node, **inputs))
-    ours = words(server, patched(dropin(JOB, 2, **initializer), node, **inputs))
-    # FSDP2 gives a model it splits a class of its own, which PyTorch names.
+    theirs = message_of(server, patched(stock(JOB), node, **inputs))
+    ours = message_of(server, patched(dropin(JOB, 2, **initializer), node, **inputs))
+    # FSDP2 changes the class of a model, which PyTorch names.
     assert ours.replace("FSDPWan", "Wan") == theirs and server.workers() == before
     # Another seed: ComfyUI would run nothing for the same graph.
     other = replace(JOB, seed=5)
     assert_same(server.latent(dropin(other, 2, **initializer)), server.latent(stock(other)))
-    assert server.workers() == before, "an error that all meet alike costs no worker"
+    assert server.workers() == before, "an error that all ranks meet ends no worker"
 
 
 def test_a_lora_that_fails_in_stock_too(server: FaultServer, reference: torch.Tensor) -> None:
     assert_same(server.latent(on_workers(JOB, 2)), reference)
     before, lora = server.workers(), {"lora_name": "set.safetensors", "strength_model": 1.0}
-    theirs = words(server, patched(stock(JOB), "LoraLoaderModelOnly", **lora))
-    ours = words(server, patched(dropin(JOB, 2), "LoraLoaderModelOnly", **lora))
+    theirs = message_of(server, patched(stock(JOB), "LoraLoaderModelOnly", **lora))
+    ours = message_of(server, patched(dropin(JOB, 2), "LoraLoaderModelOnly", **lora))
     assert "blocks.0.self_attn.q.weight cannot be put on a weight of 384 x 384" in ours  # before any step
     assert theirs.rpartition("RuntimeError: ")[2] in ours
     other = replace(JOB, seed=6)
@@ -68,14 +68,14 @@ def test_a_lora_that_fails_in_stock_too(server: FaultServer, reference: torch.Te
     assert server.workers() == before
 
 
-@pytest.mark.parametrize("initializer", [{}, {"FSDP": True}], ids=["whole", "FSDP"])
+@pytest.mark.parametrize("initializer", [{}, {"FSDP": True}], ids=["replicated", "FSDP"])
 @pytest.mark.parametrize("where", ["block", "model"])
 def test_in_the_middle_of_a_step(
     where: str, initializer: dict[str, bool], server: FaultServer, reference: torch.Tensor
 ) -> None:
     assert_same(server.latent(on_workers(JOB, 2, **initializer)), reference)
     before = server.workers()
-    server.fails(server.submit(dropin(JOB, 2, EVERYONE | {"where": where, "call": 3}, **initializer)), INJECTED)
+    server.fails(server.submit(dropin(JOB, 2, ALL_RANKS | {"where": where, "call": 3}, **initializer)), INJECTED)
     # Weights that were gathered for the failed step must not be used with other patches on the shards.
     seed = 11 if where == "block" else 12
     with_lora = patched(dropin(replace(JOB, seed=seed), 2, **initializer), "LoraLoaderModelOnly", **LORA)

@@ -1,4 +1,4 @@
-"""Cancel at any time: within two seconds or one step the prompt has ended, and the next one works."""
+"""After a cancel, at any time, the prompt ends within two seconds or one step, and the next one works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raylight.dev.demo.comfy_replies import PromptInterrupted
 from raylight.dev.demo.graphs import Graph, on_workers
 
 PROMISED_S = 2.0
-REACTION_S = 2.0  # of the server under test: what ComfyUI itself takes to end a prompt, on a machine that is busy
+REACTION_S = 2.0  # which ComfyUI itself takes to end a prompt on a busy machine
 STEP_S = 0.4
 SLOW = {"rank": -1, "what": "sleep", "call": 0, "seconds": STEP_S / 2}
 

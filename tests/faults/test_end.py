@@ -1,4 +1,4 @@
-"""ComfyUI itself is killed: nothing of its workers or of Ray is left."""
+"""When ComfyUI is killed, its workers and Ray end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def test_comfyui_is_killed_in_a_step(folder: Path, short_folder: Path) -> None:
     with FaultServer(folder, "killed", RAY_TMPDIR=str(short_folder)) as server:
         server.submit(dropin(replace(JOB, steps=30), 2, {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}))
         server.wait_for_phase("step 2 of 30")
-        family = server.process().children(recursive=True)
-        assert len(server.workers()) == 2 and len(family) > 4
+        descendants = server.process().children(recursive=True)
+        assert len(server.workers()) == 2 and len(descendants) > 4
         server.process().kill()
-        server.lose(family)
+        server.assert_ended(descendants)
         server.wait_until(lambda: not list(short_folder.iterdir()), timeout_s=10)

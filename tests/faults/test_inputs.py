@@ -1,4 +1,4 @@
-"""What people give that cannot be: refused by name, before any worker samples, and nothing is lost."""
+"""Wrong inputs: refused by name before any worker samples; the workers stay."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_refused(graph: Graph, message: str, server: FaultServer, reference: tor
     before = server.workers()
     server.fails(server.submit(graph), message)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
-    assert server.workers() == before, "a refusal costs no worker"
+    assert server.workers() == before, "a refusal ends no worker"
 
 
 def test_a_file_that_vanishes(server: FaultServer, reference: torch.Tensor, folder: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_file_that_vanishes(server: FaultServer, reference: torch.Tensor, fold
     prompt = server.submit(on_workers(replace(JOB, model="vanishing.safetensors", seed=3), 2))
     server.wait(prompt, timeout=120)
     there.rename(away)
-    # It is held already; ComfyUI itself refuses a name that is in no folder.
+    # Workers have it loaded; ComfyUI itself refuses a name that is in no folder.
     with pytest.raises((PromptRejected, PromptFailed), match="vanishing.safetensors"):
         server.run(on_workers(replace(JOB, model="vanishing.safetensors", seed=4), 2), timeout=60)
     assert_same(server.latent(on_workers(JOB, 2)), reference)

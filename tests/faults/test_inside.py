@@ -1,4 +1,4 @@
-"""What goes wrong inside of one worker while it computes."""
+"""Faults inside one worker while it computes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_an_exception(server: FaultServer, reference: torch.Tensor) -> None:
     server.wait_for_phase("step")
     before = server.workers()
     server.fails(prompt, r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) failed while step \d of 4: ArithmeticError: the inj")
-    server.lose(before)
+    server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
@@ -29,7 +29,7 @@ def test_memory_that_runs_out(server: FaultServer, reference: torch.Tensor) -> N
     message = server.fails(prompt, r"rank 1 .* ran out of memory while step \d of 4: .*allocate")
     assert re.search(r"It held wan.safetensors \(whole, 0.0\d GB on cpu", message)
     assert "switch FSDP on" in message and "a smaller size" in message
-    server.lose(before)
+    server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
@@ -40,7 +40,7 @@ def test_a_stopped_process(server: FaultServer, reference: torch.Tensor) -> None
     before, since = server.workers(), time.monotonic()
     server.worker(1).suspend()
     server.fails(prompt, r"rank 1 .* failed while step \d+ of 20: its process was stopped", since)
-    server.lose(before)
+    server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 

@@ -1,4 +1,4 @@
-"""A worker that is killed, at any time: the prompt ends with its name, and the next one works."""
+"""When a worker is killed, at any time, the error names it, and the next prompt works."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_while_starting(server: FaultServer, reference: torch.Tensor) -> None:
     started = server.wait_until(lambda: len(new := [one for one in server.workers() if one not in before]) == 2 and new)
     started[1].kill()
     server.fails(prompt, r"rank \d.* died while starting: its process ended without a trace")
-    server.lose([*before, *started])
+    server.assert_ended([*before, *started])
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
@@ -36,7 +36,7 @@ def test_in_a_step(workers: int, server: FaultServer, reference: torch.Tensor) -
         prompt, r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while step \d+ of 20: its process", since
     )
     assert "Connection" not in message, "what its peers met is not the root cause"
-    server.lose(before)
+    server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, workers)), reference)
 
 
@@ -49,7 +49,7 @@ def test_while_loading(server: FaultServer, reference: torch.Tensor) -> None:
     server.fails(
         prompt, r"rank 0 .* died while (loading|reading|putting|bringing|beginning|step).*: its process", since
     )
-    server.lose(before)
+    server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
@@ -61,7 +61,7 @@ def test_while_gathering(server: FaultServer, reference: torch.Tensor) -> None:
     before, since = server.workers(), time.monotonic()
     server.worker(1).kill()
     server.fails(prompt, r"rank 1 .* died while ending the last step: its process", since)
-    server.lose(before)
+    server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
@@ -71,5 +71,5 @@ def test_while_idle(server: FaultServer, reference: torch.Tensor) -> None:
     before = server.workers()
     server.worker(1).kill()
     server.wait_until(lambda: "died while waiting for work" in server.log_tail(20), timeout_s=10)
-    server.lose(before)
+    server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)

@@ -1,4 +1,4 @@
-"""The nodes that look at the workers and end them."""
+"""The nodes that show the workers and end them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_kill(mode: str, server: FaultServer, reference: torch.Tensor) -> None:
     # Other seeds each time: of a graph that comes again ComfyUI would run nothing.
     server.run(on_workers(replace(JOB, seed=22), 2) | {"kill": kill}, timeout=180)
     assert len(before) == 2
-    server.lose(before)
+    server.assert_ended(before)
     children = [child.name() for child in server.process().children(recursive=True)]
     assert ("raylet" in children) == (mode == "Kill Workers Only")
     assert_same(server.latent(on_workers(JOB, 2)), reference)

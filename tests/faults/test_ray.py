@@ -1,4 +1,4 @@
-"""What goes wrong with Ray itself, with ports, and with the room for what travels."""
+"""Faults of Ray itself, taken ports, and a full object store or disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_ray_is_killed(name: str, server: FaultServer, reference: torch.Tensor) 
     before, since = server.workers(), time.monotonic()
     process_of(server, name).kill()
     server.fails(prompt, rf"Ray's process {name} \(pid \d+\) has ended", since)
-    server.lose(before)
+    server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
@@ -41,12 +41,12 @@ def test_ray_is_killed_while_idle(server: FaultServer, reference: torch.Tensor) 
     before = server.workers()
     process_of(server, "gcs_server").kill()
     server.wait_until(lambda: "Ray's process gcs_server" in server.log_tail(20), timeout_s=10)
-    server.lose(before)
+    server.assert_ended(before)
     assert_same(server.latent(on_workers(replace(JOB, steps=3), 2)), server.latent(stock(replace(JOB, steps=3))))
 
 
 def test_ports_that_are_taken(server: FaultServer, reference: torch.Tensor) -> None:
-    """Those that Ray and PyTorch would take by default, and one of which a person says that Ray is there."""
+    """Take the default ports of Ray and PyTorch, and name one of them as the address of a cluster."""
     with contextlib.ExitStack() as stack:
         for port in (6379, 8265, 10001, 29500):
             listener = stack.enter_context(socket.socket())
@@ -61,7 +61,7 @@ def test_ports_that_are_taken(server: FaultServer, reference: torch.Tensor) -> N
 
 
 def test_a_full_object_store_on_a_full_disk(folder: Path, reference: torch.Tensor) -> None:
-    # Ray takes the disk for full at this share of it, and so does not fall back on it.
+    # Above this usage Ray considers the disk full, and does not fall back on it.
     with FaultServer(folder, "full", RAY_local_fs_capacity_threshold="0.000001") as full:
         small = {
             "GPU_SELECT": "",
@@ -82,7 +82,7 @@ def test_a_full_object_store_on_a_full_disk(folder: Path, reference: torch.Tenso
         full.wait_until(lambda: "the workers do the whole run" in full.log_tail(5))
         full.fails(prompt, "Ray's object store is full, .* no room for what is sent to the workers")
         assert_same(full.latent(advanced(JOB)), reference)
-        assert full.workers() == before, "nothing was lost"
+        assert full.workers() == before, "the workers stay"
 
 
 def test_a_full_disk_under_the_temporary_folder(folder: Path, reference: torch.Tensor, short_folder: Path) -> None:

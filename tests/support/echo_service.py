@@ -1,4 +1,4 @@
-"""A service for tests of sessions: what it does is visible from outside."""
+"""A service for tests of sessions, with verbs that fail in many ways."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from raylight.parallel.process_group import any_rank
 class EchoService(Service):
     def __init__(self, context: RankContext, settings: Any) -> None:
         self.context, self.settings = context, settings
-        self.is_beyond_repair = False
+        self.cannot_recover = False
 
     def inventory(self) -> str:
         return "nothing but echoes"
 
     def recover(self) -> bool:
-        return not self.is_beyond_repair
+        return not self.cannot_recover
 
     def count(self, run: Run, steps: int) -> tuple:
         for step in range(steps):
@@ -39,7 +39,7 @@ class EchoService(Service):
             run.check_cancelled()
 
     def same_object(self, run: Run, data: bytes) -> bool:
-        """Whether all ranks were given the same bytes."""
+        """Return whether all ranks received the same bytes."""
         total = torch.tensor([sum(data[:1000])])
         dist.all_reduce(total)
         return total.item() == self.context.world_size * sum(data[:1000])
@@ -52,18 +52,18 @@ class EchoService(Service):
         raise ValueError("no such thing")
 
     def fail_alike(self, run: Run, begins: str, kind: type[Exception]) -> None:
-        """All ranks raise the same, after they have begun these collectives."""
+        """Raise the same error on all ranks, after they have begun some collectives."""
         if begins == "together":
             dist.barrier()
         elif begins == "unfinished":
             dist.all_reduce(torch.ones(1 << 22), async_op=True)
         elif begins == "more on one" and self.context.rank == 1:
             dist.isend(torch.ones(1), dst=0)
-        self.is_beyond_repair = begins == "beyond repair"
+        self.cannot_recover = begins == "cannot recover"
         raise kind("no such part")
 
     def say_and_die(self, run: Run, text: str) -> None:
-        """Log, take a moment to have it sent, and end the process of rank 1."""
+        """Log, wait until it is reported, and end the process of rank 1."""
         self.say(run, text)
         time.sleep(1)
         self.die_alone(run)
@@ -74,13 +74,13 @@ class EchoService(Service):
         dist.barrier()
 
     def stand_still(self, run: Run) -> None:
-        """Rank 1 does not come to where rank 0 waits for it."""
+        """Rank 1 does not reach the collective in which rank 0 waits for it."""
         if self.context.rank == 1:
             time.sleep(60)
         any_rank(False)
 
     def hold_the_interpreter(self, run: Run) -> None:
-        """Rank 1 cannot answer: no other thread of its process runs."""
+        """Keep all other threads of rank 1 from running, so that it cannot answer."""
         if self.context.rank == 1:
             ctypes.PyDLL(None).sleep(60)
 
@@ -93,7 +93,7 @@ class EchoService(Service):
         print(text, "printed")
 
     def refuse_cancel(self, run: Run) -> None:
-        """Does not look whether it was cancelled."""
+        """Never check whether the run was cancelled."""
         run.enter("deep in thought")
         time.sleep(60)
 

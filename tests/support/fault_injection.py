@@ -1,6 +1,6 @@
-"""Faults that happen inside of a worker: on one rank, at one call of the model or after the last step.
+"""Faults inside a worker: on one rank, at one call of the model or after the last step.
 
-Workers import this module by its plain name, so what it makes travels as ComfyUI's own objects do.
+Workers can import this module, so its objects are sent as ComfyUI's own are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ AT_MODEL, AT_BLOCK, AT_END = "model", "block", "end"
 
 @dataclass
 class Fault:
-    """What is to happen on `rank` (-1: on all): "raise", "allocate", "kill", "stop" or "sleep", at call `call` of the
-    model, or of one of its blocks (from 1; 0: at every call)."""
+    """A fault on `rank` (-1: on all): `what` is "raise", "allocate", "kill", "stop" or "sleep".
+
+    It happens at call `call` of the model, or of one of its blocks (from 1; 0: at every call).
+    """
 
     rank: int
     what: str

@@ -1,4 +1,4 @@
-"""A ComfyUI server for tests of faults: who its workers are, what they are at, and that they are gone."""
+"""A ComfyUI server for fault tests, with access to its workers' processes and phases."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from raylight.dev.demo.tiny import write_checkpoint
 SUPPORT = Path(__file__).resolve().parent
 JOB = Sampling("wan.safetensors", width=112, height=80, frames=5, steps=4)
 BIG = "big.safetensors"  # takes a while to read
-TOLD_S = 10.0  # by then a fault has to be told
-GONE_S = 10.0
+ERROR_S = 10.0  # by then the error has to be shown
+EXIT_S = 10.0
 
 
 def write_files(folder: Path) -> None:
-    """Models, good and bad, LoRAs, prompts and the pack that hurts workers."""
+    """Write models, good and bad, LoRAs, prompts and the pack that injects faults."""
     models, prompts = folder / "models", folder / "datasets"
     write_checkpoint(models / JOB.model, "wan-t2v", heads=3)
     write_checkpoint(models / "other.safetensors", "wan-t2v", heads=3, seed=1)
     write_checkpoint(models / BIG, "wan-t2v", heads=8, layers=8)
     write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
     write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
-    whole = (models / JOB.model).read_bytes()
-    (models / "truncated.safetensors").write_bytes(whole[:100_000])
-    (models / "corrupt.safetensors").write_bytes(bytes(200) + whole[200:])
+    content = (models / JOB.model).read_bytes()
+    (models / "truncated.safetensors").write_bytes(content[:100_000])
+    (models / "corrupt.safetensors").write_bytes(bytes(200) + content[200:])
     save_file({"a": torch.zeros(3)}, models / "architecture.safetensors")
     for name, like in (("lora.safetensors", JOB.model), ("big-lora.safetensors", BIG), ("unfit.safetensors", BIG)):
         shapes = {f"diffusion_model.{key}": tuple(tensor.shape) for key, tensor in load_file(models / like).items()}
@@ -62,57 +62,57 @@ class FaultServer(ComfyServer):
         super().__init__(files / name, model_paths=paths, environ={"PYTHONPATH": search, **environ})
 
     def latent(self, graph: Graph) -> torch.Tensor:
-        """What a graph saves."""
+        """Run a graph and return the latent that it saves."""
         return load_file(self.output_files(self.run(graph, timeout=180), "save")[0])["latent_tensor"]
 
     def submit(self, graph: Graph) -> str:
-        """Queue a graph. With nothing else in the queue, first wait until what workers report is about no run before:
-        a test that waits for a phase means its own prompt's."""
+        """Queue a graph. If the queue is empty, first wait until workers report no phase of an earlier run: a test that
+        waits for a phase means its own prompt's."""
         if not (queue := self.queue()).running and not queue.pending:
             self.wait_until(lambda: set(self.phases().values()) <= {STARTING, IDLE})
         return super().submit(graph)
 
     def phases(self) -> dict[int, str]:
-        """What each worker is at; empty when there are none, or they are being started."""
+        """Return the phase of each worker; {} if there are none, or they are starting."""
         return {int(rank): phase for rank, phase in self._get("/faults/phases").items()}
 
     def process(self) -> psutil.Process:
-        """ComfyUI's own process."""
+        """Return ComfyUI's own process."""
         return psutil.Process(self.pid)
 
     def workers(self) -> list[psutil.Process]:
-        """The processes of workers."""
+        """Return the processes of workers."""
         return [child for child in self.process().children(recursive=True) if is_worker(child)]
 
     def worker(self, rank: int) -> psutil.Process:
-        """The process of a rank, by the last line of the log that tells."""
+        """Return the process of a rank, which the log names."""
         line = [line for line in self.log_tail(10_000).splitlines() if "workers ready in" in line][-1]
         return psutil.Process(int(line.split(f"rank {rank} (")[1].split("pid ")[1].split(" ")[0]))
 
     def wait_until(self, condition: Callable[[], Any], timeout_s: float = 180.0) -> Any:
-        """The first true value of `condition`, asked often."""
+        """Poll `condition` and return its first true value."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
-            assert time.monotonic() < deadline, f"waited in vain. The log:\n{self.log_tail(60)}"
+            assert time.monotonic() < deadline, f"the condition never became true. The log:\n{self.log_tail(60)}"
             time.sleep(0.01)
         return value
 
     def wait_for_phase(self, start: str, rank: int = 1) -> None:
-        """Wait until a worker is at something."""
+        """Wait until the phase of a worker begins with `start`."""
         self.wait_until(lambda: self.phases().get(rank, "").startswith(start))
 
     def fails(self, prompt: str, match: str, since: float | None = None) -> str:
-        """That a prompt ends with an error, within TOLD_S of `since` (now); returns the message."""
+        """Assert that a prompt ends with an error within ERROR_S of `since` (now). Return the message."""
         since = time.monotonic() if since is None else since
         with pytest.raises(PromptFailed, match=match) as error:
             self.wait(prompt, timeout=60)
         took = time.monotonic() - since
-        assert took < TOLD_S, f"the error came after {took:.1f} s:\n{error.value}"
+        assert took < ERROR_S, f"the error came after {took:.1f} s:\n{error.value}"
         return str(error.value)
 
-    def lose(self, processes: list[psutil.Process]) -> None:
-        """That processes are gone by themselves."""
-        _, left = psutil.wait_procs(processes, timeout=GONE_S)
+    def assert_ended(self, processes: list[psutil.Process]) -> None:
+        """Assert that processes end by themselves."""
+        _, left = psutil.wait_procs(processes, timeout=EXIT_S)
         left = [process for process in left if is_running(process)]
         assert not left, f"left: {left}"
 
@@ -132,7 +132,7 @@ def is_worker(process: psutil.Process) -> bool:
 
 
 def dropin(job: Sampling, workers: int, fault: dict[str, Any] | None = None, **initializer: Any) -> Graph:
-    """The graph of a job on the drop-in MODEL, with a fault put into it."""
+    """Return the graph of a job on the drop-in MODEL, with a fault in it."""
     graph = on_workers(job, workers, **initializer)
     graph["model"]["class_type"] = "RayModelLoader"
     sampler = graph["sample"]

@@ -1,4 +1,4 @@
-"""The ComfyUI server that tests share: with a Wan at tiny width, two prompts, and a pack of another author."""
+"""The ComfyUI server for all tests: with a tiny Wan, two prompts, and another author's pack."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MODEL = "wan.safetensors"
 
 
 class SharedServer(ComfyServer):
-    """Tests may add files to `models`, under names that no other test has, and nothing else to what they find here.
+    """Tests may only add files to `models`, under names of their own.
 
-    They ask for prompts of their own (another seed or another size), since ComfyUI keeps what it has computed.
+    Each test needs its own seed or size: ComfyUI does not run a graph again that it has cached.
     """
 
     def __init__(self, work: Path) -> None:
@@ -42,5 +42,5 @@ class SharedServer(ComfyServer):
         save_file(lora_for(shapes, list(kinds), seed), self.models / name)
 
     def latent(self, graph: Graph, timeout: float = 180.0) -> torch.Tensor:
-        """What the node "save" of a graph saves."""
+        """Run a graph and return the latent that its node "save" saves."""
         return load_file(self.output_files(self.run(graph, timeout), "save")[0])["latent_tensor"]

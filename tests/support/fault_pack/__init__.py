@@ -1,4 +1,4 @@
-"""A node that puts a fault into a model, and a route that tells what each worker is at."""
+"""A node that puts a fault into a model, and a route with the phase of each worker."""
 
 import fault_injection
 from aiohttp import web
