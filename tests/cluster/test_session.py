@@ -222,6 +222,8 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
 
 @pytest.mark.parametrize("how", [pytest.param("ends", marks=pytest.mark.slow), "is killed"])
 def test_nothing_is_left_when_the_driver(how: str, tmp_path: Path) -> None:
+    home, errors = tmp_path / "home", tmp_path / "errors"
+    home.mkdir()
     code = (
         "import sys, time; sys.path[:0] = sys.argv[1:3]\n"
         "import echo_service\n"
@@ -236,18 +238,18 @@ def test_nothing_is_left_when_the_driver(how: str, tmp_path: Path) -> None:
     driver = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests" / "support"), "0" if how == "ends" else "600"],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=errors.open("w"),
         text=True,
-        env={**os.environ, "PYTHONPATH": "", "HOME": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": "", "HOME": str(home)},
     )
     started = [int(pid) for pid in driver.stdout.readline().split()]
     child_process_ids = started + [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
-    assert len(started) == 2 and len(child_process_ids) > 4
+    assert len(started) == 2 and len(child_process_ids) > 4, errors.read_text()
     if how == "is killed":
         driver.kill()
     driver.wait(timeout=60)
     _wait_gone(child_process_ids)
-    assert not list(tmp_path.iterdir()), "nothing is left in the home either"
+    assert not list(home.iterdir()), "nothing is left in the home either"
 
 
 def _is_loopback(text: str) -> bool:
