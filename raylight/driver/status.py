@@ -63,7 +63,7 @@ def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
 
 def _links(places: dict[int, Place], links: Links | None) -> list[str]:
     if links is None:
-        return ["the ways between the workers were not tried" if len(places) > 1 else "one worker: nothing travels"]
+        return ["the links between the workers were not measured" if len(places) > 1 else "one worker: no links"]
     lines = [f"an all-reduce takes {links.latency_s * 1e6:.0f} us; each way, while both are used, in GB/s:"]
     lines.append("        " + "".join(f"{f'rank {rank}':>9}" for rank in places))
     for one in places:
