@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from raylight.parallel.mesh import MeshShape, build_mesh
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
 
 from . import ray_environment, status
-from .config import Service, ServiceSpec
+from .config import ServiceSpec
 from .errors import NCCL_BYTES, OutOfMemory, RunCancelled, is_out_of_memory, may_be_out_of_memory
 from .status import IDLE, Report, Status
 
@@ -107,14 +106,14 @@ class RankActor:
     def __init__(self, rank: int, world_size: int, device_type: str, log_level: int) -> None:
         self._rank = rank
         self._status = Status()
-        faulthandler.enable(sys.__stderr__)  # a crash leaves its stack in the file of this worker's output
+        faulthandler.enable(2)  # a crash leaves its stack in the file of this worker's output
         status.report_logs(self._status, rank, log_level)
         self._world_size = world_size
         self._device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
         self._store: Any = None
-        self._service: Service | None = None
+        self._service: Any = None  # a Service
         self._collected_at = time.monotonic()
         self._beats_before = 0
 

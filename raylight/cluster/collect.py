@@ -12,21 +12,12 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
+from . import diagnosis
 from .actor import Cancelled
-from .diagnosis import (
-    Failure,
-    Remedies,
-    WorkerStates,
-    cause_of,
-    is_lost_peer,
-    is_store_full,
-    no_remedies,
-    root_cause,
-    store_full,
-    to_error,
-)
+from .diagnosis import Failure, Remedies, WorkerStates, cause_of
 from .errors import HUNG, RunCancelled, is_out_of_memory
 from .status import STEP
+from .watchdog import Watchdog
 
 POLL_S = 0.1
 # Time for the other ranks to end after the first error. A ValueError is most likely a refusal, which every rank reaches
@@ -61,19 +52,16 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class WaitOptions:
-    """What a wait checks besides the ranks. `phases` and `failure` are from the watchdog."""
+    """What a wait checks besides the ranks."""
 
+    watchdog: Watchdog
     on_event: Callable[[Any], None] = lambda _: None
     wants_cancel: Callable[[], bool] = lambda: False
     cancel: Callable[[], None] = lambda: None
-    phases: Callable[[], Iterable[str]] = lambda: ()
-    failure: Callable[[], Failure | None] = lambda: None
     timeout_s: float = math.inf
 
 
-def wait_for_all(
-    refs: Mapping[int, ray.ObjectRef], stream: Any = None, options: WaitOptions = WaitOptions()
-) -> Outcome:
+def wait_for_all(refs: Mapping[int, ray.ObjectRef], options: WaitOptions, stream: Any = None) -> Outcome:
     """Wait until every rank has ended, until a grace time after the first error, a failure, or `timeout_s`.
 
     `on_event` gets each event of `stream`. The run is cancelled when `wants_cancel()` is true or `on_event` raises
@@ -100,8 +88,8 @@ def wait_for_all(
         if cancelled_at is None and (outcome.interruption is not None or options.wants_cancel()):
             cancelled_at = now
             options.cancel()
-        outcome.failure = options.failure()
-        outcome.overdue = cancelled_at is not None and is_overdue(now - cancelled_at, options.phases())
+        outcome.failure = options.watchdog.failure
+        outcome.overdue = cancelled_at is not None and is_overdue(now - cancelled_at, options.watchdog.phases.values())
         if outcome.failure is not None or outcome.overdue:
             break
         if now > deadline:
@@ -114,7 +102,7 @@ def wait_for_all(
         until = time.monotonic() + WATCHDOG_S
         while outcome.failure is None and time.monotonic() < until:
             time.sleep(POLL_S)
-            outcome.failure = options.failure()
+            outcome.failure = options.watchdog.failure
     return outcome
 
 
@@ -133,11 +121,11 @@ def common_error(outcome: Outcome) -> BaseException | None:
     if len(kinds) != 1 or outcome.results or outcome.unfinished:
         return None
     first = causes[min(causes)]
-    return None if isinstance(first, RayError) or is_out_of_memory(first) or is_lost_peer(first) else first
+    return None if isinstance(first, RayError) or is_out_of_memory(first) or diagnosis.is_lost_peer(first) else first
 
 
 def results_or_raise(
-    outcome: Outcome, states: WorkerStates, remedies: Remedies = no_remedies, stay: bool | None = None
+    outcome: Outcome, states: WorkerStates, remedies: Remedies = diagnosis.no_remedies, stay: bool | None = None
 ) -> dict[int, Any]:
     """Return the results by rank.
 
@@ -153,14 +141,14 @@ def results_or_raise(
             raise error from outcome.errors[min(outcome.errors)]  # the worker's traceback, for the log
         # Keep the type of a refusal if it can be made from a message, so that callers can tell refusals apart.
         raise (type(error) if type(error).__init__ is ValueError.__init__ else ValueError)(str(error))
-    if outcome.failure is not None:
-        raise to_error(outcome.failure, states, remedies)
-    if outcome.errors:
+    failure = outcome.failure
+    if failure is None and outcome.errors:
         for error in outcome.errors.values():
-            if is_store_full(error):
-                raise store_full("a worker's result", error) from error
-        failure = root_cause(outcome.errors)
-        raise to_error(failure, states, remedies) from outcome.errors[failure.rank]
+            if diagnosis.is_store_full(error):
+                raise diagnosis.store_full("a worker's result", error) from error
+        failure = diagnosis.root_cause(outcome.errors)
+    if failure is not None:
+        raise diagnosis.to_error(failure, states, remedies) from failure.error
     if any(isinstance(result, Cancelled) for result in outcome.results.values()):
         raise RunCancelled
     return outcome.results

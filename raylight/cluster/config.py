@@ -17,12 +17,14 @@ class Service(Protocol):
 
     def inventory(self) -> str:
         """Return in words what this rank holds in memory."""
+        ...
 
     def recover(self) -> bool:
         """Get ready for the next run after an error that all ranks met. Return False if that is impossible.
 
         Collective.
         """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,13 @@ def no_remedies(_kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failure: `kind` is one of `errors`, `rank` is None if it concerns no single rank, and `cause` is a sentence
-    without its full stop."""
+    """A failure: `kind` is one of `errors`, `rank` is None if it concerns no single rank, `cause` is a sentence without
+    its full stop, and `error` is what the rank raised, if anything."""
 
     kind: str
     rank: int | None
     cause: str
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,10 @@ def root_cause(errors: Mapping[int, BaseException]) -> Failure:
     causes = {rank: cause_of(error) for rank, error in errors.items()}
     rank = next((rank for rank, cause in causes.items() if not is_lost_peer(cause)), next(iter(causes)))
     cause = causes[rank]
-    if is_out_of_memory(cause):
-        return Failure(OUT_OF_MEMORY, rank, _sentence(str(cause)))
-    return Failure(FAILED, rank, _sentence(f"{type(cause).__name__}: {cause}"))
+    kind, text = (
+        (OUT_OF_MEMORY, str(cause)) if is_out_of_memory(cause) else (FAILED, f"{type(cause).__name__}: {cause}")
+    )
+    return Failure(kind, rank, text.strip().rstrip("."), errors[rank])
 
 
 def dead_process(rank: int, error: RayError, system_killed: bool) -> Failure:
@@ -99,17 +101,18 @@ def dead_process(rank: int, error: RayError, system_killed: bool) -> Failure:
 
     `system_killed`: the system has killed a process to free memory.
     """
+    kind = OUT_OF_MEMORY
     if isinstance(error, OutOfMemoryError):
         cause = "the memory of the machine was almost full, so Ray killed this worker's process"
-        return Failure(OUT_OF_MEMORY, rank, cause)
-    if system_killed:
+    elif system_killed:
         cause = "the memory of the machine was full, and the system killed this worker's process"
-        return Failure(OUT_OF_MEMORY, rank, cause)
-    cause = (
-        "its process ended without a trace: it crashed or was killed. "
-        "When memory runs out, the system kills the largest process"
-    )
-    return Failure(DIED, rank, cause)
+    else:
+        kind = DIED
+        cause = (
+            "its process ended without a trace: it crashed or was killed. "
+            "When memory runs out, the system kills the largest process"
+        )
+    return Failure(kind, rank, cause, error)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -148,7 +151,3 @@ def oom_kills() -> int:
     except OSError:
         return 0
     return int(fields.get("oom_kill", 0))
-
-
-def _sentence(text: str) -> str:
-    return text.strip().rstrip(".")

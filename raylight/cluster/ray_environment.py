@@ -229,7 +229,7 @@ def _new_token() -> str | None:
 
 def _reload_token() -> None:
     """Make Ray in this process read the mode and the token again. It caches both."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

@@ -47,12 +47,13 @@ class RayRuntime:
         does not start here. Raises RunCancelled: when cancelled; the start goes on, and the next call waits for it.
         """
         self._finish_shutdown()
-        if not self._is_starting:
+        call = self._start_call if self._is_starting else None
+        if call is None:
             if ray.is_initialized():
                 return
-            self._begin_start(config)
+            call = self._begin_start(config)
         try:
-            self._start_call.wait(config.start_timeout_s, "the start of Ray", wants_cancel)
+            call.wait(config.start_timeout_s, "the start of Ray", wants_cancel)
         except ConnectionError:
             self._reset()
             raise
@@ -80,12 +81,12 @@ class RayRuntime:
 
     def disconnect(self) -> None:
         """Leave the cluster, or end the local Ray. Does nothing to a Ray that another pack has started."""
-        if self._is_starting:
-            try:
-                self._start_call.wait(_START_TO_FINISH_S, "the start of Ray")
-            except Exception as error:
-                logger.debug("the start of Ray had failed: %s", error)
         if self._start_call is not None:
+            if self._is_starting:
+                try:
+                    self._start_call.wait(_START_TO_FINISH_S, "the start of Ray")
+                except Exception as error:
+                    logger.debug("the start of Ray had failed: %s", error)
             if ray.is_initialized() and self.lost() is None:
                 try:
                     with_timeout(ray.shutdown, _SHUTDOWN_S, "the end of Ray")
@@ -120,12 +121,13 @@ class RayRuntime:
         """The folder with the logs of the local Ray's processes."""
         return None if self._folder is None else os.path.join(self._folder.path, "session_latest", "logs")
 
-    def _begin_start(self, config: SessionConfig) -> None:
+    def _begin_start(self, config: SessionConfig) -> BackgroundCall:
         self._foreign_ids = orphan_guard.child_process_ids()
         _bind_to_loopback(config.is_local)
         self._variables = ray_environment.prepare(config.is_local, torch.version.hip is not None)
         start = self._start_local if config.is_local else _join_cluster
         self._start_call, self._is_starting = BackgroundCall(lambda: start(config), stays=True), True
+        return self._start_call
 
     def _start_local(self, config: SessionConfig) -> None:
         logger.info("starting Ray on this machine for %d workers", config.world_size)
@@ -173,8 +175,7 @@ class RayRuntime:
             self._start_call.release()
             self._start_call = None
         if self._guard is not None:
-            self._guard.stdin.close()
-            self._guard.wait(timeout=30)
+            self._guard.communicate(timeout=30)  # closes its standard input, so it exits
             self._guard = None
         if self._folder is not None:
             self._folder.remove()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ray import cloudpickle
+from ray.cloudpickle import cloudpickle
 from torch import Tensor
 
 

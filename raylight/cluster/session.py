@@ -58,13 +58,13 @@ class Session:
         self._remedies = remedies
         self._actors: list[Any] = []
         self._group: Any = None
-        self._watchdog: Watchdog | None = None
+        self._watchdog = Watchdog(config, self._on_failure)
         self._printed: dict[int, dict[str, int]] = {}
         self._ready, self._closed = False, False
         self._running, self._closing = threading.Lock(), threading.Lock()
         started = time.monotonic()
         options = WaitOptions(
-            wants_cancel=wants_cancel, cancel=_raise_cancelled, failure=self._failure, timeout_s=config.start_timeout_s
+            self._watchdog, wants_cancel=wants_cancel, cancel=_raise_cancelled, timeout_s=config.start_timeout_s
         )
         try:
             RUNTIME.connect(config, wants_cancel)
@@ -84,7 +84,8 @@ class Session:
     def _create_actors(self, service: ServiceSpec) -> None:
         """Have Ray start the workers' processes, and watch them."""
         config = self.config
-        actor = ray.remote(max_restarts=0, concurrency_groups={"control": 2, "watch": 1})(RankActor)
+        groups = {"control": 2, "watch": 1}
+        actor = ray.remote(max_restarts=0, concurrency_groups=groups)(RankActor)  # pyright: ignore[reportCallIssue]
         for rank in range(config.world_size):
             options = actor.options(
                 num_cpus=1,
@@ -94,7 +95,7 @@ class Session:
             )
             log_level = logging.getLogger().level
             self._actors.append(options.remote(rank, config.world_size, config.device_type, log_level))
-        self._watchdog = Watchdog(config, dict(enumerate(self._actors)), self._on_failure)
+        self._watchdog.start(self._actors)
 
     def _find_places(self, options: WaitOptions) -> None:
         """Wait until the workers' processes run, and note where."""
@@ -126,16 +127,9 @@ class Session:
         """The measured links between these workers' GPUs, if they were measured."""
         return bandwidth_check.known(self.places.values())
 
-    def run(
-        self,
-        verb: Callable[..., R],
-        *args: Any,
-        on_event: Callable[[Any], None] = lambda _: None,
-        wants_cancel: Callable[[], bool] = lambda: False,
-        remedies: Remedies | None = None,
-    ) -> R:
-        """Call a verb on every rank and return rank 0's result, as `run_all`."""
-        return self.run_all(verb, *args, on_event=on_event, wants_cancel=wants_cancel, remedies=remedies)[0]
+    def run(self, verb: Callable[..., R], *args: Any, **options: Any) -> R:
+        """Call a verb on every rank and return rank 0's result. Takes and raises what `run_all` does."""
+        return self.run_all(verb, *args, **options)[0]
 
     def run_all(
         self,
@@ -166,8 +160,7 @@ class Session:
                 for actor in self._actors:
                     actor.cancel.remote(run_id)
 
-            options = WaitOptions(on_event, wants_cancel, cancel, lambda: self.phases.values(), self._failure)
-            outcome = wait_for_all(refs, stream, options)
+            outcome = wait_for_all(refs, WaitOptions(self._watchdog, on_event, wants_cancel, cancel), stream)
             states = WorkerStates(self.places) if outcome.is_clean else self._states(f"beginning to {verb.__name__}")
             stay = outcome.is_clean or self._can_continue(outcome)
         if not stay:
@@ -185,7 +178,7 @@ class Session:
         error = common_error(outcome)
         if error is None or outcome.failure is not None or outcome.overdue:
             return False
-        options = WaitOptions(failure=self._failure, timeout_s=_PROGRESS_S)
+        options = WaitOptions(self._watchdog, timeout_s=_PROGRESS_S)
         try:
             progress = self._on_each(lambda actor: actor.progress.remote(), options).values()
             tallies = [of_rank.begun for of_rank in progress]
@@ -209,18 +202,17 @@ class Session:
     ) -> dict[int, Any]:
         """Call all actors, or the first ones. Return the results by rank."""
         refs = {rank: call(actor) for rank, actor in enumerate(self._actors if actors is None else actors)}
-        outcome = wait_for_all(refs, options=options)
-        return results_or_raise(outcome, self._states(), remedies or self._remedies)
+        return results_or_raise(wait_for_all(refs, options), self._states(), remedies or self._remedies)
 
     @property
     def phases(self) -> dict[int, str]:
         """The last reported phase of each rank."""
-        return {} if self._watchdog is None else self._watchdog.phases
+        return self._watchdog.phases
 
     @property
     def alive(self) -> bool:
         """Whether the workers can be called."""
-        return not self._closed and ray.is_initialized() and self._failure() is None
+        return not self._closed and ray.is_initialized() and self._watchdog.failure is None
 
     def close(self) -> None:
         """End the workers and wait until they are gone. May be called twice; does not hang on a broken Ray."""
@@ -229,8 +221,7 @@ class Session:
             self._close()
 
     def _close(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.stop()
+        self._watchdog.stop()
         actors, self._actors = list(self._actors), []
         group, self._group = self._group, None
         if not actors and group is None:
@@ -254,9 +245,6 @@ class Session:
                 raise
             raise store_full("what is sent to the workers", error) from error
 
-    def _failure(self) -> Failure | None:
-        return None if self._watchdog is None else self._watchdog.failure
-
     def _on_failure(self, failure: Failure) -> None:
         """Close the session if it is idle; a run in progress sees the failure itself. Called by the watchdog."""
         if not self._running.acquire(blocking=False):
@@ -270,8 +258,6 @@ class Session:
 
     def _states(self, idle: str = IDLE) -> WorkerStates:
         """Return what is known of the ranks now. `idle` is the phase of those that have not reported a new one yet."""
-        if self._watchdog is None:
-            return WorkerStates(self.places)
         lines = {
             rank: self._watchdog.last_lines(rank)
             or last_output(RUNTIME.log_folder, place.pid, self._printed.get(rank, {}))

@@ -91,9 +91,9 @@ class Sender:
             if torch.equal(self._kept[key], value):
                 self._kept.move_to_end(key)
                 return TensorUpdate(None, key, None, None, *form)
-        base = self._latest.get(form)
-        channels = None if base is None or value.ndim < 4 else _changed(self._kept[base], value)
-        if channels is None or len(channels) == value.shape[1]:
+        base = None if value.ndim < 4 else self._latest.get(form)
+        channels = () if base is None else _changed(self._kept[base], value)
+        if base is None or len(channels) == value.shape[1]:
             base, channels, data = None, None, as_bytes(value)
         else:
             self._kept.move_to_end(base)
@@ -131,7 +131,7 @@ class Receiver:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = ""
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int | None, Tensor] = {}
 
     def receive(self, message: Message) -> list[Tensor]:
         """Return the tensors of a message, by number. They are copies, which may be written to."""

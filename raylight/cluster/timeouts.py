@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import RunCancelled
 
@@ -24,7 +24,7 @@ class BackgroundCall(Generic[T]):
         self._ended, self._released = threading.Event(), threading.Event()
         if not stays:
             self._released.set()
-        self._result: T | None = None
+        self._result: Any = None
         self._error: BaseException | None = None
         threading.Thread(target=self._run, args=(call,), daemon=True, name="raylight-ray-call").start()
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -34,12 +34,16 @@ _KEPT_LINES = 20
 
 
 class Watchdog:
-    """Watches `actors` (by rank) until `stop`. On the first failure it calls `on_failure` once, from its own thread."""
+    """Watches actors from `start` to `stop`. On the first failure it calls `on_failure` once, from its own thread.
 
-    def __init__(self, config: SessionConfig, actors: Mapping[int, Any], on_failure: Callable[[Failure], None]) -> None:
+    `failure` is the one that was found, if any.
+    """
+
+    def __init__(self, config: SessionConfig, on_failure: Callable[[Failure], None]) -> None:
+        self.failure: Failure | None = None
         self._config = config
-        self._actors = dict(actors)
         self._on_failure = on_failure
+        self._actors: Sequence[Any] = ()
         self._places: dict[int, Place] = {}
         self._refs: dict[Any, int] = {}
         self._reports: dict[int, Report] = {}
@@ -47,19 +51,17 @@ class Watchdog:
         self._progress_at: dict[int, float] = {}
         self._stopped_since: dict[int, float] = {}
         self._run = ""
-        self._lines: dict[int, deque[LogLine]] = {rank: deque(maxlen=_KEPT_LINES) for rank in actors}
+        self._lines = [deque[LogLine](maxlen=_KEPT_LINES) for _ in range(config.world_size)]
         self._oom_kills = oom_kills()
         self._end = threading.Event()
-        self._failure: Failure | None = None
         self._thread = threading.Thread(target=self._watch, name="raylight-watchdog", daemon=True)
-        self._thread.start()
-        # Runs before Ray's own exit handler, as it was registered later: a call after that would start another Ray.
-        atexit.register(self._stop_at_exit)
 
-    @property
-    def failure(self) -> Failure | None:
-        """The failure that was found, if any."""
-        return self._failure
+    def start(self, actors: Sequence[Any]) -> None:
+        """Start watching the actors of all ranks."""
+        self._actors = tuple(actors)
+        self._thread.start()
+        # Runs before Ray's own exit handler, as it is registered later: a call after that would start another Ray.
+        atexit.register(self._stop_at_exit)
 
     @property
     def phases(self) -> dict[int, str]:
@@ -88,7 +90,7 @@ class Watchdog:
         self._thread.join(4 * _TICK_S)
 
     def _watch(self) -> None:
-        for rank in self._actors:
+        for rank in range(len(self._actors)):
             self._ask(rank)
         last = time.monotonic()
         while not self._end.is_set():
@@ -100,7 +102,7 @@ class Watchdog:
             if now - last > 10 * _TICK_S and (failure is None or failure.kind == HUNG):
                 self._postpone(now - last)  # this process itself was stopped, and received no reports
             elif failure is not None:
-                self._failure = failure
+                self.failure = failure
                 if not self._end.is_set():
                     self._on_failure(failure)
                 return
