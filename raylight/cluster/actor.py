@@ -55,8 +55,10 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a rank got in its last run: the collectives that each of its groups has begun, and its heartbeats, which
-    include NCCL's sends."""
+    """A rank's progress in its last run: the collectives that each of its groups has begun, and its heartbeats.
+
+    Heartbeats include NCCL's sends, which are not counted as collectives.
+    """
 
     begun: heartbeat.Tally | None
     beats: int
@@ -64,7 +66,7 @@ class Progress:
 
 @dataclass(slots=True)
 class RankContext:
-    """What a service knows about its rank."""
+    """The rank, device and mesh that a service is opened for."""
 
     rank: int
     world_size: int

@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class WaitOptions:
-    """What a wait checks besides the ranks."""
+    """Events, cancellation and time limit of a wait."""
 
     watchdog: Watchdog
     on_event: Callable[[Any], None] = lambda _: None

@@ -12,8 +12,10 @@ LOCAL = "local"
 
 
 class Service(Protocol):
-    """What a session needs of the object that it calls on every rank. Its other methods are the verbs: their first
-    argument is an `actor.Run`, and a session calls them by `Session.run`."""
+    """The object in a worker that a session calls.
+
+    Its other methods are the verbs. Their first argument is an `actor.Run`, and `Session.run` calls them.
+    """
 
     def inventory(self) -> str:
         """Return in words what this rank holds in memory."""
@@ -29,7 +31,7 @@ class Service(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServiceSpec:
-    """What each worker runs once it has joined its world.
+    """The service that each worker opens when it has joined the process group.
 
     `factory(context, settings)` returns a `Service`. It is named "module:function", and imported by workers only:
     `python_path` lists the folders in which they search for the module, in order.
@@ -80,8 +82,10 @@ class SessionConfig:
 
     @property
     def world_size(self) -> int:
+        """The number of workers."""
         return self.mesh.world_size
 
     @property
     def is_local(self) -> bool:
+        """Whether the workers run in a Ray that is started on this machine."""
         return self.address == LOCAL

@@ -38,8 +38,11 @@ def no_remedies(_kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failure: `kind` is one of `errors`, `rank` is None if it concerns no single rank, `cause` is a sentence without
-    its full stop, and `error` is what the rank raised, if anything."""
+    """A failure of a rank, or of none in particular if `rank` is None.
+
+    `kind` is one of `errors`, `cause` is a sentence without its full stop, and `error` is what the rank raised, if
+    anything.
+    """
 
     kind: str
     rank: int | None
@@ -49,7 +52,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStates:
-    """What is known of the ranks: their places, phases, and the last lines of their logs, by rank."""
+    """The ranks' places, phases and last log lines, as far as they are known."""
 
     places: Mapping[int, Place] = field(default_factory=dict)
     phases: Mapping[int, str] = field(default_factory=dict)

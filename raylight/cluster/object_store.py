@@ -24,7 +24,7 @@ class ObjectHandle:
 
 
 class ObjectCache:
-    """The up to `limit` objects that one session has put by `put`, the least recently used first."""
+    """Objects of one session in the store, at most `limit`. The least recently used are released."""
 
     def __init__(self, limit: int, put: Callable[[Any], ray.ObjectRef]) -> None:
         self._limit = limit

@@ -73,6 +73,7 @@ class RayFolder:
     owned: tuple[str, ...]
 
     def remove(self) -> None:
+        """Delete the owned folders."""
         for folder in self.owned:
             shutil.rmtree(folder, ignore_errors=True)
 
