@@ -140,7 +140,7 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
     from raylight.plans import plan_for
     from raylight.worker import lora, transformer_options
     from raylight.worker.patcher import RankPatcher
-    from raylight.worker.sharded_patcher import shard_over
+    from raylight.worker.sharded_patcher import build_sharded
 
     ring, ulysses = way.degrees
     mesh = build_mesh(MeshShape(world // (ring * ulysses), ring, ulysses), device)
@@ -157,7 +157,7 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
         strategy = StagedThroughCpuHybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
         transformer_options.install_override(options, SequenceAttention(tokens, strategy), kernel("auto", device))
     if way.shards:
-        patcher, _ = shard_over(mapped, world_axis(mesh), way.offload)
+        patcher, _ = build_sharded(mapped, world_axis(mesh), way.offload)
     else:
         patcher = RankPatcher(model, device, torch.device("cpu"))
     patcher = patcher.clone()

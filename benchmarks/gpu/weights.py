@@ -51,7 +51,7 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
     from raylight.host.checkpoint import load_mapped
     from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.worker import lora
-    from raylight.worker.sharded_patcher import shard_over
+    from raylight.worker.sharded_patcher import build_sharded
 
     torch.cuda.set_device(0)
     device = torch.device("cuda", 0)
@@ -77,7 +77,7 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
             del stock
         with torch.no_grad():
             mapped = load_mapped(str(path), {})
-            patcher, report = shard_over(mapped, mesh, offload)
+            patcher, report = build_sharded(mapped, mesh, offload)
             first = patcher.model.apply_model(**inputs()).float()
             patched = patcher.clone()
             for index, (tensors, strength) in enumerate(loras):
@@ -105,12 +105,12 @@ def peak(rank: int, world: int, path: Path, offload: bool) -> dict[str, float]:
     """GPU memory of one rank with blocks of Wan 14B, in blocks: between forwards, and more in one."""
     from raylight.host.checkpoint import load_mapped
     from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
-    from raylight.worker.sharded_patcher import shard_over
+    from raylight.worker.sharded_patcher import build_sharded
 
     torch.cuda.set_device(0)
     mesh = world_axis(build_mesh(MeshShape(batch=world), torch.device("cuda", 0)))
     with torch.no_grad():
-        patcher, _ = shard_over(load_mapped(str(path), {}), mesh, offload)
+        patcher, _ = build_sharded(load_mapped(str(path), {}), mesh, offload)
         block = sum(p.numel() * p.element_size() for p in patcher.model.diffusion_model.blocks[0].parameters())
         patcher.model.apply_model(**inputs())
         before = torch.cuda.memory_allocated()

@@ -10,18 +10,17 @@ from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
 from raylight.host import loading
 from raylight.host.jobs import ForwardJob, ModelJob, RankMemory, RunJob, RunResult
-from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
+from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe
 from raylight.host.worker_service import WorkerService
-from raylight.parallel.mesh import sequence_axis, world_axis
+from raylight.parallel.mesh import sequence_axis
 from raylight.sharding.fsdp import reset
 
 from . import model_cache
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
-from .parallel_model import ParallelModel
-from .patcher import RankPatcher, build_replicated, mode_of
+from .parallelize import load_parallel
+from .patcher import RankPatcher, mode_of
 from .sampling import SamplingRun
-from .sharded_patcher import shard_over
 
 logger = logging.getLogger(__name__)
 
@@ -117,22 +116,10 @@ class ModelService(WorkerService):
                 if recipe.sharding == SHARDED:
                     self._models.make_room_on_device(share)
             try:
-                held = self._place(recipe.without_loras)
+                held = load_parallel(recipe.without_loras, self._context.mesh, self._context.device)
             except BaseException:
                 self._models.sweep()  # what was read already
                 raise
             self._models.add(held)
             logger.info("holds %s", recipe.name)
         return held
-
-    def _place(self, recipe: ModelRecipe) -> CachedModel:
-        mapped = loading.map_file(recipe)
-        split = ParallelModel(mapped.model, self._context.mesh, self._context.device)
-        with loading.file_errors(recipe):
-            if recipe.sharding == REPLICATED:
-                patcher, host_bytes = build_replicated(mapped, comfy.model_management.unet_offload_device())
-            else:
-                patcher, report = shard_over(mapped, world_axis(self._context.mesh), recipe.sharding == OFFLOADED)
-                host_bytes = report.bytes
-        split.begin()
-        return CachedModel(recipe, patcher, split, mapped.lora_keys, mapped.shapes, host_bytes)

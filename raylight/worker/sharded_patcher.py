@@ -77,7 +77,7 @@ class ShardedPatcher(RankPatcher):
         return 0
 
 
-def shard_over(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple[ShardedPatcher, ShardReport]:
+def build_sharded(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple[ShardedPatcher, ShardReport]:
     """Split a mapped model over a one-dimensional mesh; each rank reads its own rows. Collective.
 
     Returns the patcher of this rank's part, and what became of the weights.

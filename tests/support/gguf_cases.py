@@ -24,7 +24,7 @@ from raylight.host.gguf import load_gguf, open_pack
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.worker import lora
 from raylight.worker.patcher import RankPatcher, build_replicated
-from raylight.worker.sharded_patcher import shard_over
+from raylight.worker.sharded_patcher import build_sharded
 
 Loras = tuple[tuple[dict[str, Tensor], float], ...]
 
@@ -83,7 +83,7 @@ def _compare(rank: int, mesh: Any, path: Path, mode: str, base: Tensor, expected
         mapped = load_gguf(str(mine), PACK)
         if mode == "replicated":
             return mapped, *build_replicated(mapped, CPU)
-        patcher, report = shard_over(mapped, mesh, mode == "offloaded")
+        patcher, report = build_sharded(mapped, mesh, mode == "offloaded")
         return mapped, patcher, report.bytes
 
     def result(held: tuple[MappedModel, RankPatcher, int], loras: Loras, in_parts: bool = False) -> Tensor:

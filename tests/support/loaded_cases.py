@@ -19,7 +19,7 @@ from torch import Tensor
 from raylight.host.checkpoint import MappedModel, load_mapped
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.worker import lora
-from raylight.worker.sharded_patcher import ShardedPatcher, shard_over
+from raylight.worker.sharded_patcher import ShardedPatcher, build_sharded
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,7 @@ def _compare_patched(rank: int, mesh, path: Path, dtype: str, kinds: tuple[str, 
 
     def load() -> tuple[MappedModel, ShardedPatcher]:
         mapped = load_mapped(str(mine), options)
-        return mapped, shard_over(mapped, mesh, False)[0]
+        return mapped, build_sharded(mapped, mesh, False)[0]
 
     def result(mapped: MappedModel, patcher: ShardedPatcher, *loras: tuple[dict[str, Tensor], float]) -> Tensor:
         patcher = patcher.clone()
@@ -118,7 +118,7 @@ def _compare(path: str, mesh, offload: bool) -> Loaded:
         # Tensors of its own: products with one row are summed in another order where a weight lies at an odd address.
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         expected = comfy.sd.load_diffusion_model_state_dict(tensors).model.apply_model(**wan_inputs())
-        patcher, report = shard_over(load_mapped(path, {}), world_axis(mesh), offload)
+        patcher, report = build_sharded(load_mapped(path, {}), world_axis(mesh), offload)
         for _ in range(2):
             actual = patcher.model.apply_model(**wan_inputs())
     error = ((actual - expected).abs().max() / expected.std()).item()

@@ -18,7 +18,7 @@ from raylight.host.recipe import SHARDED
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.worker import lora
 from raylight.worker.patcher import mode_of
-from raylight.worker.sharded_patcher import ShardedPatcher, shard_over
+from raylight.worker.sharded_patcher import ShardedPatcher, build_sharded
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -31,7 +31,7 @@ def moved_in_inference_mode(rank: int, world: int, path: Path) -> list[int]:
     for offload in (False, True):
         with mode_of(SHARDED):
             mapped = load_mapped(str(path), {})
-            patcher, _ = shard_over(mapped, mesh, offload)
+            patcher, _ = build_sharded(mapped, mesh, offload)
         _take_turns(patcher)
         patcher = patcher.clone()
         patcher.add_patches(patches_for(mapped), 0.8)

@@ -27,7 +27,7 @@ from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.sharding import fsdp
 from raylight.sharding.fsdp import units
 from raylight.worker import lora
-from raylight.worker.sharded_patcher import shard_over
+from raylight.worker.sharded_patcher import build_sharded
 
 CPU = torch.device("cpu")
 
@@ -80,7 +80,7 @@ def _compare(name: str, mesh: Any, sequence: bool, offload: bool, patched: bool)
         effect = ((expected - unpatched).std() / expected.std()).item()
     blocks = len(units(model.diffusion_model))
     options = split(model.diffusion_model, mesh).options({}) if sequence else {}
-    patcher, report = shard_over(mapped, world_axis(mesh), offload)
+    patcher, report = build_sharded(mapped, world_axis(mesh), offload)
     patcher = patcher.clone()
     for index, (tensors, strength) in enumerate(loras):
         patcher.add_patches(lora.fitting(f"LoRA {index}", tensors, mapped.lora_keys, shapes), strength)
