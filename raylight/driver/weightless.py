@@ -17,8 +17,8 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from raylight.host import loading
-from raylight.host.checkpoint import set_parameter
 from raylight.host.recipe import ModelRecipe
+from raylight.sharding.assign import set_parameter
 from raylight.sharding.lazy_concat import LazyConcat
 
 from .as_built import AsBuilt

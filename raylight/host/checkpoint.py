@@ -132,12 +132,6 @@ def build_from_loader(load: Callable[[dict[str, Any]], Any], model_options: dict
     )
 
 
-def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put a tensor in the place of a parameter."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-
-
 def _check_complete(diffusion_model: nn.Module) -> None:
     for name, parameter in diffusion_model.named_parameters():
         if parameter.is_meta:

@@ -19,7 +19,9 @@ import torch
 from comfy.model_base import BaseModel
 from torch import Tensor
 
-from .checkpoint import MappedModel, build_from_loader, set_parameter
+from raylight.sharding.assign import set_parameter, set_tensor
+
+from .checkpoint import MappedModel, build_from_loader
 from .gguf import GgmlTensors, GgufPack, map_ggml, open_pack
 from .recipe import ModelRecipe
 
@@ -135,8 +137,5 @@ def _assign(base: BaseModel, tensors: dict[str, Tensor], around: dict[str, Tenso
             set_parameter(diffusion_model, name, tensors[name])
     for name, value in around.items():
         owner, _, leaf = name.rpartition(".")
-        module = base.get_submodule(owner)
-        if leaf in module._buffers:
-            module._buffers[leaf] = value
-        else:
-            set_parameter(base, name, value)
+        is_buffer = leaf in base.get_submodule(owner)._buffers
+        (set_tensor if is_buffer else set_parameter)(base, name, value)

@@ -21,9 +21,10 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
+from raylight.sharding.assign import set_parameter
 from raylight.sharding.subclass_weights import Parts, Unpacked, flattened
 
-from .checkpoint import MappedModel, build_from_loader, set_parameter
+from .checkpoint import MappedModel, build_from_loader
 
 NODE = "UnetLoaderGGUF"
 _TAKEN = {

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from raylight.parallel.heartbeat import cancellation_point
 
+from .assign import set_parameter, set_tensor
 from .rows import ByteAllGather, rows_of
 
 SMALLEST_SHARE = 0.002  # of the model's weights: below it an all-gather of its own costs more than it saves
@@ -128,9 +129,9 @@ def shard(
         value = torch.empty_like(parameter, device="meta")
         if name in replicated:
             value = _copy(weights[name][...], parameter.dtype, device)
-        _set(model, name, nn.Parameter(value, requires_grad=False))
+        set_parameter(model, name, value)
     for name, buffer in list(model.named_buffers()):
-        _set(model, name, buffer.detach().to(device))  # a buffer can be made of a parameter, in PixArt
+        set_tensor(model, name, buffer.detach().to(device))  # a buffer can be made of a parameter, in PixArt
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     ignored = {model.get_parameter(name) for name in replicated}
     for module in (*blocks.values(), model):
@@ -155,9 +156,9 @@ def move(model: nn.Module, device: torch.device, offload: bool) -> None:
         return
     for name, parameter in list(model.named_parameters()):
         if not isinstance(parameter, DTensor):
-            _set(model, name, nn.Parameter(parameter.to(device), requires_grad=False))
+            set_parameter(model, name, parameter.to(device))
     for name, buffer in list(model.named_buffers()):
-        _set(model, name, buffer.to(device))
+        set_tensor(model, name, buffer.to(device))
 
 
 def _check(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -192,7 +193,7 @@ def _fill(
         )
         if offload:
             whole = whole.cpu()  # by way of the device, where a DTensor of this mesh begins
-        _set(model, name, nn.Parameter(whole, requires_grad=False))
+        set_parameter(model, name, whole)
         held += local.numel() * local.element_size()
     return held
 
@@ -231,8 +232,3 @@ def _gather_as_bytes(module: nn.Module) -> None:
     # An older PyTorch has no such choice; NCCL of its time may know the dtype.
     if eight_bits and hasattr(module, "set_custom_all_gather"):
         module.set_custom_all_gather(ByteAllGather())
-
-
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, value)

@@ -21,10 +21,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from raylight.host.checkpoint import MappedModel, set_parameter
+from raylight.host.checkpoint import MappedModel
 from raylight.host.gguf import GgmlTensors
 from raylight.host.recipe import REPLICATED
 from raylight.parallel.process_group import smallest
+from raylight.sharding.assign import set_parameter
 from raylight.sharding.lazy_concat import LazyConcat
 
 Method = TypeVar("Method", bound=Callable[..., Any])

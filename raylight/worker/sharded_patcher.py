@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from raylight.host.checkpoint import MappedModel, set_parameter
+from raylight.host.checkpoint import MappedModel
 from raylight.host.recipe import SHARDED
+from raylight.sharding.assign import set_parameter
 from raylight.sharding.fsdp import ShardReport, move, shard
 from raylight.sharding.subclass_weights import flatten, flattened
 
