@@ -85,7 +85,7 @@ def _of_remote(old: ModelRecipe, workers: WorkerConfig) -> ModelRecipe:
 def _look(model: ModelPatcher, workers: WorkerConfig, now: dict[str, bytes]) -> _Known:
     """Find the file of a model, or make one."""
     for recipe in _files(model):
-        changed = _changed(model, models.map_file(recipe, tells=False))
+        changed = _changed(model, models.map_file(recipe, log_unused=False))
         if not changed:
             return _remember(model.model, _Known(now, recipe))
         more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from raylight.host.comfy_patches import replaced_on
 from raylight.host.jobs import KEY
 from raylight.host.recipe import ModelRecipe, WorkerConfig
 
@@ -127,14 +127,5 @@ def _prepare(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """ComfyUI's preparation of a run, for which it frees the memory that the model is to need: here, none."""
     if not isinstance(model, RemotePatcher):
         return executor(model, *args, **kwargs)
-    with _costing_nothing(model.model):
+    with replaced_on(model.model, "memory_required", lambda *_, **__: 0):
         return executor(model, *args, **kwargs)
-
-
-@contextmanager
-def _costing_nothing(base: Any) -> Iterator[None]:
-    base.memory_required = lambda *_, **__: 0
-    try:
-        yield
-    finally:
-        del base.memory_required

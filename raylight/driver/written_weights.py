@@ -44,7 +44,7 @@ def look(base: BaseModel, recipe: ModelRecipe) -> None:
     now = dict(base.diffusion_model.named_parameters())
     if not names and are_written(weight for weight in now.values() if _is_plain(weight)):
         with torch.inference_mode(False), torch.no_grad():
-            file = dict(loading.map_file(recipe, tells=False).model.diffusion_model.named_parameters())
+            file = dict(loading.map_file(recipe, log_unused=False).model.diffusion_model.named_parameters())
         names = [name for name, weight in now.items() if _is_plain(weight) and not torch.equal(weight, file[name])]
     for name in names:
         if name not in now or not _is_plain(now[name]) or now[name].shape != weightless.as_built(base).shape(name):

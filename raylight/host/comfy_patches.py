@@ -1,33 +1,79 @@
-"""Attention of models that call ComfyUI's function without handing on `transformer_options`.
+"""All of ComfyUI that Raylight replaces at run time.
 
-ComfyUI's hook, `optimized_attention_override`, travels in these options, so such calls would never meet it. This is the
-one place that replaces something in ComfyUI: the name `optimized_attention` in the model's own Python module, by a
-function that adds the options of the forward being run.
+For as long as a `with` block (`replaced`, `replaced_on`), after which the original is back:
+
+- `comfy.model_patcher.CoreModelPatcher`, `comfy.utils.load_torch_file` and
+  `comfy.model_detection.convert_diffusers_mmdit`, while `checkpoint` has ComfyUI load a model: weights are to stay in
+  their file.
+- Functions of ComfyUI's models, their classes and Python modules that node packs have replaced in ComfyUI's process:
+  replaced in the workers too, for one run (`patcher_state.changed`).
+- `memory_required` of a model whose weights are on the workers, while ComfyUI makes room for it: it needs none
+  (`driver.remote_model`).
+
+For the life of the process:
+
+- `optimized_attention` in the Python modules of models that call it without their `transformer_options`
+  (`route_unhooked_calls`): ComfyUI's `optimized_attention_override` is one of these options.
+
+Not here, as it is not ComfyUI's: methods of model instances that Raylight has built for itself (`driver.weightless`,
+`worker.parallel_model`); and the command line and folders that `settings` gives to ComfyUI in a worker.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 NAME = "optimized_attention"
-_MARK = "raylight_door"
+_MARK = "raylight_routed"
+_MISSING = object()
 
 _current: list[dict[str, Any]] = []
 
 
-def route_unhooked_calls(model: nn.Module, modules: Iterable[str]) -> None:
-    """From now on attention calls in these Python modules get the options of the model's forward, if there is one.
+@contextmanager
+def replaced(module: ModuleType, name: str, replace: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it a function or class of a module of ComfyUI is `replace(original)`.
 
-    Raises RuntimeError when ComfyUI's module does not have the function any more.
+    Raises RuntimeError: when this ComfyUI does not have it.
+    """
+    original = getattr(module, name, None)
+    if not callable(original):
+        raise RuntimeError(f"this ComfyUI has no {module.__name__}.{name}, which Raylight needs: update Raylight")
+    with replaced_on(module, name, replace(original)):
+        yield
+
+
+@contextmanager
+def replaced_on(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it the attribute `name` of a Python module, class or object is `value`; one that `owner` did not have
+    itself is deleted afterwards. `name` may be `__class__`."""
+    before = type(owner) if name == "__class__" else vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def route_unhooked_calls(model: nn.Module, modules: Iterable[str]) -> list[RemovableHandle]:
+    """Pass the options of the model's forward to attention calls in these Python modules until the handles are removed.
+
+    Raises RuntimeError: when ComfyUI's module has no such function.
     """
     modules = tuple(modules)
     if not modules:
-        return
+        return []
     for name in modules:
         module = importlib.import_module(name)
         function = getattr(module, NAME, None)
@@ -38,8 +84,10 @@ def route_unhooked_calls(model: nn.Module, modules: Iterable[str]) -> None:
             )
         if not hasattr(function, _MARK):
             setattr(module, NAME, _with_options(function))
-    model.register_forward_pre_hook(_enter, with_kwargs=True)
-    model.register_forward_hook(_leave, always_call=True)
+    return [
+        model.register_forward_pre_hook(_enter, with_kwargs=True),
+        model.register_forward_hook(_leave, always_call=True),
+    ]
 
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import nn
 
+from .comfy_patches import replaced_on
 from .recipe import REPLICATED
 
 # Attributes of ComfyUI's `ModelPatcher` that a node can change, apart from `patches`, which go a way of their own.
@@ -116,8 +117,6 @@ def bind_arguments(
     return tuple(by_name[name] for name in first), {k: v for k, v in by_name.items() if k not in first}
 
 
-_MISSING = object()
-
 # What `nn.Module` itself keeps in a module, and how attributes begin that ComfyUI and PyTorch set on the modules of
 # models that they load, move and split: none of these is a change of a node's.
 OF_TORCH = frozenset(vars(nn.Module()))
@@ -163,7 +162,7 @@ def changed(patcher: ModelPatcher, changes: Sequence[Change]) -> Iterator[None]:
                 register = getattr(_owner(base, change), HOOKS[change.name])
                 stack.callback(register(change.value, with_kwargs=change.takes_kwargs).remove)
             else:
-                stack.enter_context(_set(_owner(base, change), change.name, change.value))
+                stack.enter_context(replaced_on(_owner(base, change), change.name, change.value))
         stack.callback(patcher.unpatch_model, unpatch_weights=False)
         yield
 
@@ -174,21 +173,3 @@ def _owner(base: BaseModel, change: Change) -> Any:
     if change.owner.startswith("python:"):
         return importlib.import_module(change.owner.removeprefix("python:"))
     return base.get_submodule(change.owner)
-
-
-@contextmanager
-def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
-    if name == "__class__":
-        before: Any = type(owner)
-    elif isinstance(owner, nn.Module):
-        before = owner.__dict__.get(name, _MISSING)
-    else:
-        before = vars(owner).get(name, _MISSING)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)

@@ -1,8 +1,8 @@
-"""Files of tensors, read as ComfyUI reads them in its own process, with the tensors still in the mapped file.
+"""Read tensors from files, memory-mapped, as ComfyUI reads them in its own process.
 
-With DynamicVRAM ComfyUI has a reader of its own for .safetensors, which takes each tensor from where the header says
-that it is. Else, and in workers, it uses the safetensors package, which refuses files with bytes that belong to no
-tensor. What either takes is taken here.
+With DynamicVRAM ComfyUI has its own reader for .safetensors, which takes each tensor from where the header says that it
+is. Otherwise, and in workers, it uses the safetensors package, which refuses files with bytes that belong to no tensor.
+Here a file may be read by either.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 _ENDINGS = (".safetensors", ".sft")
-_LENGTH_BYTES = 8  # of the header's length, little-endian, at the begin of the file
-# By their names in a header; what is missing here is missing in older versions of PyTorch.
+_LENGTH_BYTES = 8  # of the header's length, little-endian, at the start of the file
+# By their names in a header. Older versions of PyTorch lack some.
 _DTYPES = {
     name: getattr(torch, dtype)
     for name, dtype in {
@@ -46,10 +46,10 @@ _DTYPES = {
 }
 
 
-def tolerant(read: Callable[..., Any]) -> Callable[..., Any]:
-    """ComfyUI's `load_torch_file`, `read`, that goes by the header alone where the safetensors package refuses a file.
+def tolerant_reader(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ComfyUI's `load_torch_file`: where the safetensors package refuses a file, read it by its header alone.
 
-    What it returns raises what `read` raises, for a file that has none of its tensors where it says.
+    The wrapper raises what `read` raises where that fails too.
     """
 
     def read_either(path: str, *args: Any, **kwargs: Any) -> Any:
@@ -68,13 +68,15 @@ def tolerant(read: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read(path: str) -> dict[str, Tensor]:
-    """The tensors of a file by name, memory-mapped where the format allows it. Raises as `tolerant`."""
-    return tolerant(comfy.utils.load_torch_file)(path, safe_load=True)
+    """Return the tensors of a file by name, memory-mapped where the format allows it. Raises as `tolerant_reader`."""
+    return tolerant_reader(comfy.utils.load_torch_file)(path, safe_load=True)
 
 
 def _by_header(path: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """Take each tensor from where the header says, whatever else is in the file. Raises ValueError, KeyError or
-    TypeError for a header that cannot be so."""
+    """Return each tensor from where the header says, whatever else is in the file, and the header's metadata.
+
+    Raises ValueError, KeyError or TypeError: for an impossible header.
+    """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -97,8 +99,8 @@ def _by_header(path: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     return tensors, metadata
 
 
-def in_words(error: Exception) -> str:
-    """An error of a reader, in words: many name no more than a key or an index."""
+def describe_error(error: Exception) -> str:
+    """Return an error of a reader as a sentence: many name no more than a key or an index."""
     if isinstance(error, KeyError):
         key = error.args[0]
         if isinstance(key, str) and "." in key:
@@ -106,5 +108,5 @@ def in_words(error: Exception) -> str:
         return f"ComfyUI looks for {key!r} in it, and that is not there or not known"
     if isinstance(error, EOFError):
         return "it ends too early"
-    told = isinstance(error, (ValueError, RuntimeError, OSError, SafetensorError))
-    return str(error) if told and str(error) else f"{type(error).__name__}: {error}"
+    explains = isinstance(error, (ValueError, RuntimeError, OSError, SafetensorError)) and str(error)
+    return str(error) if explains else f"{type(error).__name__}: {error}"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raylight.cluster.errors import is_out_of_memory
 from raylight.host import tensor_file
-from raylight.host.notices import held_back, some
+from raylight.host.log_messages import captured_log, first_few
 from raylight.host.recipe import LoraRecipe
 
 _META = torch.device("meta")
@@ -70,7 +70,7 @@ class Fitting:
 
 def _try(patch: Any, key: str, shape: tuple[int, ...], part: Part, function: Any) -> tuple[bool, tuple[int, ...]]:
     """Whether ComfyUI applies a patch of weightless tensors to a weight of this shape, and the shape then."""
-    with torch.inference_mode(False), torch.no_grad(), held_back("") as told:
+    with torch.inference_mode(False), torch.no_grad(), captured_log("") as told:
         before = torch.empty(shape, device=_META)
         version = before._version
         try:
@@ -161,7 +161,7 @@ def read(recipe: LoraRecipe, keys: Mapping[str, Any], model: Fitting) -> Fitted:
     except Exception as error:  # of safetensors, pickle, zip, the system: whatever the file is instead
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"{recipe.name} cannot be read as a LoRA: {tensor_file.in_words(error)}") from error
+        raise ValueError(f"{recipe.name} cannot be read as a LoRA: {tensor_file.describe_error(error)}") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{recipe.name} cannot be read as a LoRA: it holds no tensors by name")
     return fitted(recipe.name, tensors, keys, model)
@@ -180,12 +180,12 @@ def fitted(name: str, tensors: dict[str, Tensor], keys: Mapping[str, Any], model
         raise ValueError(f"the LoRA {name} is empty: it holds no tensors")
     names = list(tensors)
     try:
-        with held_back(_NOT_LOADED) as lines:
+        with captured_log(_NOT_LOADED) as lines:
             patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), dict(keys))
     except Exception as error:  # of ComfyUI's adapters, which look for their tensors by name
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"{name} cannot be read as a LoRA: {tensor_file.in_words(error)}") from error
+        raise ValueError(f"{name} cannot be read as a LoRA: {tensor_file.describe_error(error)}") from error
     found = {key: value for key, value in patches.items() if _target(key) in model}
     if not found:
         raise ValueError(_without_effect(name, names))
@@ -207,7 +207,7 @@ def fitted(name: str, tensors: dict[str, Tensor], keys: Mapping[str, Any], model
     if nowhere:
         warnings.append(
             f"the LoRA {name} has {len(nowhere)} tensors or layers that this model does not have, "
-            f"and is put on without them ({some(nowhere)})"
+            f"and is put on without them ({first_few(nowhere)})"
         )
     return Fitted(found, warnings)
 
@@ -276,7 +276,7 @@ def _target(key: Any) -> str:
 
 
 def _places(names: Iterable[str], model: Fitting) -> str:
-    return some(f"{name}, here {in_words(model.shape(name))}" for name in dict.fromkeys(names))
+    return first_few(f"{name}, here {in_words(model.shape(name))}" for name in dict.fromkeys(names))
 
 
 def _is_for_text(name: str) -> bool:
@@ -293,6 +293,6 @@ def _without_effect(name: str, names: Sequence[str]) -> str:
         )
     return (
         f"the LoRA {name} has no effect on this model: ComfyUI knows none of the names of its {len(of_model)} "
-        f"tensors ({some(of_model)}) for it. It is for another model, or was saved by a tool whose names ComfyUI "
+        f"tensors ({first_few(of_model)}) for it. It is for another model, or was saved by a tool whose names ComfyUI "
         f"does not know: take a version of it that is made for ComfyUI"
     )

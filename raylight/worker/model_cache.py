@@ -15,7 +15,7 @@ import torch
 
 from raylight.cluster.object_store import ObjectHandle
 from raylight.host.jobs import HeldModel, RankMemory
-from raylight.host.notices import tell
+from raylight.host.log_messages import warn_on_first_rank
 from raylight.host.pickling import deserialize
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe
 from raylight.parallel.process_group import smallest
@@ -72,7 +72,7 @@ class CachedModel:
                 patcher.patches[key] = [(1.0, ("set", (weight,)), 1.0, None, None), *patcher.patches.get(key, [])]
             patcher.patches_uuid = uuid.uuid4()
             warnings += more
-        tell(logger, warnings, self.recipe.name)
+        warn_on_first_rank(logger, warnings, self.recipe.name)
         return patcher
 
 

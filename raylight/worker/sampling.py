@@ -14,7 +14,7 @@ from torch import Tensor
 from raylight.cluster.actor import Run
 from raylight.host import patcher_state
 from raylight.host.jobs import KEY, RunJob, RunResult, StepDone, random_state, set_random_state
-from raylight.host.notices import tell
+from raylight.host.log_messages import warn_on_first_rank
 from raylight.host.patcher_state import changed
 from raylight.host.pickling import deserialize
 
@@ -38,7 +38,7 @@ class SamplingRun:
             job.content, patcher
         )
         patcher_state.apply_state(patcher, worn, job.model.recipe.sharding)
-        tell(logger, lora.fit_scheduled(patcher), job.model.recipe.name)
+        warn_on_first_rank(logger, lora.fit_scheduled(patcher), job.model.recipe.name)
         for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # those of ComfyUI's process
             for holder in ("transformer_options", "to_load_options"):
                 self.model_options.get(holder, {}).get("wrappers", {}).get(kind, {}).pop(KEY, None)
