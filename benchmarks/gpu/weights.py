@@ -95,7 +95,7 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
             "effect": _relative(expected_patched, expected),
             "removed": torch.equal(removed, first),
             "moved": torch.equal(moved, first),
-            "share": report.bytes / report.whole_bytes,
+            "share": report.bytes / report.model_bytes,
         }
         del patcher, patched, mapped
     return results

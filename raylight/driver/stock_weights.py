@@ -18,7 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from raylight.sharding.lazy_concat import LazyConcat
-from raylight.sharding.subclass_weights import flattened
+from raylight.sharding.subclass_weights import flatten_tensor
 
 DIFFUSION_MODEL = "diffusion_model."
 _SMALL = 1 << 16
@@ -83,8 +83,8 @@ def parts(value: Tensor) -> dict[str, Tensor]:
     if is_ggml(value):
         with torch._C.DisableTorchFunctionSubclass():
             return {"": value.as_subclass(Tensor)}
-    unpacked = flattened(value)
-    return {"": value} if unpacked is None else unpacked.parts
+    flat = flatten_tensor(value)
+    return {"": value} if flat is None else flat.components
 
 
 def digests(base: BaseModel) -> dict[str, bytes]:

@@ -17,14 +17,12 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from raylight.host import loading
+from raylight.host.jobs import METHODS
 from raylight.host.recipe import ModelRecipe
 from raylight.sharding.assign import set_parameter
 from raylight.sharding.lazy_concat import LazyConcat
 
 from .as_built import AsBuilt
-
-# What ComfyUI calls of a diffusion model outside of its forward, with weights (LTX-2, Anima, MiniMax).
-METHODS = ("preprocess_text_embeds",)
 
 # Of the patcher that is sampled, a method, and its arguments.
 Calls = Callable[[ModelPatcher, str, tuple[Any, ...], dict[str, Any]], Any]

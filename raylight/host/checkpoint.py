@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from raylight.sharding.lazy_concat import LazyConcat, LazyConcatMode
-from raylight.sharding.subclass_weights import Unpacked
+from raylight.sharding.subclass_weights import Flattened
 
 from . import tensor_file
 from .comfy_patches import replaced
@@ -46,8 +46,8 @@ class QuantisedTensors(Protocol):
         """Return another tensor of the same bytes, with these patches of ComfyUI's and no others."""
         ...
 
-    def unpack(self, parameter: Tensor) -> Unpacked | None:
-        """Return the bytes, (weight rows, bytes of a row) uint8, to be sharded by rows; None for a plain tensor."""
+    def flatten(self, parameter: Tensor) -> Flattened | None:
+        """Return the bytes of a quantised tensor, (weight rows, bytes of a row) uint8; else as `flatten_tensor`."""
         ...
 
 

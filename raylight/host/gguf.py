@@ -1,7 +1,7 @@
-"""The ComfyUI-GGUF pack: found in ComfyUI's process, and its reader and layers imported in a worker.
+"""GGUF files, by the ComfyUI-GGUF pack: found in ComfyUI's process; its reader and layers are imported in a worker.
 
-GGUF's formats are that pack's business: which tensors there are, and what their blocks of bytes mean. Workers load no
-custom nodes, so they take the modules that they need from the pack's folder, without what registers its nodes.
+The pack knows GGUF's formats. Workers load no custom nodes, so they import the modules that they need from the pack's
+folder, without what registers its nodes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from raylight.sharding.assign import set_parameter
-from raylight.sharding.subclass_weights import Parts, Unpacked, flattened
+from raylight.sharding.subclass_weights import Components, Flattened, flatten_tensor
 
 from .checkpoint import MappedModel, build_from_loader
 
 NODE = "UnetLoaderGGUF"
-_TAKEN = {
+_IMPORTED = {
     "loader": ("gguf_sd_loader",),
     "ops": ("GGMLOps", "GGMLTensor", "GGMLLayer"),
     "dequant": ("is_quantized", "dequantize_tensor"),
@@ -36,8 +36,9 @@ _TAKEN = {
 
 @dataclass(frozen=True, slots=True)
 class GgufPack:
-    """What workers use of the pack. `tensor` is its class of quantised tensors, `operations` its layers for ComfyUI's
-    models, `layer` the class of those that know quantised weights."""
+    """The names of the pack that workers use: `tensor` is its class of quantised tensors, `operations` its layers for
+    ComfyUI's models, `layer` the base class of those that take quantised weights.
+    """
 
     name: str
     folder: str
@@ -49,9 +50,9 @@ class GgufPack:
     _read: Callable[[str], Any]
 
     def read(self, path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """The tensors of a file, still in it, and its metadata where the pack tells it.
+        """Return the tensors of a file, memory-mapped, and its metadata if the pack returns it.
 
-        Raises ValueError for whatever the pack does not understand.
+        Raises ValueError: for a file that the pack does not understand.
         """
         try:
             found = self._read(path)
@@ -63,27 +64,30 @@ class GgufPack:
 
 
 def find() -> str:
-    """The folder of the pack that this ComfyUI has started with; empty where it has none."""
-    # By its node, and not by its folder: people rename folders, and a pack can fail to start.
+    """Return the folder of the pack that this ComfyUI has started with; empty if there is none."""
+    # By its node, and not by its folder: users rename folders, and a pack can fail to start.
     nodes = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
     if NODE not in nodes:
         return ""
     folder = os.path.dirname(os.path.abspath(inspect.getfile(nodes[NODE])))
-    complete = all(os.path.isfile(os.path.join(folder, f"{module}.py")) for module in _TAKEN)
+    complete = all(os.path.isfile(os.path.join(folder, f"{module}.py")) for module in _IMPORTED)
     return folder if complete else ""
 
 
 @functools.cache
 def open_pack(folder: str) -> GgufPack:
-    """Import the pack in this process. Raises ValueError where it is not there, or not as it was."""
+    """Import the pack in this process.
+
+    Raises ValueError: when it is not there, cannot be imported or lacks a name that Raylight needs.
+    """
     if not os.path.isdir(folder):
         raise ValueError(f"ComfyUI-GGUF is not in {folder} on the machine of this worker")
     name = f"raylight_gguf_{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
     package = ModuleType(name)
     package.__path__ = [folder]  # a package whose __init__, which registers nodes, does not run
     sys.modules[name] = package
-    taken = {}
-    for module, names in _TAKEN.items():
+    found = {}
+    for module, names in _IMPORTED.items():
         try:
             imported = importlib.import_module(f"{name}.{module}")
         except Exception as error:  # of code that is not ours
@@ -94,67 +98,69 @@ def open_pack(folder: str) -> GgufPack:
                     f"{module}.py of ComfyUI-GGUF in {folder} has no {one}, which Raylight needs: update "
                     f"Raylight, or use the version of ComfyUI-GGUF that has it"
                 )
-            taken[one] = getattr(imported, one)
+            found[one] = getattr(imported, one)
     return GgufPack(
         name,
         folder,
-        taken["GGMLTensor"],
-        taken["GGMLLayer"],
-        taken["GGMLOps"],
-        taken["is_quantized"],
-        taken["dequantize_tensor"],
-        taken["gguf_sd_loader"],
+        found["GGMLTensor"],
+        found["GGMLLayer"],
+        found["GGMLOps"],
+        found["is_quantized"],
+        found["dequantize_tensor"],
+        found["gguf_sd_loader"],
     )
 
 
-# What a layer adds to a weight when it unpacks it: ComfyUI's patches with the weight's name, as the pack has them.
+# What a layer adds to a weight when it dequantises it: ComfyUI's patches with the weight's name.
 Patches = list[tuple[list[Any], str]]
 
 
 class PatchedOnUse:
-    """Puts a quantised weight together, with the patches that it has at that time."""
+    """Rebuild a quantised weight from its bytes, with the patches that it has at that time."""
 
     def __init__(self, kind: type, tensor_type: Any, shape: Sequence[int]) -> None:
         self._kind, self._type, self._shape = kind, tensor_type, shape
         self.patches: Patches = []
 
-    def __call__(self, parts: Parts) -> Tensor:
-        raw = parts["raw"]
+    def __call__(self, components: Components) -> Tensor:
+        """Return the pack's tensor of `raw`, (weight rows, bytes of a row) uint8."""
+        raw = components["raw"]
         if raw.device.type == "cpu":
-            # The pack unpacks rare formats by numpy, which on the CPU would not let FSDP free what it gathered.
+            # The pack uses numpy for rare formats, which on the CPU would keep FSDP from freeing what it gathered.
             raw = raw.clone()
         return self._kind(raw, tensor_type=self._type, tensor_shape=self._shape, patches=list(self.patches))
 
 
 class GgmlTensors:
-    """The quantised tensors of a pack: their `shape` is that of the weight, their storage is bytes."""
+    """`QuantisedTensors` of a pack."""
 
     def __init__(self, pack: GgufPack) -> None:
         self._pack = pack
 
     def is_quantised(self, value: Tensor) -> bool:
+        """Return whether it is a quantised tensor of the pack."""
         return self._pack.is_quantized(value)
 
     def with_patches(self, value: Tensor, patches: Patches) -> Tensor:
-        """Another tensor of the same bytes (moving one does not move the other) with these patches and no others;
-        `value` itself where it is not quantised."""
+        """Return another tensor of the same bytes (moving one does not move the other) with these patches and no
+        others; `value` itself if it is not quantised."""
         if not self.is_quantised(value):
             return value
         return self._pack.tensor(
             plain(value), tensor_type=value.tensor_type, tensor_shape=value.tensor_shape, patches=patches
         )
 
-    def unpack(self, parameter: Tensor) -> Unpacked | None:
-        """The bytes of a quantised parameter, (rows, bytes of a row), to be split by rows; see `packed`."""
+    def flatten(self, parameter: Tensor) -> Flattened | None:
+        """Return the bytes of a quantised tensor, (weight rows, bytes of a row) uint8; else as `flatten_tensor`."""
         if not self.is_quantised(parameter):
-            return flattened(parameter)
-        return Unpacked(
+            return flatten_tensor(parameter)
+        return Flattened(
             {"raw": plain(parameter)}, PatchedOnUse(self._pack.tensor, parameter.tensor_type, parameter.tensor_shape)
         )
 
 
 def plain(value: Tensor) -> Tensor:
-    """The storage of a tensor as PyTorch's own class."""
+    """Return the storage of a tensor, uint8 if it is quantised, as PyTorch's own class."""
     with torch._C.DisableTorchFunctionSubclass():  # which would make it one of the pack's again
         return value.as_subclass(Tensor)
 
@@ -162,8 +168,8 @@ def plain(value: Tensor) -> Tensor:
 def load_gguf(path: str, folder: str) -> MappedModel:
     """Detect and build the model of a GGUF file by the ComfyUI-GGUF in `folder`; its weights stay in the file.
 
-    Raises ValueError for a file that the pack or ComfyUI does not know, naming the tensor where one is missing, in
-    excess or of another shape; and for a pack that is not there or works in another way.
+    Raises ValueError: for a file that the pack or ComfyUI does not know, for a tensor that is missing or of another
+    shape (the message names it), and for a pack that is not there or works in another way.
     """
     pack = open_pack(folder)
     tensors, metadata = pack.read(path)
@@ -182,16 +188,16 @@ def load_gguf(path: str, folder: str) -> MappedModel:
 def map_ggml(
     pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor], load: Callable[[dict[str, Any]], Any]
 ) -> MappedModel:
-    """The model that `load` makes of these tensors with ComfyUI's options for it. Raises as `load_gguf`."""
-    _try_patches(pack, ggml, tensors)
+    """Build the model that `load` makes of these tensors with ComfyUI's options for it. Raises as `load_gguf`."""
+    _check_patches(pack, ggml, tensors)
     mapped = build_from_loader(load, {"custom_operations": _operations(pack)()})
-    _unpack_outside_of_layers(mapped, pack)
+    _dequantise_outside_of_layers(mapped, pack)
     return replace(mapped, ggml=ggml)
 
 
 @functools.cache
 def _operations(pack: GgufPack) -> type:
-    """The pack's layers, of which the linear ones miss what they are not given: its own take any tensor, or none."""
+    """Return the pack's layers, with linear ones that check their tensors: the pack's take any tensor, or none."""
 
     class Linear(pack.operations.Linear):
         def __init__(
@@ -212,8 +218,8 @@ def _operations(pack: GgufPack) -> type:
     return type("Operations", (pack.operations,), {"Linear": Linear})
 
 
-def _unpack_outside_of_layers(mapped: MappedModel, pack: GgufPack) -> None:
-    """Unpack what is quantised and used by something else than the pack's layers: these are small, in each rank."""
+def _dequantise_outside_of_layers(mapped: MappedModel, pack: GgufPack) -> None:
+    """Dequantise the parameters that other modules than the pack's layers use; they are small."""
     diffusion_model = mapped.model.diffusion_model
     for path, module in list(diffusion_model.named_modules()):
         if isinstance(module, pack.layer):
@@ -225,9 +231,9 @@ def _unpack_outside_of_layers(mapped: MappedModel, pack: GgufPack) -> None:
                 set_parameter(diffusion_model, name, plain(value))
 
 
-def _try_patches(pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor]) -> None:
-    """Let a layer of the pack use one row of one weight, with a patch: a version that takes patches in another way
-    would leave LoRAs out without a word."""
+def _check_patches(pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError if a layer of the pack does not apply a patch to one row of a weight: a version that takes
+    patches in another way would silently leave LoRAs out."""
     rows = (
         value
         for value in tensors.values()

@@ -13,7 +13,9 @@ from raylight.cluster.tensor_delta import Message
 
 from .recipe import ModelRecipe
 
-KEY = "raylight"  # of wrappers and callbacks that are put on a patcher
+KEY = "raylight"  # of Raylight's wrappers and callbacks on a patcher
+# Methods of a diffusion model, with weights, that ComfyUI calls outside of its forward (LTX-2, Anima, MiniMax).
+METHODS = ("preprocess_text_embeds",)
 
 
 @dataclass(frozen=True, slots=True)

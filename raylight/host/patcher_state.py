@@ -20,6 +20,8 @@ from torch import nn
 from .comfy_patches import replaced_on
 from .recipe import REPLICATED
 
+# How keys of the diffusion model begin in ComfyUI's state dicts, patches and object patches.
+DIFFUSION_MODEL = "diffusion_model."
 # Attributes of ComfyUI's `ModelPatcher` that a node can change, apart from `patches`, which go a way of their own.
 _ALL = (
     "object_patches",
@@ -35,7 +37,6 @@ _ALL = (
 )
 # Of these, what concerns the diffusion model itself when everything around it stays in ComfyUI.
 _INNER = ("weight_wrapper_patches", "force_cast_weights", "injections")
-_INSIDE = "diffusion_model."
 # What ComfyUI puts into the weights' layers when it loads them, and at no other time.
 _LOADED = ("force_cast_weights", "weight_wrapper_patches")
 _VERSION = "patches_uuid"
@@ -55,7 +56,7 @@ def of_forward(patcher: comfy.model_patcher.ModelPatcher) -> PatcherState:
     inside = {
         name: value
         for name, value in patcher.object_patches.items()
-        if name.startswith(_INSIDE) and name != f"{_INSIDE}forward"
+        if name.startswith(DIFFUSION_MODEL) and name != f"{DIFFUSION_MODEL}forward"
     }
     return found | {"object_patches": inside}
 

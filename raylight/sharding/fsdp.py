@@ -1,4 +1,7 @@
-"""What is gathered together: one unit per transformer block, and the rest of the model."""
+"""Shard a model's weights by FSDP2: one unit per transformer block is gathered at a time, and the rest of the model.
+
+Zhao et al., 2023, "PyTorch FSDP"; the idea is ZeRO-3 (Rajbhandari et al., 2020).
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,16 @@ from raylight.parallel.heartbeat import cancellation_point
 from .assign import set_parameter, set_tensor
 from .rows import ByteAllGather, rows_of
 
-SMALLEST_SHARE = 0.002  # of the model's weights: below it an all-gather of its own costs more than it saves
+SMALLEST_UNIT = 0.002  # of the model's weights: below it an all-gather of its own costs more than it saves
 
 
 def units(model: nn.Module) -> dict[str, nn.Module]:
-    """The transformer blocks of a model by name, in the order of the model.
+    """Return the transformer blocks of a model by name, in the order of the model.
 
-    A block is an entry of an outermost `nn.ModuleList` that holds at least `SMALLEST_SHARE` of the weights: every DiT
-    of ComfyUI keeps its blocks in such lists. Lists of lists are looked into.
+    A block is an entry of an outermost `nn.ModuleList`, or of a list in it, with at least `SMALLEST_UNIT` of the
+    weights: every DiT of ComfyUI keeps its blocks in such lists.
     """
-    least = SMALLEST_SHARE * _size(model)
+    least = SMALLEST_UNIT * _size(model)
     return {name: block for name, block in _entries(model, "") if _size(block) >= least}
 
 
@@ -51,11 +54,11 @@ def _size(module: nn.Module) -> int:
 
 
 def reset(model: nn.Module) -> bool:
-    """Bring a model of `fsdp.shard` back to where a forward may begin: nothing is gathered, or being gathered.
+    """Bring a model of `shard` back to where a forward may begin, after one that failed at the same place on all ranks:
+    wait for collectives that they have begun, and free what was gathered.
 
-    For a forward that has failed at the same place on all ranks: it waits for what they have begun. Returns False where
-    this version of PyTorch cannot do that; the model must not be used any more then. True for a model that is not
-    sharded.
+    Return False if this version of PyTorch cannot do that: the model must not be used any more. Return True for a model
+    that is not sharded.
     """
     if not isinstance(model, FSDPModule) or _is_at_rest(model):
         return True
@@ -66,8 +69,8 @@ def reset(model: nn.Module) -> bool:
 
 
 def _is_at_rest(model: nn.Module) -> bool:
-    """Whether no module of it is within a forward, or has begun to gather. By FSDP2's own marks: where they have other
-    names, nothing is known."""
+    """Return whether no module is within a forward or has begun to gather, by FSDP2's private state. False if this
+    version has other names for it."""
     unknown = object()
     for module in model.modules():
         if not isinstance(module, FSDPModule):
@@ -90,15 +93,17 @@ def _groups(state: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What became of the weights. Bytes are of this rank, `whole_bytes` those of the model."""
+    """How many units there are, and the bytes of this rank's shards, of the tensors that every rank holds in full, and
+    of the full model."""
 
     units: int
     sharded_bytes: int
     replicated_bytes: int
-    whole_bytes: int
+    model_bytes: int
 
     @property
     def bytes(self) -> int:
+        """All bytes of weights on this rank."""
         return self.sharded_bytes + self.replicated_bytes
 
 
@@ -110,21 +115,20 @@ def shard(
     offload: bool = False,
     methods: Iterable[str] = (),
 ) -> ShardReport:
-    """Split the weights of `model` over a one-dimensional mesh, in place.
+    """Shard the weights of `model` over a one-dimensional mesh, in place. Collective.
 
-    The model's parameters give shapes and dtypes and may be on `meta`; `weights` give their values by name, in any
-    dtype, and are read by rows: memory-mapped ones page by page. Matrices are split by rows (dim 0), rank r holding
-    those of `rows_of`; what has fewer rows than there are ranks or only one dimension is replicated, and so are
-    buffers. A block's matrices may be of several dtypes. With `offload` the shards stay in host memory, pinned where
-    `device` is a GPU. `methods` of the model, where it has them, gather what `forward` gathers: they are called
-    without it.
+    The model's parameters give shapes and dtypes and may be on `meta`; `weights` give their values by name, of the same
+    shapes and any dtype. A parameter (weight rows, ...) is sharded along dim 0 as by `rows_of`, and each rank reads its
+    rows only. Parameters with one dimension or fewer rows than ranks are replicated, and so are buffers. A block's
+    parameters may be of several dtypes. With `offload` the shards stay in host memory, pinned if `device` is a GPU.
+    `methods` of the model that are called outside of its forward gather what `forward` gathers.
 
-    Raises ValueError naming the tensor where a weight is missing or has another shape.
+    Raises ValueError: when a weight is missing or has another shape; the message names it.
     """
     _check(model, weights)
     blocks = units(model)
     replicated = _replicated(model, mesh.size())
-    whole_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     for name, parameter in list(model.named_parameters()):
         value = torch.empty_like(parameter, device="meta")
         if name in replicated:
@@ -145,12 +149,12 @@ def shard(
     _prefetch(model, list(blocks.values()), stream)
     for module in (*blocks.values(), model):
         _gather_as_bytes(module)
-    replicated_bytes = sum(parameter.numel() * parameter.element_size() for parameter in ignored)
-    return ShardReport(len(blocks) + 1, sharded_bytes, replicated_bytes, whole_bytes)
+    replicated_bytes = sum(parameter.nbytes for parameter in ignored)
+    return ShardReport(len(blocks) + 1, sharded_bytes, replicated_bytes, model_bytes)
 
 
 def move(model: nn.Module, device: torch.device, offload: bool) -> None:
-    """Move a sharded model to a device; with `offload` only what is replicated, as the shards never leave the host."""
+    """Move a sharded model to a device; with `offload` only what is replicated: shards never leave the host."""
     if not offload:
         model.to(device)
         return
@@ -172,7 +176,7 @@ def _check(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _replicated(model: nn.Module, world_size: int) -> frozenset[str]:
-    """The parameters that every rank holds whole: too small to split by rows, or not worth it."""
+    """Return the names of the parameters that every rank holds in full: too few rows to shard, or not worth it."""
     return frozenset(
         name for name, parameter in model.named_parameters() if parameter.ndim < 2 or parameter.shape[0] < world_size
     )
@@ -181,33 +185,34 @@ def _replicated(model: nn.Module, world_size: int) -> frozenset[str]:
 def _fill(
     model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device, offload: bool
 ) -> int:
-    held = 0
+    """Read this rank's rows of each sharded parameter; return their bytes."""
+    sharded_bytes = 0
     for name, parameter in list(model.named_parameters()):
         if not isinstance(parameter, DTensor):
             continue
         cancellation_point()
         rows = weights[name][rows_of(parameter.shape[0], mesh.size(), mesh.get_local_rank())]
         local = _copy(rows, parameter.dtype, device)
-        whole = DTensor.from_local(
+        full = DTensor.from_local(
             local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
         if offload:
-            whole = whole.cpu()  # by way of the device, where a DTensor of this mesh begins
-        set_parameter(model, name, whole)
-        held += local.numel() * local.element_size()
-    return held
+            full = full.cpu()  # by way of the device, where a DTensor of this mesh begins
+        set_parameter(model, name, full)
+        sharded_bytes += local.nbytes
+    return sharded_bytes
 
 
 def _copy(source: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A copy, always: a view of the file would change, or fault, with the file."""
+    """Return a copy in any case: a view of the file would change, or fault, with the file."""
     return torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
 
 
 def _prefetch(model: nn.Module, blocks: list[nn.Module], stream: torch.cuda.Stream | None) -> None:
     """Start to gather each block when the one before it, or the model, begins; on `stream` if there is one.
 
-    So the GPU holds the block that computes and the one that is gathered. FSDP2's own
-    `set_modules_to_forward_prefetch` keeps what it gathered for a block longer, next to its copy.
+    So the GPU holds the block that computes and the next one. FSDP2's own `set_modules_to_forward_prefetch` keeps what
+    it gathered for a block longer, next to its copy.
     """
     for module, following in zip((model, *blocks), blocks, strict=False):
         module.register_forward_pre_hook(functools.partial(_gather_ahead, following, stream))
@@ -218,7 +223,7 @@ def _gather_ahead(following: nn.Module, stream: torch.cuda.Stream | None, *_: An
     if stream is None:
         following.unshard(async_op=True)
         return
-    # What was gathered before lay in this stream's memory, and is still being copied out of it.
+    # What was gathered before is in this stream's memory, and may still be being copied out of it.
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         following.unshard(async_op=True)
@@ -229,6 +234,6 @@ def _gather_as_bytes(module: nn.Module) -> None:
         isinstance(parameter, DTensor) and parameter.is_floating_point() and parameter.itemsize == 1
         for parameter in module.parameters()
     )
-    # An older PyTorch has no such choice; NCCL of its time may know the dtype.
+    # An older PyTorch has no such option; its NCCL may know the dtype.
     if eight_bits and hasattr(module, "set_custom_all_gather"):
         module.set_custom_all_gather(ByteAllGather())

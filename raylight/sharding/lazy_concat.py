@@ -1,7 +1,7 @@
-"""A matrix whose rows lie in other tensors and come together only when they are read.
+"""A tensor that concatenates others along dim 0 only when its rows are read.
 
-Files that name query, key and value apart are converted to models that hold them in one matrix. Joined this way, a
-rank that needs some rows reads these from the file, and no rank ever makes the whole matrix.
+Some files have query, key and value apart, and the model has them in one weight. With a lazy concatenation a rank reads
+only the rows that it needs from the file, and no rank makes the full weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class LazyConcat(Tensor):
-    """A tensor on the CPU that takes slices of dim 0 by assignment, gives them by indexing, and can do no more."""
+    """A tensor (rows, ...) on the CPU: takes slices of dim 0 by assignment, returns them by indexing, and no more."""
 
     @staticmethod
     def __new__(
@@ -27,14 +27,17 @@ class LazyConcat(Tensor):
     def __init__(
         self, shape: Sequence[int], dtype: torch.dtype, pieces: list[tuple[int, Tensor]] | None = None, start: int = 0
     ) -> None:
-        # Parts of one matrix share the list; `start` is the row of it that is row 0 here.
+        # Views of one tensor share the list of (first row, piece); `start` is the row of it that is row 0 here.
         self._pieces = [] if pieces is None else pieces
         self._start = start
 
     def narrow(self, dim: int, start: int, length: int) -> LazyConcat:
-        """Rows `start` to `start + length`, as a part of the same matrix. Raises NotImplementedError for other dims."""
+        """Return a view of the rows `start` to `start + length`.
+
+        Raises NotImplementedError: for a `dim` other than 0.
+        """
         if dim != 0:
-            raise NotImplementedError(f"rows are joined along dim 0, not {dim}")
+            raise NotImplementedError(f"rows are concatenated along dim 0, not {dim}")
         return LazyConcat((length, *self.shape[1:]), self.dtype, self._pieces, self._start + start)
 
     def __setitem__(self, index: slice, value: Tensor) -> None:
@@ -60,7 +63,7 @@ class LazyConcat(Tensor):
 
     @property
     def is_complete(self) -> bool:
-        """Whether every row was assigned."""
+        """Return whether every row was assigned."""
         covered = torch.zeros(self.shape[0], dtype=torch.bool)
         for at, piece in self._pieces:
             covered[max(0, at - self._start) : max(0, at - self._start + piece.shape[0])] = True
@@ -69,13 +72,13 @@ class LazyConcat(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
-            joined = args[0]
-            return LazyConcat(joined.shape, joined.dtype, joined._pieces, joined._start)
+            lazy = args[0]
+            return LazyConcat(lazy.shape, lazy.dtype, lazy._pieces, lazy._start)
         raise NotImplementedError(f"{func} of rows that are still in their file")
 
 
 class LazyConcatMode(TorchFunctionMode):
-    """While it is entered, what `torch.empty` and `torch.empty_like` make on the CPU is a `LazyConcat`."""
+    """Have `torch.empty` and `torch.empty_like` return a `LazyConcat`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

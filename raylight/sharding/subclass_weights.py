@@ -1,7 +1,7 @@
-"""Weights that are tensors made of tensors, such as quantised data with its scales: taken apart to be split by rows,
-and put together again, after they were gathered, each time they are used.
+"""Weights that are tensor subclasses, such as quantised data with its scales: flattened to be sharded by rows, and
+rebuilt each time that they are used, after their components were gathered.
 
-Nothing here knows a quantisation: parts are stored rows, and gathering rows gives back the very bytes.
+Nothing here knows a quantisation: components are stored rows, and gathering rows gives back the same bytes.
 """
 
 from __future__ import annotations
@@ -16,133 +16,136 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# Of all 8-bit parts: not every version of FSDP2 takes integers. Bytes are only ever copied.
-HELD_AS = torch.float8_e4m3fn
+# The dtype in which 8-bit components are stored: not every version of FSDP2 takes integers. Bytes are only copied.
+STORED_AS = torch.float8_e4m3fn
 
-_RECIPES = "_packed_weights"
+_FLATTENED = "_flattened_weights"
 
-
-Parts = dict[str, Tensor]
+# The plain tensors that a weight consists of, by their attributes in its class.
+Components = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Unpacked:
-    """A tensor that was taken apart: its parts by name, and what makes such a tensor of such parts."""
+class Flattened:
+    """A tensor as its components, and the function that rebuilds it from such components."""
 
-    parts: Parts
-    together: Callable[[Parts], Tensor]
+    components: Components
+    rebuild: Callable[[Components], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """How a weight is put together, and the parts with their dtypes."""
+    """How to rebuild a weight, and the dtypes of its components."""
 
-    together: Callable[[Parts], Tensor]
-    parts: dict[str, torch.dtype]
+    rebuild: Callable[[Components], Tensor]
+    dtypes: dict[str, torch.dtype]
 
 
-def flattened(parameter: Tensor) -> Unpacked | None:
-    """The parts of a tensor that PyTorch knows to be made of tensors; None for any other."""
-    value = parameter.data
+def flatten_tensor(tensor: Tensor) -> Flattened | None:
+    """Return the components of a tensor subclass that PyTorch knows to wrap tensors; None for any other tensor."""
+    value = tensor.data
     if not is_traceable_wrapper_subclass(value):
         return None
-    inner, context = value.__tensor_flatten__()
-    return Unpacked({part: getattr(value, part) for part in inner}, functools.partial(_unflatten, type(value), context))
+    names, context = value.__tensor_flatten__()
+    kind = type(value)
+
+    def rebuild(components: Components) -> Tensor:
+        return kind.__tensor_unflatten__(components, context, None, None)
+
+    return Flattened({name: getattr(value, name) for name in names}, rebuild)
 
 
-def flatten(model: nn.Module, unpack: Callable[[Tensor], Unpacked | None] = flattened) -> None:
-    """Replace each parameter that `unpack` knows by its parts, as parameters of the same module.
+def flatten_weights(model: nn.Module, flatten: Callable[[Tensor], Flattened | None] = flatten_tensor) -> None:
+    """Replace each parameter of `model` that `flatten` knows by its components, as parameters of the same module.
 
-    The part `p` of a parameter `w` becomes a parameter `w_p`; 8-bit parts are held as `HELD_AS`. `w` itself turns into
-    an attribute that puts the parts together, which fails while they are split.
+    The component `c` of a parameter `w` becomes a parameter `w_c`; 8-bit ones are stored as `STORED_AS`. `w` itself
+    turns into a property that rebuilds the weight.
+
+    Reading `w` raises RuntimeError: while its components are sharded.
     """
     for module in list(model.modules()):
-        unpacked = {name: unpack(parameter) for name, parameter in module.named_parameters(recurse=False)}
-        packed = {name: value for name, value in unpacked.items() if value is not None}
-        if not packed:
+        flat = {name: flatten(parameter) for name, parameter in module.named_parameters(recurse=False)}
+        flat = {name: value for name, value in flat.items() if value is not None}
+        if not flat:
             continue
         recipes = {}
-        for name, value in packed.items():
-            recipes[name] = _Recipe(value.together, {part: tensor.dtype for part, tensor in value.parts.items()})
+        for name, value in flat.items():
+            recipes[name] = _Recipe(value.rebuild, {key: one.dtype for key, one in value.components.items()})
             delattr(module, name)
-            for part, held in _as_held(value.parts).items():
-                module.register_parameter(_attribute(name, part), nn.Parameter(held, requires_grad=False))
-        setattr(module, _RECIPES, recipes)
-        module.__class__ = _assembling(type(module), tuple(packed))
+            for key, stored in _as_stored(value.components).items():
+                module.register_parameter(_attribute(name, key), nn.Parameter(stored, requires_grad=False))
+        setattr(module, _FLATTENED, recipes)
+        module.__class__ = _with_properties(type(module), tuple(flat))
 
 
-def packed_weights(module: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters of this module itself that `flatten` took apart."""
-    return tuple(getattr(module, _RECIPES, ()))
+def flattened_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of this module itself that `flatten_weights` replaced."""
+    return tuple(getattr(module, _FLATTENED, ()))
 
 
-def parts_of(module: nn.Module, name: str) -> dict[str, str]:
-    """The parts of such a parameter: their names in its class, and the attributes that hold them."""
-    return {part: _attribute(name, part) for part in getattr(module, _RECIPES)[name].parts}
+def component_attributes(module: nn.Module, name: str) -> dict[str, str]:
+    """Return the components of a flattened parameter: their names, and the attributes of `module` that store them."""
+    return {key: _attribute(name, key) for key in getattr(module, _FLATTENED)[name].dtypes}
 
 
-def parts_as_held(value: Tensor) -> Parts:
-    """The parts of a tensor that is made of tensors, 8-bit ones as `HELD_AS`."""
-    unpacked = flattened(value)
-    assert unpacked is not None
-    return _as_held(unpacked.parts)
+def stored_components(tensor: Tensor) -> Components:
+    """Return the components of a tensor subclass, 8-bit ones as `STORED_AS`."""
+    flat = flatten_tensor(tensor)
+    assert flat is not None
+    return _as_stored(flat.components)
 
 
-def unflatten(module: nn.Module, name: str, parts: Parts) -> Tensor:
-    """The parameter made of these parts, which are as the attributes of `parts_of` hold them, but whole."""
-    recipe = getattr(module, _RECIPES)[name]
-    return recipe.together(
+def rebuild_weight(module: nn.Module, name: str, components: Components) -> Tensor:
+    """Return a flattened parameter from its full components, which have the dtypes in which `module` stores them."""
+    recipe = getattr(module, _FLATTENED)[name]
+    return recipe.rebuild(
         {
-            key: part.view(recipe.parts[key]) if part.dtype != recipe.parts[key] else part.detach()
-            for key, part in parts.items()
+            key: value.view(recipe.dtypes[key]) if value.dtype != recipe.dtypes[key] else value.detach()
+            for key, value in components.items()
         }
     )
 
 
-def maker_of(module: nn.Module, name: str) -> Callable[[Parts], Tensor]:
-    """What puts such a parameter together, as `unpack` gave it."""
-    return getattr(module, _RECIPES)[name].together
+def rebuilder_of(module: nn.Module, name: str) -> Callable[[Components], Tensor]:
+    """Return the function that rebuilds a flattened parameter, as `flatten` gave it."""
+    return getattr(module, _FLATTENED)[name].rebuild
 
 
-def _as_held(parts: Parts) -> Parts:
+def _as_stored(components: Components) -> Components:
     return {
-        name: part.detach().view(HELD_AS) if part.dtype.itemsize == 1 else part.detach() for name, part in parts.items()
+        name: value.detach().view(STORED_AS) if value.dtype.itemsize == 1 else value.detach()
+        for name, value in components.items()
     }
 
 
-def _unflatten(kind: type, context: Any, parts: Parts) -> Tensor:
-    return kind.__tensor_unflatten__(parts, context, None, None)
+def _attribute(name: str, component: str) -> str:
+    return f"{name}_{component.lstrip('_')}"
 
 
-def _attribute(name: str, part: str) -> str:
-    return f"{name}_{part.lstrip('_')}"
-
-
-def _assemble(name: str, module: nn.Module) -> Tensor:
-    parts = {part: getattr(module, attribute) for part, attribute in parts_of(module, name).items()}
-    if any(isinstance(part, DTensor) for part in parts.values()):
+def _rebuilt(name: str, module: nn.Module) -> Tensor:
+    components = {key: getattr(module, attribute) for key, attribute in component_attributes(module, name).items()}
+    if any(isinstance(value, DTensor) for value in components.values()):
         raise RuntimeError(
-            f"the weight '{name}' of a {type(module).__name__} is split over the ranks and was used "
-            f"outside of the forward of its block"
+            f"the weight '{name}' of a {type(module).__name__} is sharded over the ranks and was used outside of the "
+            f"forward of its block"
         )
-    return unflatten(module, name, parts)
+    return rebuild_weight(module, name, components)
 
 
 def _state_dict(
     module: nn.Module, *_: Any, destination: dict[str, Any] | None = None, prefix: str = "", **__: Any
 ) -> dict[str, Any]:
-    # Names of weights as they were, for whoever looks for them; values are parts, which no one can load.
+    # The original names of weights, for code that looks for them; values are components, which no one can load.
     found = {} if destination is None else destination
-    of_parts = {attribute for name in packed_weights(module) for attribute in parts_of(module, name).values()}
-    for name in packed_weights(module):
-        found[f"{prefix}{name}"] = getattr(module, next(iter(parts_of(module, name).values())))
+    attributes = {name: list(component_attributes(module, name).values()) for name in flattened_names(module)}
+    found |= {f"{prefix}{name}": getattr(module, of_name[0]) for name, of_name in attributes.items()}
     for name, parameter in module.named_parameters(recurse=False):
-        if name not in of_parts:
+        if not any(name in of_name for of_name in attributes.values()):
             found[f"{prefix}{name}"] = parameter
     return found
 
 
 @functools.cache
-def _assembling(kind: type, names: tuple[str, ...]) -> type:
-    properties = {name: property(functools.partial(_assemble, name)) for name in names}
+def _with_properties(kind: type, names: tuple[str, ...]) -> type:
+    properties = {name: property(functools.partial(_rebuilt, name)) for name in names}
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, "state_dict": _state_dict, **properties})

@@ -1,9 +1,4 @@
-"""The mode of PyTorch in which a model is made, moved, patched and run: one for all of it, chosen here.
-
-A weight that was made in inference mode and is moved outside of it (`Module.to` puts what it moves into the same
-parameter) is spoilt for good: it looks like any other tensor but has no version counter, and the first view of it
-raises "Inference tensors do not track version counter". Nothing of this is seen on a CPU, where nothing moves.
-"""
+"""ComfyUI's patcher of a model that every rank holds in full, and the mode of PyTorch in which weights are touched."""
 
 from __future__ import annotations
 
@@ -11,6 +6,7 @@ import functools
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import comfy.float
@@ -21,8 +17,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from raylight.host.checkpoint import MappedModel
-from raylight.host.gguf import GgmlTensors
+from raylight.host.checkpoint import MappedModel, QuantisedTensors
+from raylight.host.patcher_state import DIFFUSION_MODEL
 from raylight.host.recipe import REPLICATED
 from raylight.parallel.process_group import smallest
 from raylight.sharding.assign import set_parameter
@@ -33,11 +29,15 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 @contextmanager
 def mode_of(sharding: str) -> Iterator[None]:
-    """Within it weights that are kept this way may be touched, whatever the mode around it.
+    """Within it weights that are kept this way may be made, moved, patched and used, whatever the mode around it.
 
-    Whole ones in inference mode, as ComfyUI does all that it does: its quantised tensors can only be used in the mode
-    that they were made in. Split ones outside of it and without gradients: not every version of FSDP2 can be used in
-    inference mode.
+    Replicated ones in inference mode, as ComfyUI does all that it does: its quantised tensors can only be used in the
+    mode in which they were made. Sharded ones outside of it and without gradients: not every version of FSDP2 can be
+    used in inference mode.
+
+    One mode for all of it, because a weight that was made in inference mode and is moved outside of it (`Module.to`
+    puts what it moves into the same parameter) is spoilt: it has no version counter, and the first view of it raises
+    "Inference tensors do not track version counter". A CPU shows nothing of this, as nothing moves there.
     """
     # In this order: to leave inference mode turns gradients on.
     with torch.inference_mode(sharding == REPLICATED), torch.no_grad():
@@ -45,8 +45,8 @@ def mode_of(sharding: str) -> Iterator[None]:
 
 
 def in_own_mode(method: Method) -> Method:
-    """A method of a patcher that touches weights, done in the mode of its `sharding`: ComfyUI makes room for one model
-    by moving others, whatever mode the first is in."""
+    """Run a patcher's method that touches weights in the mode of its `sharding`: ComfyUI makes room for one model by
+    moving others, in whatever mode the first one is."""
 
     @functools.wraps(method)
     def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,34 +56,62 @@ def in_own_mode(method: Method) -> Method:
     return inner  # type: ignore[return-value]
 
 
+class RankPatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher that makes the same decisions on every rank.
+
+    `weights` is what a subclass knows of the model's weights; all clones share it.
+    """
+
+    sharding = REPLICATED
+    weights: Any
+
+    def clone(self, *args: Any, **kwargs: Any) -> RankPatcher:
+        other = super().clone(*args, **kwargs)
+        other.weights = self.weights
+        return other
+
+    # All that ComfyUI calls to have weights moved or patched.
+    partially_load = in_own_mode(comfy.model_patcher.ModelPatcher.partially_load)
+    partially_unload = in_own_mode(comfy.model_patcher.ModelPatcher.partially_unload)
+    patch_model = in_own_mode(comfy.model_patcher.ModelPatcher.patch_model)
+    unpatch_model = in_own_mode(comfy.model_patcher.ModelPatcher.unpatch_model)
+    load = in_own_mode(comfy.model_patcher.ModelPatcher.load)
+    detach = in_own_mode(comfy.model_patcher.ModelPatcher.detach)
+
+    def get_free_memory(self, device: torch.device) -> int:
+        """Return the free bytes on the fullest rank. Collective.
+
+        ComfyUI batches conditionings by what is free; ranks that batched differently would meet in collectives of
+        different shapes.
+        """
+        return smallest(int(super().get_free_memory(device)))
+
+
 # As ComfyUI names and makes the entries of `ModelPatcher.backup`.
 Backup = namedtuple("Dimension", ["weight", "inplace_update"])
 
 
-class RankPatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher that makes the same decisions on every rank, and keeps no copy of weights that a file has.
+@dataclass(frozen=True, slots=True)
+class FileWeights:
+    """The weights of a model as its file has them, by key of the state dict; all ranks share their memory."""
 
-    What is in the file is ComfyUI's backup of every weight: when the model leaves the GPU, or other patches are
-    wanted, weights are taken from there, where all ranks share them, and not from a copy in each rank's memory.
+    tensors: Mapping[str, Tensor]
+    ggml: QuantisedTensors | None = None
+
+    def original(self, key: str) -> Tensor:
+        """Return the weight for the model to have in its place; ComfyUI moves it in place where it is quantised."""
+        weight = self.tensors[key]
+        return weight if self.ggml is None else self.ggml.with_patches(weight, [])
+
+
+class ReplicatedPatcher(RankPatcher):
+    """A patcher that keeps no copy of weights that a file has.
+
+    The file is ComfyUI's backup of every weight: when the model leaves the GPU, or other patches are wanted, weights
+    come from there, and not from a copy in each rank's memory.
     """
 
-    sharding = REPLICATED
-
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
-        self.mapped: Mapping[str, Tensor] = {}
-
-    def clone(self, *args: Any, **kwargs: Any) -> RankPatcher:
-        other = super().clone(*args, **kwargs)
-        other.mapped = self.mapped
-        return other
-
-    # Whatever of it ComfyUI calls to have weights moved or patched.
-    partially_load = in_own_mode(comfy.model_patcher.ModelPatcher.partially_load)
-    partially_unload = in_own_mode(comfy.model_patcher.ModelPatcher.partially_unload)
-    patch_model = in_own_mode(comfy.model_patcher.ModelPatcher.patch_model)
-    load = in_own_mode(comfy.model_patcher.ModelPatcher.load)
-    detach = in_own_mode(comfy.model_patcher.ModelPatcher.detach)
+    weights: FileWeights
 
     @in_own_mode
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
@@ -91,58 +119,41 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
         self.back_up()
 
     def back_up(self) -> None:
-        """Let the weights in the file be what ComfyUI goes back to."""
-        for key, weight in self.mapped.items():
-            self.backup.setdefault(key, Backup(self.in_file(weight), False))
+        """Let ComfyUI go back to the weights in the file."""
+        for key in self.weights.tensors:
+            self.back_up_weight(key)
 
-    def in_file(self, weight: Tensor) -> Tensor:
-        """A weight of the file as the model can have it in its place."""
-        return weight
-
-    def get_free_memory(self, device: torch.device) -> int:
-        """Free bytes on the fullest rank. Collective.
-
-        ComfyUI batches conditionings by what is free; ranks that batched differently would meet in
-        collectives of different shapes.
-        """
-        return smallest(int(super().get_free_memory(device)))
+    def back_up_weight(self, key: str) -> None:
+        """Let ComfyUI go back to this weight in the file, unless it has a backup of it already."""
+        if key not in self.backup:
+            self.backup[key] = Backup(self.weights.original(key), False)
 
 
-class GgufPatcher(RankPatcher):
-    """Patches as ComfyUI-GGUF's own patcher does, but goes back to the file: its weights come from there each time
-    that the model leaves the GPU."""
-
-    ggml: GgmlTensors
-
-    def clone(self, *args: Any, **kwargs: Any) -> GgufPatcher:
-        other = super().clone(*args, **kwargs)
-        other.ggml = self.ggml
-        return other
-
-    def in_file(self, weight: Tensor) -> Tensor:
-        # One that is in the model is moved in place.
-        return self.ggml.with_patches(weight, [])
+class GgufPatcher(ReplicatedPatcher):
+    """Patch as ComfyUI-GGUF's own patcher does, with the file as the backup."""
 
     def patch_weight_to_device(
         self, key: str, device_to: torch.device | None = None, inplace_update: bool = False, **_: Any
     ) -> None:
-        """Put the patches on a weight beside it where it is quantised, and into it, in float32, where it is not."""
+        """Put the patches beside a weight that is quantised, and add them in float32 to one that is not."""
         if key not in self.patches:
             return
+        ggml = self.weights.ggml
+        assert ggml is not None
         weight, patches = comfy.utils.get_attr(self.model, key), self.patches[key]
         device = weight.device if device_to is None else device_to
-        self.backup.setdefault(key, Backup(self.in_file(self.mapped[key]), False))
-        if self.ggml.is_quantised(weight):
-            patched = self.ggml.with_patches(weight.to(device), [(patches, key)])
+        self.back_up_weight(key)
+        if ggml.is_quantised(weight):
+            patched = ggml.with_patches(weight.to(device), [(patches, key)])
         else:
             # Not from the weight in the model: one that comes to the GPU late has its patches already.
-            start = comfy.model_management.cast_to_device(self.mapped[key], device, torch.float32, copy=True)
+            start = comfy.model_management.cast_to_device(self.weights.tensors[key], device, torch.float32, copy=True)
             patched = comfy.lora.calculate_weight(patches, start, key)
             patched = comfy.float.stochastic_rounding(patched, weight.dtype)
         comfy.utils.set_attr_param(self.model, key, patched)
 
     def load(self, *args: Any, force_patch_weights: bool = False, **kwargs: Any) -> None:
-        # What ComfyUI would add to weights that it casts on use is not looked at by the pack's layers.
+        # The pack's layers do not look at what ComfyUI would add to weights that it casts on use.
         super().load(*args, force_patch_weights=True, **kwargs)
 
     def partially_unload(
@@ -151,27 +162,24 @@ class GgufPatcher(RankPatcher):
         return super().partially_unload(device_to, memory_to_free, force_patch_weights=True)
 
 
-def build_replicated(mapped: MappedModel, offload_device: torch.device) -> tuple[RankPatcher, int]:
-    """A patcher of all the weights of a mapped model. Those that are to have another dtype than in the file become a
-    copy of this rank's own, of so many bytes, and so do those that the file has in several tensors."""
-    diffusion_model = mapped.model.diffusion_model
+def build_replicated(mapped: MappedModel, offload_device: torch.device) -> tuple[ReplicatedPatcher, int]:
+    """Return a patcher of a mapped model with all weights, and how many bytes of them are this rank's own memory:
+    those that need another dtype than in the file, and those that the file has in several tensors, are copied."""
+    diffusion_model, ggml = mapped.model.diffusion_model, mapped.ggml
     own_bytes = 0
     for name, parameter in list(diffusion_model.named_parameters()):
-        if mapped.ggml is not None and mapped.ggml.is_quantised(parameter):
+        if ggml is not None and ggml.is_quantised(parameter):
             continue
         dtype = mapped.dtypes.get(name, parameter.dtype)
         if isinstance(parameter, LazyConcat) or parameter.dtype != dtype:
             own = parameter.detach()[...].to(dtype)
             own_bytes += own.nbytes
             set_parameter(diffusion_model, name, own)
-    if mapped.ggml is None:
-        patcher = RankPatcher(mapped.model, mapped.load_device, offload_device)
-    else:
-        patcher = GgufPatcher(mapped.model, mapped.load_device, offload_device)
-        patcher.ggml = mapped.ggml
-    patcher.mapped = {
-        f"diffusion_model.{name}": patcher.in_file(parameter.detach())
-        for name, parameter in diffusion_model.named_parameters()
-    }
+    in_file = {DIFFUSION_MODEL + name: weight.detach() for name, weight in diffusion_model.named_parameters()}
+    if ggml is not None:  # tensors of its own: those in the model are moved in place
+        in_file = {key: ggml.with_patches(weight, []) for key, weight in in_file.items()}
+    kind = ReplicatedPatcher if ggml is None else GgufPatcher
+    patcher = kind(mapped.model, mapped.load_device, offload_device)
+    patcher.weights = FileWeights(in_file, ggml)
     patcher.back_up()
     return patcher, own_bytes

@@ -1,4 +1,4 @@
-"""The part of a weight's patches that concerns some of its rows."""
+"""Patches (LoRA and its kin) on sharded weights: each rank patches its own rows."""
 
 from __future__ import annotations
 
@@ -17,38 +17,46 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from raylight.host.gguf import PatchedOnUse
+from raylight.host.patcher_state import DIFFUSION_MODEL
 from raylight.parallel.heartbeat import cancellation_point
-from raylight.sharding import subclass_weights
 from raylight.sharding.rows import gather_rows, rows_of
+from raylight.sharding.subclass_weights import (
+    Components,
+    component_attributes,
+    flattened_names,
+    rebuild_weight,
+    rebuilder_of,
+    stored_components,
+)
 
 # ComfyUI's form of one patch: strength, what it adds, strength of the model, (dim, start, length) or None, a function.
 Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
 
 
 def restrict_to_rows(patches: list[Patch], rows: slice, height: int) -> list[Patch] | None:
-    """The patches for rows `rows` of a weight that has `height`, to be applied to these rows alone.
+    """Return the patches of a weight (height, ...) that give, applied to its rows `rows` alone, these rows patched.
 
     A LoRA's update is a product, of which rows `rows` need the same rows of the left factor only (Hu et al., 2021,
-    "LoRA"), and likewise for the two products of LoHa (Hyeon-Woo et al., 2021, "FedPara"). None where a patch looks at
-    the whole weight, as DoRA's norm, LoKr's Kronecker product or OFT's rotation do.
+    "LoRA"), and likewise for the two products of LoHa (Hyeon-Woo et al., 2021, "FedPara"). None if a patch needs the
+    full weight, as DoRA's norm, LoKr's Kronecker product or OFT's rotation do.
     """
     result = []
-    for strength, value, strength_model, part, function in patches:
+    for strength, value, strength_model, region, function in patches:
         if function is not None:
             return None
         start, stop, cut_height = rows.start, rows.stop, height
-        if part is not None and part[0] == 0:
-            start, stop = max(rows.start, part[1]), min(rows.stop, part[1] + part[2])
+        if region is not None and region[0] == 0:
+            start, stop = max(rows.start, region[1]), min(rows.stop, region[1] + region[2])
             if start >= stop:
                 continue
-            cut = slice(start - part[1], stop - part[1])
-            cut_height, part = part[2], (0, start - rows.start, stop - start)
+            cut = slice(start - region[1], stop - region[1])
+            cut_height, region = region[2], (0, start - rows.start, stop - start)
         else:
             cut = slice(start, stop)
         value = _cut(value, cut, cut_height)
         if value is None:
             return None
-        result.append((strength, value, strength_model, part, None))
+        result.append((strength, value, strength_model, region, None))
     return result
 
 
@@ -64,140 +72,131 @@ def _cut(value: Any, rows: slice, height: int) -> Any:
             return None
         return LoHaAdapter(value.loaded_keys, (w1a[rows], w1b, alpha, w2a[rows], w2b, t1, t2, dora_scale))
     if isinstance(value, tuple) and value[0] in ("diff", "set") and len(value[1]) == 1:
-        whole = value[1][0]
-        return (value[0], (whole[rows],)) if isinstance(whole, Tensor) and whole.shape[0] == height else None
+        full = value[1][0]
+        return (value[0], (full[rows],)) if isinstance(full, Tensor) and full.shape[0] == height else None
     return None
 
 
-PREFIX = "diffusion_model."
-# Of these, rounding is the same for a row as for the whole; ComfyUI rounds others with noise over the whole weight.
+# Rounding of these does not depend on other rows; ComfyUI rounds others with noise over the full weight.
 _ROUNDED_BY_ROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ShardPatches:
-    """The patches on one split model, and what its weights were before."""
+    """The patches on one sharded model, and what its shards were before."""
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:
+        """`dtype` is that in which patches are computed, on `device`."""
         self._model = model
         self._mesh = mesh
         self._device = device
         self._dtype = dtype
         self._on_use = _patched_on_use(model)
-        self._before: dict[str, dict[str, Tensor]] = {}
-        self._now: Any = None
+        self._before: dict[str, Components] = {}
+        self._version: Any = None
 
     def apply(self, patches: Mapping[str, list[Patch]], version: Any) -> None:
         """Let the weights be those of the file with `patches` (of ComfyUI's patcher) and no others. Collective.
 
-        Does nothing when `version` is that of the last call. Raises ValueError, naming the weight, for a patch that
-        would change its shape.
+        Does nothing when `version` is that of the last call.
+
+        Raises ValueError: for a patch that would change the shape of a weight; the message names the weight.
         """
-        if self._now == version:
+        if self._version == version:
             return
-        self._now = None
-        wanted = {key.removeprefix(PREFIX): value for key, value in patches.items() if key.startswith(PREFIX)}
+        self._version = None
+        wanted = {
+            key.removeprefix(DIFFUSION_MODEL): value
+            for key, value in patches.items()
+            if key.startswith(DIFFUSION_MODEL)
+        }
         for name, weight in self._on_use.items():
-            weight.patches = [(wanted.pop(name), PREFIX + name)] if name in wanted else []
+            weight.patches = [(wanted.pop(name), DIFFUSION_MODEL + name)] if name in wanted else []
         for name in [name for name in self._before if name not in wanted]:
             self._write(name, self._before.pop(name))
         for name, of_weight in wanted.items():
             cancellation_point()
             if name not in self._before:
-                self._before[name] = {part: held.cpu().clone() for part, held in self._held(name).items()}
+                self._before[name] = {key: local.cpu().clone() for key, local in self._local(name).items()}
             self._write(name, self._patched(name, of_weight))
-        self._now = version
+        self._version = version
 
-    def host_bytes(self) -> int:
-        """The memory of weights as they were before."""
-        return sum(part.nbytes for parts in self._before.values() for part in parts.values())
-
-    def _patched(self, name: str, patches: list[Patch]) -> dict[str, Tensor]:
-        module, leaf = self._place(name)
-        before = self._before[name]
-        if leaf in subclass_weights.packed_weights(module):
-            return self._patched_packed(name, module, leaf, patches)
-        parameter = self._model.get_parameter(name)
+    def _patched(self, name: str, patches: list[Patch]) -> Components:
+        """Return this rank's shards of a patched weight, by component."""
+        module, leaf = self._module_of(name)
+        if leaf in flattened_names(module):
+            return self._patched_components(name, module, leaf, patches)
+        parameter, before = self._model.get_parameter(name), self._before[name][""]
         if comfy.lora.calculate_shape(patches, parameter, name) != parameter.shape:
             raise ValueError(f"the LoRA changes the shape of {name}, which a split weight cannot: switch FSDP off")
         if not isinstance(parameter, DTensor):
-            return {"": self._calculated(name, before[""], patches)}
-        rows = rows_of(parameter.shape[0], self._mesh.size(), self._mesh.get_local_rank())
+            return {"": self._calculated(name, before, patches)}
+        rows = self._rows(parameter)
         by_row = restrict_to_rows(patches, rows, parameter.shape[0]) if parameter.dtype in _ROUNDED_BY_ROW else None
         if by_row is not None:
-            return {"": self._calculated(name, before[""], by_row)}
-        return {"": self._calculated(name, self._gathered(before[""], parameter), patches)[rows]}
+            return {"": self._calculated(name, before, by_row)}
+        return {"": self._calculated(name, self._full(before, parameter), patches)[rows]}
 
     def _calculated(self, name: str, weight: Tensor, patches: list[Patch]) -> Tensor:
+        """Return `weight` patched, in its own shape and dtype."""
         start = comfy.model_management.cast_to_device(weight, self._device, self._dtype, copy=True)
-        key = PREFIX + name
+        key = DIFFUSION_MODEL + name
         out = comfy.lora.calculate_weight(patches, start, key)
         return comfy.float.stochastic_rounding(out, weight.dtype, seed=comfy.utils.string_to_seed(key))
 
-    def _patched_packed(self, name: str, module: nn.Module, leaf: str, patches: list[Patch]) -> dict[str, Tensor]:
-        attributes = subclass_weights.parts_of(module, leaf)
-        before = self._before[name]
-        parameters = {part: getattr(module, attribute) for part, attribute in attributes.items()}
-        whole = subclass_weights.unflatten(
-            module,
-            leaf,
-            {
-                part: self._gathered(before[part], parameter)
-                if isinstance(parameter, DTensor)
-                else before[part].to(self._device)
-                for part, parameter in parameters.items()
-            },
-        )
-        key = PREFIX + name
-        # Its own functions for this, on a stand-in: the layer itself has no whole weight.
-        layer = SimpleNamespace(**{leaf: whole}, layout_type=getattr(module, "layout_type", None))
-        start = comfy.model_management.cast_to_device(whole, self._device, self._dtype, copy=True)
+    def _patched_components(self, name: str, module: nn.Module, leaf: str, patches: list[Patch]) -> Components:
+        """`_patched` for a flattened weight: rebuilt in full, patched and quantised again by its layer's functions."""
+        parameters = {key: getattr(module, attribute) for key, attribute in component_attributes(module, leaf).items()}
+        before = {key: self._full(self._before[name][key], parameter) for key, parameter in parameters.items()}
+        full = rebuild_weight(module, leaf, before)
+        key = DIFFUSION_MODEL + name
+        # The layer itself has no full weight.
+        layer = SimpleNamespace(**{leaf: full}, layout_type=getattr(module, "layout_type", None))
+        start = comfy.model_management.cast_to_device(full, self._device, self._dtype, copy=True)
         start = getattr(type(module), f"convert_{leaf}")(layer, start, inplace=True)
         out = comfy.lora.calculate_weight(patches, start, key)
         out = getattr(type(module), f"set_{leaf}")(layer, out, seed=comfy.utils.string_to_seed(key), return_weight=True)
-        made = subclass_weights.parts_as_held(out)
-        result = {}
-        for part, parameter in parameters.items():
-            if made[part].shape != parameter.shape:
-                raise ValueError(
-                    f"the LoRA changes the quantisation of {name}, which a split weight cannot: switch FSDP off"
-                )
-            rows = (
-                rows_of(parameter.shape[0], self._mesh.size(), self._mesh.get_local_rank())
-                if isinstance(parameter, DTensor)
-                else ...
+        components = stored_components(out)
+        if any(components[key].shape != parameter.shape for key, parameter in parameters.items()):
+            raise ValueError(
+                f"the LoRA changes the quantisation of {name}, which a split weight cannot: switch FSDP off"
             )
-            result[part] = made[part][rows]
-        return result
+        return {key: components[key][self._rows(parameter)] for key, parameter in parameters.items()}
 
-    def _gathered(self, local: Tensor, parameter: DTensor) -> Tensor:
-        return gather_rows(local.to(self._device), parameter.shape[0], self._mesh)
+    def _rows(self, parameter: Tensor) -> Any:
+        """Return the index of this rank's rows: all of a parameter that is not sharded."""
+        if not isinstance(parameter, DTensor):
+            return ...
+        return rows_of(parameter.shape[0], self._mesh.size(), self._mesh.get_local_rank())
 
-    def _place(self, name: str) -> tuple[nn.Module, str]:
+    def _full(self, local: Tensor, parameter: Tensor) -> Tensor:
+        """Return the full tensor, on the device, of which `local` is this rank's shard, if `parameter` is sharded."""
+        local = local.to(self._device)
+        return gather_rows(local, parameter.shape[0], self._mesh) if isinstance(parameter, DTensor) else local
+
+    def _module_of(self, name: str) -> tuple[nn.Module, str]:
         owner, _, leaf = name.rpartition(".")
         return self._model.get_submodule(owner), leaf
 
-    def _held(self, name: str) -> dict[str, Tensor]:
-        """The tensors that this rank holds of a weight, by part; a plain weight is one part without a name."""
-        module, leaf = self._place(name)
-        attributes = (
-            subclass_weights.parts_of(module, leaf) if leaf in subclass_weights.packed_weights(module) else {"": leaf}
-        )
-        parameters = {part: getattr(module, attribute) for part, attribute in attributes.items()}
+    def _local(self, name: str) -> Components:
+        """Return what this rank stores of a weight, by component; a plain weight is one component named ""."""
+        module, leaf = self._module_of(name)
+        attributes = component_attributes(module, leaf) if leaf in flattened_names(module) else {"": leaf}
+        parameters = {key: getattr(module, attribute) for key, attribute in attributes.items()}
         return {
-            part: (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
-            for part, parameter in parameters.items()
+            key: (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+            for key, parameter in parameters.items()
         }
 
-    def _write(self, name: str, parts: dict[str, Tensor]) -> None:
-        for part, held in self._held(name).items():
-            held.copy_(parts[part])
+    def _write(self, name: str, components: Components) -> None:
+        for key, local in self._local(name).items():
+            local.copy_(components[key])
 
 
 def _patched_on_use(model: nn.Module) -> dict[str, PatchedOnUse]:
-    """What takes the patches of weights that are not changed themselves, by the names of these weights."""
+    """Return what takes the patches of weights that do not change themselves, by the names of these weights."""
     return {
-        f"{path}.{leaf}" if path else leaf: maker
+        f"{path}.{leaf}".lstrip("."): rebuilder
         for path, module in model.named_modules()
-        for leaf in subclass_weights.packed_weights(module)
-        if isinstance(maker := subclass_weights.maker_of(module, leaf), PatchedOnUse)
+        for leaf in flattened_names(module)
+        if isinstance(rebuilder := rebuilder_of(module, leaf), PatchedOnUse)
     }

@@ -68,7 +68,7 @@ def test_a_convolution_is_taken_apart_and_put_together() -> None:
     )
     inputs = torch.ones(1, 8, 5, 5)
     expected = layer(inputs)
-    subclass_weights.flatten(layer, ggml.unpack)
+    subclass_weights.flatten_weights(layer, ggml.flatten)
     assert {name: tuple(one.shape) for name, one in layer.named_parameters()} == {"weight_raw": (6, 34)}
     assert layer.weight.shape == values.shape
     assert torch.equal(plain(layer.weight), stored)

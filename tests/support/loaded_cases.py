@@ -31,7 +31,7 @@ class Loaded:
     error: float
     sharded_bytes: int
     replicated_bytes: int
-    whole_bytes: int
+    model_bytes: int
 
 
 def wan_inputs() -> dict[str, Tensor]:
@@ -122,4 +122,4 @@ def _compare(path: str, mesh, offload: bool) -> Loaded:
         for _ in range(2):
             actual = patcher.model.apply_model(**wan_inputs())
     error = ((actual - expected).abs().max() / expected.std()).item()
-    return Loaded(error, report.sharded_bytes, report.replicated_bytes, report.whole_bytes)
+    return Loaded(error, report.sharded_bytes, report.replicated_bytes, report.model_bytes)

@@ -33,7 +33,7 @@ def test_split_quantised_weights_give_what_whole_ones_give(
     form: str, world: int, offload: bool, measured, report_parity
 ) -> None:
     ranks = measured[form, world, offload]
-    whole = ranks[0].whole_bytes
+    whole = ranks[0].model_bytes
     worst = max(rank.error for rank in ranks)
     report_parity(
         f"Wan T2V, {form:<33} FSDP {world}{' offloaded' if offload else '':<22} max error {worst:.1e} of the "

@@ -47,7 +47,7 @@ def test_sharded(family: str, world: int, sequence: bool, offload: bool, patched
     assert worst <= (TOLERANCE if sequence or patched else 0.0)
     assert not patched or ranks[0].effect > 0.02
     sharded = sum(rank.report.sharded_bytes for rank in ranks)
-    whole = ranks[0].report.whole_bytes
+    whole = ranks[0].report.model_bytes
     assert sharded + ranks[0].report.replicated_bytes == whole
     for rank in ranks:
         assert rank.report.replicated_bytes <= 0.03 * whole
