@@ -44,7 +44,7 @@ class _Item:
     value: Tensor
     model_dtype: str | None = None
     ggml: int | None = None
-    whole_shape: tuple[int, ...] = ()
+    weight_shape: tuple[int, ...] = ()
 
 
 def export(model: ModelPatcher) -> tuple[ModelRecipe, MemoryFile]:
@@ -147,7 +147,7 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
 
 def _ggml(value: Tensor) -> _Item:
     stored = stock_weights.parts(value)[""]
-    return _Item(stored, ggml=int(value.tensor_type), whole_shape=tuple(value.tensor_shape))
+    return _Item(stored, ggml=int(value.tensor_type), weight_shape=tuple(value.tensor_shape))
 
 
 def _other_dtype(module: nn.Module, leaf: str, value: Tensor) -> str | None:
@@ -190,7 +190,7 @@ def _write(
             _nbytes(item.value),
             item.model_dtype,
             item.ggml,
-            item.whole_shape,
+            item.weight_shape,
         )
         for (_, item), offset in zip(items, offsets, strict=True)
     ]

@@ -1,7 +1,7 @@
-"""A model that was taken from ComfyUI's memory, built again from what `exporting` wrote of it.
+"""Build a model that `driver.export` has written from ComfyUI's memory to a file.
 
 The file has eight bytes with the length of a JSON header, the header, and the tensors' bytes, each aligned. It is
-mapped, as the file of any other model is.
+memory-mapped, as that of any other model.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ LENGTH_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor is in the file: `offset` counts from the first tensor. `model_dtype` is the dtype that the model
-    is to have it in, if another; `ggml` the number of its quantisation, and `whole_shape` what it stands for, in a
-    model of a GGUF pack."""
+    """Where a tensor is in the file; `offset` counts from the first tensor.
+
+    `dtype` and `shape` are as stored, `model_dtype` is the dtype that the model needs, if another. For a quantised
+    tensor of a GGUF pack, `ggml` is the number of its format, and `weight_shape` the shape of the weight.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,13 +43,15 @@ class Entry:
     nbytes: int
     model_dtype: str | None = None
     ggml: int | None = None
-    whole_shape: tuple[int, ...] = ()
+    weight_shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """What ComfyUI builds such a model by: its configuration, of which class and with which attributes. `model` and
-    `diffusion_model` are the classes that it must become; `ggml_kind` is the class of numbers of quantisations."""
+    """How ComfyUI builds the model: the class and attributes of its configuration.
+
+    `model` and `diffusion_model` are the classes that must result; `ggml_kind` is the enum of quantisation formats.
+    """
 
     config: type
     attributes: dict[str, Any]
@@ -58,7 +62,7 @@ class Blueprint:
 
 
 def header_of(weights: dict[str, Entry], around: dict[str, Entry]) -> bytes:
-    """The beginning of a file with these tensors, of the diffusion model and of the model around it by name."""
+    """Return the start of a file with these tensors by name, of the diffusion model and of the model `around` it."""
     entries = {"diffusion_model": weights, "around": around}
     fields = {
         kind: {name: [getattr(one, field) for field in Entry.__slots__] for name, one in of_kind.items()}
@@ -70,8 +74,10 @@ def header_of(weights: dict[str, Entry], around: dict[str, Entry]) -> bytes:
 
 
 def load_exported(recipe: ModelRecipe) -> MappedModel:
-    """Build the model of an exported recipe; its weights stay in the file. Raises ValueError where ComfyUI makes
-    another model of it."""
+    """Build the model of an exported recipe; its weights stay in the file.
+
+    Raises ValueError: when ComfyUI builds another model, or the tensors do not fit it.
+    """
     assert recipe.export is not None
     blueprint: Blueprint = pickle.loads(recipe.export.blueprint)
     content = torch.from_file(recipe.path, shared=False, size=recipe.size, dtype=torch.uint8)
@@ -97,7 +103,7 @@ def load_exported(recipe: ModelRecipe) -> MappedModel:
 def _ggml(pack: GgufPack | None, blueprint: Blueprint, entry: Entry, value: Tensor) -> Tensor:
     assert pack is not None and blueprint.ggml_kind is not None
     return pack.tensor(
-        value, tensor_type=blueprint.ggml_kind(entry.ggml), tensor_shape=torch.Size(entry.whole_shape), patches=[]
+        value, tensor_type=blueprint.ggml_kind(entry.ggml), tensor_shape=torch.Size(entry.weight_shape), patches=[]
     )
 
 
@@ -107,7 +113,7 @@ def _loader(blueprint: Blueprint, tensors: dict[str, Tensor], around: dict[str, 
         vars(config).update(copy.deepcopy(blueprint.attributes))
         if "custom_operations" in options:
             config.custom_operations = options["custom_operations"]
-        # The names of a checkpoint, which tell it, are not those of the model.
+        # ComfyUI detects it by names in a checkpoint, and the model has other names.
         config.model_type = lambda *_, **__: blueprint.model_type
         base = config.get_model({**tensors, **around}, "")
         del config.model_type

@@ -1,4 +1,4 @@
-"""Code of node packs in the place of ComfyUI's own: functions of its classes and Python modules that were replaced."""
+"""Code of node packs: what they have replaced in ComfyUI, and which node a piece of code is of."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from .patcher_state import Change
 from .settings import PACK_ROOT
 
-# What runs a sampling loop, as opposed to a model.
+# The Python modules of the sampling loop, as opposed to models.
 _LOOP = (
     "comfy.sample",
     "comfy.samplers",
@@ -31,11 +31,10 @@ _WRAPPINGS = 8
 
 
 def replaced_in(classes: Iterable[type]) -> Iterator[Change]:
-    """Functions of packs in these classes of ComfyUI's models and their bases, and in the Python modules that define
-    them and that they call.
+    """Yield the functions of packs in these classes of ComfyUI's models, in their bases, and in the Python modules that
+    define them and that they call.
 
-    Raises ValueError for one of these classes that a pack has put in the place of one of ComfyUI's: workers build the
-    model with ComfyUI's.
+    Raises ValueError: when a pack has replaced one of these classes, as workers build the model with ComfyUI's.
     """
     for owner in _with_bases(tuple(classes)):
         yield from (Change(owner, name, value) for name, value in _replaced_in_class(owner))
@@ -50,28 +49,27 @@ def replaced_in(classes: Iterable[type]) -> Iterator[Change]:
 
 
 def replaced_in_loop() -> list[Change]:
-    """Functions of packs in ComfyUI's sampling."""
+    """Return the functions of packs in ComfyUI's sampling loop."""
     found = []
     for name in _LOOP:
         module = sys.modules.get(name)
         if module is None:
             continue
         found += [Change(f"python:{name}", key, value) for key, value in _replaced_in_module(module)]
-        for kind in vars(module).values():
-            if isinstance(kind, type) and kind.__module__ == name:
-                found += [Change(kind, key, value) for key, value in _replaced_in_class(kind)]
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == name]
+        found += [Change(kind, key, value) for kind in kinds for key, value in _replaced_in_class(kind)]
     return found
 
 
 def is_foreign_function(value: Any) -> bool:
-    """Whether it was written in a node pack other than this one."""
+    """Return whether it is a function written in a node pack other than this one."""
     function = _function(value)
     return function is not None and is_foreign_file(function.__code__.co_filename)
 
 
 def is_foreign(value: Any) -> bool:
-    """The same of whatever can be called, or is on a class: a function in what Python and PyTorch wrap one in, and an
-    object whose class was written there."""
+    """Return whether it is a callable of a node pack other than this one: a function, also as a property, method or
+    partial, or an object of a class that was written there."""
     for _ in range(_WRAPPINGS):
         if isinstance(value, property):
             value = value.fget
@@ -89,20 +87,20 @@ def is_foreign(value: Any) -> bool:
 
 
 def is_foreign_class(kind: type) -> bool:
-    """Whether a class was written in a node pack other than this one."""
+    """Return whether a class was written in a node pack other than this one."""
     path = getattr(sys.modules.get(kind.__module__), "__file__", None)
     return isinstance(path, str) and is_foreign_file(path)
 
 
 @functools.lru_cache(maxsize=4096)
 def is_foreign_file(path: str) -> bool:
-    """Whether a file belongs to a node pack other than this one."""
+    """Return whether a file belongs to a node pack other than this one."""
     return pack_of(path) is not None
 
 
 @functools.lru_cache(maxsize=4096)
 def pack_of(path: str) -> str | None:
-    """The name of the node pack, other than this one, to which a file belongs."""
+    """Return the name of the node pack, other than this one, to which a file belongs; None if there is none."""
     import folder_paths
 
     real = os.path.realpath(path)
@@ -133,8 +131,8 @@ def _replaced_in_class(kind: type) -> list[tuple[str, Any]]:
 
 @functools.lru_cache(maxsize=256)
 def _names_of(module: str) -> frozenset[str]:
-    """All names that the source of a Python module uses. Packs add others (samplers above all), which ComfyUI's code
-    does not call."""
+    """Return all names that the source of a Python module uses: ComfyUI's code does not call others, which packs add
+    (samplers above all)."""
     source = Path(sys.modules[module].__file__ or "")
     names: set[str] = set()
     codes = [compile(source.read_bytes(), str(source), "exec", dont_inherit=True)]
@@ -158,8 +156,8 @@ def _with_bases(classes: tuple[type, ...]) -> tuple[type, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _called_by(classes: tuple[type, ...]) -> tuple[str, ...]:
-    """The Python modules of ComfyUI's models that define these classes, and those whose functions they call, directly
-    or by others of these."""
+    """Return the Python modules of ComfyUI's models that define these classes, and those that they use, directly or
+    not."""
     own = {kind.__module__: None for kind in _with_bases(classes) if _is_of_models(kind.__module__)}
     rest = list(own)
     while rest:
@@ -184,9 +182,9 @@ _NAMED = 5
 
 
 def node_name_of(code: Any) -> str:
-    """Which node made this function or object.
+    """Return which node made this function or object, for a message.
 
-    Of a pack's several nodes those that are in the prompt that runs; the pack itself where that does not tell either.
+    Of several nodes of a pack, name those in the running prompt; if there is none, the pack.
     """
     if isinstance(code, functools.partial):
         return node_name_of(code.func)
@@ -237,10 +235,7 @@ def _display_name(node_id: str) -> str:
 
 
 def _running() -> frozenset[str]:
-    """The kinds of nodes in the prompts that ComfyUI runs now; of none where this is no server."""
+    """Return the kinds of nodes in the prompts that ComfyUI runs now; empty if this is no server."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     items = getattr(getattr(server, "prompt_queue", None), "currently_running", {})
-    kinds = set()
-    for item in list(items.values()):
-        kinds |= {node.get("class_type", "") for node in item[2].values()}
-    return frozenset(kinds)
+    return frozenset(node.get("class_type", "") for item in list(items.values()) for node in item[2].values())

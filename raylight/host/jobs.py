@@ -1,4 +1,4 @@
-"""What travels to the workers for one run or one forward, and what comes back."""
+"""Messages between ComfyUI's process and the workers: jobs of one run or one forward, and their results."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Inside:
 
 @dataclass(frozen=True, slots=True)
 class ModelJob:
-    """The model that a job is for. `patches` are those of weights that nodes have put on it besides the LoRAs of the
-    recipe: a SerializedObject by ComfyUI's `patches_uuid`, fetched by a worker that has not got these on. `inside` is
-    what code of nodes inside of it asks for."""
+    """The model that a job is for. `patches` are patches of weights by nodes besides the LoRAs of the recipe: a
+    SerializedObject by ComfyUI's `patches_uuid`, fetched by a worker that does not have them applied. `inside` is what
+    code of nodes inside of it needs."""
 
     recipe: ModelRecipe
     attention: str
@@ -44,7 +44,7 @@ class ModelJob:
 
 @dataclass(frozen=True, slots=True)
 class RandomState:
-    """The global generators: the CPU's, and the GPU's where there is one."""
+    """States of the global generators, uint8: the CPU's, and the GPU's if there is one."""
 
     cpu: Tensor
     cuda: Tensor | None = None
@@ -70,8 +70,8 @@ class RunJob:
 
 @dataclass(frozen=True, slots=True)
 class ForwardJob:
-    """One call of a method of the diffusion model. `call` are its arguments, whose tensors come in `tensors`; `extras`
-    are what nodes have put into the model and its options, as a SerializedObject."""
+    """One call of a method of the diffusion model. `call` has its arguments, whose tensors are in `tensors`; `extras`
+    is what nodes have set on the model and in its options, as a SerializedObject."""
 
     model: ModelJob
     method: str
@@ -82,8 +82,9 @@ class ForwardJob:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """Step `step` (from 0) of `total` has ended. `x0` and `x` are as ComfyUI gives them to a callback, on the CPU; or
-    `x0` is the first image of the batch, of a video its first frame, and `x` None; or both are None."""
+    """Step `step` (from 0) of `total` has ended. `x0` and `x`, (B, C, [T,] H, W) or packed, are as ComfyUI gives them
+    to a callback, on the CPU; or `x0` is the first frame of the first image, (1, C, [1,] H, W) float32, and `x` None;
+    or both are None."""
 
     step: int
     total: int
@@ -93,7 +94,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """The latent of a run, (B, C, [T,] H, W) or packed, on the CPU; `last` is its last step with all of x0 and x, where
+    """The latent of a run, (B, C, [T,] H, W) or packed, on the CPU; `last` is its last step with full x0 and x, if
     these were not sent before."""
 
     samples: Tensor
@@ -103,7 +104,7 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class HeldModel:
-    """A model on a rank: bytes of its weights on the device and in this rank's own memory on the host."""
+    """A model on a rank, and the bytes of its weights on the device and in this rank's own host memory."""
 
     name: str
     sharding: str
@@ -113,8 +114,8 @@ class HeldModel:
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """The memory of one rank in bytes: of its process on the host, and of its GPU where it has one: free, in all, and
-    taken by PyTorch for tensors."""
+    """The memory of one rank: bytes of its process on the host, and of its GPU if it has one: free, in total, and used
+    by PyTorch for tensors."""
 
     process_bytes: int
     free_bytes: int
@@ -124,13 +125,13 @@ class RankMemory:
 
 
 def random_state(device: torch.device) -> RandomState:
-    """The state of this process's global generators."""
+    """Return the states of this process's global generators."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return RandomState(torch.get_rng_state(), cuda)
 
 
 def set_random_state(state: RandomState) -> None:
-    """Have this process's global generators go on from a state."""
+    """Let this process's global generators continue from these states."""
     torch.set_rng_state(state.cpu.clone())
     if state.cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state.cuda.clone())

@@ -1,4 +1,4 @@
-"""How to build the same model again in another process."""
+"""Recipes: what another process needs to build the same model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from raylight.cluster.config import SessionConfig
 from raylight.parallel.external_strategies import OURS
 
-# Where a rank's weights are: all of them on each rank's device, or a part of each on the device or on the host.
+# Where weights live: in full on each rank's device, or a shard of each on the device or in host memory.
 REPLICATED, SHARDED, OFFLOADED = "replicated", "sharded", "offloaded"
 GGUF = ".gguf"
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16")
@@ -16,8 +16,7 @@ WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16",
 
 @dataclass(frozen=True, slots=True)
 class LoraRecipe:
-    """A LoRA file (of any kind that ComfyUI knows) and its strength. What tells a file from its replacement under the
-    same name is as in ModelRecipe."""
+    """A LoRA file (of any kind that ComfyUI knows) and its strength. The other fields are as in ModelRecipe."""
 
     path: str
     strength: float
@@ -28,7 +27,7 @@ class LoraRecipe:
 
     @classmethod
     def of(cls, path: str, strength: float) -> LoraRecipe:
-        """The recipe of a file as it is now. Raises FileNotFoundError."""
+        """Return the recipe of a file as it is now. Raises FileNotFoundError."""
         return cls(os.path.abspath(path), strength, *stamp(path))
 
     @property
@@ -38,8 +37,8 @@ class LoraRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A model that was taken from the memory of ComfyUI's process: what people call it, what `exported` builds it by,
-    and the inode that tells its weights from others which come to the same place later."""
+    """A model that was written from the memory of ComfyUI's process: its name for users, a pickled
+    `exported.Blueprint`, and the file's inode, as another file may have the same path later."""
 
     name: str
     blueprint: bytes
@@ -48,14 +47,13 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecipe:
-    """A diffusion model file, how to load it, and the LoRAs on it in their order. Two equal recipes give the same
-    weights.
+    """A diffusion model file, how to load it, and its LoRAs in their order. Equal recipes give the same weights.
 
-    `size` (bytes), `modified_ns`, `changed_ns` and `inode` tell a file from its replacement under the same name, also
-    one that was written in place and given the old time of modification. They are of the machine that made the recipe;
-    another machine compares recipes only with each other. `sharding` is REPLICATED, SHARDED or OFFLOADED. `gguf_pack`
-    is the folder of the ComfyUI-GGUF that reads a GGUF file, or whose layers an exported model has, and empty for any
-    other. With `export` the file is one that Raylight wrote, in memory of this machine.
+    `size` (bytes), `modified_ns`, `changed_ns` and `inode` distinguish a file from its replacement under the same name,
+    also from one that was written in place and got the old time of modification. They are of the machine that made the
+    recipe; another machine only compares recipes with each other. `sharding` is REPLICATED, SHARDED or OFFLOADED.
+    `gguf_pack` is the folder of the ComfyUI-GGUF that reads a GGUF file, or whose layers an exported model has, and
+    empty for any other. With `export` the file is one that Raylight wrote, in memory of this machine.
     """
 
     path: str
@@ -78,9 +76,9 @@ class ModelRecipe:
         loras: tuple[LoraRecipe, ...] = (),
         gguf_pack: str = "",
     ) -> ModelRecipe:
-        """The recipe of a file as it is now. `gguf_pack` is the folder of ComfyUI-GGUF, if this ComfyUI has it.
+        """Return the recipe of a file as it is now. `gguf_pack` is the folder of ComfyUI-GGUF, if this ComfyUI has it.
 
-        Raises FileNotFoundError, or ValueError for a dtype that is unknown or that the file cannot have, and for a
+        Raises FileNotFoundError. Raises ValueError: for a dtype that is unknown or that the file cannot have, and for a
         GGUF file without the pack.
         """
         if weight_dtype not in WEIGHT_DTYPES:
@@ -112,7 +110,7 @@ class ModelRecipe:
 
     @property
     def is_there(self) -> bool:
-        """Whether the weights are still where the recipe says, as they were."""
+        """Whether the file is still there and has not changed."""
         try:
             now = ModelRecipe.of(self.path, self.weight_dtype, gguf_pack=self.gguf_pack)
             inode = os.stat(self.path).st_ino
@@ -123,13 +121,15 @@ class ModelRecipe:
 
     @property
     def without_loras(self) -> ModelRecipe:
-        """The same weights before any LoRA: what has to be read from the file."""
+        """The recipe of the same weights before any LoRA."""
         return replace(self, loras=())
 
 
 def stamp(path: str) -> tuple[int, int, int, int]:
-    """A file's size (bytes), the times of its last change of content and of status (ns), and its inode: `rsync
-    --inplace -t` and the like put the first time back, and no program the second. Raises FileNotFoundError."""
+    """Return a file's size (bytes), the times of its last change of content and of status (ns), and its inode.
+
+    `rsync --inplace -t` and the like set the first time back, and no program the second. Raises FileNotFoundError.
+    """
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
@@ -139,19 +139,19 @@ def is_gguf(path: str) -> bool:
 
 
 def needs_pack(path: str) -> str:
-    """What a person is told who has a GGUF file and no ComfyUI-GGUF."""
+    """Return the error message for a GGUF file without ComfyUI-GGUF."""
     return (
         f"{os.path.basename(path)} is a GGUF file, which needs the custom node ComfyUI-GGUF; this ComfyUI does not "
-        f"have it, or could not start it, which its log tells. Install it by ComfyUI-Manager or from "
+        f"have it, or could not start it (see its log). Install it by ComfyUI-Manager or from "
         f"https://github.com/city96/ComfyUI-GGUF and restart ComfyUI, or choose the model as .safetensors"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """The workers that a graph asks for. `attention` is the name of their kernel, `strategy` of what exchanges tokens
-    around it; with `free_memory_after` they move the model out of GPU memory after each run. `sharding` is where they
-    keep a model's weights: REPLICATED, SHARDED or OFFLOADED of `recipe`."""
+    """The workers that a graph asks for. `attention` names their attention kernel and `strategy` the sequence-parallel
+    strategy around it. With `free_memory_after` they move the model out of GPU memory after each run. `sharding` is
+    REPLICATED, SHARDED or OFFLOADED."""
 
     config: SessionConfig
     attention: str
@@ -162,7 +162,7 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class RayModel:
-    """A model on workers, by what it is made of."""
+    """A model and the workers that run it."""
 
     workers: WorkerConfig
     recipe: ModelRecipe

@@ -1,7 +1,7 @@
-"""ComfyUI's settings, carried to workers.
+"""ComfyUI's settings, sent to the workers.
 
-A worker never runs ComfyUI's `main.py`, so what that parses and sets up is captured here in the driver
-and applied in the worker before the first import of a module that reads it.
+A worker never runs ComfyUI's `main.py`: what that parses and sets up is captured in ComfyUI's process, and applied in
+the worker before the first import of a module that reads it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class HostSettings:
 
 
 def comfy_root() -> str:
-    """The folder of the ComfyUI in whose process this runs."""
+    """Return the folder of the ComfyUI in whose process this runs."""
     import comfy.options  # this module must be importable before ComfyUI is set up
 
     return str(Path(comfy.options.__file__).resolve().parents[1])
 
 
 def python_path() -> tuple[str, ...]:
-    """Where workers find ComfyUI and this pack. ComfyUI first: both have a module named `nodes`."""
+    """Return where workers find ComfyUI and this pack. ComfyUI first: both have a module named `nodes`."""
     return comfy_root(), str(PACK_ROOT)
 
 
 def capture() -> HostSettings:
-    """The settings of this process."""
+    """Return the settings of this process."""
     import folder_paths
     from comfy.cli_args import args
 
@@ -48,7 +48,10 @@ def capture() -> HostSettings:
 
 
 def apply(settings: HostSettings, device_type: str) -> None:
-    """Set ComfyUI up in a worker. Must come before any other import of ComfyUI in that process."""
+    """Set ComfyUI up in a worker, before any other import of ComfyUI in its process.
+
+    Raises RuntimeError: when ComfyUI was imported before.
+    """
     if "comfy.model_management" in sys.modules:
         raise RuntimeError("ComfyUI was imported in this worker before its settings were applied")
     from comfy.cli_args import args
