@@ -162,7 +162,8 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
         patcher = RankPatcher(model, device, torch.device("cpu"))
     patcher = patcher.clone()
     for index, (tensors, strength) in enumerate(patches):
-        patcher.add_patches(lora.fitting(f"LoRA {index}", tensors, mapped.lora_keys, shapes), strength)
+        fitted = lora.fit_lora(f"LoRA {index}", tensors, mapped.lora_keys, lora.WeightShapes(shapes))
+        patcher.add_patches(fitted.patches, strength)
     if way.shards:
         patcher.load(device)
     else:

@@ -81,7 +81,8 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
             first = patcher.model.apply_model(**inputs()).float()
             patched = patcher.clone()
             for index, (tensors, strength) in enumerate(loras):
-                patched.add_patches(lora.fitting(f"LoRA {index}", tensors, mapped.lora_keys, mapped.shapes), strength)
+                fitted = lora.fit_lora(f"LoRA {index}", tensors, mapped.lora_keys, lora.WeightShapes(mapped.shapes))
+                patched.add_patches(fitted.patches, strength)
             patched.load(device)
             of_patched = patched.model.apply_model(**inputs()).float()
             patcher.load(device)

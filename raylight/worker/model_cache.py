@@ -1,4 +1,4 @@
-"""The models that a rank holds, told apart by what they were loaded from."""
+"""The models that a rank holds in memory, by recipe."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, Mod
 from raylight.parallel.process_group import smallest
 
 from . import lora
-from .lora import Fitting
+from .lora import WeightShapes
 from .parallel_model import ParallelModel
 from .patcher import RankPatcher
 
 logger = logging.getLogger(__name__)
 
-_HOST_RESERVE = 0.1  # of the machine's memory stays free of models that are not in use
+_HOST_RESERVE = 0.1  # of the machine's memory is not for models that are not in use
 
 
 @dataclass(slots=True)
 class CachedModel:
-    """A model on this rank, and on it the LoRAs of its last use. `host_bytes` is what it takes of this rank's own
-    memory when it is not on the GPU: nothing, where the mapped file has it all."""
+    """A model on this rank, and a patcher with the LoRAs and patches of its last use.
+
+    `lora_keys` and `shapes` are as in `MappedModel`. `host_bytes` is this rank's own memory for weights that are not on
+    the GPU: none if the mapped file has them all.
+    """
 
     recipe: ModelRecipe
     patcher: RankPatcher
@@ -45,8 +48,12 @@ class CachedModel:
     _patched: RankPatcher | None = field(default=None)
 
     def patched(self, loras: tuple[LoraRecipe, ...], patches: ObjectHandle | None = None) -> RankPatcher:
-        """The patcher with these LoRAs, then these patches, and no others; the same object for the same ones, whose
-        weights ComfyUI then leaves as they are. Raises ValueError for a LoRA that does not fit."""
+        """Return the patcher with these LoRAs, then these patches, and no others.
+
+        The same object for the same ones, whose weights ComfyUI then leaves as they are.
+
+        Raises ValueError: for a LoRA that does not fit.
+        """
         wanted = loras, None if patches is None else patches.key
         if self._patched is None or wanted != self._applied:
             self._patched = self.patcher if wanted == ((), None) else self._with(loras, patches)
@@ -55,20 +62,20 @@ class CachedModel:
 
     def _with(self, loras: tuple[LoraRecipe, ...], patches: ObjectHandle | None) -> RankPatcher:
         patcher = self.patcher.clone()
-        fitting, warnings = Fitting(self.shapes), []
+        shapes, warnings = WeightShapes(self.shapes), []
         for one in loras:
-            fitted = lora.read(one, self.lora_keys, fitting)
+            fitted = lora.read_lora(one, self.lora_keys, shapes)
             patcher.add_patches(fitted.patches, one.strength)
-            if loras != self._applied[0]:  # else it was said when these were put on
+            if loras != self._applied[0]:  # otherwise logged when these were applied
                 warnings += fitted.warnings
         if patches is not None:
             written, received = deserialize(patches.get(), patcher, copies=False)
             on_weights, more = lora.fit_weight_patches(
-                {key: on for key, on in received.items() if key in self.shapes}, fitting
+                {key: of_weight for key, of_weight in received.items() if key in self.shapes}, shapes
             )
             for key, of_weight in on_weights.items():
                 patcher.patches[key] = [*patcher.patches.get(key, []), *of_weight]
-            for key, weight in written.items():  # what the weight itself is, before any LoRA
+            for key, weight in written.items():  # the weight itself, before any LoRA
                 patcher.patches[key] = [(1.0, ("set", (weight,)), 1.0, None, None), *patcher.patches.get(key, [])]
             patcher.patches_uuid = uuid.uuid4()
             warnings += more
@@ -77,7 +84,7 @@ class CachedModel:
 
 
 class ModelCache:
-    """Models by recipe, the least recently used first. Every method is called on all ranks alike."""
+    """Models by recipe, the least recently used first. All ranks call the same methods in the same order."""
 
     def __init__(self, device: torch.device, world_size: int) -> None:
         self._device = device
@@ -85,7 +92,7 @@ class ModelCache:
         self._models: dict[ModelRecipe, CachedModel] = {}
 
     def get(self, recipe: ModelRecipe) -> CachedModel | None:
-        """The model of a recipe without its LoRAs, from now on the last used."""
+        """Return the model of a recipe without its LoRAs, as the most recently used one; None if it is not held."""
         found = self._models.pop(recipe.without_loras, None)
         if found is not None:
             self._models[recipe.without_loras] = found
@@ -94,13 +101,15 @@ class ModelCache:
         return found
 
     def add(self, model: CachedModel) -> None:
+        """Hold a model, as the most recently used one."""
         self._models[model.recipe.without_loras] = model
 
     def all(self) -> tuple[CachedModel, ...]:
+        """Return the models, the least recently used first."""
         return tuple(self._models.values())
 
     def make_room_on_host(self, needed: int) -> None:
-        """Let go of models, the least recently used first, until each rank can take `needed` bytes. Collective."""
+        """Drop models, the least recently used first, until each rank has room for `needed` bytes. Collective."""
         while self._models and not self._fits_on_host(needed):
             self._drop_for_want_of_memory(next(iter(self._models.values())))
 
@@ -137,7 +146,7 @@ class ModelCache:
         return -smallest(int(free + movable - needed))
 
     def drop(self, model: CachedModel) -> None:
-        """Forget a model and give its memory back."""
+        """Release a model and its memory."""
         del self._models[model.recipe.without_loras]
         self._forget_as_loaded(model)  # to unload it would first make a copy on the CPU
         model.patcher = model._patched = None
@@ -145,11 +154,12 @@ class ModelCache:
 
     @staticmethod
     def sweep() -> None:
-        """Give back the memory of what nobody holds any more."""
+        """Free the memory of released objects."""
         gc.collect()  # hooks, and FSDP's states, refer to the modules that hold them
         comfy.model_management.soft_empty_cache()
 
     def clear(self) -> None:
+        """Release all models."""
         for model in self.all():
             self.drop(model)
 
@@ -160,13 +170,13 @@ class ModelCache:
         loaded[:] = [one for one in loaded if one.model is None or not one.model.is_clone(model.patcher)]
 
     def _fits_on_host(self, needed: int) -> bool:
-        if needed == 0:  # nobody has to go, however full the machine is
+        if needed == 0:  # however full the machine is
             return True
         memory = psutil.virtual_memory()
         return smallest(memory.available) >= needed * self._world_size + int(_HOST_RESERVE * memory.total)
 
     def _drop_gone(self) -> None:
-        """Drop models whose weights were in ComfyUI's memory and no longer are: until then they take it. Collective."""
+        """Drop models whose weights were in ComfyUI's memory and no longer are, which frees it. Collective."""
         for model in self.all():
             if model.recipe.export is not None and smallest(int(model.recipe.is_there)) == 0:
                 self.drop(model)
@@ -177,7 +187,7 @@ class ModelCache:
 
 
 def memory(device: torch.device, models: Sequence[CachedModel]) -> RankMemory:
-    """How full a rank is. On the CPU `free_bytes` and `total_bytes` are of the machine."""
+    """Return how full a rank is. On the CPU `free_bytes` and `total_bytes` are of the machine."""
     held = tuple(
         HeldModel(model.recipe.name, model.recipe.sharding, model.patcher.loaded_size(), model.host_bytes)
         for model in models
@@ -191,7 +201,7 @@ def memory(device: torch.device, models: Sequence[CachedModel]) -> RankMemory:
 
 
 def in_words(device: torch.device, models: Sequence[CachedModel]) -> str:
-    """What a rank holds, as the end of a sentence."""
+    """Return what a rank holds in memory, as the end of a sentence."""
     now = memory(device, models)
     weights = (
         ", ".join(

@@ -90,7 +90,8 @@ def _compare(rank: int, mesh: Any, path: Path, mode: str, base: Tensor, expected
         mapped, patcher, _ = held
         patcher = patcher.clone()
         for tensors, strength in loras:
-            patcher.add_patches(lora.fitting("lora", tensors, mapped.lora_keys, mapped.shapes), strength)
+            fitted = lora.fit_lora("lora", tensors, mapped.lora_keys, lora.WeightShapes(mapped.shapes))
+            patcher.add_patches(fitted.patches, strength)
         if in_parts:
             patcher.unpatch_model(CPU)
             patcher.load(CPU, lowvram_model_memory=patcher.model_size() // 2)

@@ -92,7 +92,8 @@ def _compare_patched(rank: int, mesh, path: Path, dtype: str, kinds: tuple[str, 
     def result(mapped: MappedModel, patcher: ShardedPatcher, *loras: tuple[dict[str, Tensor], float]) -> Tensor:
         patcher = patcher.clone()
         for tensors, strength in loras:
-            patcher.add_patches(lora.fitting("lora", tensors, mapped.lora_keys, mapped.shapes), strength)
+            fitted = lora.fit_lora("lora", tensors, mapped.lora_keys, lora.WeightShapes(mapped.shapes))
+            patcher.add_patches(fitted.patches, strength)
         patcher.load(CPU)
         return patcher.model.apply_model(**wan_inputs())
 

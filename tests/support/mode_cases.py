@@ -60,4 +60,4 @@ def patches_for(mapped: MappedModel) -> dict[Any, Any]:
         ["lora", "lokr"],
         1,
     )
-    return lora.fitting("lora", kinds, mapped.lora_keys, mapped.shapes)
+    return lora.fit_lora("lora", kinds, mapped.lora_keys, lora.WeightShapes(mapped.shapes)).patches

@@ -83,7 +83,8 @@ def _compare(name: str, mesh: Any, sequence: bool, offload: bool, patched: bool)
     patcher, report = build_sharded(mapped, world_axis(mesh), offload)
     patcher = patcher.clone()
     for index, (tensors, strength) in enumerate(loras):
-        patcher.add_patches(lora.fitting(f"LoRA {index}", tensors, mapped.lora_keys, shapes), strength)
+        fitted = lora.fit_lora(f"LoRA {index}", tensors, mapped.lora_keys, lora.WeightShapes(shapes))
+        patcher.add_patches(fitted.patches, strength)
     patcher.load(CPU)
     with torch.profiler.profile() if not sequence else nullcontext() as profile:
         actual = model.apply_model(**copied(make(Draw(3))), transformer_options=options)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raylight.host.recipe import LoraRecipe
 from raylight.worker import lora
-from raylight.worker.lora import Fitting
+from raylight.worker.lora import WeightShapes
 
 OUT, WIDTH = 24, 16
 NAME = "diffusion_model.layer.weight"
@@ -75,9 +75,9 @@ def by_comfyui(value: Any, shape: tuple[int, ...]) -> Any:
     return not torch.equal(after, weight)
 
 
-def by_fitting(value: Any, shape: tuple[int, ...]) -> Any:
+def by_shapes(value: Any, shape: tuple[int, ...]) -> Any:
     try:
-        return Fitting({NAME: shape}).fits(NAME, value)
+        return WeightShapes({NAME: shape}).fits(NAME, value)
     except ValueError as error:
         return type(error.__cause__)
 
@@ -91,7 +91,7 @@ def test_is_what_comfyui_finds(kind: str, shape: tuple[int, ...], caplog: pytest
     for size in SIZES:
         value = patches_of((MADE | CONVOLUTIONS)[kind](*size, draw))[NAME]
         caplog.clear()
-        fits = by_fitting(value, shape)
+        fits = by_shapes(value, shape)
         assert not caplog.records
         assert fits == by_comfyui(value, shape), size
         found.add(fits)
@@ -101,25 +101,25 @@ def test_is_what_comfyui_finds(kind: str, shape: tuple[int, ...], caplog: pytest
 def test_factors_that_do_not_fit_each_other_end_the_run_as_in_comfyui() -> None:
     tensors = KINDS["loha"](OUT, WIDTH, draw)
     value = patches_of(tensors | {"hada_w1_b": draw(5, WIDTH)})[NAME]
-    assert by_fitting(value, (OUT, WIDTH)) is by_comfyui(value, (OUT, WIDTH)) is RuntimeError
+    assert by_shapes(value, (OUT, WIDTH)) is by_comfyui(value, (OUT, WIDTH)) is RuntimeError
 
 
 def test_a_shape_that_one_patch_changes_is_that_of_the_next() -> None:
     wide = LoRAAdapter(set(), (draw(OUT, 3), draw(3, 2 * WIDTH), None, None, None, [OUT, 2 * WIDTH]))
     second = LoRAAdapter(set(), (draw(OUT, 3), draw(3, 2 * WIDTH), None, None, None, None))
-    fitting = Fitting({NAME: (OUT, WIDTH)})
-    assert not fitting.fits(NAME, second)
-    assert fitting.fits(NAME, wide)
-    assert fitting.shape(NAME) == (OUT, 2 * WIDTH)
-    assert fitting.fits(NAME, second)
+    shapes = WeightShapes({NAME: (OUT, WIDTH)})
+    assert not shapes.fits(NAME, second)
+    assert shapes.fits(NAME, wide)
+    assert shapes.text(NAME) == f"{OUT} x {2 * WIDTH}"
+    assert shapes.fits(NAME, second)
 
 
 def test_a_part_of_a_weight() -> None:
     value = LoRAAdapter(set(), (draw(OUT // 3, 3), draw(3, WIDTH), None, None, None, None))
-    fitting = Fitting({NAME: (OUT, WIDTH)})
-    assert fitting.fits(NAME, value, (0, OUT // 3, OUT // 3))
-    assert not fitting.fits(NAME, value, (0, 0, OUT // 2))
-    assert fitting.nothing(NAME, (0, 0, OUT // 2))[1][0].shape == (OUT // 2, WIDTH)
+    shapes = WeightShapes({NAME: (OUT, WIDTH)})
+    assert shapes.fits(NAME, value, (0, OUT // 3, OUT // 3))
+    assert not shapes.fits(NAME, value, (0, 0, OUT // 2))
+    assert shapes.zero_patch(NAME, (0, 0, OUT // 2))[1][0].shape == (OUT // 2, WIDTH)
 
 
 def test_what_only_a_real_weight_tells_is_taken_to_fit() -> None:
@@ -127,17 +127,17 @@ def test_what_only_a_real_weight_tells_is_taken_to_fit() -> None:
         def calculate_weight(self, *_: Any) -> Tensor:
             raise RuntimeError("of another pack")
 
-    assert Fitting({NAME: (OUT, WIDTH)}).fits(NAME, Unknown(set(), ()))
-    assert Fitting({NAME: (OUT, WIDTH)}).fits(NAME, OFTAdapter(set(), (draw(4, 6, 6), None, 5.0, None)))
-    assert Fitting({NAME: (OUT, WIDTH)}).fits(NAME, [(draw(3), None)])  # of a merge
+    assert WeightShapes({NAME: (OUT, WIDTH)}).fits(NAME, Unknown(set(), ()))
+    assert WeightShapes({NAME: (OUT, WIDTH)}).fits(NAME, OFTAdapter(set(), (draw(4, 6, 6), None, 5.0, None)))
+    assert WeightShapes({NAME: (OUT, WIDTH)}).fits(NAME, [(draw(3), None)])  # of a merge
 
 
 def test_in_inference_mode() -> None:
     with torch.inference_mode():
         value = patches_of(KINDS["dora"](OUT, WIDTH, draw))[NAME]
-        fitting = Fitting({NAME: (OUT, WIDTH)})
-        assert fitting.fits(NAME, value)
-        assert not Fitting({NAME: (WIDTH, WIDTH)}).fits(NAME, value)
+        shapes = WeightShapes({NAME: (OUT, WIDTH)})
+        assert shapes.fits(NAME, value)
+        assert not WeightShapes({NAME: (WIDTH, WIDTH)}).fits(NAME, value)
 
 
 SHAPES = {f"diffusion_model.{name}.weight": (OUT, WIDTH) for name in ("a", "b", "c")}
@@ -151,7 +151,7 @@ def a_lora(**sizes: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def test_warns_once_of_what_does_not_fit() -> None:
-    fitted = lora.fitted("turbo", a_lora(a=(OUT, WIDTH), b=(OUT, 9), c=(OUT, 9)), NAMES, Fitting(SHAPES))
+    fitted = lora.fit_lora("turbo", a_lora(a=(OUT, WIDTH), b=(OUT, 9), c=(OUT, 9)), NAMES, WeightShapes(SHAPES))
     assert fitted.warnings == [
         "the LoRA turbo fits in part: 2 of its 3 layers do not fit the model and are left out "
         "(diffusion_model.b.weight, here 24 x 16, diffusion_model.c.weight, here 24 x 16)"
@@ -171,7 +171,7 @@ def test_a_file_with_bytes_after_the_last_tensor(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file(a_lora(a=(OUT, WIDTH)), path)
     path.write_bytes(path.read_bytes() + bytes(5))
-    fitted = lora.read(LoraRecipe.of(str(path), 1.0), NAMES, Fitting(SHAPES))
+    fitted = lora.read_lora(LoraRecipe.of(str(path), 1.0), NAMES, WeightShapes(SHAPES))
     assert torch.equal(fitted.patches[NAMES["a"]].weights[0], a_lora(a=(OUT, WIDTH))["a.lora_up.weight"])
 
 
@@ -179,12 +179,12 @@ def test_a_file_with_bytes_after_the_last_tensor(tmp_path: Path) -> None:
 def test_refuses_pickles_of_something_else(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match=r"lora\.pt"):
-        lora.read(LoraRecipe.of(str(tmp_path / "lora.pt"), 1.0), NAMES, Fitting(SHAPES))
+        lora.read_lora(LoraRecipe.of(str(tmp_path / "lora.pt"), 1.0), NAMES, WeightShapes(SHAPES))
 
 
 def test_warns_of_what_has_no_place_but_not_of_a_text_encoder(caplog: pytest.LogCaptureFixture) -> None:
     tensors = a_lora(a=(OUT, WIDTH), k_img=(OUT, 9)) | {"lora_te_text_model_encoder_layers_0.alpha": torch.ones(())}
-    fitted = lora.fitted("lightx2v", tensors, NAMES, Fitting(SHAPES))
+    fitted = lora.fit_lora("lightx2v", tensors, NAMES, WeightShapes(SHAPES))
     assert len(fitted.warnings) == 1
     assert "3 tensors or layers that this model does not have" in fitted.warnings[0]
     assert "k_img.lora_up.weight" in fitted.warnings[0]
@@ -218,4 +218,4 @@ def test_warns_of_what_has_no_place_but_not_of_a_text_encoder(caplog: pytest.Log
 )
 def test_refuses(tensors: Callable[[], dict[str, Any]], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        lora.fitted("x", tensors(), NAMES, Fitting(SHAPES))
+        lora.fit_lora("x", tensors(), NAMES, WeightShapes(SHAPES))
