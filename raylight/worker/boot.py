@@ -1,4 +1,4 @@
-"""The first thing that a worker runs of ComfyUI's side."""
+"""The entry point of a worker: set up ComfyUI, then open the service."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_service(context: RankContext, settings: host_settings.HostSettings) -> ModelService:
-    """Set ComfyUI up in this worker and open the service on it."""
+    """Set up ComfyUI in this worker, and return the service."""
     host_settings.apply(settings, context.device.type)
     # Only now: ComfyUI picks devices and dtypes when it is imported.
     from .service import ModelService

@@ -1,4 +1,4 @@
-"""Single calls of a diffusion model's methods, done in a worker for a loop that runs elsewhere."""
+"""Single calls of a diffusion model's methods in a worker, for a sampling loop in ComfyUI's process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from .parallel_model import ParallelModel
 
 
 class ModelForward:
-    """What a rank keeps between calls: tensors that come again, and what nodes have put into the model."""
+    """Calls of the diffusion model. Between them a rank keeps tensors that are sent again, and what nodes have set on
+    the model."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -30,19 +31,19 @@ class ModelForward:
         self._before: AsBefore | None = None
 
     def clear(self) -> None:
-        """Let go of what nodes have put into a model, and of what their code has left on it."""
+        """Release what nodes have set on a model, and what their code has left on it."""
         self._extras = None
         if self._before is not None:
             self._before.restore()
             self._before = None
 
     def call(self, patcher: ModelPatcher, job: ForwardJob, split: ParallelModel) -> Any:
-        """What the method returns, of a model that is split so; to be called in the mode of the model.
+        """Call the job's method of the diffusion model, and return its output; to be called in the mode of the model.
 
-        Raises ValueError where code of nodes keeps a state on the model, of which its part in ComfyUI knows nothing.
+        Raises ValueError: when code of nodes keeps state on the model, which ComfyUI's process would not have.
         """
-        worn, code, changes = self._unpacked(patcher, job)
-        patcher_state.apply_state(patcher, worn, job.model.recipe.sharding)
+        state, code, changes = self._extras_of(patcher, job)
+        patcher_state.apply_state(patcher, state, job.model.recipe.sharding)
         tensors = self._tensors.receive(job.tensors)
 
         def resolve(slot: Any) -> Tensor:
@@ -66,17 +67,17 @@ class ModelForward:
                     output = getattr(diffusion_model, job.method)(*args, **kwargs)
             finally:
                 patcher.model.current_patcher = None
-        state = self._before.state() if whole and self._before is not None else ""
-        if state:
+        path = self._before.state() if whole and self._before is not None else ""
+        if path:
             raise ValueError(
-                f"{whole} keeps {state} on the model from one step to the next, which cannot be shared "
+                f"{whole} keeps {path} on the model from one step to the next, which cannot be shared "
                 f"with ComfyUI, and the sampling loop stays there in this run (the log says why): remove "
                 f"the node, or what keeps the loop there"
             )
         return output
 
-    def _unpacked(self, patcher: ModelPatcher, job: ForwardJob) -> tuple[Any, Any]:
-        # Unpacked once: some patches keep what they have computed.
+    def _extras_of(self, patcher: ModelPatcher, job: ForwardJob) -> tuple[Any, Any, Any]:
+        # Deserialized once: some patches keep what they have computed.
         if self._extras is None or self._extras[0] != job.extras.key or self._extras[1] is not patcher.model:
             self.clear()
             self._extras = job.extras.key, patcher.model, deserialize(job.extras.get(), patcher)
@@ -84,12 +85,12 @@ class ModelForward:
 
 
 def answer(output: Any) -> SerializedObject:
-    """What a call returned, as it goes back."""
+    """Serialize what a call returned, for ComfyUI's process."""
     return pack(output, lambda _: None)
 
 
 def _copied(code: dict[str, Any]) -> dict[str, Any]:
-    """Dicts and lists anew, as models and hooks may change them in place."""
+    """Copy dicts and lists, as models and hooks may change them in place."""
     if isinstance(code, dict):
         return {name: _copied(value) for name, value in code.items()}
     return list(code) if isinstance(code, list) else code

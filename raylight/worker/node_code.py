@@ -1,4 +1,4 @@
-"""A look whether a module, which code of a node has changed, works on each token by itself as its place says."""
+"""Code of nodes inside a model: check that it works on each token by itself, and undo what it leaves behind."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from raylight.host.patcher_state import HOOKS, OF_LOADING, OF_TORCH, SIMPLE
 
 _TOKENS = 8
 _TOLERANCE = 0.05
-"""Of the largest value; kernels differ by a hundredth in half precision, what looks at other tokens by much more."""
+"""Of the largest value. Kernels differ by a hundredth in half precision, code that uses other tokens by much more."""
 
 
 class TokenProbe:
-    """Hooks on one module: its first call is done once more with few of its tokens."""
+    """Hooks on one module that repeat its first call with a few of its tokens only.
+
+    The call raises ValueError: when the outputs for these tokens differ, so that the module uses other tokens.
+    """
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self._path = path
@@ -28,17 +31,17 @@ class TokenProbe:
         )
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        # Copied, as the module may write into what it is given.
+        # A copy, as the module may write into its argument.
         if args and isinstance(args[0], Tensor) and args[0].ndim == 3 and args[0].shape[1] > _TOKENS:
             self._few = args[0][:, :_TOKENS].clone()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        few, self._few = self._few, None
+        few, self._few = self._few, None  # (B, few, C)
         self.remove()
         if (
             few is None
@@ -48,8 +51,8 @@ class TokenProbe:
         ):
             return
         alone = module.forward(few, *args[1:], **kwargs)
-        apart = (alone - output[:, :_TOKENS]).abs().max()
-        if not apart <= _TOLERANCE * alone.abs().max():
+        difference = (alone - output[:, :_TOKENS]).abs().max()
+        if not difference <= _TOLERANCE * alone.abs().max():
             raise ValueError(
                 f"a node has changed {self._path} of the model, which does not work on each token by "
                 f"itself any more, and here tokens are split over workers: remove the node, or use "
@@ -61,10 +64,10 @@ _NOTHING = object()
 
 
 class AsBefore:
-    """A model before code of nodes runs in it."""
+    """The attributes and hooks of a model's modules before code of nodes runs in it."""
 
     def __init__(self, patcher: ModelPatcher) -> None:
-        """Takes back what ComfyUI has put on the patcher's model for the run before, which would be put back else."""
+        """Read them, without the object patches that ComfyUI has applied for an earlier run."""
         patcher.unpatch_model(unpatch_weights=False)
         model = patcher.model.diffusion_model
         self._patcher = patcher
@@ -75,7 +78,7 @@ class AsBefore:
         self._left: dict[str, Any] | None = None
 
     def restore(self) -> None:
-        """Take away what has come since, and put back what was there."""
+        """Remove what was added since, and restore what was there."""
         self._patcher.unpatch_model(unpatch_weights=False)
         for _, module, kind, attributes, hooks in self._kept:
             if type(module) is not kind:
@@ -89,8 +92,8 @@ class AsBefore:
                     del vars(module)[name][key]
 
     def state(self) -> str:
-        """The path of an attribute in which code keeps what it knows from one forward to the next, "" where there is
-        none. To be called after each forward: an attribute that is a container, or is another one each time."""
+        """Return the path of an attribute in which code keeps state between forwards, "" if there is none: a container,
+        or a value that changes with each forward. To be called after each forward."""
         left = {
             f"{path}.{name}".lstrip("."): value
             for path, module, _, attributes, _ in self._kept
@@ -110,7 +113,7 @@ class AsBefore:
 
 @contextmanager
 def leaving_nothing(patcher: ModelPatcher) -> Iterator[None]:
-    """Within it code may leave on the patcher's model what it likes; after it nothing is left."""
+    """Undo, at the end, what code has left on the patcher's model within it."""
     before = AsBefore(patcher)
     try:
         yield

@@ -1,9 +1,9 @@
-"""A whole run of ComfyUI's sampling, done in a worker."""
+"""A complete run of ComfyUI's sampling in a worker."""
 
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class SamplingRun:
-    """The job at `place` among several, ready to be done with `patcher` on this rank."""
+    """The job at `place` among several, deserialized for `patcher` on this rank."""
 
     def __init__(self, run: Run, patcher: ModelPatcher, place: int, job: RunJob, device: torch.device) -> None:
         self._run = run
@@ -34,47 +34,45 @@ class SamplingRun:
         self._device = device
         self._last: tuple[int, int, Any, Any] | None = None
         self._steps = 0
-        worn, self._changes, self._guider, self._call, self._positional, self._wrappers = deserialize(
+        state, self._changes, self._guider, self._call, self._positional, self._wrappers = deserialize(
             job.content, patcher
         )
-        patcher_state.apply_state(patcher, worn, job.model.recipe.sharding)
+        patcher_state.apply_state(patcher, state, job.model.recipe.sharding)
         warn_on_first_rank(logger, lora.fit_scheduled(patcher), job.model.recipe.name)
-        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # those of ComfyUI's process
+        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # for ComfyUI's process only
             for holder in ("transformer_options", "to_load_options"):
                 self.model_options.get(holder, {}).get("wrappers", {}).get(kind, {}).pop(KEY, None)
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """The options with which the model is sampled."""
+        """The model options of the run, which may still be changed."""
         return self._guider.model_options
 
     def sample(self) -> RunResult:
-        """The result, the same on every rank of the sequence.
+        """Sample, and return the result, the same on every rank of the sequence group.
 
-        To be called in the mode of the model. Raises RunCancelled at the first step boundary after a cancel.
+        To be called in the mode of the model. Raises RunCancelled: at the first step boundary after a cancel.
         """
         call = self._call | {"callback": self._after_step, "disable_pbar": True}
         mask = call.get("denoise_mask")
-        if isinstance(mask, Tensor):  # the one tensor that `outer_sample` takes for being where the model is
+        if isinstance(mask, Tensor):  # the one tensor that `outer_sample` expects on the model's device
             call["denoise_mask"] = mask.to(self._device)
         self._steps = len(call["sigmas"]) - 1
         self._run.enter("bringing the model to its device")
         patcher = self._guider.model_patcher
         patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda _: self._enter_step(1))
-        # Wrappers look for arguments at the places where ComfyUI puts them.
+        # Wrappers look for arguments at the positions that ComfyUI gives them.
         positional = [call.pop(name) for name in list(call)[: self._positional]]
         set_random_state(self._job.random)
         executor = WrapperExecutor.new_class_executor(self._guider.outer_sample, self._guider, self._wrappers)
+        clean = leaving_nothing(patcher) if self._job.model.inside.whole else nullcontext()
         try:
-            with self._clean(), changed(patcher, self._changes):
+            with clean, changed(patcher, self._changes):
                 samples = executor.execute(*positional, **call)
         finally:
-            # Else the patcher and this run would hold each other, with all that the run has.
+            # Otherwise the patcher and this run would keep each other alive, with all that the run has.
             patcher.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
         return RunResult(samples.cpu(), random_state(self._device), self._last_step())
-
-    def _clean(self) -> AbstractContextManager[None]:
-        return leaving_nothing(self._guider.model_patcher) if self._job.model.inside.whole else nullcontext()
 
     def _enter_step(self, number: int) -> None:
         self._run.enter(f"step {number} of {self._steps}" if number <= self._steps else "ending the last step")
@@ -91,7 +89,7 @@ class SamplingRun:
             event, self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x)), None
         else:
             event = StepDone(step, total, _for_preview(x0) if job.wants_preview else None, None)
-            # The last of a run whose steps are not known before; copied then, and kept as ComfyUI's callback does.
+            # How many steps there are may not be known before: keep each as the possible last one, copied at the end.
             self._last = (step, total, x0, x)
         if self._run.rank == 0:
             self._run.emit((self._place, event))
@@ -100,11 +98,11 @@ class SamplingRun:
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy on the CPU, of packed latents of several kinds too."""
+    """Return a copy on the CPU, also of packed latents of several kinds."""
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value.cpu()
 
 
 def _for_preview(x0: Tensor) -> Tensor:
-    """(1, C, 1, H, W) or (1, C, H, W), float32 on the CPU."""
+    """Return the first frame of the first image of (B, C, [T,] H, W): (1, C, [1,] H, W) float32 on the CPU."""
     first = x0[:1, :, :1] if x0.ndim == 5 else x0[:1]
     return first.detach().to("cpu", torch.float32, copy=True)
