@@ -109,7 +109,7 @@ def _ggml(pack: GgufPack | None, blueprint: Blueprint, entry: Entry, value: Tens
 
 def _loader(blueprint: Blueprint, tensors: dict[str, Tensor], around: dict[str, Tensor]) -> Callable[..., Any]:
     def load(options: dict[str, Any]) -> Any:
-        config = blueprint.config.__new__(blueprint.config)
+        config: Any = object.__new__(blueprint.config)
         vars(config).update(copy.deepcopy(blueprint.attributes))
         if "custom_operations" in options:
             config.custom_operations = options["custom_operations"]

@@ -141,7 +141,7 @@ class GgmlTensors:
         """Return whether it is a quantised tensor of the pack."""
         return self._pack.is_quantized(value)
 
-    def with_patches(self, value: Tensor, patches: Patches) -> Tensor:
+    def with_patches(self, value: Any, patches: Patches) -> Tensor:
         """Return another tensor of the same bytes (moving one does not move the other) with these patches and no
         others; `value` itself if it is not quantised."""
         if not self.is_quantised(value):
@@ -150,7 +150,7 @@ class GgmlTensors:
             plain(value), tensor_type=value.tensor_type, tensor_shape=value.tensor_shape, patches=patches
         )
 
-    def flatten(self, parameter: Tensor) -> Flattened | None:
+    def flatten(self, parameter: Any) -> Flattened | None:
         """Return the bytes of a quantised tensor, (weight rows, bytes of a row) uint8; else as `flatten_tensor`."""
         if not self.is_quantised(parameter):
             return flatten_tensor(parameter)
@@ -234,15 +234,17 @@ def _dequantise_outside_of_layers(mapped: MappedModel, pack: GgufPack) -> None:
 def _check_patches(pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError if a layer of the pack does not apply a patch to one row of a weight: a version that takes
     patches in another way would silently leave LoRAs out."""
-    rows = (
-        value
-        for value in tensors.values()
-        if ggml.is_quantised(value)
-        and value.ndim == 2
-        and plain(value).ndim == 2
-        and plain(value).shape[0] == value.shape[0]
+    weight: Any = next(
+        (
+            value
+            for value in tensors.values()
+            if ggml.is_quantised(value)
+            and value.ndim == 2
+            and plain(value).ndim == 2
+            and plain(value).shape[0] == value.shape[0]
+        ),
+        None,
     )
-    weight = next(rows, None)
     if weight is None:
         return
     width = weight.shape[1]

@@ -112,7 +112,7 @@ def bind_arguments(
     if any(one.kind is one.VAR_POSITIONAL for one in signature.parameters.values()):
         return args, dict(kwargs)
     call = signature.bind(model, *args, **kwargs).arguments
-    rest = next((one.name for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD), None)
+    rest = next((one.name for one in signature.parameters.values() if one.kind is one.VAR_KEYWORD), "")
     by_name = call | call.pop(rest, {})
     by_name.pop(next(iter(signature.parameters)))
     by_name.pop(rest, None)

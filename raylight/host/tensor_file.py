@@ -93,7 +93,8 @@ def _by_header(path: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
         if not 0 <= start <= end <= size - begin or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"the tensor {name} is not where the header says")
         # A storage for each, as by safetensors: then a tensor may begin at any byte.
-        tensors[name] = torch.empty(0, dtype=dtype).set_(mapped[begin + start : begin + end], 0, shape)
+        storage = mapped[begin + start : begin + end]
+        tensors[name] = torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue]
         if getattr(comfy.utils, "DISABLE_MMAP", False):
             tensors[name] = tensors[name].clone()
     return tensors, metadata

@@ -235,5 +235,6 @@ def _gather_as_bytes(module: nn.Module) -> None:
         for parameter in module.parameters()
     )
     # An older PyTorch has no such option; its NCCL may know the dtype.
-    if eight_bits and hasattr(module, "set_custom_all_gather"):
-        module.set_custom_all_gather(ByteAllGather())
+    set_all_gather = getattr(module, "set_custom_all_gather", None)
+    if eight_bits and set_all_gather is not None:
+        set_all_gather(ByteAllGather())

@@ -22,7 +22,7 @@ class LazyConcat(Tensor):
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, pieces: list[tuple[int, Tensor]] | None = None, start: int = 0
     ) -> LazyConcat:
-        return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")
+        return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device("cpu"))
 
     def __init__(
         self, shape: Sequence[int], dtype: torch.dtype, pieces: list[tuple[int, Tensor]] | None = None, start: int = 0

@@ -47,7 +47,7 @@ def flatten_tensor(tensor: Tensor) -> Flattened | None:
     if not is_traceable_wrapper_subclass(value):
         return None
     names, context = value.__tensor_flatten__()
-    kind = type(value)
+    kind: Any = type(value)
 
     def rebuild(components: Components) -> Tensor:
         return kind.__tensor_unflatten__(components, context, None, None)

@@ -118,7 +118,7 @@ class ModelCache:
         free beside what sampling takes. Collective."""
         if self._device.type == "cpu":
             return
-        needed += comfy.model_management.minimum_inference_memory()
+        needed += int(comfy.model_management.minimum_inference_memory())
         for other in [model for model in self._models.values() if model is not used]:
             if other.patcher.get_free_memory(self._device) >= needed:
                 return
@@ -142,14 +142,14 @@ class ModelCache:
             if latent_shape is not None:
                 needed += int(found.patcher.model.memory_required(list(latent_shape)))
         movable = sum(other.patcher.loaded_size() for other in self._models.values() if other is not found)
-        free = comfy.model_management.get_free_memory(self._device)
+        free: Any = comfy.model_management.get_free_memory(self._device)
         return -smallest(int(free + movable - needed))
 
     def drop(self, model: CachedModel) -> None:
         """Release a model and its memory."""
         del self._models[model.recipe.without_loras]
         self._forget_as_loaded(model)  # to unload it would first make a copy on the CPU
-        model.patcher = model._patched = None
+        del model.patcher, model._patched
         self.sweep()
 
     @staticmethod

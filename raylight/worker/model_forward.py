@@ -96,6 +96,6 @@ def _copied(code: dict[str, Any]) -> dict[str, Any]:
     return list(code) if isinstance(code, list) else code
 
 
-def _memory(patcher: ModelPatcher, args: tuple[Any, ...]) -> float:
+def _memory(patcher: ModelPatcher, args: tuple[Any, ...]) -> int:
     first = next((value for value in args if isinstance(value, Tensor)), None)
-    return 0 if first is None else patcher.model.memory_required(list(first.shape))
+    return 0 if first is None else int(patcher.model.memory_required(list(first.shape)))

@@ -66,7 +66,7 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
     weights: Any
 
     def clone(self, *args: Any, **kwargs: Any) -> RankPatcher:
-        other = super().clone(*args, **kwargs)
+        other: Any = super().clone(*args, **kwargs)
         other.weights = self.weights
         return other
 

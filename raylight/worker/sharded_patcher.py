@@ -63,7 +63,8 @@ class ShardedPatcher(RankPatcher):
 
         Raises ValueError: for a patch that sharded weights cannot have.
         """
-        move(self.model, device_to, self.weights.offloaded)
+        if device_to is not None:
+            move(self.model, device_to, self.weights.offloaded)
         self.model.device = device_to
         self.model.model_lowvram = False
         self.model.model_loaded_weight_memory = self.model_size()
