@@ -27,10 +27,11 @@ from raylight.sharding.subclass_weights import Components, Flattened, flatten_te
 from .checkpoint import MappedModel, build_from_loader
 
 NODE = "UnetLoaderGGUF"
+# Of each module, names and the fields of GgufPack.
 _IMPORTED = {
-    "loader": ("gguf_sd_loader",),
-    "ops": ("GGMLOps", "GGMLTensor", "GGMLLayer"),
-    "dequant": ("is_quantized", "dequantize_tensor"),
+    "loader": {"gguf_sd_loader": "reader"},
+    "ops": {"GGMLTensor": "tensor", "GGMLLayer": "layer", "GGMLOps": "operations"},
+    "dequant": {"is_quantized": "is_quantized", "dequantize_tensor": "dequantize"},
 }
 
 
@@ -42,12 +43,12 @@ class GgufPack:
 
     name: str
     folder: str
+    reader: Callable[[str], Any]
     tensor: type
     layer: type
     operations: type
     is_quantized: Callable[[Any], bool]
     dequantize: Callable[..., Tensor]
-    _read: Callable[[str], Any]
 
     def read(self, path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """Return the tensors of a file, memory-mapped, and its metadata if the pack returns it.
@@ -55,7 +56,7 @@ class GgufPack:
         Raises ValueError: for a file that the pack does not understand.
         """
         try:
-            found = self._read(path)
+            found = self.reader(path)
         except Exception as error:  # its reader walks through bytes, and fails in the ways of numpy and Python
             raise ValueError(f"ComfyUI-GGUF cannot read it: {type(error).__name__}: {error}") from error
         # Older versions return the tensors alone.
@@ -86,29 +87,20 @@ def open_pack(folder: str) -> GgufPack:
     package = ModuleType(name)
     package.__path__ = [folder]  # a package whose __init__, which registers nodes, does not run
     sys.modules[name] = package
-    found = {}
+    found: dict[str, Any] = {}
     for module, names in _IMPORTED.items():
         try:
             imported = importlib.import_module(f"{name}.{module}")
         except Exception as error:  # of code that is not ours
             raise ValueError(f"{module}.py of ComfyUI-GGUF in {folder} cannot be imported: {error}") from error
-        for one in names:
+        for one, field in names.items():
             if not hasattr(imported, one):
                 raise ValueError(
                     f"{module}.py of ComfyUI-GGUF in {folder} has no {one}, which Raylight needs: update "
                     f"Raylight, or use the version of ComfyUI-GGUF that has it"
                 )
-            found[one] = getattr(imported, one)
-    return GgufPack(
-        name,
-        folder,
-        found["GGMLTensor"],
-        found["GGMLLayer"],
-        found["GGMLOps"],
-        found["is_quantized"],
-        found["dequantize_tensor"],
-        found["gguf_sd_loader"],
-    )
+            found[field] = getattr(imported, one)
+    return GgufPack(name, folder, **found)
 
 
 # What a layer adds to a weight when it dequantises it: ComfyUI's patches with the weight's name.

@@ -110,7 +110,7 @@ def _try(patch: Any, key: str, shape: tuple[int, ...], region: Region, function:
             if _is_about_meta(str(error)):
                 return True, shape
             raise ValueError(
-                f"what it has for {key} cannot be put on a weight of {_shape_text(shape)}: {error}"
+                f"what it has for {key} cannot be applied to a weight of {_shape_text(shape)}: {error}"
             ) from error
     # A tensor counts changes in place.
     fits = after is not before or after._version > version or any(map(_is_about_meta, lines))

@@ -82,7 +82,7 @@ def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.std()).item()
 
 
-def test_what_workers_cannot_unpack_stays_here(
+def test_what_workers_cannot_deserialize_stays_here(
     stock: ModelPatcher, dropin: ModelPatcher, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected, _ = sample(SETUPS["plain"](stock))

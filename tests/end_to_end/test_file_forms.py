@@ -1,4 +1,4 @@
-"""The same weights under other names, alone and in a whole checkpoint, are the same model."""
+"""The same weights under other names, alone and in a checkpoint with other models, are the same model."""
 
 from __future__ import annotations
 

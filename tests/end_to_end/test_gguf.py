@@ -69,7 +69,7 @@ def expected(good: Path, loras: tuple[Path, ...]) -> tuple[torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("sharding", [REPLICATED, SHARDED, OFFLOADED])
-def test_sampling_with_loras_that_come_and_go(
+def test_sampling_with_other_loras_in_turn(
     sharding: str, good: Path, loras: tuple[Path, ...], expected, folder: Path, report_parity
 ) -> None:
     path = Path(shutil.copy(good, folder / f"{sharding}.gguf"))
@@ -93,7 +93,7 @@ def test_sampling_with_loras_that_come_and_go(
 
 
 @pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
-def test_a_tensor_in_excess_is_told_and_left_out(
+def test_a_tensor_in_excess_is_logged_and_left_out(
     sharding: str, source: Path, folder: Path, expected, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = folder / f"more-{sharding}.gguf"
@@ -112,9 +112,9 @@ def not_gguf(path: Path, source: Path) -> None:
 
 
 def garbled(path: Path, _: Path) -> None:
-    whole = bytearray(path.read_bytes())
-    whole[8:40] = b"\xff" * 32  # the counts of tensors and fields
-    path.write_bytes(whole)
+    content = bytearray(path.read_bytes())
+    content[8:40] = b"\xff" * 32  # the counts of tensors and fields
+    path.write_bytes(content)
 
 
 def of_another_architecture(path: Path, source: Path) -> None:

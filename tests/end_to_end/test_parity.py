@@ -54,12 +54,12 @@ def stock_results() -> dict:
 
 
 @pytest.mark.parametrize("weight_dtype", [dtype for dtype in WEIGHT_DTYPES if dtype != "default"])
-def test_split_weights_are_those_of_comfyui_in_every_dtype(weight_dtype: str, folder: Path) -> None:
+def test_sharded_weights_equal_replicated_ones_in_every_dtype(weight_dtype: str, folder: Path) -> None:
     case = CASES["Wan T2V"]
     path = str(checkpoint(folder, case))
     workers = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
-    whole = sample_on_workers(RayModel(workers, ModelRecipe.of(path, weight_dtype)), case)
-    split = sample_on_workers(RayModel(workers, ModelRecipe.of(path, weight_dtype, SHARDED)), case)
-    assert torch.equal(split, whole)
+    replicated = sample_on_workers(RayModel(workers, ModelRecipe.of(path, weight_dtype)), case)
+    sharded = sample_on_workers(RayModel(workers, ModelRecipe.of(path, weight_dtype, SHARDED)), case)
+    assert torch.equal(sharded, replicated)
     default = sample_on_workers(RayModel(workers, ModelRecipe.of(path, "default")), case)
-    assert (whole - default).std() > 1e-4 * default.std(), "the dtype changes nothing"
+    assert (replicated - default).std() > 1e-4 * default.std(), "the dtype changes nothing"

@@ -48,17 +48,17 @@ def session_survives(folder: Path, expected: torch.Tensor):
 
 
 def test_rejects_a_truncated_file(folder: Path) -> None:
-    whole = checkpoint(folder, CASES["Wan T2V"]).read_bytes()
+    content = checkpoint(folder, CASES["Wan T2V"]).read_bytes()
     path = folder / "truncated.safetensors"
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"truncated\.safetensors cannot be loaded"):
         api.load(model_of(path))
 
 
 def test_rejects_a_truncated_file_whose_weights_are_to_be_split(folder: Path) -> None:
-    whole = checkpoint(folder, CASES["Wan T2V"]).read_bytes()
+    content = checkpoint(folder, CASES["Wan T2V"]).read_bytes()
     path = folder / "cut.safetensors"
-    path.write_bytes(whole[:-1])
+    path.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"cut\.safetensors cannot be loaded"):
         api.load(model_of(path, SHARDED))
 

@@ -1,4 +1,4 @@
-"""What ComfyUI does to weights only when it loads them: put on, off and on again, it reaches weights that are there."""
+"""Settings that ComfyUI applies to weights only when it loads them reach weights that are loaded already."""
 
 from __future__ import annotations
 

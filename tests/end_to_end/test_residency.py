@@ -1,4 +1,4 @@
-"""What workers keep between prompts, and what they let go of."""
+"""What workers keep between prompts, and what they release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files, whole and split, against ComfyUI with the layers of the pack that reads them."""
+"""GGUF files, replicated and sharded, against ComfyUI with the layers of the pack that reads them."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
 
 
 @pytest.mark.parametrize(("world", "mode"), [(case[0], mode) for case, modes in CASES.items() for mode in modes])
-def test_gives_what_comfyui_gives(world: int, mode: str, measured, report_parity) -> None:
-    ranks, whole = measured[world, mode]
+def test_equals_comfyui(world: int, mode: str, measured, report_parity) -> None:
+    ranks, full = measured[world, mode]
     report_parity(
         f"Wan T2V, GGUF, {mode:<10} {world} ranks   max error {max(rank.error for rank in ranks):.1e}, with "
         f"two LoRAs {max(rank.patched for rank in ranks):.1e} of the standard deviation"
@@ -52,11 +52,11 @@ def test_gives_what_comfyui_gives(world: int, mode: str, measured, report_parity
         assert rank.patched <= 1e-4
         assert rank.effect > 0.1
         assert rank.changed == rank.removed == rank.back == rank.in_parts == 0.0
-        # Whole weights are in the file, but for a convolution that the model wants in its own dtype.
-        assert rank.own <= (0.05 * whole if mode == "replicated" else 1.1 * whole / world)
+        # Replicated weights are in the file, but for a convolution that the model needs in its own dtype.
+        assert rank.own <= (0.05 * full if mode == "replicated" else 1.1 * full / world)
 
 
-def test_a_convolution_is_taken_apart_and_put_together() -> None:
+def test_a_convolution_is_flattened_and_rebuilt() -> None:
     pack = open_pack(PACK)
     ggml = GgmlTensors(pack)
     values = torch.randn(6, 8, 2, 2, generator=torch.Generator().manual_seed(1))

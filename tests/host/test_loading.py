@@ -1,4 +1,4 @@
-"""Model files as people have them: with left-overs, bytes between tensors, lost scales; and files of something else."""
+"""Model files as users have them: with left-overs, bytes between tensors, lost scales; and files of something else."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ EXCESS: dict[str, Tensors] = {
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("name", EXCESS)
-def test_what_is_in_excess_is_told_in_one_line(
+def test_tensors_in_excess_are_logged_in_one_line(
     tensors: Tensors, tmp_path: Path, name: str, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "file.safetensors"
@@ -229,11 +229,11 @@ def _by_comfyui_with_dynamic_vram(path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (lambda whole: whole[:-7], "not fully covered"),
+        (lambda content: content[:-7], "not fully covered"),
         (lambda _: b"", "header too small"),
         (lambda _: b"<html>" * 900, "header too large"),
-        (lambda whole: whole.replace(b'"F32"', b'"F31"', 1), "cannot be loaded"),
-        (lambda whole: struct.pack("<Q", len(whole)) + whole[8:], "cannot be loaded"),
+        (lambda content: content.replace(b'"F32"', b'"F31"', 1), "cannot be loaded"),
+        (lambda content: struct.pack("<Q", len(content)) + content[8:], "cannot be loaded"),
     ],
 )
 def test_refuses_damaged_safetensors(
@@ -267,7 +267,7 @@ def test_refuses_what_is_no_pickle(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("of", [lambda path: ModelRecipe.of(path, "default"), lambda path: LoraRecipe.of(path, 1.0)])
-def test_a_recipe_tells_a_file_from_one_written_in_place_with_its_old_time(
+def test_a_file_written_in_place_with_its_old_time_has_another_recipe(
     tmp_path: Path, of: Callable[[str], object]
 ) -> None:
     path = tmp_path / "file.safetensors"

@@ -195,7 +195,7 @@ def test_a_scheduled_lora_is_put_on_where_it_fits(server: ComfyServer, lora: str
     if lora == "misfit set":
         latent(server, graph_of("drop-in", "wan.safetensors"))
         before = places(server)
-        with pytest.raises(PromptFailed, match=r"blocks\.1\.ffn\.0\.weight cannot be put on a weight of"):
+        with pytest.raises(PromptFailed, match=r"blocks\.1\.ffn\.0\.weight cannot be applied to a weight of"):
             server.run(scheduled("drop-in"), timeout=120)
         assert places(server) == before
         return
@@ -221,7 +221,7 @@ def places(server: ComfyServer) -> set[int]:
     ("model", "lora", "ways", "words"),
     [
         ("noise", None, WAYS, r"weights of 8 bits with scales that ComfyUI does not know"),
-        ("wan", "misfit set", WAYS, r"blocks\.1\.ffn\.0\.weight cannot be put on a weight of"),
+        ("wan", "misfit set", WAYS, r"blocks\.1\.ffn\.0\.weight cannot be applied to a weight of"),
         (
             "wan",
             "misfits only",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sharded_toy import CPU, Net, run_sharded, weights, whole
+from sharded_toy import CPU, Net, replicated, run_sharded, weights
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.sharding.fsdp import shard
@@ -12,8 +12,8 @@ from raylight.sharding.fsdp import shard
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("world", [1, 3])
-def test_sharded_is_whole(world: int, offload: bool) -> None:
-    net, text = whole(), torch.ones(2, 6)
+def test_sharded_equals_replicated(world: int, offload: bool) -> None:
+    net, text = replicated(), torch.ones(2, 6)
     with torch.no_grad():
         expected = [net.prepare(text), net(net.prepare(text)), net(net.prepare(text))]
     results = values(run_ranks(world, run_sharded, offload))

@@ -18,7 +18,7 @@ def test_a_unit_for_every_block_and_none_for_what_is_small() -> None:
     assert list(units(model)) == [f"blocks.{index}" for index in range(40)]
 
 
-def test_lists_of_lists_are_looked_into() -> None:
+def test_blocks_in_lists_of_lists() -> None:
     model = nn.Module()
     model.stages = nn.ModuleList(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(2))
     assert list(units(model)) == ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]

@@ -24,7 +24,7 @@ def joined() -> LazyConcat:
 
 
 @pytest.mark.parametrize("rows", [slice(None), slice(0, 5), slice(3, 9), slice(5, 7), slice(9, 12), slice(12, 12)])
-def test_any_rows_are_those_of_the_whole(rows: slice) -> None:
+def test_any_rows_are_those_of_the_concatenation(rows: slice) -> None:
     assert torch.equal(joined()[rows], torch.cat([Q, K, V])[rows])
 
 

@@ -1,4 +1,4 @@
-"""GGUF files loaded by ranks, whole and split, against ComfyUI with the pack's own loader in the same process."""
+"""GGUF files loaded by ranks, replicated and sharded, against ComfyUI with the pack's own loader in one process."""
 
 from __future__ import annotations
 

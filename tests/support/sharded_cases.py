@@ -1,4 +1,4 @@
-"""Families with their weights split over ranks, against the same model whole in the same process."""
+"""Families with their weights sharded over ranks, against the same model in one process."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def compare_sharded(rank: int, world: int, cases: tuple[Case, ...]) -> dict[Case
         try:
             with torch.no_grad():
                 results[case] = _compare(name, meshes[sequence], sequence, offload, patched)
-        except Exception:  # told by the test of this family
+        except Exception:  # reported by the test of this family
             results[case] = Sharded(failure=traceback.format_exc())
     return results
 

@@ -31,7 +31,7 @@ def weights() -> dict[str, Tensor]:
     return {name: torch.randn(p.shape, generator=generator) for name, p in Net("meta").named_parameters()}
 
 
-def whole() -> Net:
+def replicated() -> Net:
     net = Net()
     net.load_state_dict(weights())
     return net

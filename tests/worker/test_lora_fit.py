@@ -1,4 +1,4 @@
-"""Whether a patch fits is found before it is put on, and is what ComfyUI finds when it is."""
+"""Whether a patch fits is known before it is applied, and is what ComfyUI finds when it is."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def by_shapes(value: Any, shape: tuple[int, ...]) -> Any:
     ("kind", "shape"),
     [*((kind, (OUT, WIDTH)) for kind in MADE), *((kind, (OUT, WIDTH, 2, 2)) for kind in CONVOLUTIONS)],
 )
-def test_is_what_comfyui_finds(kind: str, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
+def test_fits_what_comfyui_applies(kind: str, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
     found = set()
     for size in SIZES:
         value = patches_of((MADE | CONVOLUTIONS)[kind](*size, draw))[NAME]
@@ -114,7 +114,7 @@ def test_a_shape_that_one_patch_changes_is_that_of_the_next() -> None:
     assert shapes.fits(NAME, second)
 
 
-def test_a_part_of_a_weight() -> None:
+def test_a_region_of_a_weight() -> None:
     value = LoRAAdapter(set(), (draw(OUT // 3, 3), draw(3, WIDTH), None, None, None, None))
     shapes = WeightShapes({NAME: (OUT, WIDTH)})
     assert shapes.fits(NAME, value, (0, OUT // 3, OUT // 3))
@@ -122,7 +122,7 @@ def test_a_part_of_a_weight() -> None:
     assert shapes.zero_patch(NAME, (0, 0, OUT // 2))[1][0].shape == (OUT // 2, WIDTH)
 
 
-def test_what_only_a_real_weight_tells_is_taken_to_fit() -> None:
+def test_fits_if_only_a_real_weight_can_decide() -> None:
     class Unknown(LoKrAdapter):
         def calculate_weight(self, *_: Any) -> Tensor:
             raise RuntimeError("of another pack")
@@ -204,7 +204,7 @@ def test_warns_of_what_has_no_place_but_not_of_a_text_encoder(caplog: pytest.Log
             r"knows none of the names of its 3 tensors \(base_model\.model\.a\..*another model, or was saved by a tool",
         ),
         (lambda: a_lora(a=(OUT, 9), b=(9, WIDTH)), r"is for another model.*none of its 2 layers fits \(.*24 x 16"),
-        (lambda: {"a.set_weight": draw(5, 5)}, r"a\.weight cannot be put on a weight of 24 x 16"),
+        (lambda: {"a.set_weight": draw(5, 5)}, r"a\.weight cannot be applied to a weight of 24 x 16"),
         (lambda: {"a.lora_up.weight": draw(5, 5)}, r"the tensor a\.lora_down\.weight is missing"),
         (
             lambda: {"a.lora_up.weight": draw(OUT, 3), "a.lora_down.weight": draw(3, WIDTH), "a.alpha": draw(2)},

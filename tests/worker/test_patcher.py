@@ -1,6 +1,6 @@
 """Weights are touched in one mode, whoever touches them.
 
-The CPU by its number stands for a GPU: PyTorch copies what is moved there, into the same parameter."""
+The CPU by its number is used as a GPU: PyTorch copies what is moved there, into the same parameter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", OTHERS)
 @pytest.mark.parametrize("patched", [False, True])
-def test_whole_weights_are_moved_and_used_after(mode: str, patched: bool, path: Path) -> None:
+def test_replicated_weights_are_moved_and_used_after(mode: str, patched: bool, path: Path) -> None:
     with mode_of(REPLICATED):
         mapped = load_mapped(str(path), {})
         patcher, _ = build_replicated(mapped, CPU)
@@ -54,7 +54,7 @@ def test_whole_weights_are_moved_and_used_after(mode: str, patched: bool, path: 
 
 
 @pytest.mark.parametrize("mode", OTHERS)
-def test_whole_weights_leave_in_part(mode: str, path: Path) -> None:
+def test_replicated_weights_leave_in_part(mode: str, path: Path) -> None:
     with mode_of(REPLICATED):
         mapped = load_mapped(str(path), {})
         patcher, _ = build_replicated(mapped, CPU)
@@ -70,7 +70,7 @@ def test_whole_weights_leave_in_part(mode: str, path: Path) -> None:
         assert torch.allclose(result(mapped), before, atol=1e-5)
 
 
-def test_split_weights_stay_out_of_inference_mode(path: Path) -> None:
+def test_sharded_weights_stay_out_of_inference_mode(path: Path) -> None:
     assert values(run_ranks(1, moved_in_inference_mode, path, timeout_s=120)) == [[0, 0]]
 
 

@@ -29,16 +29,16 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, b
 
 @pytest.mark.parametrize(("world", "offload"), [(2, False), (3, True)])
 @pytest.mark.parametrize("form", FORMATS)
-def test_split_quantised_weights_give_what_whole_ones_give(
+def test_sharded_quantised_weights_give_what_full_ones_give(
     form: str, world: int, offload: bool, measured, report_parity
 ) -> None:
     ranks = measured[form, world, offload]
-    whole = ranks[0].model_bytes
+    full = ranks[0].model_bytes
     worst = max(rank.error for rank in ranks)
     report_parity(
         f"Wan T2V, {form:<33} FSDP {world}{' offloaded' if offload else '':<22} max error {worst:.1e} of the "
         f"standard deviation"
     )
     assert worst == 0.0
-    assert sum(rank.sharded_bytes for rank in ranks) + ranks[0].replicated_bytes == whole
-    assert max(rank.sharded_bytes + rank.replicated_bytes for rank in ranks) <= 1.05 * whole / world
+    assert sum(rank.sharded_bytes for rank in ranks) + ranks[0].replicated_bytes == full
+    assert max(rank.sharded_bytes + rank.replicated_bytes for rank in ranks) <= 1.05 * full / world
