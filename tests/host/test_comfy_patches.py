@@ -69,3 +69,31 @@ def test_refuses_a_comfyui_that_has_changed(module: types.ModuleType, function: 
     module.optimized_attention = function
     with pytest.raises(RuntimeError, match=f"this version of ComfyUI has changed {NAME}: .* Update Raylight"):
         comfy_patches.route_unhooked_calls(Model(module), [NAME])
+
+
+def test_a_replacement_ends_with_its_block(module: types.ModuleType) -> None:
+    original = module.optimized_attention
+    with pytest.raises(StopIteration), comfy_patches.replaced(module, "optimized_attention", lambda found: (found,)):
+        assert module.optimized_attention == (original,)
+        raise StopIteration
+    assert module.optimized_attention is original
+
+
+def test_refuses_to_replace_what_comfyui_does_not_have(module: types.ModuleType) -> None:
+    with (
+        pytest.raises(RuntimeError, match=rf"this ComfyUI has no {NAME}\.gone, which Raylight needs: update Raylight"),
+        comfy_patches.replaced(module, "gone", lambda found: found),
+    ):
+        pass
+
+
+def test_attributes_of_objects_and_classes_are_replaced(module: types.ModuleType) -> None:
+    model, other = Model(module), Model(module)
+    with comfy_patches.replaced_on(model, "forward", override):
+        assert model(None) == "overridden"
+    assert "forward" not in vars(model), "it is the class's again"
+    with comfy_patches.replaced_on(Model, "forward", override):
+        assert other(None) == "overridden"
+    with comfy_patches.replaced_on(model, "__class__", torch.nn.Identity):
+        assert model(3) == 3
+    assert type(model) is Model
