@@ -8,7 +8,6 @@ import comfy.model_management
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
-from raylight.host import loading
 from raylight.host.jobs import ForwardJob, ModelJob, RankMemory, RunJob, RunResult
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe
 from raylight.host.worker_service import WorkerService

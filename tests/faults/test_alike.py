@@ -61,7 +61,7 @@ def test_a_lora_that_fails_in_stock_too(server: FaultServer, reference: torch.Te
     before, lora = server.workers(), {"lora_name": "set.safetensors", "strength_model": 1.0}
     theirs = message_of(server, patched(stock(JOB), "LoraLoaderModelOnly", **lora))
     ours = message_of(server, patched(dropin(JOB, 2), "LoraLoaderModelOnly", **lora))
-    assert "blocks.0.self_attn.q.weight cannot be put on a weight of 384 x 384" in ours  # before any step
+    assert "blocks.0.self_attn.q.weight cannot be applied to a weight of 384 x 384" in ours  # before any step
     assert theirs.rpartition("RuntimeError: ")[2] in ours
     other = replace(JOB, seed=6)
     assert_same(server.latent(on_workers(other, 2)), server.latent(stock(other)))
