@@ -13,27 +13,18 @@ import pytest
 import torch
 
 from raylight.dev.demo.__main__ import HERE, MODEL, VAE
-from raylight.dev.demo.train.scenes import (
-    COLOURS,
-    LEFT_RIGHT,
-    LIGHT_LEFT_RIGHT,
-    PLACES,
-    THINGS,
-    TIMES,
-    WorkerStates,
-    render,
-)
+from raylight.dev.demo.train.scenes import COLOURS, LEFT_RIGHT, LIGHT_LEFT_RIGHT, PLACES, THINGS, TIMES, Scene, render
 from raylight.dev.demo.words import encode
 
 LARGEST_BYTES = 15e6
 
 SCENES = (
-    WorkerStates("red", "house", "snow", "night"),
-    WorkerStates("blue", "boat", "sea", "sunset"),
-    WorkerStates("green", "car", "desert", "day"),
-    WorkerStates("pink", "tree", "meadow", "sunset"),
-    WorkerStates("yellow", "balloon", "sea", "day"),
-    WorkerStates("white", "car", "meadow", "night"),
+    Scene("red", "house", "snow", "night"),
+    Scene("blue", "boat", "sea", "sunset"),
+    Scene("green", "car", "desert", "day"),
+    Scene("pink", "tree", "meadow", "sunset"),
+    Scene("yellow", "balloon", "sea", "day"),
+    Scene("white", "car", "meadow", "night"),
 )
 
 
@@ -65,13 +56,13 @@ def drawn() -> list[np.ndarray]:
     return pictures
 
 
-def distance(picture: np.ndarray, scene: WorkerStates) -> float:
+def distance(picture: np.ndarray, scene: Scene) -> float:
     """From the nearest picture of a scene: the prompt does not tell where thing and sun are."""
     places = [dataclasses.replace(scene, x=x, light_x=light_x) for x in LEFT_RIGHT for light_x in LIGHT_LEFT_RIGHT]
     return min(float(((np.asarray(render(place)) / 255 - picture) ** 2).mean()) for place in places)
 
 
-def others(scene: WorkerStates) -> list[WorkerStates]:
+def others(scene: Scene) -> list[Scene]:
     """All scenes that differ in one word."""
     changed = [
         dataclasses.replace(scene, **{name: value})

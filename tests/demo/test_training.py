@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from raylight.dev.demo.train import transformer
 from raylight.dev.demo.train.autoencoder import Codec
-from raylight.dev.demo.train.scenes import SIZE, THINGS, WorkerStates, draw_scene, render
+from raylight.dev.demo.train.scenes import SIZE, THINGS, Scene, draw_scene, render
 from raylight.dev.demo.words import TOKENS, WIDTH
 
 
@@ -26,7 +26,7 @@ def codec() -> Codec:
 
 
 def test_prompts_tell_what_is_drawn() -> None:
-    scene = WorkerStates("red", "boat", "sea", "night")
+    scene = Scene("red", "boat", "sea", "night")
     assert scene.prompt() == "a red boat on the sea at night"
     assert scene.prompt(time=False) == "a red boat on the sea" and scene.prompt(place=False) == "a red boat at night"
     assert render(scene).size == (SIZE, SIZE)

@@ -121,7 +121,7 @@ def test_runs_with_a_release(ready: list[tuple[list[str], Path, dict[str, str]]]
         (["--comfyui", "0.25", "setup"], "COMFYUI = 0.25 is no release"),
         (
             ["--comfyui", "0.24", "setup"],
-            "COMFYUI = 0.24 asks for a release of ComfyUI, and COMFYUI_PATH for yours in /my",
+            "COMFYUI = 0.24 names a release of ComfyUI, but COMFYUI_PATH names yours in /my",
         ),
     ],
 )
