@@ -1,25 +1,24 @@
-"""Set Raylight up from a fresh clone, and run its demo or its tests. Needs nothing but Python 3.10 or later.
+"""Set up Raylight from a fresh clone, and run its demo or its tests. Needs only Python 3.10 or later.
 
     python3 raylight/dev/setup/bootstrap.py [--comfyui RELEASE] COMMAND [arguments]
 
     setup           set up: a ComfyUI, an environment in .venv, a link in that ComfyUI's custom_nodes
     demo [...]      set up, then run the demo with these arguments
-    test [...]      set up, then run pytest with these arguments, without the tests marked slow unless one of the
-                    arguments chooses tests: a path inside tests/, -k, -m, --last-failed
-    test-all [...]  the same with the tests marked slow
-    smoke [...]     set up, then run the few tests that say whether a release of ComfyUI works at all
+    test [...]      set up, then run pytest with these arguments, without slow tests unless an argument selects
+                    tests: a path in tests/, -k, -m, --last-failed
+    test-all [...]  the same with slow tests
+    smoke [...]     set up, then run a few tests that show whether a release of ComfyUI works at all
     test-gpu [...]  set up, then run the tests that need GPUs, on all that PyTorch sees
     lint [...]      set up, then run ruff check with these arguments
     format [...]    set up, then run ruff format with these arguments
     types [...]     set up, then check types with these arguments
     workflows       set up, then write the templates in example_workflows
-    versions        set up, then write the versions of what is installed to tests/versions.txt
+    versions        set up, then write the installed versions to tests/versions.txt
     comfyui-path    print which ComfyUI is used
 
-ComfyUI is $COMFYUI_PATH, or the one whose custom_nodes/ holds this checkout, or a copy that is downloaded. With
---comfyui 0.24 (0.27, 0.30) it is a copy of that release, and what that needs in other versions than .venv has them
-goes into .venv-0.24.
-A second run finds everything in place and does nothing.
+The ComfyUI is that of $COMFYUI_PATH, or the one whose custom_nodes/ holds this checkout, or a downloaded copy. With
+--comfyui 0.24 (0.27, 0.30) it is a copy of that release; packages that it needs in other versions than those in .venv
+go into .venv-0.24. A second run finds everything in place and does nothing.
 """
 
 from __future__ import annotations
