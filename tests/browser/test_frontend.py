@@ -1,4 +1,4 @@
-"""ComfyUI's frontend in a headless Chromium: Raylight's templates in its menu, and runs that a person starts there."""
+"""ComfyUI's frontend in a headless Chromium: Raylight's templates in its menu, and runs started there."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ANY_CARD = '[data-testid^="template-workflow-"]'
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A ComfyUI that has a file for each name in the templates; those of Flux can be run."""
+    """A ComfyUI with a file for each name in the templates; those of Flux can be run."""
     if chromium.find() is None:
         pytest.skip("ComfyUI's frontend needs a browser: install Chromium, or name one in " + chromium.VARIABLE)
     work = tmp_path_factory.mktemp("browser")
@@ -68,7 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 @pytest.fixture(scope="module")
 def person(server: ComfyServer, request: pytest.FixtureRequest) -> Iterator[Person]:
-    """Someone in front of ComfyUI, in a browser of its own."""
+    """A user of ComfyUI in a separate browser."""
     with chromium.Page(chromium.find()) as page:
         someone = Person(page, request.config.getoption("--screenshots"))
         someone.open(f"http://127.0.0.1:{server.port}/")
@@ -76,7 +76,7 @@ def person(server: ComfyServer, request: pytest.FixtureRequest) -> Iterator[Pers
 
 
 def flux_files() -> dict[str, Any]:
-    """The loaders of the Flux templates, for what writes the files that a prompt asks for."""
+    """Return the loaders of the Flux templates, for the code that writes the files of a prompt."""
     return {
         str(node["id"]): {
             "class_type": node["type"],
@@ -105,8 +105,11 @@ def open_menu(person: Person) -> None:
 
 
 def see_thumbnail(person: Person, card: str) -> None:
-    """Wait until a card of the menu shows its picture. The frontend loads those that come into view, but may miss it
-    while the menu is being built: one scrolls away and back then."""
+    """Wait until a card of the menu shows its picture.
+
+    The frontend loads cards that come into view, but may miss some while it builds the menu; scrolling away and back
+    helps.
+    """
     for patience in (10.0, 20.0, 30.0, 60.0):
         person.find(card)
         try:
@@ -121,14 +124,14 @@ def see_thumbnail(person: Person, card: str) -> None:
 
 
 def see_image(person: Person) -> None:
-    """Wait until the node that saves it shows the image."""
+    """Wait until the node that saves the image shows it."""
     person.page.wait_for(
         f"window.app.graph.nodes.some((n) => n.type === 'SaveImage' && n.imgs?.[0]?.naturalWidth === {RUN['width']})",
         timeout=PATIENCE,
     )
 
 
-def test_the_menu_shows_all_templates_with_their_thumbnails(person: Person) -> None:
+def test_menu_shows_all_templates(person: Person) -> None:
     open_menu(person)
     for template in TEMPLATES:
         card = CARD.format(template.name)
@@ -137,7 +140,7 @@ def test_the_menu_shows_all_templates_with_their_thumbnails(person: Person) -> N
     person.click('[aria-label="Close dialog"]')
 
 
-def test_every_template_opens_without_missing_nodes_or_red_inputs(person: Person) -> None:
+def test_templates_open_without_errors(person: Person) -> None:
     for template in TEMPLATES:
         open_menu(person)
         person.click(CARD.format(template.name))
@@ -147,13 +150,13 @@ def test_every_template_opens_without_missing_nodes_or_red_inputs(person: Person
             f"JSON.stringify(window.app.graph.nodes.map((n) => n.type).sort()) === JSON.stringify({expected})",
             timeout=PATIENCE,
         )
-        time.sleep(0.3)  # files are looked for once the graph is there
+        time.sleep(0.3)  # the frontend checks files after it has loaded the graph
         assert person.problems() == [], template.name
         person.look(f"template-{template.name}")
 
 
 @pytest.mark.parametrize("initializer", saved.MEANING)
-def test_a_workflow_that_was_saved_before_opens(person: Person, initializer: str) -> None:
+def test_saved_workflow_opens(person: Person, initializer: str) -> None:
     person.load(saved.workflow(initializer), f"old-{initializer}")
     values = person.page.evaluate(f"""Object.fromEntries(window.app.graph.nodes.find(
         (n) => n.type === "{initializer}").widgets.map((widget) => [widget.name, widget.value]))""")
@@ -161,7 +164,7 @@ def test_a_workflow_that_was_saved_before_opens(person: Person, initializer: str
     assert person.problems() == []
 
 
-def test_what_is_missing_would_have_been_seen(person: Person) -> None:
+def test_errors_are_detected(person: Person) -> None:
     broken = workflow("flux-dev-usp")
     broken["nodes"][1]["type"] = "NoSuchNode"
     broken["nodes"][2]["widgets_values"][0] = "no-such-file.safetensors"
@@ -175,7 +178,7 @@ def test_what_is_missing_would_have_been_seen(person: Person) -> None:
     person.click('[data-testid="error-overlay-dismiss"]')
 
 
-def test_a_run_shows_progress_a_preview_and_the_image(person: Person, server: ComfyServer) -> None:
+def test_run_shows_progress_preview_and_image(person: Person, server: ComfyServer) -> None:
     person.load(workflow("flux-dev-usp"), "run")
     person.set_widgets(**RUN)
     person.view(0.6, (-700, 60))
@@ -184,7 +187,7 @@ def test_a_run_shows_progress_a_preview_and_the_image(person: Person, server: Co
     run = watch(person, PATIENCE, look="run")
     assert run.end["kind"] == "execution_success", run.end
     assert [message["value"] for message in run.of("progress")] == list(range(1, RUN["steps"] + 1))
-    # How many of the steps a page draws is up to the machine; that it draws them, and in order, is not.
+    # The machine decides how many of the steps a page draws; they have to come in order.
     assert len(run.bars) >= 2 and run.bars == sorted(run.bars), "the bar in the node moves"
     assert [title for title in run.titles if "%" in title and "XFuserKSamplerAdvanced" in title]
     assert len(run.of("b_preview_with_metadata")) >= 2 and run.pictures["XFuserKSamplerAdvanced"]
@@ -196,14 +199,14 @@ def test_a_run_shows_progress_a_preview_and_the_image(person: Person, server: Co
     assert list(server.directory("output").glob("raylight/flux-dev*.png"))
 
 
-def test_what_was_chosen_is_written_on_the_initializer(person: Person) -> None:
+def test_initializer_shows_choice(person: Person) -> None:
     texts = person.page.evaluate(
         "window.app.graph.nodes.find((n) => n.type === 'RayInitializer').widgets.map((w) => String(w.value))"
     )
     assert any("ulysses" in text and "GPU and ulysses_degree chosen automatically" in text for text in texts)
 
 
-def test_cancel_ends_a_run(person: Person, server: ComfyServer) -> None:
+def test_cancel_ends_run(person: Person, server: ComfyServer) -> None:
     person.set_widgets(steps=2000, noise_seed=5)
     listen(person)
     person.click('[data-testid="queue-button"]')
@@ -218,7 +221,7 @@ def test_cancel_ends_a_run(person: Person, server: ComfyServer) -> None:
     person.look("after-cancel")
 
 
-def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, server: ComfyServer) -> None:
+def test_drag_drop_in_loader_into_stock_workflow(person: Person, server: ComfyServer) -> None:
     stock = copy.deepcopy(workflow("flux-dev-dropin"))
     for node in stock["nodes"]:
         if node["type"] == "RayModelLoader":
@@ -248,7 +251,7 @@ def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, ser
     person.page.wait_for(
         "![...document.querySelectorAll('.side-bar-panel input')].some((e) => e.getClientRects().length)",
         timeout=PATIENCE,
-    )  # it is closed
+    )  # closed
     person.drag(person.on_canvas(f"[...{loader}.getOutputPos(0)]"), person.on_canvas(f"[...{sampler}.getInputPos(0)]"))
     person.page.wait_for(f"{sampler}.getInputNode(0) === {loader}", timeout=PATIENCE)
     person.set_widgets(unet_name="flux1-dev.safetensors")
@@ -264,13 +267,13 @@ def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, ser
     person.look("dropin-image")
 
 
-def test_the_help_page_of_a_node_opens(person: Person) -> None:
+def test_help_page_opens(person: Person) -> None:
     person.load(workflow("flux-dev-usp"), "help")
     person.view(0.6, (-300, 400))
     person.page.evaluate(
         "window.app.canvas.selectNode(window.app.graph.nodes.find((n) => n.type === 'RayInitializer'))"
     )
-    time.sleep(1.0)  # the buttons above a node come after it has been drawn
+    time.sleep(1.0)  # the buttons above a node appear after it is drawn
     person.click('[data-testid="info-button"]')
     person.look("help-button")
     person.find("h1", "Ray Initializer")
