@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from person import Person
+from browser_user import User
 
 _KINDS = (
     "progress",
@@ -61,19 +61,19 @@ class Run:
         return [message for message in self.messages if message["kind"] == kind]
 
 
-def listen(person: Person) -> None:
+def listen(user: User) -> None:
     """Forget what was seen, and record from now on."""
-    person.page.evaluate(_START.replace("KINDS", str(list(_KINDS))))
+    user.page.evaluate(_START.replace("KINDS", str(list(_KINDS))))
 
 
-def watch(person: Person, timeout: float, until: Any = lambda run: run.end is not None, look: str | None = None) -> Run:
+def watch(user: User, timeout: float, until: Any = lambda run: run.end is not None, look: str | None = None) -> Run:
     """Check the page repeatedly until `until` holds; `look` names a screenshot to keep of the first preview."""
     deadline = time.monotonic() + timeout
     while True:
-        run = Run(**person.page.evaluate("window.raylightSeen"))
+        run = Run(**user.page.evaluate("window.raylightSeen"))
         if look and run.pictures and run.bars:
             time.sleep(0.3)  # until it is drawn
-            person.look(look)
+            user.look(look)
             look = None
         if until(run):
             return run

