@@ -1,6 +1,6 @@
-# Every target but clean sets up what it needs on its first run: an environment in .venv (some GB, minutes) and,
-# unless COMFYUI_PATH or the place of this checkout names a ComfyUI, a copy of one in .comfyui.
-# COMFYUI=0.24 takes a copy of that release instead, with an environment of its own over .venv.
+# The first run of any target except clean sets up an environment in .venv (about 7 GB, minutes) and, unless
+# COMFYUI_PATH names a ComfyUI or the checkout is in the custom_nodes of one, a copy of ComfyUI in .comfyui.
+# COMFYUI=0.24 uses a copy of that release instead, with its own environment over .venv.
 PYTHON ?= python3
 ARGS ?=
 COMFYUI ?=
@@ -10,24 +10,24 @@ BOOTSTRAP = $(PYTHON) raylight/dev/setup/bootstrap.py $(if $(COMFYUI),--comfyui 
 .PHONY: help setup demo test test-all test-gpu smoke lint format models versions workflows screenshots clean
 
 help:
-	@echo "make demo                   sample a small model in a real ComfyUI, by stock nodes and by Ray workers"
-	@echo "make test                   run the tests but the slow ones (15 minutes at most, on 2 cores)"
-	@echo "make test ARGS=\"-k parity\"  run those that a path in tests/, -k or -m chooses, slow or not"
-	@echo "make test-all               run all tests, some of them in a browser if there is Chromium"
-	@echo "make smoke                  run the few tests that say whether a release of ComfyUI works at all"
-	@echo "make test-gpu               run the tests that need GPUs, on all that PyTorch sees (CUDA_VISIBLE_DEVICES chooses)"
-	@echo "make lint                   check style (ruff), layout (ruff format) and types (pyright)"
-	@echo "make format                 lay the code out with ruff format"
-	@echo "make models                 write docs/models.md from what the parity matrix measures"
-	@echo "make versions               write tests/versions.txt from what is installed, once all tests have passed with it"
-	@echo "make workflows              write example_workflows anew from raylight/dev/workflows"
-	@echo "make screenshots            run the browser test and keep what it saw in screenshots/ (needs Chromium)"
-	@echo "make setup                  only set up what the others need"
+	@echo "make demo                   draw with a small model in a real ComfyUI, by stock nodes and by Ray workers"
+	@echo "make test                   run all but the slow tests (at most 15 minutes on 2 cores)"
+	@echo "make test ARGS=\"-k parity\"  run the tests that a path in tests/, -k or -m selects, slow or not"
+	@echo "make test-all               run all tests; some need Chromium"
+	@echo "make smoke                  run a few tests that show whether a release of ComfyUI works at all"
+	@echo "make test-gpu               run the tests that need GPUs, on all GPUs (CUDA_VISIBLE_DEVICES selects)"
+	@echo "make lint                   check style (ruff), formatting (ruff format) and types (pyright)"
+	@echo "make format                 format the code with ruff format"
+	@echo "make models                 run the parity matrix and write docs/models.md"
+	@echo "make versions               write the installed versions to tests/versions.txt, if all tests have passed with them"
+	@echo "make workflows              write example_workflows from raylight/dev/workflows"
+	@echo "make screenshots            run the browser tests and keep screenshots in screenshots/ (needs Chromium)"
+	@echo "make setup                  set up only"
 	@echo "make clean                  remove .venv, .comfyui, demo_output, screenshots and caches"
 	@echo
-	@echo "make test COMFYUI=0.24                with that release of ComfyUI: 0.24, 0.27 or 0.30"
-	@echo "COMFYUI_PATH=/my/ComfyUI make demo    with a ComfyUI of yours"
-	@echo "make demo ARGS=\"--help\"               what the demo can do"
+	@echo "make test COMFYUI=0.24                use that release of ComfyUI: 0.24, 0.27 or 0.30"
+	@echo "COMFYUI_PATH=/my/ComfyUI make demo    use your ComfyUI"
+	@echo "make demo ARGS=\"--help\"               list the options of the demo"
 
 setup:
 	@$(BOOTSTRAP) setup

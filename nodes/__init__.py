@@ -1,4 +1,4 @@
-"""Raylight's nodes: thin doors to `raylight`."""
+"""Raylight's nodes: schemas, and calls into `raylight.driver`."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -10,7 +10,7 @@ from .workers import RayKill, RaylightStatus
 
 
 class RaylightExtension(ComfyExtension):
-    """The list of nodes."""
+    """The pack's list of nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -34,5 +34,5 @@ class RaylightExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> RaylightExtension:
-    """Called by ComfyUI once, when it starts."""
+    """Return the extension; ComfyUI calls this once, when it starts."""
     return RaylightExtension()

@@ -1,10 +1,11 @@
-"""What all nodes use: the link types of saved workflows, the way to the engine, and text on a node."""
+"""What several nodes use: link types of saved workflows, shared inputs, the driver, and text on a node."""
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
 
+import comfy.samplers
 from comfy_api.latest import io, ui
 
 from raylight.driver import preflight
@@ -17,7 +18,10 @@ RayLora = io.Custom("RAY_LORA")
 
 
 def driver() -> ModuleType:
-    """`raylight.driver.api`. Raises RuntimeError, saying what to install, where a package is missing."""
+    """Import and return `raylight.driver.api`.
+
+    Raises RuntimeError: a required package is missing; the message says what to install.
+    """
     try:
         # Not at module scope: Ray and torch.distributed would slow every start of ComfyUI.
         from raylight.driver import api
@@ -29,13 +33,86 @@ def driver() -> ModuleType:
 
 
 def show(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
-    """Write `text` on the running node; the result is the node's `ui`, for the history of the prompt.
+    """Write `text` on the running node and return it as the node's `ui`, for the prompt's history.
 
-    The node's schema has to ask for `io.Hidden.unique_id`.
+    The node's schema has to request `io.Hidden.unique_id`.
     """
-    # ComfyUI's module of that name, where a server runs; it is not for others to import first.
+    # Looked up, not imported: the module exists only where ComfyUI's server runs.
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     unique_id = None if node.hidden is None else node.hidden.unique_id
     if server is not None and unique_id is not None:
         server.send_progress_text(text, unique_id)
     return ui.PreviewText(text)
+
+
+def workers_input(*, optional: bool) -> io.Input:
+    default = " Without it: one worker per GPU." if optional else ""
+    return RayActorsInit.Input(
+        "ray_actors_init", optional=optional, tooltip=f"The workers, from a Ray Initializer.{default}"
+    )
+
+
+def model_input() -> io.Input:
+    return RayActors.Input("ray_actors", tooltip="The model on its workers, from a Ray loader.")
+
+
+def seed_input() -> io.Input:
+    return io.Int.Input(
+        "noise_seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip="Seed of the noise. The same seed gives the same image as ComfyUI's own sampler.",
+    )
+
+
+def cfg_input() -> io.Input:
+    tooltip = "How closely to follow the prompt. At 1 the negative prompt is not computed."
+    return io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
+def prompt_inputs() -> list[io.Input]:
+    return [
+        io.Conditioning.Input("positive", tooltip="What to show."),
+        io.Conditioning.Input("negative", tooltip="What to leave out."),
+    ]
+
+
+def latent_input() -> io.Input:
+    return io.Latent.Input("latent_image", tooltip="The latent to denoise.")
+
+
+def ksampler_inputs(*, seed: list[io.Input], noises: list[io.Input]) -> list[io.Input]:
+    """Return the inputs of ComfyUI's KSampler (Advanced), in the order of saved workflows."""
+    sampler = comfy.samplers.KSampler
+    return [
+        io.Combo.Input(
+            "add_noise", options=["enable", "disable"], tooltip="Disable it to continue from another sampler."
+        ),
+        *seed,
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps in total."),
+        cfg_input(),
+        io.Combo.Input("sampler_name", options=sampler.SAMPLERS, tooltip="The sampling algorithm."),
+        io.Combo.Input("scheduler", options=sampler.SCHEDULERS, tooltip="How the noise level falls from step to step."),
+        model_input(),
+        *noises,
+        *prompt_inputs(),
+        latent_input(),
+        io.Int.Input("start_at_step", default=0, min=0, max=10000, tooltip="The first step to run."),
+        io.Int.Input("end_at_step", default=10000, min=0, max=10000, tooltip="Stop before this step."),
+        io.Combo.Input(
+            "return_with_leftover_noise",
+            options=["disable", "enable"],
+            tooltip="Keep the noise left at the end step, for a sampler that continues.",
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip="How much to denoise; below 1 keeps more of the latent.",
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""Nodes that give a model on workers."""
+"""Loaders: a model on workers, from a file or from another loader, and LoRAs for it."""
 
 from __future__ import annotations
 
@@ -21,83 +21,55 @@ from raylight.host.recipe import (
     stamp,
 )
 
-from .common import CATEGORY, RayActors, RayActorsInit, RayLora, driver
+from .common import CATEGORY, RayActors, RayLora, driver, workers_input
 
 FOLDERS = ("diffusion_models", "checkpoints")
 GGUF_FOLDER = "unet_gguf"  # of ComfyUI-GGUF, where it is installed
+LORAS = "loras"
 
 
-class RayUNETLoader(io.ComfyNode):
-    """Loads a diffusion model on every worker, split by sequence over them.
-
-    With FSDP switched on in the initializer each worker keeps a part of the weights only.
-    """
-
+class _ModelLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def _schema(
+        cls, node_id: str, display_name: str, aliases: list[str], workers: io.Input, output: io.Output
+    ) -> io.Schema:
         return io.Schema(
-            node_id="RayUNETLoader",
-            display_name="Load Diffusion Model (Ray)",
+            node_id=node_id,
+            display_name=display_name,
             category=CATEGORY,
             description=cleandoc(cls.__doc__),
-            search_aliases=["ray unet loader", "multi gpu model"],
+            search_aliases=aliases,
             inputs=[
-                *_file_inputs(),
-                RayActorsInit.Input("ray_actors_init", tooltip="The workers, from a Ray initializer."),
-                _lora_input(),
-            ],
-            outputs=[RayActors.Output(display_name="ray_actors", tooltip="The model on its workers.")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
-        return _check(unet_name)
-
-    @classmethod
-    def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int, int, int]:
-        return _fingerprint(unet_name)
-
-    @classmethod
-    def execute(
-        cls, unet_name: str, weight_dtype: str, ray_actors_init: WorkerConfig, lora: tuple[LoraRecipe, ...] = ()
-    ) -> io.NodeOutput:
-        return io.NodeOutput(_load(unet_name, weight_dtype, ray_actors_init, lora))
-
-
-class RayModelLoader(io.ComfyNode):
-    """Loads a diffusion model on every worker and gives a MODEL for all of ComfyUI's nodes.
-
-    Samplers, guiders, LoRA loaders and nodes that patch a model work with it as with any other; the workers do the
-    work. It takes the place of Load Diffusion Model in any workflow.
-    """
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="RayModelLoader",
-            display_name="Load Diffusion Model as MODEL (Ray)",
-            category=CATEGORY,
-            description=cleandoc(cls.__doc__),
-            search_aliases=["multi gpu model loader", "ray unet loader", "parallel model"],
-            inputs=[
-                *_file_inputs(),
-                RayActorsInit.Input(
-                    "ray_actors_init",
-                    optional=True,
-                    tooltip="The workers, from a Ray initializer. Without it: one for each GPU.",
+                io.Combo.Input(
+                    "unet_name",
+                    options=_files(),
+                    tooltip="A file in models/diffusion_models or models/checkpoints. .gguf files need ComfyUI-GGUF.",
                 ),
-                _lora_input(),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="Data type of the weights. default: the file's own, where the GPU supports it. "
+                    "GGUF files need default.",
+                ),
+                workers,
+                RayLora.Input("lora", optional=True, tooltip="LoRAs for the model, from Load LoRA (Ray)."),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model, for any node that takes a MODEL.")],
+            outputs=[output],
         )
 
     @classmethod
     def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
-        return _check(unet_name)
+        # Without this, ComfyUI would only say that a GGUF file is not in a list. A linked input is None here.
+        if unet_name is None or unet_name in _files():
+            return True
+        if is_gguf(unet_name) and not gguf.find():
+            return needs_pack(unet_name)
+        return f"there is no model file {unet_name}"
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int, int, int]:
-        return _fingerprint(unet_name)
+        return stamp(_path(unet_name))  # a file replaced under the same name is another model
 
     @classmethod
     def execute(
@@ -107,76 +79,77 @@ class RayModelLoader(io.ComfyNode):
         ray_actors_init: WorkerConfig | None = None,
         lora: tuple[LoraRecipe, ...] = (),
     ) -> io.NodeOutput:
-        return io.NodeOutput(_load(unet_name, weight_dtype, ray_actors_init or all_workers(), lora))
+        workers = ray_actors_init or all_workers()
+        recipe = ModelRecipe.of(_path(unet_name), weight_dtype, workers.sharding, lora, gguf.find())
+        return io.NodeOutput(driver().load(RayModel(workers, recipe)))
 
 
-def _file_inputs() -> list[io.Input]:
-    return [
-        io.Combo.Input(
-            "unet_name",
-            options=_files(),
-            tooltip="A model file in models/diffusion_models or models/checkpoints; .gguf files where "
-            "ComfyUI-GGUF is installed.",
-        ),
-        io.Combo.Input(
-            "weight_dtype",
-            options=list(WEIGHT_DTYPES),
-            default="default",
-            tooltip="The type that weights are kept in. 'default' takes what the file has, as far as the "
-            "GPU can use it. GGUF files take no other.",
-        ),
-    ]
+class RayUNETLoader(_ModelLoader):
+    """Load a diffusion model on every worker, for Raylight's own samplers.
+
+    With FSDP on in the initializer, each worker keeps only its shard of the weights.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return cls._schema(
+            "RayUNETLoader",
+            "Load Diffusion Model (Ray)",
+            ["ray unet loader", "multi gpu model"],
+            workers_input(optional=False),
+            RayActors.Output(display_name="ray_actors", tooltip="The model on its workers."),
+        )
 
 
-def _lora_input() -> io.Input:
-    return RayLora.Input("lora", optional=True, tooltip="LoRAs for the model, from a Ray LoRA loader.")
+class RayModelLoader(_ModelLoader):
+    """Load a diffusion model on every worker and return a MODEL for all of ComfyUI's nodes.
+
+    Replaces Load Diffusion Model in any workflow: samplers, guiders, LoRA loaders and nodes that patch a model work as
+    usual, on the workers.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return cls._schema(
+            "RayModelLoader",
+            "Load Diffusion Model as MODEL (Ray)",
+            ["multi gpu model loader", "ray unet loader", "parallel model"],
+            workers_input(optional=True),
+            io.Model.Output(display_name="model", tooltip="The model, for any node that takes a MODEL."),
+        )
 
 
-def _load(name: str, weight_dtype: str, workers: WorkerConfig, loras: tuple[LoraRecipe, ...]) -> ModelPatcher:
-    recipe = ModelRecipe.of(_path(name), weight_dtype, workers.sharding, loras, gguf.find())
-    return driver().load(RayModel(workers, recipe))
+class RayParallelizeModel(io.ComfyNode):
+    """Run a MODEL from any loader on the workers, with its LoRAs and patches.
 
+    Place it last, right before the sampler or guider. Workers read the model's file where it is known; otherwise they
+    get the weights from ComfyUI's memory.
+    """
 
-def _check(name: str | None) -> bool | str:
-    """True, or what is wrong; a linked input is None and is judged when the node runs."""
-    # Without this ComfyUI would only say that a GGUF file is not in a list.
-    if name is None or name in _files():
-        return True
-    if is_gguf(name) and not gguf.find():
-        return needs_pack(name)
-    return f"there is no model file {name}"
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RayParallelizeModel",
+            display_name="Parallelize Model (Ray)",
+            category=CATEGORY,
+            description=cleandoc(cls.__doc__),
+            search_aliases=["multi gpu model", "ray model", "distribute model"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model from any loader, with LoRAs and patches."),
+                workers_input(optional=True),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The same model, run by the workers.")],
+        )
 
-
-def _fingerprint(name: str) -> tuple[int, int, int, int]:
-    """A file replaced under the same name is another model."""
-    return stamp(_path(name))
-
-
-def _folders() -> tuple[str, ...]:
-    return FOLDERS + ((GGUF_FOLDER,) if GGUF_FOLDER in folder_paths.folder_names_and_paths else ())
-
-
-def _files() -> list[str]:
-    return list(dict.fromkeys(name for folder in _folders() for name in folder_paths.get_filename_list(folder)))
-
-
-def _path(name: str) -> str:
-    """The full path of a model file. Raises FileNotFoundError, naming where it was looked for."""
-    for folder in _folders():
-        path = folder_paths.get_full_path(folder, name)
-        if path is not None:
-            return path
-    places = ", ".join(path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder))
-    raise FileNotFoundError(f"the model file {name} is not in {places}")
-
-
-FOLDER = "loras"
+    @classmethod
+    def execute(cls, model: ModelPatcher, ray_actors_init: WorkerConfig | None = None) -> io.NodeOutput:
+        return io.NodeOutput(driver().parallelize(model, ray_actors_init or all_workers()))
 
 
 class RayLoraLoader(io.ComfyNode):
-    """Names a LoRA, LoHa, LoKr, DoRA, OFT or the like that the Ray loader puts on its model.
+    """Choose a LoRA (or LoHa, LoKr, DoRA, OFT, ...) for the model of a Ray loader.
 
-    Several are chained by prev_ray_lora. A changed strength or set of LoRAs does not read the model again.
+    Chain several through prev_ray_lora. Changing LoRAs or strengths does not read the model again.
     """
 
     @classmethod
@@ -189,7 +162,7 @@ class RayLoraLoader(io.ComfyNode):
             search_aliases=["ray lora", "multi gpu lora"],
             inputs=[
                 io.Combo.Input(
-                    "lora_name", options=folder_paths.get_filename_list(FOLDER), tooltip="A file in models/loras."
+                    "lora_name", options=folder_paths.get_filename_list(LORAS), tooltip="A file in models/loras."
                 ),
                 io.Float.Input(
                     "strength_model",
@@ -197,22 +170,20 @@ class RayLoraLoader(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="How strongly to change the diffusion model; it may be negative, and at 0 the "
-                    "LoRA is left out.",
+                    tooltip="Strength of the LoRA; may be negative. 0 leaves it out.",
                 ),
-                RayLora.Input("prev_ray_lora", optional=True, tooltip="LoRAs to put on the model before this one."),
+                RayLora.Input("prev_ray_lora", optional=True, tooltip="LoRAs to apply before this one."),
             ],
             outputs=[
                 RayLora.Output(
-                    display_name="ray_lora", tooltip="The LoRAs, for the Ray loader or another of these nodes."
+                    display_name="ray_lora", tooltip="The LoRAs, for a Ray loader or the next of these nodes."
                 )
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: object) -> tuple[int, int, int, int]:
-        # A file replaced under the same name is another LoRA.
-        return stamp(folder_paths.get_full_path_or_raise(FOLDER, lora_name))
+        return stamp(_lora_path(lora_name))  # a file replaced under the same name is another LoRA
 
     @classmethod
     def execute(
@@ -220,40 +191,26 @@ class RayLoraLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         if strength_model == 0:
             return io.NodeOutput(prev_ray_lora)
-        path = folder_paths.get_full_path_or_raise(FOLDER, lora_name)
-        return io.NodeOutput((*prev_ray_lora, LoraRecipe.of(path, strength_model)))
+        return io.NodeOutput((*prev_ray_lora, LoraRecipe.of(_lora_path(lora_name), strength_model)))
 
 
-class RayParallelizeModel(io.ComfyNode):
-    """Has workers run a MODEL that any loader has loaded, with all that nodes have put on it.
+def _lora_path(name: str) -> str:
+    return folder_paths.get_full_path_or_raise(LORAS, name)
 
-    The workers read its file themselves where it is known, and get the weights from ComfyUI's memory where it is not.
-    Put this node where the model goes to a sampler or a guider.
-    """
 
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="RayParallelizeModel",
-            display_name="Parallelize Model (Ray)",
-            category=CATEGORY,
-            description=cleandoc(cls.__doc__),
-            search_aliases=["multi gpu model", "ray model", "distribute model"],
-            inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A model from Load Diffusion Model, Load Checkpoint, or a loader of "
-                    "another pack, with LoRAs and patches.",
-                ),
-                RayActorsInit.Input(
-                    "ray_actors_init",
-                    optional=True,
-                    tooltip="The workers, from a Ray initializer. Without it: one for each GPU.",
-                ),
-            ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The same model, run by the workers.")],
-        )
+def _folders() -> tuple[str, ...]:
+    return FOLDERS + ((GGUF_FOLDER,) if GGUF_FOLDER in folder_paths.folder_names_and_paths else ())
 
-    @classmethod
-    def execute(cls, model: ModelPatcher, ray_actors_init: WorkerConfig | None = None) -> io.NodeOutput:
-        return io.NodeOutput(driver().parallelize(model, ray_actors_init or all_workers()))
+
+def _files() -> list[str]:
+    return list(dict.fromkeys(name for folder in _folders() for name in folder_paths.get_filename_list(folder)))
+
+
+def _path(name: str) -> str:
+    """Return the full path of a model file. Raises FileNotFoundError: naming the folders searched."""
+    for folder in _folders():
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return path
+    places = ", ".join(path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder))
+    raise FileNotFoundError(f"the model file {name} is not in {places}")

@@ -1,4 +1,4 @@
-"""Raylight Status: the workers, their memory and the ways between them, as text."""
+"""Raylight Status and Ray Kill: show the workers, and stop them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from comfy_api.latest import io, ui
 
 from .common import CATEGORY, RayActors, driver
 
+WORKERS, CLUSTER = "Kill Workers Only", "Kill Entire Cluster"
+
 
 class RaylightStatus(io.ComfyNode):
-    """Shows the GPUs, the workers that run now, what each holds in memory, and how fast data goes between them.
+    """Show the GPUs, the running workers, their memory, and the bandwidth between them.
 
-    Starts no workers. Connect anything to it that should come before, such as the result of a sampler.
+    Starts no workers. Connect anything that should happen first, such as the result of a sampler.
     """
 
     @classmethod
@@ -25,18 +27,14 @@ class RaylightStatus(io.ComfyNode):
             category=CATEGORY,
             description=cleandoc(cls.__doc__),
             search_aliases=["ray status", "multi gpu status", "gpu memory", "bandwidth"],
-            inputs=[
-                io.AnyType.Input(
-                    "after", optional=True, tooltip="Anything: the status is that of the moment when this is there."
-                )
-            ],
+            inputs=[io.AnyType.Input("after", optional=True, tooltip="Anything that has to be ready first.")],
             outputs=[io.String.Output(display_name="status", tooltip="The same text.")],
             is_output_node=True,
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:
-        return math.nan  # equal to nothing: the node shows what is, each time
+        return math.nan  # never equal, so the node runs with every prompt
 
     @classmethod
     def execute(cls, after: Any = None) -> io.NodeOutput:
@@ -44,14 +42,11 @@ class RaylightStatus(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
-WORKERS, CLUSTER = "Kill Workers Only", "Kill Entire Cluster"
-
-
 class RayKill(io.ComfyNode):
-    """Ends the workers, and with "Kill Entire Cluster" also the Ray that Raylight has started.
+    """Stop the workers and free all their memory; "Kill Entire Cluster" also stops the Ray that Raylight started.
 
-    Never needed: workers that fail start anew by themselves. It gives all their memory back until the next prompt with
-    a Ray loader starts them again.
+    Never needed after an error: failed workers restart by themselves. The next prompt with a Ray loader starts them
+    again.
     """
 
     @classmethod
@@ -63,12 +58,12 @@ class RayKill(io.ComfyNode):
             description=cleandoc(cls.__doc__),
             search_aliases=["stop workers", "reset ray", "free gpu memory"],
             inputs=[
-                RayActors.Input("ray_actors", tooltip="The model whose workers are to end, from the last sampler."),
+                RayActors.Input("ray_actors", tooltip="The model of the workers to stop, from the last sampler."),
                 io.Combo.Input(
                     "kill_mode",
                     options=[WORKERS, CLUSTER],
                     default=WORKERS,
-                    tooltip="The workers, or these and Ray. A cluster that runs elsewhere is only left.",
+                    tooltip="Only the workers, or Ray too. A cluster started elsewhere keeps running.",
                 ),
             ],
             outputs=[],
@@ -77,7 +72,7 @@ class RayKill(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:
-        return math.nan  # equal to nothing: the node ends what runs, each time
+        return math.nan  # never equal, so the node runs with every prompt
 
     @classmethod
     def execute(cls, ray_actors: Any, kill_mode: str) -> io.NodeOutput:

@@ -1,1 +1,1 @@
-"""For developers, in no installation: the model zoo, the demo, the templates' source, the set-up, ranks for tests."""
+"""Development tools, left out of the published package: model zoo, demo, template source, set-up, test ranks."""

@@ -1,4 +1,4 @@
-"""Ranks on this machine, one process each, for tests and benchmarks: what each returned or raised."""
+"""Ranks on this machine, one process each, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _server: tuple[str, tuple[str, ...]] | None = None
 
 
 def fork_from_server(module: str, search: Sequence[str]) -> None:
-    """From now on fork ranks on the CPU from one server process that imports `module`, found in the folders `search`.
+    """Fork later CPU ranks from one server process that imports `module`, found in the folders `search`.
 
-    A spawned rank takes seconds to import PyTorch and whatever its function is made of; a forked one has them, and is
-    as fresh, because the server computes nothing. It starts with the first ranks and ends with this process. Where the
-    system has no such servers, ranks are spawned as before.
+    A spawned rank takes seconds to import PyTorch and its function's modules. A forked one has them already, and its
+    state is as clean because the server computes nothing. The server starts with the first ranks and ends with this
+    process. On a system without fork servers, ranks are spawned as before.
     """
     global _server
     if "forkserver" in mp.get_all_start_methods():
@@ -34,7 +34,7 @@ def fork_from_server(module: str, search: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank did. `error` holds a traceback when it raised, or says that it never answered."""
+    """The outcome of one rank: its return value, or in `error` a traceback or a note that it never answered."""
 
     value: Any = None
     error: str | None = None
@@ -48,9 +48,9 @@ def run_ranks(
     collective_timeout_s: float = 60.0,
     device_type: str = "cpu",
 ) -> list[RankResult]:
-    """Call `function(rank, world_size, *args)` on that many ranks; processes that do not end are killed.
+    """Call `function(rank, world_size, *args)` on `world_size` ranks; kill processes that do not end.
 
-    They meet over gloo; with a `device_type` of "cuda" rank r has GPU r to itself, and NCCL as well.
+    Ranks connect over gloo. With `device_type` "cuda", rank r has GPU r to itself, and NCCL as well.
     """
     context = _context(device_type)
     results: mp.Queue = context.Queue()
@@ -82,7 +82,7 @@ def run_ranks(
 
 
 def _context(device_type: str) -> Any:
-    """How processes start: always anew for GPUs, whose drivers may not be inherited."""
+    """Return the start method: spawn for GPUs, whose drivers cannot be inherited."""
     if _server is None or device_type != "cpu":
         return mp.get_context("spawn")
     module, search = _server
@@ -102,7 +102,7 @@ def _context(device_type: str) -> Any:
 
 
 def values(answers: list[RankResult]) -> list[Any]:
-    """The ranks' values. Raises RuntimeError with the tracebacks when one raised."""
+    """Return the ranks' values. Raises RuntimeError: a rank failed; the message has all tracebacks."""
     failed = [f"rank {rank}: {answer.error}" for rank, answer in enumerate(answers) if answer.error]
     if failed:
         raise RuntimeError("\n".join(failed))
@@ -120,6 +120,6 @@ def _rank(
         join_world(rendezvous, rank, device)
         answer = RankResult(value=function(rank, rendezvous.world_size, *args))
         dist.destroy_process_group()
-    except BaseException:  # the parent is told, whatever it was
+    except BaseException:  # reported to the parent, whatever it was
         answer = RankResult(error=traceback.format_exc())
     results.put((rank, answer))

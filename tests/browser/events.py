@@ -1,4 +1,4 @@
-"""What ComfyUI tells the page about a run, and what the page makes of it."""
+"""ComfyUI's messages to the page about a run, and what the page shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from person import Person
+from browser_user import User
 
 _KINDS = (
     "progress",
@@ -16,7 +16,7 @@ _KINDS = (
     "execution_error",
     "execution_interrupted",
 )
-# The page itself keeps what it shows, ten times a second and once it has heard each message: who asks from outside
+# The page itself records what it shows, ten times a second and after each message: polling from outside
 # misses much of it on a busy machine.
 _START = """(() => {
   window.raylightSeen = {messages: [], bars: [], titles: [], pictures: {}};
@@ -46,7 +46,7 @@ _END = ("execution_success", "execution_error", "execution_interrupted")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All that was seen: the messages, the different fills of progress bars, titles, and pictures by node's type."""
+    """Everything seen: messages, different fills of progress bars, titles, and pictures by node type."""
 
     messages: list[dict[str, Any]]
     bars: list[float]
@@ -61,19 +61,19 @@ class Run:
         return [message for message in self.messages if message["kind"] == kind]
 
 
-def listen(person: Person) -> None:
-    """Forget what was seen, and watch from now on."""
-    person.page.evaluate(_START.replace("KINDS", str(list(_KINDS))))
+def listen(user: User) -> None:
+    """Forget what was seen, and record from now on."""
+    user.page.evaluate(_START.replace("KINDS", str(list(_KINDS))))
 
 
-def watch(person: Person, timeout: float, until: Any = lambda run: run.end is not None, look: str | None = None) -> Run:
-    """Look at the page again and again until `until` holds; `look` names a picture to keep of the first preview."""
+def watch(user: User, timeout: float, until: Any = lambda run: run.end is not None, look: str | None = None) -> Run:
+    """Check the page repeatedly until `until` holds; `look` names a screenshot to keep of the first preview."""
     deadline = time.monotonic() + timeout
     while True:
-        run = Run(**person.page.evaluate("window.raylightSeen"))
+        run = Run(**user.page.evaluate("window.raylightSeen"))
         if look and run.pictures and run.bars:
             time.sleep(0.3)  # until it is drawn
-            person.look(look)
+            user.look(look)
             look = None
         if until(run):
             return run

@@ -1,4 +1,4 @@
-"""ComfyUI's frontend in a headless Chromium: Raylight's templates in its menu, and runs that a person starts there."""
+"""ComfyUI's frontend in a headless Chromium: Raylight's templates in its menu, and runs started there."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "templates")]
 
 import chromium
+from browser_user import User
 from chromium import BrowserError
 from events import listen, watch
 from files import write_models
-from person import Person
 
 pytestmark = [of_the_newest, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -41,7 +41,7 @@ ANY_CARD = '[data-testid^="template-workflow-"]'
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A ComfyUI that has a file for each name in the templates; those of Flux can be run."""
+    """A ComfyUI with a file for each name in the templates; those of Flux can be run."""
     if chromium.find() is None:
         pytest.skip("ComfyUI's frontend needs a browser: install Chromium, or name one in " + chromium.VARIABLE)
     work = tmp_path_factory.mktemp("browser")
@@ -67,16 +67,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 
 @pytest.fixture(scope="module")
-def person(server: ComfyServer, request: pytest.FixtureRequest) -> Iterator[Person]:
-    """Someone in front of ComfyUI, in a browser of its own."""
+def user(server: ComfyServer, request: pytest.FixtureRequest) -> Iterator[User]:
+    """A user of ComfyUI in a separate browser."""
     with chromium.Page(chromium.find()) as page:
-        someone = Person(page, request.config.getoption("--screenshots"))
+        someone = User(page, request.config.getoption("--screenshots"))
         someone.open(f"http://127.0.0.1:{server.port}/")
         yield someone
 
 
 def flux_files() -> dict[str, Any]:
-    """The loaders of the Flux templates, for what writes the files that a prompt asks for."""
+    """Return the loaders of the Flux templates, for the code that writes the files of a prompt."""
     return {
         str(node["id"]): {
             "class_type": node["type"],
@@ -99,180 +99,181 @@ def workflow(name: str) -> dict[str, Any]:
     return next(template for template in TEMPLATES if template.name == name).to_json()
 
 
-def open_menu(person: Person) -> None:
-    person.page.evaluate(OPEN_MENU)
-    person.click("[role=dialog] span", "raylight")
+def open_menu(user: User) -> None:
+    user.page.evaluate(OPEN_MENU)
+    user.click("[role=dialog] span", "raylight")
 
 
-def see_thumbnail(person: Person, card: str) -> None:
-    """Wait until a card of the menu shows its picture. The frontend loads those that come into view, but may miss it
-    while the menu is being built: one scrolls away and back then."""
+def see_thumbnail(user: User, card: str) -> None:
+    """Wait until a card of the menu shows its picture.
+
+    The frontend loads cards that come into view, but may miss some while it builds the menu; scrolling away and back
+    helps.
+    """
     for patience in (10.0, 20.0, 30.0, 60.0):
-        person.find(card)
+        user.find(card)
         try:
-            person.page.wait_for(f"document.querySelector('{card} img')?.naturalWidth >= 256", timeout=patience)
+            user.page.wait_for(f"document.querySelector('{card} img')?.naturalWidth >= 256", timeout=patience)
             return
         except BrowserError:
             if patience == 60.0:
                 raise
             for end in ("at(0)", "at(-1)"):
-                person.page.evaluate(f"[...document.querySelectorAll('{ANY_CARD}')].{end}.scrollIntoView()")
+                user.page.evaluate(f"[...document.querySelectorAll('{ANY_CARD}')].{end}.scrollIntoView()")
                 time.sleep(0.5)
 
 
-def see_image(person: Person) -> None:
-    """Wait until the node that saves it shows the image."""
-    person.page.wait_for(
+def see_image(user: User) -> None:
+    """Wait until the node that saves the image shows it."""
+    user.page.wait_for(
         f"window.app.graph.nodes.some((n) => n.type === 'SaveImage' && n.imgs?.[0]?.naturalWidth === {RUN['width']})",
         timeout=PATIENCE,
     )
 
 
-def test_the_menu_shows_all_templates_with_their_thumbnails(person: Person) -> None:
-    open_menu(person)
+def test_menu_shows_all_templates(user: User) -> None:
+    open_menu(user)
     for template in TEMPLATES:
         card = CARD.format(template.name)
-        see_thumbnail(person, card)
-    person.look("menu")
-    person.click('[aria-label="Close dialog"]')
+        see_thumbnail(user, card)
+    user.look("menu")
+    user.click('[aria-label="Close dialog"]')
 
 
-def test_every_template_opens_without_missing_nodes_or_red_inputs(person: Person) -> None:
+def test_templates_open_without_errors(user: User) -> None:
     for template in TEMPLATES:
-        open_menu(person)
-        person.click(CARD.format(template.name))
+        open_menu(user)
+        user.click(CARD.format(template.name))
         expected = sorted(node["type"] for node in template.to_json()["nodes"])
-        person.page.wait_for(f"document.title.includes({json.dumps(template.name)})", timeout=PATIENCE)
-        person.page.wait_for(
+        user.page.wait_for(f"document.title.includes({json.dumps(template.name)})", timeout=PATIENCE)
+        user.page.wait_for(
             f"JSON.stringify(window.app.graph.nodes.map((n) => n.type).sort()) === JSON.stringify({expected})",
             timeout=PATIENCE,
         )
-        time.sleep(0.3)  # files are looked for once the graph is there
-        assert person.problems() == [], template.name
-        person.look(f"template-{template.name}")
+        time.sleep(0.3)  # the frontend checks files after it has loaded the graph
+        assert user.problems() == [], template.name
+        user.look(f"template-{template.name}")
 
 
 @pytest.mark.parametrize("initializer", saved.MEANING)
-def test_a_workflow_that_was_saved_before_opens(person: Person, initializer: str) -> None:
-    person.load(saved.workflow(initializer), f"old-{initializer}")
-    values = person.page.evaluate(f"""Object.fromEntries(window.app.graph.nodes.find(
+def test_saved_workflow_opens(user: User, initializer: str) -> None:
+    user.load(saved.workflow(initializer), f"old-{initializer}")
+    values = user.page.evaluate(f"""Object.fromEntries(window.app.graph.nodes.find(
         (n) => n.type === "{initializer}").widgets.map((widget) => [widget.name, widget.value]))""")
     assert saved.MEANING[initializer].items() <= values.items()
-    assert person.problems() == []
+    assert user.problems() == []
 
 
-def test_what_is_missing_would_have_been_seen(person: Person) -> None:
+def test_errors_are_detected(user: User) -> None:
     broken = workflow("flux-dev-usp")
     broken["nodes"][1]["type"] = "NoSuchNode"
     broken["nodes"][2]["widgets_values"][0] = "no-such-file.safetensors"
-    person.load(broken, "broken")
-    person.find('[data-testid="error-overlay"]')
+    user.load(broken, "broken")
+    user.find('[data-testid="error-overlay"]')
     expected = {"no node NoSuchNode", "red: RayUNETLoader", "RayUNETLoader.unet_name = no-such-file.safetensors"}
     deadline = time.monotonic() + PATIENCE
-    while not expected <= set(found := person.problems()):
+    while not expected <= set(found := user.problems()):
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
-    person.click('[data-testid="error-overlay-dismiss"]')
+    user.click('[data-testid="error-overlay-dismiss"]')
 
 
-def test_a_run_shows_progress_a_preview_and_the_image(person: Person, server: ComfyServer) -> None:
-    person.load(workflow("flux-dev-usp"), "run")
-    person.set_widgets(**RUN)
-    person.view(0.6, (-700, 60))
-    listen(person)
-    person.click('[data-testid="queue-button"]')
-    run = watch(person, PATIENCE, look="run")
+def test_run_shows_progress_preview_and_image(user: User, server: ComfyServer) -> None:
+    user.load(workflow("flux-dev-usp"), "run")
+    user.set_widgets(**RUN)
+    user.view(0.6, (-700, 60))
+    listen(user)
+    user.click('[data-testid="queue-button"]')
+    run = watch(user, PATIENCE, look="run")
     assert run.end["kind"] == "execution_success", run.end
     assert [message["value"] for message in run.of("progress")] == list(range(1, RUN["steps"] + 1))
-    # How many of the steps a page draws is up to the machine; that it draws them, and in order, is not.
+    # The machine decides how many of the steps a page draws; they have to come in order.
     assert len(run.bars) >= 2 and run.bars == sorted(run.bars), "the bar in the node moves"
     assert [title for title in run.titles if "%" in title and "XFuserKSamplerAdvanced" in title]
     assert len(run.of("b_preview_with_metadata")) >= 2 and run.pictures["XFuserKSamplerAdvanced"]
-    see_image(person)
-    person.view(0.75, (-1050, 60))
-    person.look("image")
-    person.view(0.9, (-560, 60))
-    person.look("initializer")
+    see_image(user)
+    user.view(0.75, (-1050, 60))
+    user.look("image")
+    user.view(0.9, (-560, 60))
+    user.look("initializer")
     assert list(server.directory("output").glob("raylight/flux-dev*.png"))
 
 
-def test_what_was_chosen_is_written_on_the_initializer(person: Person) -> None:
-    texts = person.page.evaluate(
+def test_initializer_shows_choice(user: User) -> None:
+    texts = user.page.evaluate(
         "window.app.graph.nodes.find((n) => n.type === 'RayInitializer').widgets.map((w) => String(w.value))"
     )
     assert any("ulysses" in text and "GPU and ulysses_degree chosen automatically" in text for text in texts)
 
 
-def test_cancel_ends_a_run(person: Person, server: ComfyServer) -> None:
-    person.set_widgets(steps=2000, noise_seed=5)
-    listen(person)
-    person.click('[data-testid="queue-button"]')
-    watch(person, PATIENCE, until=lambda run: len(run.of("progress")) > 2 or run.end is not None)
-    person.look("before-cancel")
-    person.click('[aria-label="Cancel current run"]')
-    run = watch(person, 60.0)
+def test_cancel_ends_run(user: User, server: ComfyServer) -> None:
+    user.set_widgets(steps=2000, noise_seed=5)
+    listen(user)
+    user.click('[data-testid="queue-button"]')
+    watch(user, PATIENCE, until=lambda run: len(run.of("progress")) > 2 or run.end is not None)
+    user.look("before-cancel")
+    user.click('[aria-label="Cancel current run"]')
+    run = watch(user, 60.0)
     assert run.end["kind"] == "execution_interrupted", run.end
     assert run.of("progress")[-1]["value"] < 1900
     queue = server.queue()
     assert not queue.running and not queue.pending
-    person.look("after-cancel")
+    user.look("after-cancel")
 
 
-def test_the_drop_in_loader_is_dragged_into_a_stock_workflow(person: Person, server: ComfyServer) -> None:
+def test_drag_drop_in_loader_into_stock_workflow(user: User, server: ComfyServer) -> None:
     stock = copy.deepcopy(workflow("flux-dev-dropin"))
     for node in stock["nodes"]:
         if node["type"] == "RayModelLoader":
             node.update(type="UNETLoader", inputs=[], title="Load Diffusion Model")
             node["outputs"][0]["name"] = "MODEL"
-    person.load(stock, "stock")
-    person.set_widgets(**RUN, seed=3)
-    person.view(0.7, (-200, 220))
-    person.look("stock")
+    user.load(stock, "stock")
+    user.set_widgets(**RUN, seed=3)
+    user.view(0.7, (-200, 220))
+    user.look("stock")
 
     title = "window.app.graph.nodes.find((n) => n.type === 'UNETLoader').pos"
-    person.click_at(person.on_canvas(f"[{title}[0] + 120, {title}[1] - 12]"))
-    person.press("Delete", 46)
-    person.page.wait_for("!window.app.graph.nodes.some((n) => n.type === 'UNETLoader')", timeout=PATIENCE)
+    user.click_at(user.on_canvas(f"[{title}[0] + 120, {title}[1] - 12]"))
+    user.press("Delete", 46)
+    user.page.wait_for("!window.app.graph.nodes.some((n) => n.type === 'UNETLoader')", timeout=PATIENCE)
 
-    person.click('[aria-label="Node Library (n)"]')
-    person.click(".side-bar-panel input")
-    person.type("as MODEL (Ray)")
-    entry = person.find(".side-bar-panel [role=treeitem]", "Load Diffusion Model as MODEL (Ray)")
-    free = person.on_canvas("window.app.graph.nodes.find((n) => n.type === 'EmptySD3LatentImage').pos")
-    person.drag(entry, (free[0], free[1] + 150))
+    user.click('[aria-label="Node Library (n)"]')
+    user.click(".side-bar-panel input")
+    user.type("as MODEL (Ray)")
+    entry = user.find(".side-bar-panel [role=treeitem]", "Load Diffusion Model as MODEL (Ray)")
+    free = user.on_canvas("window.app.graph.nodes.find((n) => n.type === 'EmptySD3LatentImage').pos")
+    user.drag(entry, (free[0], free[1] + 150))
     loader = "window.app.graph.nodes.find((n) => n.type === 'RayModelLoader')"
-    person.page.wait_for(f"!!{loader}", timeout=PATIENCE)
-    person.click('[aria-label="Node Library (n)"]')
+    user.page.wait_for(f"!!{loader}", timeout=PATIENCE)
+    user.click('[aria-label="Node Library (n)"]')
 
     sampler = "window.app.graph.nodes.find((n) => n.type === 'KSampler')"
-    person.page.wait_for(
+    user.page.wait_for(
         "![...document.querySelectorAll('.side-bar-panel input')].some((e) => e.getClientRects().length)",
         timeout=PATIENCE,
-    )  # it is closed
-    person.drag(person.on_canvas(f"[...{loader}.getOutputPos(0)]"), person.on_canvas(f"[...{sampler}.getInputPos(0)]"))
-    person.page.wait_for(f"{sampler}.getInputNode(0) === {loader}", timeout=PATIENCE)
-    person.set_widgets(unet_name="flux1-dev.safetensors")
-    assert person.problems() == []
+    )  # closed
+    user.drag(user.on_canvas(f"[...{loader}.getOutputPos(0)]"), user.on_canvas(f"[...{sampler}.getInputPos(0)]"))
+    user.page.wait_for(f"{sampler}.getInputNode(0) === {loader}", timeout=PATIENCE)
+    user.set_widgets(unet_name="flux1-dev.safetensors")
+    assert user.problems() == []
 
-    listen(person)
-    person.click('[data-testid="queue-button"]')
-    run = watch(person, PATIENCE, look="dropin")
+    listen(user)
+    user.click('[data-testid="queue-button"]')
+    run = watch(user, PATIENCE, look="dropin")
     assert run.end["kind"] == "execution_success", run.end
     assert run.of("b_preview_with_metadata") and "no Ray initializer: " in server.log.read_text("utf-8")
-    see_image(person)
+    see_image(user)
     assert list(server.directory("output").glob("raylight/flux-dropin*.png"))
-    person.look("dropin-image")
+    user.look("dropin-image")
 
 
-def test_the_help_page_of_a_node_opens(person: Person) -> None:
-    person.load(workflow("flux-dev-usp"), "help")
-    person.view(0.6, (-300, 400))
-    person.page.evaluate(
-        "window.app.canvas.selectNode(window.app.graph.nodes.find((n) => n.type === 'RayInitializer'))"
-    )
-    time.sleep(1.0)  # the buttons above a node come after it has been drawn
-    person.click('[data-testid="info-button"]')
-    person.look("help-button")
-    person.find("h1", "Ray Initializer")
-    person.find("h2", "How many, and how")
-    person.look("help")
+def test_help_page_opens(user: User) -> None:
+    user.load(workflow("flux-dev-usp"), "help")
+    user.view(0.6, (-300, 400))
+    user.page.evaluate("window.app.canvas.selectNode(window.app.graph.nodes.find((n) => n.type === 'RayInitializer'))")
+    time.sleep(1.0)  # the buttons above a node appear after it is drawn
+    user.click('[data-testid="info-button"]')
+    user.look("help-button")
+    user.find("h1", "Ray Initializer")
+    user.find("h2", "How many, and how")
+    user.look("help")

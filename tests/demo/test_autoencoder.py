@@ -1,4 +1,4 @@
-"""The demo's VAE: what is computed of it, and the padding of what is trained."""
+"""The demo's VAE: its computed encoder, and the padding of its trained decoder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_latents_are_about_normal(codec: Codec) -> None:
     assert abs(latents.mean()) < 0.1 and abs(latents.std() - 1) < 0.1
 
 
-def test_comfyui_s_encoder_computes_the_codec(codec: Codec) -> None:
+def test_encoder_equals_codec(codec: Codec) -> None:
     vae = comfy.taesd.taesd.TAESD(latent_channels=CHANNELS)
     vae.load_state_dict(vae_state(encoder_state(codec), vae.taesd_decoder.state_dict()))
     pixels = pictures(random.Random(5), 2)

@@ -1,4 +1,4 @@
-"""The model that the demo ships: pictures of ComfyUI's own sampler show what the prompt says."""
+"""The demo's model: pictures by ComfyUI's own sampler show what the prompt says."""
 
 from __future__ import annotations
 
@@ -13,27 +13,18 @@ import pytest
 import torch
 
 from raylight.dev.demo.__main__ import HERE, MODEL, VAE
-from raylight.dev.demo.train.scenes import (
-    COLOURS,
-    LEFT_RIGHT,
-    LIGHT_LEFT_RIGHT,
-    PLACES,
-    THINGS,
-    TIMES,
-    WorkerStates,
-    render,
-)
+from raylight.dev.demo.train.scenes import COLOURS, LEFT_RIGHT, LIGHT_LEFT_RIGHT, PLACES, THINGS, TIMES, Scene, render
 from raylight.dev.demo.words import encode
 
 LARGEST_BYTES = 15e6
 
 SCENES = (
-    WorkerStates("red", "house", "snow", "night"),
-    WorkerStates("blue", "boat", "sea", "sunset"),
-    WorkerStates("green", "car", "desert", "day"),
-    WorkerStates("pink", "tree", "meadow", "sunset"),
-    WorkerStates("yellow", "balloon", "sea", "day"),
-    WorkerStates("white", "car", "meadow", "night"),
+    Scene("red", "house", "snow", "night"),
+    Scene("blue", "boat", "sea", "sunset"),
+    Scene("green", "car", "desert", "day"),
+    Scene("pink", "tree", "meadow", "sunset"),
+    Scene("yellow", "balloon", "sea", "day"),
+    Scene("white", "car", "meadow", "night"),
 )
 
 
@@ -65,14 +56,14 @@ def drawn() -> list[np.ndarray]:
     return pictures
 
 
-def distance(picture: np.ndarray, scene: WorkerStates) -> float:
-    """From the nearest picture of a scene: the prompt does not tell where thing and sun are."""
+def distance(picture: np.ndarray, scene: Scene) -> float:
+    """Return the distance to the nearest picture of a scene; the prompt leaves open where thing and sun are."""
     places = [dataclasses.replace(scene, x=x, light_x=light_x) for x in LEFT_RIGHT for light_x in LIGHT_LEFT_RIGHT]
     return min(float(((np.asarray(render(place)) / 255 - picture) ** 2).mean()) for place in places)
 
 
-def others(scene: WorkerStates) -> list[WorkerStates]:
-    """All scenes that differ in one word."""
+def others(scene: Scene) -> list[Scene]:
+    """Return all scenes that differ in one word."""
     changed = [
         dataclasses.replace(scene, **{name: value})
         for name, values in (("colour", COLOURS), ("thing", THINGS), ("place", PLACES), ("time", TIMES))
@@ -82,7 +73,7 @@ def others(scene: WorkerStates) -> list[WorkerStates]:
 
 
 @pytest.mark.parametrize("index", range(len(SCENES)), ids=[scene.prompt().replace(" ", "-") for scene in SCENES])
-def test_it_draws_what_the_prompt_says(index: int, drawn: list[np.ndarray]) -> None:
+def test_draws_the_prompt(index: int, drawn: list[np.ndarray]) -> None:
     scene, picture = SCENES[index], drawn[index]
     own = distance(picture, scene)
     assert own < 0.02
@@ -90,5 +81,5 @@ def test_it_draws_what_the_prompt_says(index: int, drawn: list[np.ndarray]) -> N
     assert own < distance(picture, nearest), f"more like {nearest.prompt()}"
 
 
-def test_it_is_small() -> None:
+def test_files_are_small() -> None:
     assert sum(path.stat().st_size for path in Path(HERE / "model").iterdir()) < LARGEST_BYTES

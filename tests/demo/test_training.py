@@ -1,4 +1,4 @@
-"""The transformer's training: what it learns from, and that ComfyUI loads what it makes."""
+"""The transformer's training: its data, its loss, and that ComfyUI loads the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from raylight.dev.demo.train import transformer
 from raylight.dev.demo.train.autoencoder import Codec
-from raylight.dev.demo.train.scenes import SIZE, THINGS, WorkerStates, draw_scene, render
+from raylight.dev.demo.train.scenes import SIZE, THINGS, Scene, draw_scene, render
 from raylight.dev.demo.words import TOKENS, WIDTH
 
 
@@ -25,15 +25,15 @@ def codec() -> Codec:
     return Codec.of_scenes(latents.latents_mean.flatten(), latents.latents_std.flatten(), seed=3, count=12)
 
 
-def test_prompts_tell_what_is_drawn() -> None:
-    scene = WorkerStates("red", "boat", "sea", "night")
+def test_prompt_describes_scene() -> None:
+    scene = Scene("red", "boat", "sea", "night")
     assert scene.prompt() == "a red boat on the sea at night"
     assert scene.prompt(time=False) == "a red boat on the sea" and scene.prompt(place=False) == "a red boat at night"
     assert render(scene).size == (SIZE, SIZE)
     assert all(scene.place in THINGS[scene.thing] for scene in map(draw_scene, [random.Random(0)] * 50))
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(codec: Codec) -> None:
+def test_seed_decides_weights(codec: Codec) -> None:
     def trained(seed: int) -> dict[str, torch.Tensor]:
         return transformer.train(codec, 2, seed, lambda step, loss: None, batch=2)
 
@@ -43,20 +43,20 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(codec: Codec)
     assert not comfy.model_management.in_training
 
 
-def test_the_loss_falls(codec: Codec) -> None:
+def test_loss_falls(codec: Codec) -> None:
     losses = []
     transformer.train(codec, 30, 0, lambda step, loss: losses.append(loss), batch=4, learning_rate=4e-3)
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
-def test_batches_leave_out_some_prompts(codec: Codec) -> None:
+def test_batch_drops_some_prompts(codec: Codec) -> None:
     latents, prompts = transformer.batch_of(random.Random(1), codec, 40)
     assert latents.shape == (40, 16, 1, 16, 16) and prompts.shape == (40, TOKENS, WIDTH)
     without = int((prompts.abs().sum((1, 2)) == 0).sum())
     assert 0 < without < 15
 
 
-def test_comfyui_reads_the_configuration_from_the_file(tmp_path: Path) -> None:
+def test_comfyui_reads_configuration(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(transformer.build(0).state_dict(), path, {"config": json.dumps({"transformer": transformer.CONFIG})})
     model = comfy.sd.load_diffusion_model(str(path)).model.diffusion_model

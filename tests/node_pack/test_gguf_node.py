@@ -26,7 +26,7 @@ def loader() -> Any:
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A GGUF file in a folder of models."""
+    """A GGUF file in a models folder."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     for name, extensions in (("diffusion_models", {".safetensors"}), ("checkpoints", {".safetensors"})):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path)], extensions))
@@ -45,7 +45,7 @@ def options(loader: Any) -> list[str]:
     return loader.INPUT_TYPES()["required"]["unet_name"][1]["options"]
 
 
-def test_a_saved_graph_without_the_pack_is_told_what_it_needs(loader: Any, model: str) -> None:
+def test_validation_without_pack(loader: Any, model: str) -> None:
     assert gguf.find() == ""
     assert model not in options(loader)
     message = loader.validate_inputs(unet_name=model)
@@ -54,7 +54,7 @@ def test_a_saved_graph_without_the_pack_is_told_what_it_needs(loader: Any, model
         loader.execute(model, "default", SimpleNamespace(sharding="replicated"))
 
 
-def test_files_are_listed_with_the_pack(loader: Any, model: str, installed: None) -> None:
+def test_lists_files_with_pack(loader: Any, model: str, installed: None) -> None:
     assert gguf.find() == str(PACK)
     assert options(loader) == [model]
     assert loader.validate_inputs(unet_name=model) is True
@@ -62,13 +62,13 @@ def test_files_are_listed_with_the_pack(loader: Any, model: str, installed: None
         loader.execute(model, "fp8_e4m3fn", SimpleNamespace(sharding="replicated"))
 
 
-def test_names_that_are_linked_or_unknown(loader: Any, installed: None) -> None:
+def test_linked_or_unknown_name(loader: Any, installed: None) -> None:
     assert loader.validate_inputs() is True
     assert loader.validate_inputs(unet_name="gone.gguf") == "there is no model file gone.gguf"
     assert loader.validate_inputs(unet_name="gone.safetensors") == "there is no model file gone.safetensors"
 
 
-def test_a_node_of_another_pack_is_not_the_pack(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignores_node_of_other_pack(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         comfy_nodes.NODE_CLASS_MAPPINGS, gguf.NODE, type("UnetLoaderGGUF", (), {"__module__": __name__})
     )

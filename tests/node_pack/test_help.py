@@ -1,4 +1,4 @@
-"""Every node can be found, and has a page that explains all of its inputs and outputs."""
+"""Every node has search aliases, and a help page with all of its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def ours() -> dict[str, Any]:
-    """The schemas of this pack's nodes, by id."""
+    """The schemas of this pack's nodes by id."""
     assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
     found = {
         name: node
@@ -29,12 +29,12 @@ def ours() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pages(ours: dict[str, Any]) -> dict[str, str]:
-    """What ComfyUI serves as help, by node id."""
+    """The help pages that ComfyUI serves, by node id."""
     (folder,) = (path for path in comfy_nodes.EXTENSION_WEB_DIRS.values() if Path(path).is_relative_to(ROOT))
     return {path.stem: path.read_text("utf-8") for path in (Path(folder) / "docs").glob("*.md")}
 
 
-def test_every_node_has_a_page_with_all_inputs_and_outputs(ours: dict[str, Any], pages: dict[str, str]) -> None:
+def test_page_lists_all_inputs_and_outputs(ours: dict[str, Any], pages: dict[str, str]) -> None:
     for name, schema in ours.items():
         assert name in pages, f"nodes/web/docs/{name}.md is missing"
         page = pages[name]
@@ -44,7 +44,7 @@ def test_every_node_has_a_page_with_all_inputs_and_outputs(ours: dict[str, Any],
         assert wanted - named == set(), name
 
 
-def test_no_page_tells_of_an_input_that_is_not_there(ours: dict[str, Any], pages: dict[str, str]) -> None:
+def test_page_lists_no_unknown_input(ours: dict[str, Any], pages: dict[str, str]) -> None:
     known = {i.id for schema in ours.values() for i in schema.inputs}
     known |= {output.display_name for schema in ours.values() for output in schema.outputs}
     for name in ours:
@@ -53,12 +53,12 @@ def test_no_page_tells_of_an_input_that_is_not_there(ours: dict[str, Any], pages
         assert {word for item in items for word in re.findall(r"`(\w+)`", item)} <= known, name
 
 
-def test_every_node_has_tooltips_and_search_aliases(ours: dict[str, Any]) -> None:
+def test_tooltips_and_search_aliases(ours: dict[str, Any]) -> None:
     for name, schema in ours.items():
         assert schema.search_aliases and schema.description, name
         assert [i.id for i in schema.inputs if not i.tooltip] == [], name
         assert [output.display_name for output in schema.outputs if not output.tooltip] == [], name
 
 
-def test_the_folder_holds_nothing_that_a_browser_would_run() -> None:
+def test_folder_has_only_markdown() -> None:
     assert {path.suffix for path in (ROOT / "nodes" / "web").rglob("*") if path.is_file()} == {".md"}

@@ -134,7 +134,7 @@ def declared(node: Any) -> dict[str, tuple]:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("node_id", INPUTS)
-def test_ids_and_input_order_are_those_of_saved_workflows(pack: dict[str, Any], node_id: str) -> None:
+def test_ids_and_input_order(pack: dict[str, Any], node_id: str) -> None:
     assert list(declared(pack[node_id])) == INPUTS[node_id]
 
 
@@ -208,7 +208,7 @@ def test_rejects_gpu_select(pack: dict[str, Any], text: str, message: str) -> No
         pack["RayInitializerAdvanced"].execute(**(GOOD | {"GPU_SELECT": text}))
 
 
-def test_accepts_and_leaves_what_is_linked(pack: dict[str, Any]) -> None:
+def test_accepts(pack: dict[str, Any]) -> None:
     node = pack["RayInitializer"]
     degrees = {"ulysses_degree": 2, "ring_degree": 1, "cfg_degree": 1, "dp_degree": 1}
     assert node.validate_inputs(GPU=2, **degrees) is True
@@ -220,14 +220,14 @@ def test_accepts_and_leaves_what_is_linked(pack: dict[str, Any]) -> None:
     assert (mesh.batch, mesh.ring, mesh.ulysses) == (6, 1, 2)
 
 
-def test_equal_inputs_describe_equal_workers(pack: dict[str, Any]) -> None:
+def test_equal_inputs_give_equal_workers(pack: dict[str, Any]) -> None:
     node = pack["RayInitializer"]
     first, second = (node.execute(**GOOD).result[0] for _ in range(2))
     assert first == second
     assert node.execute(**(GOOD | {"GPU": 1, "ulysses_degree": 1})).result[0] != first
 
 
-def test_rejects_a_missing_model_file(pack: dict[str, Any]) -> None:
+def test_rejects_missing_model_file(pack: dict[str, Any]) -> None:
     workers = pack["RayInitializer"].execute(**GOOD).result[0]
     with pytest.raises(FileNotFoundError, match=r"missing\.safetensors is not in .*diffusion_models"):
         pack["RayUNETLoader"].execute("missing.safetensors", "default", workers)

@@ -1,4 +1,4 @@
-"""Workflows that were saved before open with each value at its input, and are valid."""
+"""Saved workflows open with each value at its input, and are valid."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 
 def opened(workflow: dict[str, Any], definitions: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The prompt that the frontend makes: values go to widgets by place, and links to inputs by name."""
+    """Return the frontend's prompt: values go to widgets by position, and links to inputs by name."""
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
@@ -48,7 +48,7 @@ def opened(workflow: dict[str, Any], definitions: dict[str, Any]) -> dict[str, d
 
 
 @pytest.mark.parametrize("initializer", saved.MEANING)
-def test_opens_with_each_value_at_its_input_and_is_valid(definitions: dict[str, Any], initializer: str) -> None:
+def test_saved_workflow_is_valid(definitions: dict[str, Any], initializer: str) -> None:
     prompt = opened(saved.workflow(initializer), definitions)
     assert saved.MEANING[initializer].items() <= prompt["1"]["inputs"].items()
     valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt("old", prompt, None))
@@ -56,8 +56,8 @@ def test_opens_with_each_value_at_its_input_and_is_valid(definitions: dict[str, 
     assert outputs == ["8"]
 
 
-def test_a_value_that_does_not_fit_is_not_valid(definitions: dict[str, Any]) -> None:
-    """Else the test above would say nothing."""
+def test_wrong_value_is_invalid(definitions: dict[str, Any]) -> None:
+    """Show that the test above can fail."""
     prompt = opened(saved.workflow("RayInitializer"), definitions)
     prompt["1"]["inputs"]["GPU"] = 3
     valid, _, _, node_errors = asyncio.run(execution.validate_prompt("old", prompt, None))

@@ -1,4 +1,4 @@
-"""The command line: what it runs, and what it says when it cannot."""
+"""The command line: what it runs, and its messages when it cannot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def as_file(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run it as a person does, by its path, with nothing of this process's own path."""
+    """Run it by its path as a user does, without this process's import path."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COMFYUI_PATH")}
     script = ROOT / "raylight" / "dev" / "setup" / "bootstrap.py"
     return subprocess.run(
@@ -26,7 +26,7 @@ def as_file(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedP
     )
 
 
-def test_comfyui_path_prints_the_path_only(tmp_path: Path) -> None:
+def test_comfyui_path_prints_only_the_path(tmp_path: Path) -> None:
     for name in ("main.py", "nodes.py"):
         (tmp_path / name).touch()
     (tmp_path / "comfy").mkdir()
@@ -34,7 +34,7 @@ def test_comfyui_path_prints_the_path_only(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, f"{tmp_path}\n")
 
 
-def test_rejects_a_wrong_comfyui_path_before_it_makes_anything(tmp_path: Path) -> None:
+def test_rejects_wrong_comfyui_path_first(tmp_path: Path) -> None:
     result = as_file("setup", cwd=tmp_path, COMFYUI_PATH=str(tmp_path))
     assert result.returncode == 1
     assert "is not a ComfyUI" in result.stderr and "Traceback" not in result.stderr
@@ -49,7 +49,7 @@ def test_rejects_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture
     assert "COMMAND" in capsys.readouterr().err
 
 
-def test_rejects_an_old_python() -> None:
+def test_rejects_old_python() -> None:
     bootstrap.check_python((3, 10))
     with pytest.raises(SetupError, match="this is Python 3.9, but 3.10 or later is needed"):
         bootstrap.check_python((3, 9))
@@ -57,7 +57,7 @@ def test_rejects_an_old_python() -> None:
 
 @pytest.fixture
 def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path, dict[str, str]]]:
-    """Pretend that all is set up, and collect what would be run."""
+    """Pretend that everything is set up, and collect the commands."""
     runs: list[tuple[list[str], Path, dict[str, str]]] = []
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     monkeypatch.setattr(bootstrap, "set_up", lambda _: (ComfyUI(tmp_path, "here"), Environment(tmp_path / "venv")))
@@ -90,7 +90,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[st
         (["format", "--check"], ["-m", "ruff", "format", "--check"]),
     ],
 )
-def test_runs_the_program_with_the_environment(
+def test_runs_program_in_environment(
     ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path, arguments: list[str], program: list[str]
 ) -> None:
     assert bootstrap.main(arguments) == 5
@@ -99,16 +99,14 @@ def test_runs_the_program_with_the_environment(
     assert cwd == ROOT and environ["COMFYUI_PATH"] == str(tmp_path)
 
 
-def test_types_are_those_of_the_environment_and_comfyui(
-    ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path
-) -> None:
+def test_types_use_environment_and_comfyui(ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path) -> None:
     bootstrap.main(["types"])
     ((command, _, environ),) = ready
     assert command[1:] == ["-m", "basedpyright", "--pythonpath", command[0]]
     assert environ["PYTHONPATH"] == str(tmp_path)
 
 
-def test_runs_with_a_release(ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path) -> None:
+def test_runs_with_release(ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path) -> None:
     assert bootstrap.main(["--comfyui", "0.24", "test", "-x"]) == 5
     ((command, _, environ),) = ready
     assert command[0] == str(Environment(tmp_path / "venv-0.24").python)
@@ -121,11 +119,11 @@ def test_runs_with_a_release(ready: list[tuple[list[str], Path, dict[str, str]]]
         (["--comfyui", "0.25", "setup"], "COMFYUI = 0.25 is no release"),
         (
             ["--comfyui", "0.24", "setup"],
-            "COMFYUI = 0.24 asks for a release of ComfyUI, and COMFYUI_PATH for yours in /my",
+            "COMFYUI = 0.24 names a release of ComfyUI, but COMFYUI_PATH names yours in /my",
         ),
     ],
 )
-def test_rejects_a_release_before_it_makes_anything(
+def test_rejects_release_first(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COMFYUI_PATH", "/my")
@@ -134,13 +132,11 @@ def test_rejects_a_release_before_it_makes_anything(
     assert message in capsys.readouterr().err
 
 
-def test_setup_runs_nothing_more(ready: list[tuple[list[str], Path, dict[str, str]]]) -> None:
+def test_setup_runs_no_program(ready: list[tuple[list[str], Path, dict[str, str]]]) -> None:
     assert bootstrap.main(["setup"]) == 0 and ready == []
 
 
-def test_interrupted_setup_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupted_setup(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(_: list[Path]) -> None:
         raise KeyboardInterrupt
 

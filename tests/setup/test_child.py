@@ -1,4 +1,4 @@
-"""Exit codes, and one Ctrl-C that the child can clean up after."""
+"""Exit codes, and a single Ctrl-C for the child."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def test_exit_code_and_environment() -> None:
 
 
 @posix_only
-def test_a_signal_becomes_the_code_of_a_shell() -> None:
+def test_exit_code_of_signal() -> None:
     assert run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)") == 128 + signal.SIGKILL
 
 
-def test_handlers_are_put_back() -> None:
+def test_restores_signal_handlers() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run("")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 @posix_only
-def test_a_signal_to_the_parent_alone_is_passed_on() -> None:
+def test_passes_on_signal() -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -69,7 +69,7 @@ def test_a_signal_to_the_parent_alone_is_passed_on() -> None:
 
 
 @posix_only
-def test_ctrl_c_at_a_terminal_comes_once() -> None:
+def test_ctrl_c_arrives_once() -> None:
     at_terminal = f"""
 import os, pty, sys
 sys.exit(os.waitstatus_to_exitcode(pty.spawn([sys.executable, "-c", {PARENT!r}])))

@@ -1,4 +1,4 @@
-"""Which ComfyUI is taken, and what is never taken for one."""
+"""Which ComfyUI is used, and what is never mistaken for one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_finding_order(tmp_path: Path, checkout: Path) -> None:
     assert comfyui.find([tmp_path / "own"], {}) is None
 
 
-def test_found_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_through_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = make_comfyui(tmp_path / "host")
     real = tmp_path / "src" / "raylight"
     script = Path("raylight", "dev", "setup", "bootstrap.py")
@@ -76,7 +76,7 @@ def test_found_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert paths == [real, link]
     assert comfyui.find(paths, {}).root == host
 
-    monkeypatch.chdir(link)  # as a shell does it, which tells the way it went by PWD only
+    monkeypatch.chdir(link)  # like a shell, which records its path only in PWD
     assert comfyui.checkout_paths(str(script), {"PWD": str(link)}) == [real, link]
     assert comfyui.checkout_paths(str(script), {"PWD": str(tmp_path)}) == [real]
 
@@ -91,19 +91,19 @@ def test_version(tmp_path: Path) -> None:
     assert "unknown" in found.version and found.is_supported
 
 
-def test_releases_by_name() -> None:
+def test_pinned() -> None:
     assert comfyui.pinned("0.24") == comfyui.pinned("0.24.0") == "0.24.0"
     assert comfyui.pinned("0.30") == comfyui.DEFAULT_VERSION == list(comfyui.PINNED)[-1]
     assert list(comfyui.PINNED)[0] == MINIMUM, "the oldest release that is tested is the oldest that is promised"
 
 
 @pytest.mark.parametrize("name", ["0.2", "0", "", "0.25", "/my/ComfyUI"])
-def test_rejects_an_unknown_release(name: str) -> None:
+def test_rejects_unknown_release(name: str) -> None:
     with pytest.raises(SetupError, match=f"COMFYUI = {name} is no release .* choose one of 0.24, 0.27, 0.30"):
         comfyui.pinned(name)
 
 
-def test_the_registry_is_told_the_same_minimum() -> None:
+def test_registry_has_same_minimum() -> None:
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     assert f'requires-comfyui = ">={MINIMUM}"' in text
 
@@ -118,7 +118,7 @@ def test_unpacks_only_comfyui(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ComfyUI", "a.tar.gz"]
 
 
-def test_interrupted_unpack_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignores_interrupted_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "a.tar.gz"
     sha256 = make_archive(archive, vendored())
     target = comfyui.cached_root(tmp_path)
@@ -133,7 +133,7 @@ def test_interrupted_unpack_is_not_taken(tmp_path: Path, monkeypatch: pytest.Mon
     assert comfyui.find([tmp_path], {}) is None
     assert list(target.parent.iterdir()) == []
 
-    make_comfyui(target.parent / ".unpack-killed" / "ComfyUI")  # what a kill leaves
+    make_comfyui(target.parent / ".unpack-killed" / "ComfyUI")  # left by a kill
     target.mkdir()
     (target / "main.py").touch()
     assert comfyui.find([tmp_path], {}) is None
@@ -141,12 +141,12 @@ def test_interrupted_unpack_is_not_taken(tmp_path: Path, monkeypatch: pytest.Mon
     assert comfyui.find([tmp_path], {}).root == target
 
 
-def test_rejects_a_wrong_comfyui_path(tmp_path: Path, checkout: Path) -> None:
+def test_rejects_wrong_comfyui_path(tmp_path: Path, checkout: Path) -> None:
     with pytest.raises(SetupError, match=f"COMFYUI_PATH is {tmp_path}, which is not a ComfyUI"):
         comfyui.find([checkout], {"COMFYUI_PATH": str(tmp_path)})
 
 
-def test_rejects_another_hash(tmp_path: Path) -> None:
+def test_rejects_wrong_hash(tmp_path: Path) -> None:
     archive, target = tmp_path / "a.tar.gz", tmp_path / "ComfyUI"
     sha256 = make_archive(archive, vendored())
     with pytest.raises(SetupError, match=f"sha256 {sha256}, but {'0' * 64} is expected"):
@@ -155,7 +155,7 @@ def test_rejects_another_hash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../../../evil", "comfy/../../../../../evil"])
-def test_rejects_an_entry_that_leaves_its_directory(tmp_path: Path, name: str) -> None:
+def test_rejects_path_traversal(tmp_path: Path, name: str) -> None:
     archive, target = tmp_path / "a.tar.gz", tmp_path / "inside" / "ComfyUI"
     target.parent.mkdir()
     sha256 = make_archive(archive, vendored(**{name: b"evil"}))
@@ -164,7 +164,7 @@ def test_rejects_an_entry_that_leaves_its_directory(tmp_path: Path, name: str) -
     assert not target.exists() and not list(tmp_path.rglob("evil"))
 
 
-def test_rejects_an_archive_that_is_cut_or_without_comfyui(tmp_path: Path) -> None:
+def test_rejects_incomplete_archive(tmp_path: Path) -> None:
     archive, target = tmp_path / "a.tar.gz", tmp_path / "ComfyUI"
     make_archive(archive, vendored(big=os.urandom(100_000)))
     archive.write_bytes(archive.read_bytes()[:50_000])

@@ -1,4 +1,4 @@
-"""When pip is called, and when a stamp says that it need not be."""
+"""When pip is called, and when the stamp makes that needless."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raylight.dev.setup.report import SetupError, run_tool
 
 
 class Pretended(Environment):
-    """An environment whose Python is not there."""
+    """An environment without a Python."""
 
     python_version = "3.12"
 
@@ -22,7 +22,7 @@ class Pretended(Environment):
 
 
 class Pip:
-    """In place of running pip: counts the calls, and ends in `outcome` if that is an exception."""
+    """A substitute for pip that counts its calls, and raises `outcome` if that is an exception."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
@@ -54,13 +54,15 @@ def wanted(tmp_path: Path) -> Requirements:
     return Requirements((file,), ("torch==1", "pytest", "pytest"))
 
 
-def test_second_run_calls_no_pip(env: Pretended, wanted: Requirements, pip: Pip) -> None:
+def test_second_run_skips_pip(env: Pretended, wanted: Requirements, pip: Pip) -> None:
     assert environment.install(env, wanted) and not environment.install(env, wanted)
     (command,) = pip.commands
     assert command[1:] == ["-m", "pip", "install", "torch==1", "pytest", "--requirement", str(wanted.files[0])]
 
 
-def test_every_input_counts(env: Pretended, wanted: Requirements, pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_covers_every_input(
+    env: Pretended, wanted: Requirements, pip: Pip, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment.install(env, wanted)
     wanted.files[0].write_text("ray\nnumpy\n")
     assert environment.install(env, wanted)
@@ -72,9 +74,7 @@ def test_every_input_counts(env: Pretended, wanted: Requirements, pip: Pip, monk
 
 
 @pytest.mark.parametrize("outcome", [KeyboardInterrupt(), SetupError("no network")])
-def test_no_stamp_after_an_unfinished_install(
-    env: Pretended, wanted: Requirements, pip: Pip, outcome: BaseException
-) -> None:
+def test_no_stamp_after_failed_install(env: Pretended, wanted: Requirements, pip: Pip, outcome: BaseException) -> None:
     environment.install(env, wanted)
     first = wanted.files[0].read_text()
     wanted.files[0].write_text("numpy\n")
@@ -83,12 +83,12 @@ def test_no_stamp_after_an_unfinished_install(
         environment.install(env, wanted)
     assert not env.stamp.exists()
 
-    wanted.files[0].write_text(first)  # as it was when the stamp was good, but the environment is not any more
+    wanted.files[0].write_text(first)  # as when the stamp was valid, but the environment no longer is
     pip.outcome = None
     assert environment.install(env, wanted)
 
 
-def test_requirements_are_read_from_the_project(tmp_path: Path) -> None:
+def test_requirements(tmp_path: Path) -> None:
     for folder in ("host", "pack"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "requirements.txt").touch()
@@ -100,12 +100,12 @@ def test_requirements_are_read_from_the_project(tmp_path: Path) -> None:
     assert found.files == (tmp_path / "host" / "requirements.txt", tmp_path / "pack" / "requirements.txt")
 
 
-def test_rejects_a_comfyui_without_requirements(tmp_path: Path) -> None:
+def test_rejects_comfyui_without_requirements(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="requirements.txt is missing"):
         environment.requirements(Environment(Path(sys.prefix)), tmp_path, tmp_path)
 
 
-def test_rejects_an_environment_whose_python_is_gone(tmp_path: Path) -> None:
+def test_rejects_environment_without_python(tmp_path: Path) -> None:
     env = Environment(tmp_path)
     env.python.parent.mkdir()
     env.python.symlink_to(tmp_path / "gone")
@@ -113,7 +113,7 @@ def test_rejects_an_environment_whose_python_is_gone(tmp_path: Path) -> None:
         environment.create(env)
 
 
-def test_a_failed_tool_shows_the_end_of_its_output(tmp_path: Path) -> None:
+def test_failed_tool_shows_output(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = "print('\\n'.join(f'line {i}' for i in range(50))); raise SystemExit(3)"
     with pytest.raises(SetupError) as error:

@@ -35,19 +35,19 @@ def test_links_once(host: Path, checkout: Path) -> None:
     assert entries(host) == ["raylight"]
 
 
-def test_keeps_a_link_of_another_name(host: Path, checkout: Path) -> None:
+def test_keeps_link_of_other_name(host: Path, checkout: Path) -> None:
     mine = host / "custom_nodes" / "my-raylight"
     mine.symlink_to(checkout)
     assert link_into(host, checkout) == (mine, False)
     assert entries(host) == ["my-raylight"]
 
 
-def test_does_not_count_a_disabled_link(host: Path, checkout: Path) -> None:
+def test_ignores_disabled_link(host: Path, checkout: Path) -> None:
     (host / "custom_nodes" / "raylight.disabled").symlink_to(checkout)
     assert link_into(host, checkout)[1]
 
 
-def test_a_checkout_in_its_place_needs_no_link(host: Path) -> None:
+def test_checkout_in_place_needs_no_link(host: Path) -> None:
     inside = host / "custom_nodes" / "ComfyUI-Raylight"
     inside.mkdir()
     assert link_into(host, inside) == (inside, False)
@@ -55,7 +55,7 @@ def test_a_checkout_in_its_place_needs_no_link(host: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a junction is never relative")
-def test_a_moved_checkout_takes_its_own_link_along(checkout: Path) -> None:
+def test_moved_checkout_keeps_link(checkout: Path) -> None:
     (checkout / ".comfyui" / "ComfyUI" / "custom_nodes").mkdir(parents=True)
     link_into(checkout / ".comfyui" / "ComfyUI", checkout)
     moved = checkout.rename(checkout.parent / "moved")
@@ -64,7 +64,7 @@ def test_a_moved_checkout_takes_its_own_link_along(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["another directory", "a file", "a link to", "a broken link to"])
-def test_rejects_a_foreign_raylight(host: Path, checkout: Path, tmp_path: Path, kind: str) -> None:
+def test_rejects_other_raylight(host: Path, checkout: Path, tmp_path: Path, kind: str) -> None:
     foreign = host / "custom_nodes" / "raylight"
     other = tmp_path / "other"
     if kind == "another directory":
@@ -82,9 +82,7 @@ def test_rejects_a_foreign_raylight(host: Path, checkout: Path, tmp_path: Path, 
     assert foreign.lstat() == before and entries(host) == ["raylight"]
 
 
-def test_the_place_is_looked_at_before_anything_is_installed(
-    host: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checks_place_before_install(host: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (host / "custom_nodes" / "raylight").mkdir()
     monkeypatch.setattr(bootstrap.comfyui, "find", lambda *_: comfyui.ComfyUI(host, "set"))
     monkeypatch.setattr(bootstrap.environment, "create", lambda *_: pytest.fail("an environment is made"))

@@ -1,4 +1,4 @@
-"""An environment over another: it sees what lies below, and what goes into it changes nothing there."""
+"""An environment over another one: it sees the one below and never changes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raylight.dev.setup.report import SetupError
 
 
 def add_package(env: Environment, name: str, version: str) -> None:
-    """What an installed package looks like to Python and to pip."""
+    """Write files that Python and pip take for an installed package."""
     (env.packages() / f"{name}.py").write_text(f"version = {version!r}\n")
     info = env.packages() / f"{name}-{version}.dist-info"
     info.mkdir()
@@ -54,7 +54,7 @@ def below(tmp_path: Path) -> Environment:
 
 
 @pytest.mark.slow
-def test_only_what_differs_goes_on_top(below: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installs_only_differences(below: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("raylight_shared", "raylight_pinned"):
         add_package(below, name, "2.0")
     wheels = tmp_path / "wheels"
@@ -76,18 +76,18 @@ def test_only_what_differs_goes_on_top(below: Environment, tmp_path: Path, monke
     assert environment.install(over, overlay.requirements_over(below, tmp_path))
 
 
-def test_the_newest_release_needs_no_other_environment(tmp_path: Path) -> None:
+def test_newest_release_needs_no_overlay(tmp_path: Path) -> None:
     host = comfyui.ComfyUI(comfyui.cached_root(tmp_path, "0.30.0"), "unpacked here")
     env = Environment(tmp_path / ".venv")
     assert bootstrap.set_up_release(tmp_path, "0.30", host, env) == (host, env)
 
 
-def test_one_environment_for_each_release(tmp_path: Path) -> None:
+def test_overlay_root(tmp_path: Path) -> None:
     roots = [overlay.overlay_root(tmp_path, release) for release in comfyui.PINNED]
     assert [root.name for root in roots] == [".venv-0.24", ".venv-0.27", ".venv-0.30"]
 
 
-def test_rejects_an_environment_whose_python_is_gone(tmp_path: Path) -> None:
+def test_rejects_environment_without_python(tmp_path: Path) -> None:
     over = Environment(tmp_path / "over")
     over.python.parent.mkdir(parents=True)
     over.python.symlink_to(tmp_path / "gone")

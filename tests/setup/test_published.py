@@ -1,4 +1,4 @@
-"""What the registry gets: which files, what it reads of pyproject.toml, and what pip does to a person's torch."""
+"""The registry's package: its files, its metadata, and that installing it cannot change torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGEST_BYTES = 6_000_000
 
 
 def published() -> list[str]:
-    """The files that go into the registry's package: those of git, less those that .comfyignore names."""
+    """Return the files of the registry's package: those of git, except those in .comfyignore."""
 
     def listed(*options: str) -> set[str]:
         done = subprocess.run(["git", "ls-files", *options], cwd=ROOT, capture_output=True, text=True)
@@ -37,7 +37,7 @@ def published() -> list[str]:
     )
 
 
-def test_only_what_runs_is_published() -> None:
+def test_published_files() -> None:
     files = published()
     assert {name.partition("/")[0] for name in files} <= {
         "LICENSE",
@@ -60,7 +60,7 @@ def test_only_what_runs_is_published() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_published_is_complete(tmp_path: Path) -> None:
+def test_published_files_are_complete(tmp_path: Path) -> None:
     pack = tmp_path / "raylight-pack"
     for name in published():
         (pack / name).parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def test_what_is_published_is_complete(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=HOST, check=True, timeout=120)
 
 
-def test_the_registry_can_read_pyproject() -> None:
+def test_registry_reads_pyproject() -> None:
     from comfy_config.config_parser import extract_node_configuration
 
     found = extract_node_configuration(str(ROOT))
@@ -93,13 +93,13 @@ def test_the_registry_can_read_pyproject() -> None:
     assert comfy.icon.endswith(f"/{owner}/{project.name}/main/docs/icon.png")
 
 
-def test_the_icon_is_a_square_of_the_right_size() -> None:
+def test_icon_size() -> None:
     with Image.open(ROOT / "docs" / "icon.png") as icon:
         assert icon.format == "PNG" and icon.width == icon.height <= 400
 
 
-def test_no_requirement_can_change_torch() -> None:
-    """Whatever a requirement asks of torch, pip may answer with another one: so none that comes along asks."""
+def test_requirements_do_not_need_torch() -> None:
+    """Check that no requirement needs torch, because pip may then replace the installed one."""
     asked = {line for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if line}
     assert all(re.fullmatch(r"[a-z0-9-]+>=[0-9.]+", line) for line in asked), "lower bounds, one a line"
     waiting, seen = {re.split(r"[<>=]", line)[0] for line in asked}, set()
@@ -123,7 +123,7 @@ def test_no_requirement_can_change_torch() -> None:
     }
 
 
-def test_what_asks_for_torch_is_an_extra() -> None:
+def test_packages_that_need_torch_are_extras() -> None:
     extras = Environment(Path(sys.prefix)).optional_dependencies(ROOT / "pyproject.toml")
     assert extras["yunchang"] == ["yunchang>=0.6"]
     assert extras["xfuser"] == ["xfuser>=0.4.5", "yunchang>=0.6"]
@@ -131,7 +131,7 @@ def test_what_asks_for_torch_is_an_extra() -> None:
 
 
 def _is_installed(name: str) -> bool:
-    """Requirements of other platforms and Pythons are not."""
+    """Return whether a requirement is for this platform and Python, and so is installed."""
     try:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

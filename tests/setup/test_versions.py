@@ -1,4 +1,4 @@
-"""The record of the versions that were tested, and what a run of the tests says about others."""
+"""The record of tested versions, and the report about other versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from newest import of_the_newest
 from raylight.dev.setup.comfyui import VARIABLE
 
 
-def test_names_are_those_of_package_indexes() -> None:
+def test_normalized_names() -> None:
     lines = [
         "torch==2.14.1",
         "  Pillow",
@@ -27,7 +27,7 @@ def test_names_are_those_of_package_indexes() -> None:
 
 
 @of_the_newest
-def test_what_is_asked_for_is_recorded() -> None:
+def test_records_all_requirements() -> None:
     asked = versions.asked_for(Path(os.environ[VARIABLE]))
     assert {
         "torch",
@@ -45,13 +45,13 @@ def test_what_is_asked_for_is_recorded() -> None:
     assert {*asked} <= {*recorded}, "run `make versions`"
 
 
-def test_what_is_written_is_read_again() -> None:
+def test_round_trip() -> None:
     packages = {"a": "1.0+cpu", "b": "2"}
     assert versions.recorded(versions.text(packages, "0.30.0")) == packages
     assert versions.installed(["pytest", "no-such-package"]) == {"pytest": pytest.__version__}
 
 
-def test_only_differences_are_told() -> None:
+def test_reports_only_differences() -> None:
     assert versions.differences({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "2.1", "d": "4"}) == [
         "b 2.1, tested with 2",
         "c is not here, tested with 3",

@@ -1,4 +1,4 @@
-"""Diffusion models for official file names: few layers, narrow where ComfyUI's detection allows, of random weights."""
+"""Diffusion models for official file names: few layers, narrow where ComfyUI's detection allows, random weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Family, randomize
 
-_LIMIT = 1_200_000_000  # weights: what a small machine can hold three times as float32
+_LIMIT = 1_200_000_000  # weights that a small machine can hold three times as float32
 _WIDE = 200_000_000
 
 
 class TooLarge(UnknownFile):
-    """ComfyUI takes this architecture only at a size that the tests' machine cannot hold."""
+    """ComfyUI accepts this architecture only at a size that the test machine cannot hold."""
 
 
 def diffusion_model(name: str) -> dict[str, Tensor]:
-    """The tensors of a file with this name: what ComfyUI detects in them is what the official file is."""
+    """Return the tensors of a file with this name, which ComfyUI detects as it detects the official file."""
     family, hints = by_name(DIFFUSION_MODELS, name, "diffusion model")
     zoo = families()[family]
     unet_config = settled(zoo, hints)
@@ -40,16 +40,16 @@ def diffusion_model(name: str) -> dict[str, Tensor]:
 
 
 def prefix_of_vae(name: str) -> str:
-    """How ComfyUI expects the names of a checkpoint's VAE to begin."""
+    """Return the prefix of a checkpoint's VAE weights."""
     family, _ = by_name(DIFFUSION_MODELS, name, "diffusion model")
     return getattr(comfy.supported_models, families()[family].config).vae_key_prefix[0]
 
 
 def settled(zoo: Family, hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that ComfyUI's detection finds in a file that is made from it.
+    """Return the configuration that ComfyUI's detection finds in a file made from it.
 
-    What detection does not read from a file is as it is for the official one, so much of what makes the zoo's family
-    small is lost where ComfyUI takes a width for granted.
+    What detection does not read from a file is as in the official one. So much of what makes the zoo's family small is
+    lost where ComfyUI assumes a width.
     """
     unet_config = dict(zoo.unet_config) | dict(hints)
     for _ in range(4):
@@ -72,11 +72,11 @@ def settled(zoo: Family, hints: Mapping[str, Any]) -> dict[str, Any]:
 
 def _build(config: str, unet_config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
     made = getattr(comfy.supported_models, config)(dict(unet_config))
-    made.unet_config.update(unet_config)  # some classes set their width themselves
+    made.unet_config.update(unet_config)  # some classes set their own width
     made.set_inference_dtype(torch.float32, None)
     return made.get_model(dict(weights), "").eval().requires_grad_(False)
 
 
 def _seed(name: str) -> int:
-    """Two files of a template are two models."""
+    """Return a seed of the file's name, so that two files of a template are two models."""
     return sum(name.encode())

@@ -1,4 +1,4 @@
-"""Files for what surrounds the diffusion model: enough for ComfyUI to see what they are (see `packs/stand_ins`)."""
+"""Files besides the diffusion model, just enough for ComfyUI to detect them (see `packs/stand_ins`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT_ENCODER = "raylight.text_encoder"
 
 
 def text_encoder(name: str) -> dict[str, Tensor]:
-    """A text encoder's file, with the tokenizer where the official one holds it."""
+    """Return a text encoder's tensors, with the tokenizer where the official file has it."""
     import comfy.sd
 
     kind = by_name(TEXT_ENCODERS, name, "text encoder")
@@ -39,7 +39,7 @@ def image_encoder(name: str) -> dict[str, Tensor]:
 
 
 def style_model(name: str) -> dict[str, Tensor]:
-    """Flux Redux, which is the only one that ComfyUI knows beside Stable Diffusion 1's."""
+    """Return Flux Redux, the only style model in ComfyUI besides that of Stable Diffusion 1."""
     generator = torch.Generator().manual_seed(3)
     shapes = {
         "redux_up.weight": (12288, 1152),
@@ -63,7 +63,7 @@ def _only_shapes(shapes: Shapes) -> dict[str, Tensor]:
 
 
 def _pieces() -> Tensor:
-    """A sentencepiece model of a few hundred pieces. Words that it lacks become bytes."""
+    """Return a sentencepiece model of a few hundred pieces. Words that it lacks become bytes."""
     import sentencepiece
 
     words = [

@@ -1,8 +1,8 @@
-"""What two runs of a prompt gave, and how close it is.
+"""The results of two runs of a prompt, and how close they are.
 
 Latents and pictures are compared as tensors, where they are made and where they go into an encoder. What a codec makes
-of a difference in the last digit is not for these tests to judge: of a file it is asked whether it plays, and has the
-frames of the other run's and of what went into it.
+of a difference in the last digit is not judged here. A file only has to play, and to have the frames of the other run's
+file and of the encoder's input.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _VIDEOS = (".mp4", ".webm", ".mkv")
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file that a node wrote: how many frames a player shows, their (width, height), whether all are one colour."""
+    """A file that a node wrote: the number of frames that a player shows, their (width, height), and whether all have
+    one color."""
 
     frames: int
     size: tuple[int, int]
@@ -40,7 +41,7 @@ Output = tuple[str, "list[torch.Tensor] | File"]
 
 
 def run(server: ComfyServer, graph: Graph) -> list[Output]:
-    """What a prompt gave: its latents and its pictures, in the order of their nodes, and its files."""
+    """Run a prompt; return its latents and pictures, in the order of their nodes, and its files."""
     history: History = server.run(graph, timeout=420)
     outputs: list[Output] = []
     for node in sorted(history.outputs):
@@ -49,13 +50,13 @@ def run(server: ComfyServer, graph: Graph) -> list[Output]:
                 outputs.append((node, torch.load(path)))
             elif path.suffix in _PICTURES + _VIDEOS:
                 outputs.append((node, played(path)))
-    # What is nearest to the sampler first: later differences follow from earlier ones.
+    # Nearest to the sampler first: later differences follow from earlier ones.
     order = {LATENT: 0, IMAGE: 1, ENCODED: 2}
     return sorted(outputs, key=lambda output: order.get(output[0].split()[0], 3))
 
 
 def played(path: Path) -> File:
-    """Decode all of a picture, an animation or a video. Raises what the decoder does when it cannot."""
+    """Decode all of a picture, an animation or a video. Raises the decoder's errors."""
     if path.suffix in _PICTURES:
         with Image.open(path) as picture:
             shown = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
@@ -69,7 +70,7 @@ def played(path: Path) -> File:
 
 
 def compare(node: str, actual: list[torch.Tensor] | File, expected: list[torch.Tensor] | File) -> str:
-    """Raise AssertionError where two runs differ; a line of how close they are otherwise."""
+    """Return a line that says how close two runs are. Raises AssertionError: they differ."""
     if isinstance(expected, File):
         assert not expected.blank, f"{node}: the stock run says nothing"
         assert actual == expected, f"{node}: {actual} instead of {expected}"
@@ -86,14 +87,15 @@ def compare(node: str, actual: list[torch.Tensor] | File, expected: list[torch.T
 
 
 def hold_together(outputs: Sequence[Output]) -> None:
-    """Raise AssertionError where a file has not the frames of any picture that went to an encoder in the same run."""
+    """Compare files with encoder inputs of the same run. Raises AssertionError: a file has not the frames of any of
+    them."""
     given = {
         (len(part), part.shape[2], part.shape[1])
         for node, parts in outputs
         if node.startswith(ENCODED)
         for part in parts
     }
-    # A node that is given several pictures writes each to a file of its own, or all to one.
+    # A node with several pictures writes one file for each, or one for all.
     allowed = given | {(1, width, height) for _, width, height in given}
     for node, value in outputs:
         if isinstance(value, File) and given:

@@ -1,4 +1,4 @@
-"""Every file that a prompt's nodes ask for, made under the name that they ask for."""
+"""Every file that a prompt's nodes name, created under that name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Asked:
 
 
 def asked(graph: Graph) -> Iterator[Asked]:
-    """The model files that a prompt's nodes name."""
+    """Return the model files that a prompt's nodes name."""
     for node, entry in graph.items():
         for key, value in entry["inputs"].items():
             if not isinstance(value, str) or not MODEL.search(value):
@@ -56,7 +56,7 @@ def asked(graph: Graph) -> Iterator[Asked]:
 
 
 def write_models(graph: Graph, models: Path) -> list[Path]:
-    """Write what a prompt asks for below `models`, and return what was written. Raises UnknownFile."""
+    """Write the files that a prompt names to `models`, and return them. Raises UnknownFile."""
     wanted = sorted(set(asked(graph)), key=lambda a: (a.folder == "loras", a.folder, a.name))
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     written = []
@@ -90,7 +90,7 @@ def _make(item: Asked) -> dict[str, Tensor]:
 
 
 def _checkpoint(name: str) -> dict[str, Tensor]:
-    """A diffusion model, and a VAE and a text encoder to be filled."""
+    """Return a diffusion model, and a VAE and a text encoder to be filled."""
     tensors = {f"model.diffusion_model.{key}": tensor for key, tensor in diffusion_model(name).items()}
     tensors |= {prefix_of_vae(name) + key: tensor for key, tensor in vae(name).items()}
     for key, shape in (
@@ -103,7 +103,7 @@ def _checkpoint(name: str) -> dict[str, Tensor]:
 
 
 def _lora(graph: Graph, item: Asked, shapes: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-    """A LoRA for the model that comes to its loader; where none is found, one for any of the prompt's."""
+    """Return a LoRA for the model at its loader, or if none is found for any model of the prompt."""
     file = _source(graph, item.node) or next(iter(shapes), None)
     if file is None or file not in shapes:
         raise UnknownFile(f"which model the LoRA {item.name} is for is not known here")
@@ -117,7 +117,7 @@ def _lora(graph: Graph, item: Asked, shapes: dict[str, dict[str, tuple[int, ...]
 
 
 def _source(graph: Graph, node: str) -> str | None:
-    """The diffusion model file at the other end of a node's `model`, through whatever stands between."""
+    """Return the diffusion model file at the other end of a node's `model`, through any nodes between."""
     seen, open_nodes = set(), [node]
     while open_nodes:
         node = open_nodes.pop(0)
@@ -132,7 +132,7 @@ def _source(graph: Graph, node: str) -> str | None:
 
 
 def write_media(graph: Graph, folder: Path) -> None:
-    """Pictures, videos and sounds that a prompt loads from ComfyUI's input folder."""
+    """Write pictures, videos and sounds that a prompt loads from ComfyUI's input folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, entry in enumerate(graph.values()):
         for value in entry["inputs"].values():
@@ -150,10 +150,10 @@ def write_media(graph: Graph, folder: Path) -> None:
 
 
 def _picture(seed: int) -> Image.Image:
-    """Coarse noise: of fine noise, nothing is left when a node makes it smaller."""
+    """Return coarse noise: fine noise would vanish when a node reduces it."""
     coarse = numpy.random.default_rng(seed).integers(0, 255, (PICTURE[1] // 8, PICTURE[0] // 8, 4), dtype=numpy.uint8)
     coarse[..., 3] = 255
-    coarse[2:6, 4:10, 3] = 0  # what is to be painted anew, where a node takes the picture's mask
+    coarse[2:6, 4:10, 3] = 0  # the area to repaint, for nodes that use the picture's mask
     return Image.fromarray(coarse).resize(PICTURE, Image.Resampling.BICUBIC)
 
 

@@ -1,4 +1,4 @@
-"""The workflow templates that ComfyUI's requirements install, as its own frontend turns them into prompts."""
+"""The workflow templates in ComfyUI's requirements, converted to prompts by its own frontend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _READY = (
     "window.app?.extensionManager && window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types"
     " ?? {}).length > 100"
 )
-# The frontend asks about missing models and the like in dialogues that nobody answers: it must not wait for them.
+# Nobody answers the frontend's dialogs about missing models and the like, so it must not wait for them.
 _CONVERT = """
 (async () => {
   await window.app.loadGraphData(%s, true, false, null, {silentAssetErrors: true, showMissingModelsDialog: false,
@@ -26,14 +26,14 @@ _CONVERT = """
 
 
 def names() -> list[str]:
-    """All templates' names."""
+    """Return the names of all templates."""
     from comfyui_workflow_templates import iter_templates
 
     return sorted(entry.template_id for entry in iter_templates())
 
 
 def workflow(name: str) -> dict[str, Any]:
-    """A template, as a person opens it. Raises LookupError for a name that is not one."""
+    """Return a template as a user opens it. Raises LookupError: there is none of that name."""
     from comfyui_workflow_templates import get_asset_path
 
     try:
@@ -52,13 +52,13 @@ class Frontend:
         page.wait_for(_READY)
 
     def prompt(self, content: dict[str, Any]) -> Graph:
-        """What pressing "Run" would send."""
+        """Return what "Run" would send."""
         graph = self._page.evaluate(_CONVERT % json.dumps(content), timeout=120)
-        if not graph:  # it opens its own first workflow some time after it has started, which may come between
+        if not graph:  # it opens its own first workflow some time after its start, which may interfere
             graph = self._page.evaluate(_CONVERT % json.dumps(content), timeout=120)
         if not graph:
             raise ValueError("ComfyUI's frontend made nothing of this workflow")
-        # A node that this ComfyUI does not have comes without a class.
+        # A node that this ComfyUI lacks has no class.
         return {
             node: {"class_type": entry.get("class_type", "unknown"), "inputs": entry["inputs"]}
             for node, entry in graph.items()

@@ -1,7 +1,7 @@
-"""What official files are, by what they are called.
+"""Kinds of official files by their names.
 
-Tables of (pattern, what it is): the first pattern that is found in a name counts. A file that no pattern knows is no
-failure; its templates are skipped until it has a line here.
+Tables of (pattern, kind): the first pattern found in a name counts. A file that no pattern matches is no failure; its
+templates are skipped until it has a line here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class UnknownFile(LookupError):
-    """What a file is cannot be told from its name; not a failure of what is tested."""
+    """The name does not show the kind of a file; not a failure of what is tested."""
 
 
 def by_name(table: Sequence[tuple[str, Value]], name: str, kind: str) -> Value:
-    """The first entry whose pattern is found in a file's name. Raises UnknownFile."""
+    """Return the first entry whose pattern is found in a file's name. Raises UnknownFile."""
     for pattern, value in table:
         if re.search(pattern, name, re.IGNORECASE):
             return value
     raise UnknownFile(f"which {kind} {name} is, is not known here")
 
 
-# The widths of what the official text encoders give, which the model has to take.
+# Output widths of the official text encoders, which the model has to accept.
 _T5, _CLIP_L, _QWEN_VL, _LLAMA, _KLEIN_4B, _KLEIN_9B, _MISTRAL = 4096, 768, 3584, 4096, 7680, 12288, 15360
 
 _WAN = {"dim": 384, "text_dim": _T5, "freq_dim": 256}
@@ -154,7 +154,7 @@ def _image_vae(channels: int) -> Shapes:
     }
 
 
-# What ComfyUI's detection looks at: names of weights, and of some their shapes.
+# What ComfyUI's detection reads: names of weights, and the shapes of some.
 VAES: tuple[tuple[str, Shapes], ...] = (
     (r"wan_?2\.?2", _WAN_VAE | {"decoder.upsamples.0.upsamples.0.residual.2.weight": (1,)}),
     (r"wan|qwen_image|capybara", _WAN_VAE),

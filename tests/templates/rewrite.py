@@ -1,4 +1,4 @@
-"""What is done to a template's prompt: the same for both runs, and then the loader for one of them."""
+"""Changes to a template's prompt: the same for both runs, then the loader for one of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PRIMITIVES = ("PrimitiveInt", "INTConstant", "PrimitiveFloat")
 
 
 def shrunk(graph: Graph, description: Mapping[str, Any]) -> Graph:
-    """The prompt with small pictures, few frames and few steps, whichever of its nodes hold these numbers."""
+    """Return the prompt with small pictures, few frames and few steps, in whichever nodes hold these numbers."""
     graph = copy.deepcopy(graph)
     _scale(
         graph,
@@ -40,7 +40,7 @@ def shrunk(graph: Graph, description: Mapping[str, Any]) -> Graph:
 
 
 def _least(description: Mapping[str, Any], kind: str, key: str) -> float:
-    """The least that a node takes for an input."""
+    """Return the minimum of a node's input."""
     for group in ("required", "optional"):
         spec = description.get(kind, {}).get("input", {}).get(group, {}).get(key)
         if spec and len(spec) > 1:
@@ -49,7 +49,7 @@ def _least(description: Mapping[str, Any], kind: str, key: str) -> float:
 
 
 def _scale(graph: Graph, names: tuple[str, ...], rule: Any, *, low: int, ignored: int) -> None:
-    """Apply a rule to inputs of these names, and to the primitive nodes that such inputs come from."""
+    """Apply a rule to inputs of these names, and to the primitive nodes that feed them."""
     places = {}
     for node, entry in graph.items():
         for key in names:
@@ -77,14 +77,14 @@ def _upstream(graph: Graph, node: str) -> Iterator[str]:
             continue
         seen.add(node)
         yield node
-        # Through switches and sums only: beyond, numbers are of other things.
+        # Only through switches and sums; beyond them, numbers mean other things.
         if any(word in graph[node]["class_type"] for word in ("Switch", "Primitive", "Math", "Reroute")):
             open_nodes += [value[0] for value in graph[node]["inputs"].values() if isinstance(value, list) and value]
 
 
 def probed(graph: Graph, description: Mapping[str, Any], prefix: str) -> Graph:
-    """The prompt with a probe on every latent that a sampler gives, on every picture that is decoded, and on all that
-    goes into a node which makes files or videos of pictures."""
+    """Add a probe to every latent that a sampler returns, every decoded picture, and every input of a node that makes
+    files or videos of pictures."""
     graph = copy.deepcopy(graph)
     for node, entry in list(graph.items()):
         info = description.get(entry["class_type"], {})
@@ -111,7 +111,7 @@ def probed(graph: Graph, description: Mapping[str, Any], prefix: str) -> Graph:
 
 
 def _inputs(info: Mapping[str, Any]) -> dict[str, str]:
-    """A node's inputs and their types, without the choices of combos."""
+    """Return a node's inputs and their types, without the choices of combos."""
     return {
         key: spec[0]
         for group in ("required", "optional")
@@ -121,7 +121,7 @@ def _inputs(info: Mapping[str, Any]) -> dict[str, str]:
 
 
 def on_workers(graph: Graph, workers: int = 2) -> Graph:
-    """The prompt with its loaders of diffusion models replaced, and nothing else."""
+    """Return the prompt with only its loaders of diffusion models replaced."""
     graph = copy.deepcopy(graph)
     graph["ray workers"] = {
         "class_type": "RayInitializer",
@@ -152,7 +152,7 @@ def on_workers(graph: Graph, workers: int = 2) -> Graph:
 
 
 def _parallelize(graph: Graph, loader: str) -> None:
-    """A checkpoint loader gives text encoder and VAE too, so a node behind it takes its model only."""
+    """Put a node after the model output of a checkpoint loader, whose text encoder and VAE stay."""
     behind = f"{loader} on workers"
     for entry in graph.values():
         for key, value in entry["inputs"].items():

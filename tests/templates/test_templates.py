@@ -1,4 +1,4 @@
-"""Official workflow templates: converted by ComfyUI's frontend, run as they are and with the loader replaced."""
+"""Official workflow templates, converted by ComfyUI's frontend, run as they are and with the loader replaced."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 @pytest.fixture(scope="module")
 def prompts(server: ComfyServer) -> dict[str, Graph]:
-    """All templates at once: a page that shows one draws it over and over, which takes a core from the runs."""
+    """Convert all templates at once: a page that shows one redraws it constantly, which takes a core from the runs."""
     with chromium.Page(chromium.find()) as page:
         frontend = official.Frontend(server, page)
         return {name: frontend.prompt(official.workflow(name)) for name in NAMES}

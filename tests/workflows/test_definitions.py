@@ -1,4 +1,4 @@
-"""Every template against the nodes of ComfyUI and of this pack, and against what is committed."""
+"""Every template matches the nodes of ComfyUI and of this pack, and the committed files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def definitions() -> dict[str, Any]:
 
 @of_the_newest
 @each_template
-def test_nodes_are_as_they_are_defined(template: Template, definitions: dict[str, Any]) -> None:
+def test_nodes_match_definitions(template: Template, definitions: dict[str, Any]) -> None:
     for node in template.to_json()["nodes"]:
         if node["type"] in OF_FRONTEND:
             continue
@@ -85,7 +85,7 @@ def check_value(where: str, kind: Any, options: dict[str, Any], value: Any, file
 
 
 @each_template
-def test_links_agree_with_their_ends(template: Template) -> None:
+def test_links_match_their_ends(template: Template) -> None:
     content = template.to_json()
     nodes = {node["id"]: node for node in content["nodes"]}
     links = {link[0]: link for link in content["links"]}
@@ -110,7 +110,7 @@ def test_links_agree_with_their_ends(template: Template) -> None:
 
 
 @each_template
-def test_every_node_has_its_place_in_one_titled_group(template: Template) -> None:
+def test_every_node_is_in_one_group(template: Template) -> None:
     content = template.to_json()
     boxes = [
         (
@@ -138,7 +138,7 @@ def test_every_node_has_its_place_in_one_titled_group(template: Template) -> Non
 
 
 @each_template
-def test_the_note_tells_degrees_memory_and_files(template: Template) -> None:
+def test_note_has_degrees_memory_and_files(template: Template) -> None:
     content = template.to_json()
     (note,) = (node["widgets_values"][0] for node in content["nodes"] if node["type"] == "MarkdownNote")
     for count in (2, 4, 8):
@@ -150,7 +150,7 @@ def test_the_note_tells_degrees_memory_and_files(template: Template) -> None:
 
 @of_the_newest
 @each_template
-def test_files_and_pages_are_those_of_comfyuis_own_templates(template: Template) -> None:
+def test_files_match_official_templates(template: Template) -> None:
     official = official_files()
     files = [file for node in template.to_json()["nodes"] for file in node.get("properties", {}).get("models", ())]
     for file in files:
@@ -159,7 +159,7 @@ def test_files_and_pages_are_those_of_comfyuis_own_templates(template: Template)
 
 
 def official_files() -> dict[str, set[tuple[str, str]]]:
-    """Folder and address of every model file that ComfyUI's own templates name, in metadata or in a note."""
+    """Return folder and address of every model file that ComfyUI's own templates name, in metadata or in a note."""
     from comfyui_workflow_templates import get_asset_path, iter_templates
 
     found: dict[str, set[tuple[str, str]]] = {}
@@ -176,7 +176,7 @@ def official_files() -> dict[str, set[tuple[str, str]]]:
     return found
 
 
-def test_what_is_committed_is_what_is_described() -> None:
+def test_committed_files_are_current() -> None:
     assert {path.stem for path in FOLDER.glob("*.json")} == {template.name for template in TEMPLATES}
     for template in TEMPLATES:
         committed = (FOLDER / f"{template.name}.json").read_text("utf-8")
@@ -184,7 +184,7 @@ def test_what_is_committed_is_what_is_described() -> None:
         assert json.loads(committed)["version"] == 0.4
 
 
-def test_every_template_has_a_small_square_thumbnail() -> None:
+def test_thumbnails() -> None:
     assert {path.stem for path in FOLDER.glob("*.jpg")} == {template.name for template in TEMPLATES}
     for path in FOLDER.glob("*.jpg"):
         content = path.read_bytes()
@@ -194,7 +194,7 @@ def test_every_template_has_a_small_square_thumbnail() -> None:
         assert len(content) <= MOST_BYTES
 
 
-def test_every_mode_and_every_described_node_is_used() -> None:
+def test_every_mode_and_node_is_used() -> None:
     assert {template.mode for template in TEMPLATES} == set(Mode)
     used = {node["type"] for template in TEMPLATES for node in template.to_json()["nodes"]}
     assert used == set(SIGNATURES)

@@ -1,4 +1,4 @@
-"""The numbers in the templates' notes against ComfyUI's own classes, on PyTorch's meta device."""
+"""The numbers in the templates' notes match ComfyUI's own classes, on PyTorch's meta device."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ PUBLISHED: list[tuple[Architecture, Any, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("architecture", "kind", "config"), PUBLISHED, ids=lambda v: getattr(v, "name", ""))
-def test_weights_are_counted_right(architecture: Architecture, kind: Any, config: dict[str, Any]) -> None:
+def test_weight_counts(architecture: Architecture, kind: Any, config: dict[str, Any]) -> None:
     model = kind(dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init, **config)
     blocks = [sum(p.numel() for p in block.parameters()) for block in units(model).values()]
     weights = sum(p.numel() for p in model.parameters())
@@ -100,13 +100,13 @@ def test_weights_are_counted_right(architecture: Architecture, kind: Any, config
     assert architecture.heads == config.get("num_heads", config.get("num_attention_heads"))
 
 
-def test_every_architecture_of_a_file_is_counted() -> None:
+def test_every_architecture_is_counted() -> None:
     found = [value for value in vars(models).values() if isinstance(value, (DiffusionFile, tuple))]
     files = [file for value in found for file in (value if isinstance(value, tuple) else (value,))]
     assert {file.architecture for file in files} == {architecture for architecture, *_ in PUBLISHED}
 
 
-def test_memory_follows_from_weights_and_bytes() -> None:
+def test_memory() -> None:
     file = models.WAN21_T2V_BF16
     assert file.bytes == 2 and models.WAN21_T2V.bytes == 1
     assert file.whole_gib == pytest.approx(14_288_491_584 * 2 / 2**30)

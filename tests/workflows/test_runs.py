@@ -1,5 +1,4 @@
-"""Templates as ComfyUI's frontend turns them into prompts: all are valid, and some run, with small models in the place
-of the published ones, and give what stock nodes give."""
+"""Templates as prompts of ComfyUI's frontend: all are valid, and some, run with small models, equal stock nodes."""
 
 from __future__ import annotations
 
@@ -55,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 @pytest.fixture(scope="module")
 def prompts(server: ComfyServer) -> dict[str, Graph]:
-    """All templates at once: a page that shows one draws it over and over, which takes a core from the runs."""
+    """Convert all templates at once: a page that shows one redraws it constantly, which takes a core from the runs."""
     with chromium.Page(chromium.find()) as page:
         frontend = official.Frontend(server, page)
         return {template.name: frontend.prompt(template.to_json()) for template in TEMPLATES}
@@ -63,14 +62,14 @@ def prompts(server: ComfyServer) -> dict[str, Graph]:
 
 @pytest.fixture(scope="module")
 def definitions() -> None:
-    """All nodes in this process, for ComfyUI's own validation."""
+    """Load all nodes into this process, for ComfyUI's own validation."""
     asyncio.run(comfy_nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
     assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
 
 
 @pytest.mark.usefixtures("definitions")
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
-def test_what_the_frontend_makes_of_it_is_valid(
+def test_prompt_is_valid(
     template: Any, prompts: dict[str, Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = {node: {**entry} for node, entry in prompts[template.name].items()}
@@ -87,7 +86,7 @@ def test_what_the_frontend_makes_of_it_is_valid(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_and_gives_what_stock_nodes_give(
+def test_equals_stock_nodes(
     name: str, server: ComfyServer, prompts: dict[str, Graph], report_parity: Callable[[str], None]
 ) -> None:
     description = server.object_info()
@@ -111,7 +110,7 @@ def test_runs_and_gives_what_stock_nodes_give(
 
 
 def as_stock(graph: Graph) -> Graph:
-    """The same prompt on ComfyUI's own nodes."""
+    """Return the same prompt with ComfyUI's own nodes."""
     found = {}
     for node, entry in graph.items():
         kind, inputs = entry["class_type"], dict(entry["inputs"])

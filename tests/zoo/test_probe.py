@@ -22,7 +22,7 @@ LINES = {
         '            "x": Stream("img"),',
         '            "freqs": Aligned(("img",)),',
         '        "blocks.*.cross_attn": CrossAttention(("img",)),',
-        "it stays whole",
+        "it stays full",
     ],
     "Cosmos T2V": [
         '            "x": Stream("img", dim=0, grid=3),',

@@ -36,7 +36,7 @@ SEED = 7
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one way of sampling gave: a latent (1, 16, 1, H, W) and a picture for each prompt, and seconds per step."""
+    """The result of one way of sampling: a latent (1, 16, 1, H, W) and a picture per prompt, and seconds per step."""
 
     latents: list[Tensor]
     pictures: list[Path]
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
             results = {
                 name: _sample(server, name, graphs, options.output) for name, graphs in _ways(options, prompts).items()
             }
-            agree = _tell(results, prompts, options.output)
+            agree = _report(results, prompts, options.output)
             if options.stay:
                 _stay(server, options.output)
             print("stopping ComfyUI and its workers", flush=True)
@@ -98,7 +98,7 @@ def _warn_of_words(prompts: Sequence[str]) -> None:
 
 
 def _ways(options: argparse.Namespace, prompts: Sequence[str]) -> dict[str, list[Graph]]:
-    """The graphs of each way of sampling, one for each prompt."""
+    """Return the graphs of each way of sampling, one per prompt."""
     job = Sampling(MODEL, width=SIZE, height=SIZE, image=True, cfg=3.0, seed=SEED, steps=options.steps)
     makers: dict[str, Callable[..., Graph]] = {
         "stock": drawing.stock,
@@ -113,7 +113,7 @@ def _ways(options: argparse.Namespace, prompts: Sequence[str]) -> dict[str, list
 
 
 def _sample(server: ComfyServer, name: str, graphs: Sequence[Graph], output: Path) -> Result:
-    """Run the graphs, and the first with another seed before: the runs that are timed find the model loaded."""
+    """Run the graphs; first run one with another seed, so that the timed runs find the model loaded."""
     print(f"sampling: {name}", flush=True)
     warm_up = {key: dict(node, inputs=dict(node["inputs"])) for key, node in graphs[0].items()}
     warm_up["sample"]["inputs"]["noise_seed"] += 1
@@ -133,7 +133,7 @@ def _sample(server: ComfyServer, name: str, graphs: Sequence[Graph], output: Pat
 
 
 def _moment(listener, prompt, matches) -> float:
-    """When the sampler's progress first matched, in seconds of the monotonic clock."""
+    """Return when the sampler's progress first matched, in seconds of the monotonic clock."""
 
     def is_it(message) -> bool:
         data = getattr(message, "data", {})
@@ -148,8 +148,8 @@ def _moment(listener, prompt, matches) -> float:
     return time.monotonic()
 
 
-def _tell(results: dict[str, Result], prompts: Sequence[str], output: Path) -> bool:
-    """Write the sheet and print what came out. Returns whether all agree with the stock nodes."""
+def _report(results: dict[str, Result], prompts: Sequence[str], output: Path) -> bool:
+    """Write the sheet and print the results. Return whether all agree with the stock nodes."""
     sheet = output / "sheet.png"
     write_sheet({name: result.pictures for name, result in results.items()}, prompts, sheet)
     print(f"\n{len(prompts)} pictures by each way, side by side: {sheet}")

@@ -1,4 +1,4 @@
-"""The demo's words as a CLIP of ComfyUI: a tokenizer and a text model, of the shape that comfy.sd.CLIP asks for."""
+"""The demo's words as a CLIP of ComfyUI: a tokenizer and a text model, as comfy.sd.CLIP expects them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .words import encode
 
 
 class WordTokenizer:
-    """Leaves the prompt as it is: the encoder reads words. It knows no weights of words, "(like this:1.2)"."""
+    """Leave the prompt as it is, because the encoder reads words. Weights such as "(this:1.2)" are not supported."""
 
     def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict[str, Any] | None = None) -> None:
         pass
@@ -26,7 +26,7 @@ class WordTokenizer:
 
 
 class WordEncoder(nn.Module):
-    """(1, words, width) of a prompt, without weights: words.py says how."""
+    """Encode a prompt as (1, words, width), without trained weights (words.py)."""
 
     def __init__(
         self,
@@ -48,5 +48,5 @@ class WordEncoder(nn.Module):
 
 
 def word_clip() -> comfy.sd.CLIP:
-    """A CLIP for ComfyUI's text nodes."""
+    """Return a CLIP for ComfyUI's text nodes."""
     return comfy.sd.CLIP(ClipTarget(WordTokenizer, WordEncoder))

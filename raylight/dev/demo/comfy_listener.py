@@ -1,4 +1,4 @@
-"""What ComfyUI tells its clients while it works: progress, previews, results, errors."""
+"""ComfyUI's messages to its clients while it works: progress, previews, results, errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IMAGE_FORMATS = {1: "image/jpeg", 2: "image/png"}
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A message in JSON, such as "executing", "progress", "executed", "execution_error"."""
+    """A JSON message, such as "executing", "progress", "executed", "execution_error"."""
 
     type: str
     data: dict[str, Any]
@@ -41,10 +41,10 @@ Message = Event | Preview
 
 
 class Listener:
-    """Collects all messages to one client in a thread. Only prompts submitted with the same client id tell of it."""
+    """Collect all messages to one client in a thread: those about prompts submitted with its client id."""
 
     def __init__(self, url: str, timeout: float = 10.0) -> None:
-        """Connect to a /ws address. On return, the server knows of this client: no message is missed."""
+        """Connect to a /ws address. On return the server knows this client, so no message is missed."""
         self._messages: list[Message] = []
         self._changed = threading.Condition()
         self._ended: Exception | None = None
@@ -62,7 +62,7 @@ class Listener:
 
     @property
     def messages(self) -> list[Message]:
-        """All so far, in order."""
+        """Return all messages so far, in order."""
         with self._changed:
             return list(self._messages)
 
@@ -71,13 +71,13 @@ class Listener:
         return [message for message in self.messages if isinstance(message, Preview)]
 
     def events(self, type: str) -> list[Event]:
-        """All events of one type so far."""
+        """Return all events of one type so far."""
         return [message for message in self.messages if isinstance(message, Event) and message.type == type]
 
     def wait_for(self, predicate: Callable[[Message], bool], timeout: float) -> Message:
-        """The first message, past or to come, that fulfils `predicate`.
+        """Return the first message, past or future, that satisfies `predicate`.
 
-        Raises TimeoutError when none has come in time, and ConnectionError when none can come any more.
+        Raises TimeoutError: none arrived in time. Raises ConnectionError: none can arrive any more.
         """
         deadline = time.monotonic() + timeout
         seen = 0
@@ -96,7 +96,7 @@ class Listener:
                 self._changed.wait(remaining)
 
     def close(self) -> None:
-        """Say good-bye and end the thread. The collected messages stay."""
+        """Close the connection and end the thread. The collected messages stay."""
         try:
             self._socket.send_close()
             self._thread.join(timeout=2.0)
@@ -127,7 +127,7 @@ class Listener:
 
 
 def _decode(code: int, payload: bytes) -> Message | None:
-    """A frame as a message; None for a kind of binary frame that is not known."""
+    """Decode a frame; None for an unknown kind of binary frame."""
     if code == websocket.ABNF.OPCODE_TEXT:
         content = json.loads(payload)
         return Event(content["type"], content.get("data") or {})

@@ -1,4 +1,4 @@
-"""One program in a session of its own, ended together with all that it started."""
+"""A program in its own session, which ends together with everything that it started."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _TICK = 0.05
 class ComfyProcess:
     """A running program whose output goes to a file.
 
-    The session (POSIX) keeps a terminal's Ctrl-C from it, so that its owner decides when it ends. The session, and a
-    mark in the environment, still tell which processes are its own when it is dead and they have left its process
-    group (as Ray's do). One of the two is not enough: a daemon leaves the session, and a process that changes its
-    title (as Ray's workers do) may overwrite what can be read of its environment.
+    In its own session (POSIX) it does not get a terminal's Ctrl-C, so its owner decides when it ends. The session and a
+    mark in the environment identify its processes even after it is dead and they have left its process group (as Ray's
+    do). One of the two is not enough: a daemon leaves the session, and a process that changes its title (as Ray's
+    workers do) may overwrite its readable environment.
     """
 
     def __init__(self, command: Sequence[str], *, cwd: Path, environ: Mapping[str, str], log: Path) -> None:
@@ -54,9 +54,9 @@ class ComfyProcess:
         return self._process.pid
 
     def exit_code(self) -> int | None:
-        """Its exit code, negative for a signal, or None while it runs.
+        """Return its exit code, negative for a signal, or None while it runs.
 
-        It is not reaped, where that is possible: until `stop`, nobody else can get its number, which is also its
+        It is not reaped where that is possible: until `stop`, no other process can get its number, which is also its
         session's.
         """
         if self._process.returncode is not None or not hasattr(os, "waitid"):
@@ -67,9 +67,9 @@ class ComfyProcess:
         return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
     def stop(self) -> None:
-        """Interrupt it and wait, then terminate it and wait, then kill whatever is left of it and of what it started.
+        """Interrupt it and wait, then terminate it and wait, then kill what is left of it and of what it started.
 
-        Whatever interrupts the waiting, the killing is done.
+        The kill happens even if the wait is interrupted.
         """
         if self._stopped:
             return
@@ -96,7 +96,7 @@ class ComfyProcess:
         return True
 
     def _kill_rest(self) -> None:
-        """Kill all that is left, again while more turns up, as a process can fork before it is killed."""
+        """Kill all that is left, repeatedly, because a process can fork before it is killed."""
         deadline = time.monotonic() + KILL_PATIENCE
         while left := [process for process in psutil.process_iter() if self._is_ours(process)]:
             if time.monotonic() > deadline:
@@ -110,7 +110,7 @@ class ComfyProcess:
             time.sleep(_TICK)
 
     def _is_ours(self, process: psutil.Process) -> bool:
-        """Whether a process that runs is this one, or was started by it or by what it started."""
+        """Return whether a running process is this one or one of its descendants."""
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False

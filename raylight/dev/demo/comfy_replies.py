@@ -1,4 +1,4 @@
-"""What ComfyUI answers, as types: a prompt's history, the queue, and its refusals as exceptions."""
+"""ComfyUI's answers as types: a prompt's history, the queue, and errors as exceptions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ComfyError(RuntimeError):
 
 
 class PromptRejected(ComfyError):
-    """ComfyUI found a graph invalid. `node_errors` is its own account, by node id."""
+    """ComfyUI found a graph invalid. `node_errors` has its reasons by node id."""
 
     def __init__(self, message: str, node_errors: dict[str, Any]) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class PromptInterrupted(PromptFailed):
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What ComfyUI keeps of a prompt that has ended, however it did. `messages` are (type, data)."""
+    """ComfyUI's record of a prompt that has ended in any way. `messages` are (type, data)."""
 
     prompt_id: str
     status: str
@@ -44,38 +44,38 @@ class History:
 
     @classmethod
     def of(cls, prompt_id: str, entry: dict[str, Any]) -> History:
-        """From an entry of /history."""
+        """Make it from an entry of /history."""
         status = entry.get("status") or {}
         messages = tuple((kind, data) for kind, data in status.get("messages", ()))
         return cls(prompt_id, status.get("status_str", "unknown"), entry.get("outputs", {}), messages)
 
     def message(self, type: str) -> dict[str, Any] | None:
-        """The data of the first message of a type, such as "execution_error"."""
+        """Return the data of the first message of a type, such as "execution_error"."""
         return next((data for kind, data in self.messages if kind == type), None)
 
     @property
     def seconds(self) -> float:
-        """How long it ran, by ComfyUI's own clock."""
+        """Return how long it ran, by ComfyUI's own clock."""
         stamps = [data["timestamp"] for _, data in self.messages if "timestamp" in data]
         return (max(stamps) - min(stamps)) / 1000 if stamps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The ids of the prompts that run and that wait."""
+    """The ids of the running and the waiting prompts."""
 
     running: tuple[str, ...]
     pending: tuple[str, ...]
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Queue:
-        """From the answer to /queue, whose items are [number, prompt id, graph, ...]."""
+        """Make it from the answer to /queue, whose items are [number, prompt id, graph, ...]."""
         running, pending = (tuple(item[1] for item in content[name]) for name in ("queue_running", "queue_pending"))
         return cls(running, pending)
 
 
 def refusal(request: Request, response: HTTPError) -> ComfyError:
-    """ComfyUI's answer with an error status as an exception that carries what it says."""
+    """Return ComfyUI's answer with an error status as an exception with its text."""
     body = response.read().decode("utf-8", errors="replace")
     try:
         content = json.loads(body)
@@ -92,7 +92,7 @@ def refusal(request: Request, response: HTTPError) -> ComfyError:
 
 
 def raise_unless_success(history: History) -> None:
-    """Raise PromptFailed or PromptInterrupted, with ComfyUI's own words, for a prompt that ended otherwise."""
+    """Raises PromptFailed or PromptInterrupted: the prompt did not succeed; with ComfyUI's own text."""
     if (details := history.message("execution_error")) is not None:
         raise PromptFailed(
             f"node {details.get('node_id')} ({details.get('node_type')}) raised {details.get('exception_type')}: "

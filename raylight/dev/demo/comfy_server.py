@@ -1,4 +1,4 @@
-"""A real ComfyUI as a subprocess, driven through the same HTTP and websocket interface that a browser uses."""
+"""A real ComfyUI as a subprocess, driven through the HTTP and websocket interface that a browser uses."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _POLL = 0.1
 
 
 class ComfyServer:
-    """ComfyUI on a free port of the loopback interface, with all that it writes in a directory of its own.
+    """ComfyUI on a free port of the loopback interface, which writes only into its own directory.
 
-    Use it as a context manager: whatever happens inside, no process is left behind.
+    Use it as a context manager: no process is left behind, whatever happens inside.
 
         with ComfyServer(work_dir, model_paths={"diffusion_models": models}) as server:
             history = server.run(graph, timeout=60)
@@ -79,7 +79,7 @@ class ComfyServer:
     # -- life ---------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start it and wait until it answers. Raises ComfyError with the end of its log when it does not."""
+        """Start it and wait until it answers. Raises ComfyError: it does not; with the end of its log."""
         if self._process is not None:
             raise ComfyError("this ComfyUI is running already")
         began = time.monotonic()
@@ -97,13 +97,13 @@ class ComfyServer:
         logger.info("ComfyUI answers on port %d after %.1f s", self.port, time.monotonic() - began)
 
     def _bring_datasets(self) -> None:
-        """ComfyUI before 0.30 looks for them in its output directory only."""
+        """Copy datasets to the output directory, where ComfyUI before 0.30 looks for them."""
         source = self._model_paths.get("datasets")
         if source is not None and is_older(ComfyUI(self.comfyui, "").version, "0.30.0"):
             shutil.copytree(source, self.directory("output"), dirs_exist_ok=True)
 
     def stop(self) -> None:
-        """End it: ask, insist, kill. Nothing that it started is left. Does nothing when it is not running."""
+        """Interrupt, terminate, then kill it and all that it started. Does nothing if it is not running."""
         if self._process is not None:
             self._process.stop()
             self._process = None
@@ -122,44 +122,46 @@ class ComfyServer:
         return None if self._process is None else self._process.pid
 
     def directory(self, kind: str) -> Path:
-        """Its directory for "input", "output", "temp" or "user" files."""
+        """Return its directory for "input", "output", "temp" or "user" files."""
         return self.work_dir / kind
 
     def log_tail(self, lines: int = 40) -> str:
-        """The end of what it has printed, without colours."""
+        """Return the end of its output, without color codes."""
         text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text("utf-8", errors="replace"))
         return "\n".join(text.splitlines()[-lines:])
 
     # -- what it knows ------------------------------------------------------------------------------------------
 
     def object_info(self, node: str | None = None) -> dict[str, Any]:
-        """The description of one node class, or of all by name. Raises LookupError for one that is not there."""
+        """Return the description of one node class, or of all by name. Raises LookupError: there is no such class."""
         if node is None:
             return self._get("/object_info")
         info = self._get(f"/object_info/{node}")
         if node not in info:
-            raise LookupError(f"this ComfyUI has no node {node}. Whether its pack failed to load is told in {self.log}")
+            raise LookupError(
+                f"this ComfyUI has no node {node}. See {self.log} for why its pack may have failed to load"
+            )
         return info[node]
 
     def queue(self) -> Queue:
         return Queue.of(self._get("/queue"))
 
     def history(self, prompt_id: str) -> History | None:
-        """What is kept of a prompt, None while it has not ended."""
+        """Return the record of a prompt, or None if it has not ended."""
         entry = self._get(f"/history/{prompt_id}").get(prompt_id)
         return None if entry is None else History.of(prompt_id, entry)
 
     # -- work ---------------------------------------------------------------------------------------------------
 
     def submit(self, graph: Graph) -> str:
-        """Queue a graph in API format, and return its prompt id. Raises PromptRejected when it is not valid."""
+        """Queue a graph in API format and return its prompt id. Raises PromptRejected: it is invalid."""
         return self._post("/prompt", {"prompt": graph, "client_id": self.client_id})["prompt_id"]
 
     def wait(self, prompt_id: str, timeout: float) -> History:
         """Wait for a prompt's end.
 
-        Raises PromptFailed or PromptInterrupted when it did not succeed, and TimeoutError, after interrupting it,
-        when it has not ended in time.
+        Raises PromptFailed or PromptInterrupted: it did not succeed. Raises TimeoutError: it did not end in time, and
+        was interrupted.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -182,16 +184,17 @@ class ComfyServer:
         return self.wait(self.submit(graph), timeout)
 
     def interrupt(self, prompt_id: str | None = None) -> None:
-        """Cancel what runs, or only if it is this prompt. Returns at once: the prompt ends when its node looks."""
+        """Cancel the running prompt, or only this one if it runs. Returns at once; the prompt ends when its node
+        checks."""
         self._post("/interrupt", {} if prompt_id is None else {"prompt_id": prompt_id})
 
     def free(self) -> None:
-        """Have ComfyUI unload models and empty its cache when no prompt runs, as the buttons in its frontend do."""
+        """Have ComfyUI unload models and empty its cache when no prompt runs, like the buttons in its frontend."""
         self._post("/free", {"unload_models": True, "free_memory": True})
 
     @contextmanager
     def listen(self) -> Iterator[Listener]:
-        """Collect what it tells of the prompts submitted here: progress, previews, errors. One listener at a time."""
+        """Collect messages about prompts submitted here: progress, previews, errors. One listener at a time."""
         listener = Listener(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}")
         try:
             yield listener
@@ -199,7 +202,7 @@ class ComfyServer:
             listener.close()
 
     def output_files(self, history: History, node: str | None = None) -> list[Path]:
-        """The files that a prompt, or one node of it, wrote."""
+        """Return the files that a prompt, or one node of it, wrote."""
         outputs = history.outputs.values() if node is None else [history.outputs.get(node, {})]
         items = [item for output in outputs for value in output.values() if isinstance(value, list) for item in value]
         # ComfyUI makes a directory "temp" in the one for temporary files that it is given.
@@ -249,7 +252,8 @@ class ComfyServer:
         return self._request(urllib.request.Request(url, json.dumps(content).encode(), headers))
 
     def _request(self, request: urllib.request.Request) -> dict[str, Any]:
-        """Raises ComfyError when the process has ended, ConnectionError when it runs but does not answer."""
+        """Send a request. Raises ComfyError: the process has ended. Raises ConnectionError: it runs but does not
+        answer."""
         code = None if self._process is None else self._process.exit_code()
         if self._process is None or code is not None:
             raise ComfyError(f"ComfyUI is not running (exit code {code}). Its log:\n{self.log_tail()}")

@@ -1,4 +1,4 @@
-"""The demo's graphs: a picture of what a prompt says, by stock nodes alone and on workers in both ways."""
+"""The demo's graphs: a picture of a prompt, by stock nodes and on workers in two ways."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ Job = Sampling
 
 
 def stock(job: Job, text: str, vae: str, prefix: str) -> Graph:
-    """UNETLoader and KSampler (Advanced), nothing of Raylight."""
+    """Return a graph of UNETLoader and KSampler (Advanced), without Raylight."""
     return _from_text(graphs.stock(job, prefix), text, vae, prefix)
 
 
 def sampler_node(job: Job, text: str, vae: str, prefix: str, workers: int) -> Graph:
-    """Ray Initializer, Load Diffusion Model (Ray) and XFuser KSampler (Advanced)."""
+    """Return a graph of Ray Initializer, Load Diffusion Model (Ray) and XFuser KSampler (Advanced)."""
     return _from_text(graphs.on_workers(job, workers, prefix), text, vae, prefix)
 
 
 def drop_in(job: Job, text: str, vae: str, prefix: str, workers: int) -> Graph:
-    """The stock graph with Load Diffusion Model as MODEL (Ray) in the place of its loader."""
+    """Return the stock graph with Load Diffusion Model as MODEL (Ray) in place of its loader."""
     graph = stock(job, text, vae, prefix)
     graph["workers"] = graphs.on_workers(job, workers)["workers"]
     graph["model"] = {
@@ -30,7 +30,7 @@ def drop_in(job: Job, text: str, vae: str, prefix: str, workers: int) -> Graph:
 
 
 def _from_text(graph: Graph, text: str, vae: str, prefix: str) -> Graph:
-    """The graph with its stored conditioning replaced by text, and its latent decoded and saved as a picture too."""
+    """Replace a graph's stored conditioning by text, and also decode its latent and save it as a picture."""
     sample = graph["sample"]
     inputs = sample["inputs"] | {"positive": ["positive", 0], "negative": ["negative", 0]}
     return graph | {

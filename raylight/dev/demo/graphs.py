@@ -1,4 +1,4 @@
-"""Graphs in ComfyUI's API format: the same picture once by stock nodes and once by workers."""
+"""Graphs in ComfyUI's API format: the same picture by stock nodes and by workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Graph = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What both graphs have in common. `prompts` names the stored conditioning; sizes are in pixels and frames."""
+    """What both graphs share. `prompts` names the stored conditioning; sizes are in pixels and frames."""
 
     model: str
     positive: str = "positive"
@@ -39,7 +39,7 @@ class Sampling:
 
 
 def stock(job: Sampling, prefix: str = "stock") -> Graph:
-    """UNETLoader and KSampler (Advanced), nothing of Raylight."""
+    """Return a graph of UNETLoader and KSampler (Advanced), without Raylight."""
     return _common(job, prefix) | {
         "model": {"class_type": "UNETLoader", "inputs": {"unet_name": job.model, "weight_dtype": "default"}},
         "sample": {"class_type": "KSamplerAdvanced", "inputs": _sampler(job) | {"model": ["model", 0]}},
@@ -47,7 +47,7 @@ def stock(job: Sampling, prefix: str = "stock") -> Graph:
 
 
 def on_workers(job: Sampling, workers: int, prefix: str = "raylight", **initializer: Any) -> Graph:
-    """The same on `workers` workers; further arguments replace inputs of the Ray initializer."""
+    """Return the same graph on `workers` workers; other arguments replace inputs of the Ray initializer."""
     settings = {
         "ray_cluster_address": "local",
         "ray_cluster_namespace": "default",

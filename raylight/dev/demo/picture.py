@@ -1,4 +1,4 @@
-"""One sheet of all of the demo's pictures: a column for each prompt, a row for each way of sampling."""
+"""One sheet of all of the demo's pictures: a column per prompt, a row per way of sampling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LABEL = 30
 
 
 def write_sheet(rows: Mapping[str, Sequence[Path]], prompts: Sequence[str], path: Path) -> None:
-    """Write the pictures of `rows` by name, each as many as there are prompts, with names and prompts beside them."""
+    """Write the named rows of pictures, one picture per prompt, with names and prompts beside them."""
     width = GAP + len(prompts) * (SIDE + GAP)
     sheet = Image.new("RGB", (width, LABEL + len(rows) * (LABEL + SIDE) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
@@ -31,7 +31,7 @@ def write_sheet(rows: Mapping[str, Sequence[Path]], prompts: Sequence[str], path
 
 
 def _write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, colour: str = "black") -> None:
-    """Text in as large letters as fit, up to 15."""
+    """Write text in the largest letters that fit, up to 15."""
     for size in range(15, 6, -1):
         font = ImageFont.load_default(size)
         if draw.textlength(text, font) <= width:

@@ -1,6 +1,6 @@
-"""Stored conditioning: what a text encoder would give, at random, for ComfyUI's own Load Training Dataset node.
+"""Random stored conditioning in place of a text encoder's, for ComfyUI's Load Training Dataset node.
 
-A text encoder of the real size is gigabytes; its output is a small tensor, and ComfyUI can load one.
+A text encoder of real size is gigabytes; its output is a small tensor that ComfyUI can load.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def write_prompt(folder: Path, conditioning: list[Any]) -> None:
 
 
 def random_prompt(tokens: int, width: int, seed: int, pooled: int = 0, **options: Any) -> list[Any]:
-    """Random conditioning of one prompt: (1, tokens, width), and a pooled output (1, pooled) if there is one."""
+    """Return random conditioning of one prompt: (1, tokens, width), and a pooled output (1, pooled) if there is one."""
     generator = torch.Generator().manual_seed(seed)
     embedding = torch.randn(1, tokens, width, generator=generator)
     if pooled:

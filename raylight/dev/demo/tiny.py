@@ -1,6 +1,6 @@
 """Checkpoints of real architectures at tiny widths, with random weights from a fixed seed.
 
-Key names and shapes are those of published files, so ComfyUI detects and loads them as such.
+Key names and shapes follow published files, so ComfyUI detects and loads them.
 """
 
 from __future__ import annotations
@@ -68,10 +68,9 @@ FAMILIES: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def write_checkpoint(path: Path, family: str, *, heads: int = 3, layers: int = 2, seed: int = 0) -> None:
-    """Write a random model of a family as a safetensors file of float32 tensors, as the published ones are named.
+    """Write a random model of a family as a safetensors file of float32 tensors with published key names.
 
-    Linear weights are scaled by fan-in, so that activations neither vanish nor grow and every token
-    matters to the result.
+    Linear weights are scaled by fan-in, so that activations neither vanish nor grow and every token affects the result.
     """
     model = FAMILIES[family](heads, layers)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Prompts for the demo's model without a text encoder of gigabytes: each word is a vector that its letters decide."""
+"""Prompts for the demo's model without gigabytes of text encoder: a word is a vector computed from its letters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WIDTH = 128
 
 
 def encode(prompt: str) -> Tensor:
-    """A prompt as (1, tokens, WIDTH), a token for each word and zeros after the last, at least TOKENS of them.
+    """Encode a prompt as (1, tokens, WIDTH): a token per word, then zeros up to at least TOKENS.
 
-    A token is the word's vector and that of the word before, so that a colour is known to belong to a thing. No prompt
-    ("") is zeros alone.
+    A token holds the vectors of its word and of the word before, so that a color belongs to a thing. An empty prompt is
+    all zeros.
     """
     words = split(prompt)
     tokens = torch.zeros(1, max(TOKENS, len(words)), WIDTH)
@@ -27,13 +27,13 @@ def encode(prompt: str) -> Tensor:
 
 
 def split(prompt: str) -> list[str]:
-    """The words of a prompt, in small letters."""
+    """Return the words of a prompt in lower case."""
     return re.findall(r"[\w']+", prompt.lower())
 
 
 @functools.cache
 def _vector(word: str) -> Tensor:
-    """(WIDTH / 2) normal numbers from a seed made of the letters, the same everywhere; zeros for no word."""
+    """Return (WIDTH / 2) normal numbers seeded by the letters, the same everywhere; zeros for no word."""
     if not word:
         return torch.zeros(WIDTH // 2)
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")

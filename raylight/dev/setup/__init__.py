@@ -1,1 +1,1 @@
-"""From a fresh clone to a ComfyUI that runs: an environment, a ComfyUI, a link. Standard library only."""
+"""Set-up of a fresh clone: an environment, a ComfyUI, a link. Standard library only."""

@@ -1,25 +1,24 @@
-"""Set Raylight up from a fresh clone, and run its demo or its tests. Needs nothing but Python 3.10 or later.
+"""Set up Raylight from a fresh clone, and run its demo or its tests. Needs only Python 3.10 or later.
 
     python3 raylight/dev/setup/bootstrap.py [--comfyui RELEASE] COMMAND [arguments]
 
     setup           set up: a ComfyUI, an environment in .venv, a link in that ComfyUI's custom_nodes
     demo [...]      set up, then run the demo with these arguments
-    test [...]      set up, then run pytest with these arguments, without the tests marked slow unless one of the
-                    arguments chooses tests: a path inside tests/, -k, -m, --last-failed
-    test-all [...]  the same with the tests marked slow
-    smoke [...]     set up, then run the few tests that say whether a release of ComfyUI works at all
+    test [...]      set up, then run pytest with these arguments, without slow tests unless an argument selects
+                    tests: a path in tests/, -k, -m, --last-failed
+    test-all [...]  the same with slow tests
+    smoke [...]     set up, then run a few tests that show whether a release of ComfyUI works at all
     test-gpu [...]  set up, then run the tests that need GPUs, on all that PyTorch sees
     lint [...]      set up, then run ruff check with these arguments
     format [...]    set up, then run ruff format with these arguments
     types [...]     set up, then check types with these arguments
     workflows       set up, then write the templates in example_workflows
-    versions        set up, then write the versions of what is installed to tests/versions.txt
+    versions        set up, then write the installed versions to tests/versions.txt
     comfyui-path    print which ComfyUI is used
 
-ComfyUI is $COMFYUI_PATH, or the one whose custom_nodes/ holds this checkout, or a copy that is downloaded. With
---comfyui 0.24 (0.27, 0.30) it is a copy of that release, and what that needs in other versions than .venv has them
-goes into .venv-0.24.
-A second run finds everything in place and does nothing.
+The ComfyUI is that of $COMFYUI_PATH, or the one whose custom_nodes/ holds this checkout, or a downloaded copy. With
+--comfyui 0.24 (0.27, 0.30) it is a copy of that release; packages that it needs in other versions than those in .venv
+go into .venv-0.24. A second run finds everything in place and does nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # Run as a file: Python has put this directory on the path, where the checkout's root is needed.
+    # Run as a file: Python put this directory on the path instead of the checkout's root.
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from raylight.dev.setup import comfyui, environment, overlay
@@ -56,11 +55,11 @@ COMMANDS = {
 
 TESTS = ("test", "test-all", "smoke")
 CHOICES = ("-k", "-m", "--lf", "--last-failed")
-"""Options by which a person chooses tests, so that nothing else may leave any out."""
+"""Options that select tests: with one of them, slow tests are not left out."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command, as the module's text tells. Returns the exit code."""
+    """Run one command, as described in the module's docstring, and return its exit code."""
     release = ""
     if arguments[:1] == ["--comfyui"]:
         release, arguments = "".join(arguments[1:2]), arguments[2:]
@@ -86,7 +85,7 @@ def main(arguments: list[str]) -> int:
         print(f"\nraylight: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nraylight: interrupted; run the same command again to go on", file=sys.stderr)
+        print("\nraylight: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     program = COMMANDS[command]
     if program is None:
@@ -97,7 +96,7 @@ def main(arguments: list[str]) -> int:
             say("tests marked slow are left out: `make test-all` runs them too")
             program = [*program, "-m", "not slow"]
         if not named:
-            # Always a path inside tests/: it is by this that pytest finds its configuration there.
+            # pytest finds its configuration only through a path inside tests/.
             program = [*program, "tests"]
     variables = {**os.environ, comfyui.VARIABLE: str(host.root)}
     if command == "types":  # it asks this Python, with this path, where ComfyUI and the packages are
@@ -116,13 +115,13 @@ def check_release(release: str, environ: Mapping[str, str]) -> None:
     comfyui.pinned(release)
     if environ.get(comfyui.VARIABLE):
         raise SetupError(
-            f"COMFYUI = {release} asks for a release of ComfyUI, and {comfyui.VARIABLE} for yours in "
+            f"COMFYUI = {release} names a release of ComfyUI, but {comfyui.VARIABLE} names yours in "
             f"{environ[comfyui.VARIABLE]}: unset one of them."
         )
 
 
 def names_tests(argument: str, checkout: Path) -> bool:
-    """Whether an argument of pytest is a part of tests/, such as tests/setup or tests/setup/test_link.py::test_it."""
+    """Return whether a pytest argument is a path in tests/, such as tests/setup or tests/setup/test_link.py::test_x."""
     path = os.path.realpath(checkout / argument.split("::")[0])
     return os.path.exists(path) and checkout / "tests" in Path(path).parents
 
@@ -130,15 +129,15 @@ def names_tests(argument: str, checkout: Path) -> bool:
 def found_comfyui(checkouts: list[Path]) -> comfyui.ComfyUI:
     found = comfyui.find(checkouts, os.environ)
     if found is None:
-        raise SetupError(f"there is no ComfyUI yet. Run the command setup, or set {comfyui.VARIABLE} to one of yours.")
+        raise SetupError(f"there is no ComfyUI yet. Run the command setup, or set {comfyui.VARIABLE} to your own.")
     return found
 
 
 def set_up(checkouts: list[Path]) -> tuple[comfyui.ComfyUI, environment.Environment]:
-    """Bring all that the demo and the tests need into place. Cheap when it already is."""
+    """Set up all that the demo and the tests need. Cheap if it is already there."""
     checkout = checkouts[0]
     say(f"Python {'.'.join(map(str, sys.version_info[:3]))}")
-    host = comfyui.find(checkouts, os.environ)  # before the minutes that pip takes: COMFYUI_PATH may be wrong
+    host = comfyui.find(checkouts, os.environ)  # before pip takes minutes: COMFYUI_PATH may be wrong
     if host is not None:
         check_place(host.root, checkout)  # likewise
     env = environment.Environment(checkout / ".venv")
@@ -155,7 +154,7 @@ def set_up(checkouts: list[Path]) -> tuple[comfyui.ComfyUI, environment.Environm
 def set_up_release(
     checkout: Path, release: str, host: comfyui.ComfyUI, env: environment.Environment
 ) -> tuple[comfyui.ComfyUI, environment.Environment]:
-    """The same for a copy of that release, with an environment over `env`, where `host` is not that copy already."""
+    """Set up a copy of that release with an environment over `env`, unless `host` already is that copy."""
     version = comfyui.pinned(release)
     root = comfyui.cached_root(checkout, version)
     if root == host.root:

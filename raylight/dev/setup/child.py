@@ -1,4 +1,4 @@
-"""Running the demo or the tests so that Ctrl-C reaches them once, and their own clean-up is waited for."""
+"""Run the demo or the tests so that Ctrl-C reaches them once, and wait for their clean-up."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from types import FrameType
 
 
 def run_child(command: list[str], cwd: Path, environ: Mapping[str, str]) -> int:
-    """Run a command to its end and return its exit code, 128 + n if signal n ended it, as a shell does.
+    """Run a command to its end and return its exit code, or 128 + n if signal n ended it, as a shell does.
 
-    SIGINT and SIGTERM do not end this process. They are passed on, except for a SIGINT that the terminal has already
-    sent to the child as well: a second one would break into the clean-up after the first.
+    SIGINT and SIGTERM do not end this process. They are passed on, except a SIGINT that the terminal has already sent
+    to the child: a second one would interrupt the clean-up after the first.
     """
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -39,7 +39,7 @@ def run_child(command: list[str], cwd: Path, environ: Mapping[str, str]) -> int:
 
 
 def _terminal_signals_group() -> bool:
-    """Whether Ctrl-C comes from a terminal, which sends it to the child as well, as it is in the same group."""
+    """Return whether Ctrl-C comes from a terminal, which also sends it to the child, as it is in the same group."""
     if os.name == "nt":
         return True
     try:

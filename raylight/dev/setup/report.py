@@ -1,4 +1,4 @@
-"""How set-up talks to a person: one line a step, and failures that say what to do."""
+"""Output of the set-up: one line per step, and failures with a remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TAIL_LINES = 20
 
 
 class SetupError(Exception):
-    """An expected failure. Its text says what went wrong and what to do; it is shown without a traceback."""
+    """An expected failure, shown without a traceback. Its text has the cause and the remedy."""
 
 
 def say(line: str) -> None:
@@ -18,8 +18,8 @@ def say(line: str) -> None:
 
 
 def run_tool(command: list[str], *, log: Path, failure: str) -> None:
-    """Run a command with its output in `log`. Raises SetupError of `failure` and the end of that output."""
-    # A person's own configuration may ask for --user, which pip refuses inside a virtual environment.
+    """Run a command with its output in `log`. Raises SetupError: it failed; with `failure` and the output's end."""
+    # The user's own configuration may set --user, which pip refuses inside a virtual environment.
     environ = os.environ | {"PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as output:

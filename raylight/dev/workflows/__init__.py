@@ -1,4 +1,4 @@
-"""The workflow templates of `example_workflows/`: one description in Python, and what makes files of it.
+"""The workflow templates of `example_workflows/`, described in Python and written as files.
 
-Nothing here imports ComfyUI: what its nodes look like is in `signatures`, which the tests compare with ComfyUI.
+Nothing here imports ComfyUI. `signatures` describes its nodes, and the tests compare that with ComfyUI.
 """

@@ -15,12 +15,12 @@ FOLDER = Path(__file__).resolve().parents[3] / "example_workflows"
 
 
 def text(template: Template) -> str:
-    """The content of a template's file."""
+    """Return the content of a template's file."""
     return json.dumps(template.to_json(), ensure_ascii=False, indent=1) + "\n"
 
 
 def main(arguments: list[str]) -> int:
-    """Write all files, and remove those of templates that are no more."""
+    """Write all files, and remove those of templates that no longer exist."""
     parser = argparse.ArgumentParser(prog="make workflows", description=__doc__)
     parser.add_argument("--output", type=Path, default=FOLDER, help="the folder (default: example_workflows)")
     folder = parser.parse_args(arguments).output

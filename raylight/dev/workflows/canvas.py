@@ -1,4 +1,4 @@
-"""A drawing with smooth edges: everything is drawn larger and made smaller at the end."""
+"""A drawing with smooth edges: drawn larger, then reduced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHITE: Color = (255, 255, 255)
 
 
 class Canvas:
-    """All numbers are in pixels of the finished picture of SIZE x SIZE."""
+    """A picture of SIZE x SIZE; all numbers are in pixels of the finished picture."""
 
     def __init__(self, ground: Image.Image) -> None:
         self._image = ground.resize((SIZE * _SCALE, SIZE * _SCALE), Image.Resampling.BICUBIC)
@@ -32,7 +32,7 @@ class Canvas:
         self._draw.line([_scaled(point) for point in points], fill, round(width * _SCALE), joint="curve")
 
     def arrow(self, start: Point, end: Point, fill: Color, width: float = 2.5) -> None:
-        """A straight arrow, along one of the axes."""
+        """Draw a straight arrow along one of the axes."""
         self.line((start, end), fill, width)
         self._head(start, end, fill)
 
@@ -53,7 +53,7 @@ class Canvas:
     def text(
         self, place: Point, text: str, size: float, *, fill: Color = WHITE, bold: bool = False, centered: bool = False
     ) -> None:
-        """`place` is the upper left corner, or with `centered` the middle."""
+        """Draw text; `place` is the upper left corner, or with `centered` the middle."""
         self._draw.text(
             _scaled(place),
             text,

@@ -1,4 +1,4 @@
-"""What the GPUs do in each mode, drawn in the middle of a card."""
+"""The work of the GPUs in each mode, drawn in the middle of a card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GPU_TOP, _GPU_BOTTOM = 338, 408
 
 
 def usp(canvas: Canvas, season: int, moving: bool) -> None:
-    """One picture, a strip of its tokens for each GPU, and what they exchange."""
+    """Draw one picture, a strip of its tokens per GPU, and their exchange."""
     picture = scene(season, 2.74)
     if moving:
         for frame in (2, 1):
@@ -41,7 +41,7 @@ def usp(canvas: Canvas, season: int, moving: bool) -> None:
 
 
 def fsdp(canvas: Canvas, season: int, moving: bool) -> None:
-    """A model's blocks, each cut into a part for each GPU."""
+    """Draw a model's blocks, each cut into one shard per GPU."""
     _blocks(canvas, 146, 290)
     for gpu in range(GPUS):
         canvas.arrow((_middle(gpu), 300), (_middle(gpu), 330), COLORS[gpu])
@@ -49,7 +49,7 @@ def fsdp(canvas: Canvas, season: int, moving: bool) -> None:
 
 
 def offload(canvas: Canvas, season: int, moving: bool) -> None:
-    """The same parts in system memory, from where blocks come to the GPUs."""
+    """Draw the same shards in system memory, from where blocks go to the GPUs."""
     _gpus(canvas, 146, 206)
     for gpu in range(GPUS):
         canvas.arrow((_middle(gpu), 252), (_middle(gpu), 216), COLORS[gpu])
@@ -59,7 +59,7 @@ def offload(canvas: Canvas, season: int, moving: bool) -> None:
 
 
 def data_parallel(canvas: Canvas, season: int, moving: bool) -> None:
-    """A picture of its own on each GPU."""
+    """Draw a separate picture on each GPU."""
     for gpu in range(GPUS):
         left = _x(gpu)
         canvas.box((left, 146, left + _WIDTH, 172), fill=COLORS[gpu], radius=6)
@@ -71,7 +71,7 @@ def data_parallel(canvas: Canvas, season: int, moving: bool) -> None:
 
 
 def cfg_parallel(canvas: Canvas, season: int, moving: bool) -> None:
-    """The positive prompt on one half of the GPUs, the negative one on the other."""
+    """Draw the positive prompt on one half of the GPUs and the negative one on the other."""
     for half, (label, color) in enumerate((("positive", COLORS[2]), ("negative", (236, 104, 104)))):
         first = half * GPUS // 2
         left, right = _x(first), _x(first + 1) + _WIDTH
@@ -84,7 +84,7 @@ def cfg_parallel(canvas: Canvas, season: int, moving: bool) -> None:
 
 
 def drop_in(canvas: Canvas, season: int, moving: bool) -> None:
-    """A loader like any other in a chain of nodes, with GPUs behind it."""
+    """Draw an ordinary loader in a chain of nodes, with GPUs behind it."""
     _node(canvas, (_LEFT, 150, 244, 236), "Load Model (Ray)", (70, 78, 150))
     _node(canvas, (316, 150, _RIGHT, 236), "KSampler", (62, 64, 76))
     canvas.line(
@@ -101,7 +101,7 @@ def drop_in(canvas: Canvas, season: int, moving: bool) -> None:
 
 
 def loras(canvas: Canvas, season: int, moving: bool) -> None:
-    """Two LoRAs on a model that all GPUs share."""
+    """Draw two LoRAs on a model on all GPUs."""
     for place, (label, color) in enumerate((("LoRA 1", COLORS[1]), ("LoRA 2", COLORS[3]))):
         left = _x(place * 2)
         canvas.box((left, 146, left + 2 * _WIDTH + _GAP, 184), fill=color, radius=8)
@@ -137,7 +137,7 @@ _SCENES = (
 
 
 def scene(season: int, ratio: float) -> Image.Image:
-    """Hills under a sky, of a ratio of width to height: what is too much at the sides or above is cut off."""
+    """Draw hills under a sky with this ratio of width to height, cropped at the sides or the top."""
     low, high, hills, sun = _SCENES[season]
     size = (640, 300)
     ramp = Image.linear_gradient("L").resize(size)

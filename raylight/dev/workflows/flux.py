@@ -58,7 +58,7 @@ def _dev(workflow: Workflow) -> None:
         "Flux.1 dev, text to image, on all GPUs",
         "All GPUs sample one image together: each has a part of its tokens.",
         (*files, *_TEXT, models.FLUX_VAE),
-        notes.usp(files, guided=False),
+        notes.usp(files, uses_cfg=False),
     )
     actors, clip, decoder = _loaded(workflow, models.FLUX_DEV, parts.workers(workflow))
     with workflow.group("Step 3 - Prompt", column=True):
@@ -142,7 +142,7 @@ def _kontext(workflow: Workflow) -> None:
         "Flux.1 Kontext dev, image editing, on all GPUs",
         "All GPUs edit one image together: tokens of the new image and of yours are shared among them.",
         (*files, *text, models.FLUX_VAE),
-        notes.usp(files, guided=False),
+        notes.usp(files, uses_cfg=False),
     )
     actors, clip, decoder = _loaded(workflow, models.FLUX_KONTEXT, parts.workers(workflow), text)
     with workflow.group("Step 3 - Image", column=True):
@@ -165,7 +165,7 @@ def _controlnet(workflow: Workflow) -> None:
         "All GPUs sample one image together. The ControlNet runs once a step in ComfyUI's own process, on its "
         "GPU, and what it says goes to the workers, each its part.",
         (*files, *_TEXT, models.FLUX_VAE, models.FLUX_CANNY),
-        notes.usp(files, guided=False),
+        notes.usp(files, uses_cfg=False),
     )
     actors, clip, decoder = _loaded(workflow, models.FLUX_DEV, parts.workers(workflow))
     with workflow.group("Step 3 - Control image", column=True):

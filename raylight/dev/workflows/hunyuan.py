@@ -20,7 +20,7 @@ def _text_to_video(workflow: Workflow) -> None:
         "All GPUs sample one video together. The loader gives a MODEL like any other, so guider, scheduler and "
         "sampler are ComfyUI's own nodes.",
         (*files, models.CLIP_L, models.LLAVA, models.HUNYUAN_VAE),
-        notes.usp(files, guided=False),
+        notes.usp(files, uses_cfg=False),
     )
     init = parts.workers(workflow)
     with workflow.group("Step 2 - Models", column=True):

@@ -1,4 +1,4 @@
-"""Where nodes and groups are: sizes that the frontend needs at least, columns from left to right."""
+"""Sizes of nodes, and their positions in groups and columns."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def place(columns: list[list[Group]]) -> list[tuple[Group, Box]]:
 
 
 def size(node: Node) -> tuple[int, int]:
-    """Width and height without the title."""
+    """Return width and height without the title."""
     if node.type == "MarkdownNote":
         return _NOTE_WIDTH, 60 + sum(_note_line(line) for line in node.inputs["text"].splitlines())
     if node.type in _SIZES:
@@ -70,7 +70,7 @@ def size(node: Node) -> tuple[int, int]:
 
 
 def _note_line(line: str) -> int:
-    """How high a line of Markdown is shown; of a link, only the text is."""
+    """Return the height of a line of Markdown; a link shows only its text."""
     shown = re.sub(r"\]\([^)]*\)", "]", line)
     if not shown:
         return _NOTE_SPACE
@@ -80,7 +80,7 @@ def _note_line(line: str) -> int:
 
 
 def colors(type: str, title: str | None) -> dict[str, str]:
-    """Green and red for the two prompts as in ComfyUI's own templates; nodes of this pack stand out too."""
+    """Return green and red for the two prompts, as in ComfyUI's own templates, and a color for this pack's nodes."""
     if type.startswith(("Ray", "XFuser", "DP")):
         return dict(_OURS)
     for word, found in _PROMPT_COLORS.items():

@@ -1,5 +1,4 @@
-"""The model files of the templates: names, folders and download pages as ComfyUI's own templates have them, and for
-diffusion models how many weights there are."""
+"""The model files of the templates: names, folders and download pages as in ComfyUI's own templates, and sizes."""
 
 from __future__ import annotations
 
@@ -11,8 +10,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """`weights` counts the parameters of ComfyUI's class for it, `largest_block` those of the largest block, which FSDP
-    gathers at once, and `outside` those of no block; `heads` is the most that ulysses_degree can be."""
+    """Parameter counts of ComfyUI's class: `weights` in all, `largest_block`, which FSDP gathers at once, and `outside`
+    of blocks.
+
+    `heads` is the largest possible ulysses_degree.
+    """
 
     name: str
     weights: int
@@ -23,7 +25,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A file of a repository, and the folder of ComfyUI that it goes to. The frontend offers to download it."""
+    """A file of a repository and its folder in ComfyUI. The frontend offers to download it."""
 
     name: str
     directory: str
@@ -37,7 +39,7 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class DiffusionFile(ModelFile):
-    """`dtype` is that of its matrices, of `bytes` for each weight."""
+    """A diffusion model; `dtype` is that of its matrices, with `bytes` per weight."""
 
     architecture: Architecture
     dtype: str
@@ -45,17 +47,17 @@ class DiffusionFile(ModelFile):
 
     @property
     def whole_gib(self) -> float:
-        """What all its weights take."""
+        """Return the size of all weights."""
         return self._gib(self.architecture.weights)
 
     @property
     def gathered_gib(self) -> float:
-        """What FSDP has gathered at most: a block, and the next one."""
+        """Return the most that FSDP has gathered: a block and the next one."""
         return 2 * self._gib(self.architecture.largest_block)
 
     @property
     def offloaded_gib(self) -> float:
-        """What each worker's GPU holds with the parts in system memory: two blocks, and what lies outside of blocks."""
+        """Return what a GPU holds with offloaded weights: two blocks, and what lies outside of blocks."""
         return self.gathered_gib + self._gib(self.architecture.outside)
 
     def _gib(self, weights: int) -> float:

@@ -1,4 +1,4 @@
-"""The note of each template: which degrees to choose, how much memory that takes, and where the files come from."""
+"""The note of each template: which degrees to choose, how much memory they need, and where to get the files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _HOW = (
 
 
 def about(title: str, text: str, files: Sequence[ModelFile], degrees: str) -> str:
-    """The whole note."""
+    """Return the full note."""
     return f"# {title}\n\n{text}\n\n{degrees}\n\n{_links(files)}"
 
 
-def usp(files: Sequence[DiffusionFile], *, guided: bool) -> str:
-    """Degrees for sequence parallelism; `guided` where a step computes a negative prompt too."""
+def usp(files: Sequence[DiffusionFile], *, uses_cfg: bool) -> str:
+    """Return degrees for sequence parallelism; `uses_cfg` if a step also computes a negative prompt."""
     most = min(file.architecture.heads for file in files)
-    rows = [(str(n), str(n), *([f"2 x {n // 2}"] if guided else []), _size(_whole(files))) for n in COUNTS]
-    head = ("GPUs", "ulysses_degree", *(["or cfg x ulysses"] if guided else []), "Weights on each GPU")
+    rows = [(str(n), str(n), *([f"2 x {n // 2}"] if uses_cfg else []), _size(_whole(files))) for n in COUNTS]
+    head = ("GPUs", "ulysses_degree", *(["or cfg x ulysses"] if uses_cfg else []), "Weights on each GPU")
     text = (
         f"With `GPU` and `ulysses_degree` at 0, all GPUs share each step, as below. `ulysses_degree` can be up to "
         f"{most}, the model's attention heads; let `ring_degree` take more."
     )
-    if guided:
+    if uses_cfg:
         text += (
             " `cfg_degree` 2 gives the positive and the negative prompt to one half of the GPUs each, which "
             "exchange less."
@@ -120,7 +120,7 @@ def _whole(files: Sequence[DiffusionFile]) -> float:
 
 
 def _split(files: Sequence[DiffusionFile], workers: int) -> float:
-    """The parts of all models, and the gathered blocks of the one that runs."""
+    """Return the size of a GPU's shards of all models, with the gathered blocks of the one that runs."""
     return sum(file.whole_gib / workers for file in files) + max(file.gathered_gib for file in files)
 
 

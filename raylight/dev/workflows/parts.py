@@ -1,4 +1,4 @@
-"""What several templates have in common."""
+"""Groups of nodes that several templates share."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def workers(workflow: Workflow, **settings: Any) -> Output:
 def as_model(
     workflow: Workflow, file: DiffusionFile, init: Output | None, lora: Output | None = None, title: str | None = None
 ) -> Output:
-    """A MODEL for all of ComfyUI's nodes."""
+    """Add loaders whose output is a MODEL for all of ComfyUI's nodes."""
     inputs = {name: value for name, value in (("ray_actors_init", init), ("lora", lora)) if value is not None}
     return workflow.add("RayModelLoader", title=title, files=[file], unet_name=file.name, **inputs)["model"]
 
 
 def as_actors(workflow: Workflow, file: DiffusionFile, init: Output) -> Output:
-    """A model for the Ray samplers."""
+    """Add loaders whose output is a model for the Ray samplers."""
     return workflow.add("RayUNETLoader", files=[file], unet_name=file.name, ray_actors_init=init)["ray_actors"]
 
 

@@ -70,7 +70,7 @@ def _edit(workflow: Workflow) -> None:
         "Qwen-Image-Edit, on all GPUs",
         "All GPUs edit one image together: tokens of the new image and of yours are shared among them.",
         (*files, models.QWEN_VL, models.QWEN_VAE),
-        notes.usp(files, guided=True),
+        notes.usp(files, uses_cfg=True),
     )
     _edited(workflow, parts.workers(workflow), None, _SIGN, "qwen-edit", 20, 4.0)
 
@@ -84,7 +84,7 @@ def _loras(workflow: Workflow) -> None:
         "another LoRA, does not load the model again. One LoRA relights the image, the other makes four steps "
         "enough (`cfg` is 1 for it). ComfyUI's own LoRA loaders, behind the model, do the same.",
         (*files, models.QWEN_VL, models.QWEN_VAE, *loras),
-        notes.usp(files, guided=False),
+        notes.usp(files, uses_cfg=False),
     )
     init = parts.workers(workflow)
     with workflow.group("LoRAs", column=True):
@@ -104,7 +104,7 @@ TEMPLATES = (
         _text_to_image(
             "Qwen-Image, text to image, on all GPUs",
             "All GPUs sample one image together: each has a part of its tokens.",
-            notes.usp((models.QWEN,), guided=True),
+            notes.usp((models.QWEN,), uses_cfg=True),
             "qwen-image",
         ),
     ),

@@ -1,4 +1,4 @@
-"""What the nodes of the templates look like: inputs, widgets in the order of saved values, outputs."""
+"""The nodes of the templates: inputs, widgets in the order of saved values, outputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place for a link."""
+    """An input for a link."""
 
     name: str
     type: str
@@ -17,8 +17,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Widget:
-    """A value in the node. `type` matters where a link gives the value; `control` says that a widget for what happens
-    to it after a run follows."""
+    """A value in the node.
+
+    `type` matters if a link sets the value. `control` adds the widget that says how the value changes after a run.
+    """
 
     name: str
     default: Any
@@ -34,7 +36,7 @@ class Signature:
 
 
 def _slots(text: str) -> tuple[Slot, ...]:
-    """From words `name:TYPE`, with a `?` behind those that may stay empty."""
+    """Parse words `name:TYPE`; `?` at the end marks an optional input."""
     found = []
     for word in text.split():
         name, _, kind = word.partition(":")

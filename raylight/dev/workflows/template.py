@@ -1,4 +1,4 @@
-"""A template: a file's name, what its card says, and what builds it."""
+"""A template: its file's name, the text of its card, and its builder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .workflow import Json, Workflow
 
 
 class Mode(Enum):
-    """How a template uses several GPUs; the value is what its card says."""
+    """How a template uses several GPUs; the value is the text on its card."""
 
     USP = "USP"
     FSDP = "FSDP"
@@ -30,7 +30,7 @@ class Template:
     build: Callable[[Workflow], None]
 
     def to_json(self) -> Json:
-        """The content of its file."""
+        """Return the content of its file."""
         workflow = Workflow(self.name)
         self.build(workflow)
         return workflow.to_json()

@@ -1,4 +1,4 @@
-"""The card of a template in ComfyUI's menu: its model, its task, and a drawing of what the GPUs do."""
+"""The card of a template in ComfyUI's menu: its model, its task, and a drawing of the GPUs' work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOOKS = {
 
 
 def draw(template: Template) -> bytes:
-    """A square JPEG of at most MOST_BYTES."""
+    """Return a square JPEG of at most MOST_BYTES."""
     top, bottom, season = next(look for name, look in _LOOKS.items() if template.model.startswith(name))
     canvas = Canvas(_ground(top, bottom))
     canvas.text((32, 34), template.model, 44, bold=True)
@@ -34,7 +34,7 @@ def draw(template: Template) -> bytes:
 
 
 def _ground(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.Image:
-    """A ground that gets darker downwards, with a soft light at the upper left."""
+    """Return a background that gets darker downwards, with a soft light at the upper left."""
     ramp = Image.linear_gradient("L").resize((SIZE, SIZE))
     ground = Image.composite(Image.new("RGB", (SIZE, SIZE), bottom), Image.new("RGB", (SIZE, SIZE), top), ramp)
     light = Image.radial_gradient("L").point(lambda distance: max(0, 130 - distance) * 2 // 3)

@@ -49,7 +49,7 @@ def _wan21(file: DiffusionFile, title: str, text: str, degrees: str, name: str, 
 
 
 def _high_and_low(workflow: Workflow, files: tuple[DiffusionFile, ...], init: Output) -> list[Output]:
-    """The two models of Wan 2.2, with the shift that they want."""
+    """Add the two models of Wan 2.2, with their shift."""
     loaded = []
     for file, noise in zip(files, ("High noise", "Low noise"), strict=True):
         model = parts.as_model(workflow, file, init, title=f"{noise} model")
@@ -60,7 +60,7 @@ def _high_and_low(workflow: Workflow, files: tuple[DiffusionFile, ...], init: Ou
 def _two_samplers(
     workflow: Workflow, loaded: list[Output], positive: Output, negative: Output, latent: Output
 ) -> Output:
-    """The high noise model does the first half of the steps, the low noise model the second."""
+    """Sample the first half of the steps with the high noise model and the second half with the low noise model."""
     common = {"positive": positive, "negative": negative, "steps": 20, "cfg": 3.5}
     with workflow.group("Step 5 - Sample on all GPUs", column=True):
         half = workflow.add(
@@ -92,7 +92,7 @@ def _wan22_t2v(workflow: Workflow) -> None:
         "All GPUs sample one video together. Both models stay on the workers, so the second run loads nothing. "
         "The loaders give a MODEL like any other: shift, LoRA and sampler are ComfyUI's own nodes.",
         (*files, models.UMT5, models.WAN21_VAE),
-        notes.usp(files, guided=True),
+        notes.usp(files, uses_cfg=True),
     )
     init = parts.workers(workflow)
     with workflow.group("Step 2 - Models", column=True):
@@ -113,7 +113,7 @@ def _wan22_i2v(workflow: Workflow) -> None:
         "All GPUs sample one video together that begins with your image. Both models stay on the workers, so "
         "the second run loads nothing.",
         (*files, models.UMT5, models.WAN21_VAE),
-        notes.usp(files, guided=True),
+        notes.usp(files, uses_cfg=True),
     )
     init = parts.workers(workflow)
     with workflow.group("Step 2 - Models", column=True):
@@ -143,7 +143,7 @@ def _wan22_ti2v(workflow: Workflow) -> None:
         "Wan 2.2 5B, text and image to video, on all GPUs",
         "All GPUs sample one video together. For text to video, remove the image (or bypass it with Ctrl+B).",
         (*files, models.UMT5, models.WAN22_VAE),
-        notes.usp(files, guided=True),
+        notes.usp(files, uses_cfg=True),
     )
     init = parts.workers(workflow)
     with workflow.group("Step 2 - Models", column=True):
@@ -210,7 +210,7 @@ TEMPLATES = (
             models.WAN21_T2V,
             "Wan 2.1 14B, text to video, on all GPUs",
             "All GPUs sample one video together: each has a part of its tokens.",
-            notes.usp((models.WAN21_T2V,), guided=True),
+            notes.usp((models.WAN21_T2V,), uses_cfg=True),
             "wan2.1-t2v",
         ),
     ),
@@ -241,7 +241,7 @@ TEMPLATES = (
             "Wan VACE 14B, reference to video, on all GPUs",
             "All GPUs sample one video together with what your picture shows. A control video and masks can be "
             "connected to WanVaceToVideo as well.",
-            notes.usp((models.VACE,), guided=True),
+            notes.usp((models.VACE,), uses_cfg=True),
             "wan2.1-vace",
         ),
     ),

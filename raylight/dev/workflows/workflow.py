@@ -1,4 +1,4 @@
-"""One workflow in the format that ComfyUI's frontend saves: nodes in titled groups, groups in columns, and links."""
+"""A workflow in the format of ComfyUI's frontend: nodes in titled groups, groups in columns, and links."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output of a node, as what another node's input is set to."""
+    """An output of a node, as the value of another node's input."""
 
     node: Node
     index: int
@@ -29,7 +29,7 @@ class Output:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A node with what its inputs are set to: outputs of other nodes, or values of its widgets."""
+    """A node and the values of its inputs: outputs of other nodes, or widget values."""
 
     number: int
     type: str
@@ -45,7 +45,7 @@ class Node:
         return SIGNATURES[self.type]
 
     def __getitem__(self, name: str) -> Output:
-        """The output of this name."""
+        """Return the output of this name."""
         names = [slot.name for slot in self.signature.outputs]
         if name not in names:
             raise KeyError(f"{self.type} has no output {name}, but {', '.join(names)}")
@@ -53,7 +53,7 @@ class Node:
 
     @property
     def links(self) -> list[tuple[Slot, Output | None, bool]]:
-        """Its places for links in order, what comes to each, and whether the place is that of a widget."""
+        """Return its link inputs in order, the output connected to each, and whether the input belongs to a widget."""
         slots = [(slot, self.inputs.get(slot.name), False) for slot in self.signature.slots]
         widgets = [
             (Slot(widget.name, widget.type), value, True)
@@ -64,7 +64,7 @@ class Node:
 
     @property
     def values(self) -> list[Any]:
-        """Its widgets' values, in the order in which they are saved."""
+        """Return its widget values in the order in which they are saved."""
         values = []
         for widget in self.signature.widgets:
             value = self.inputs.get(widget.name, widget.default)
@@ -76,7 +76,7 @@ class Node:
 
 @dataclass(eq=False, slots=True)
 class Group:
-    """Nodes below each other with a title above."""
+    """Nodes below each other under a title."""
 
     title: str
     color: str
@@ -84,7 +84,7 @@ class Group:
 
 
 class Workflow:
-    """Nodes are added in the group that is open, and groups in the column that is open."""
+    """Add nodes to the open group, and groups to the open column."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -93,7 +93,7 @@ class Workflow:
 
     @contextmanager
     def group(self, title: str, *, color: str = layout.BLUE, column: bool = False) -> Iterator[None]:
-        """Open a group: below the last one, or with `column` on top of a new column at the right."""
+        """Open a group: below the last one, or with `column` at the top of a new column at the right."""
         if column or not self.columns:
             self.columns.append([])
         self.columns[-1].append(Group(title, color))
@@ -109,7 +109,7 @@ class Workflow:
         files: Sequence[ModelFile] = (),
         **inputs: Any,
     ) -> Node:
-        """A node in the open group. Raises ValueError for inputs that it does not have, or that do not fit."""
+        """Add a node to the open group. Raises ValueError: it does not have these inputs, or they do not fit."""
         node = Node(len(self.nodes) + 1, kind, inputs, title, control, tuple(files))
         slots = {slot.name: slot.type for slot in node.signature.slots}
         slots |= {widget.name: widget.type for widget in node.signature.widgets}
@@ -126,7 +126,7 @@ class Workflow:
         return node
 
     def to_json(self) -> Json:
-        """The file's content."""
+        """Return the file's content."""
         boxes = layout.place(self.columns)
         links = [
             (source, node, place)

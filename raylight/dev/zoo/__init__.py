@@ -1,6 +1,6 @@
-"""Every diffusion transformer family that ComfyUI knows, at tiny width with random weights: one file each.
+"""Every diffusion transformer family that ComfyUI knows, at tiny width with random weights: one file per family.
 
-For tests and for probing a plan: real classes from real configurations, small enough for a CPU.
+For tests and for drafting plans: real classes from real configurations, small enough for a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .family import Family
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """Every family of this folder that the ComfyUI here can run, by name."""
+    """Return every family in this folder that the installed ComfyUI can run, by name."""
     return {
         name: family
         for name, family in all_families().items()
@@ -26,7 +26,7 @@ def families() -> dict[str, Family]:
 
 @functools.cache
 def all_families() -> dict[str, Family]:
-    """Every family of this folder, by name."""
+    """Return every family in this folder, by name."""
     found: dict[str, Family] = {}
     for info in pkgutil.iter_modules(__path__):
         for family in getattr(importlib.import_module(f"{__name__}.{info.name}"), "FAMILIES", ()):

@@ -54,7 +54,7 @@ PREDICT2 = {
 
 
 def smaller_text_adapter(model: BaseModel) -> None:
-    """Leave Anima's text adapter one block of six, and 1000 words of 32128."""
+    """Reduce Anima's text adapter to one block of six, and 1000 words of 32128."""
     adapter = model.diffusion_model.llm_adapter
     del adapter.blocks[1:]
     adapter.embed.weight = torch.nn.Parameter(adapter.embed.weight[:1000].clone())
@@ -79,7 +79,7 @@ def one_image(draw: Draw) -> dict[str, Any]:
 
 
 def before_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> dict[str, Tensor]:
-    """An attention patch of Predict2, with tokens (B, S, D); for attention to text only `q` is of the image."""
+    """Patch Predict2's attention over tokens (B, S, D); in attention to text only `q` belongs to the image."""
     return {"q": _mixed(q)}
 
 

@@ -1,4 +1,4 @@
-"""What a tiny family is: a configuration of ComfyUI's, and calls of its model."""
+"""A tiny family: a configuration of ComfyUI's, and calls of its model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def since(release: str, entries: dict[str, T]) -> dict[str, T]:
-    """Situations or settings that a ComfyUI before this release does not know; there, none."""
+    """Return these situations or settings if ComfyUI is at least that release, else none."""
     return {} if is_older(running(), release) else entries
 
 
@@ -33,13 +33,13 @@ class Draw:
 
 @dataclass(frozen=True)
 class Family:
-    """One entry of `comfy.supported_models` at tiny width.
+    """An entry of `comfy.supported_models` at tiny width.
 
-    `config` names its class there; `unet_config` is what ComfyUI's detection would find in such a file.
-    Each of `calls` makes the arguments of `BaseModel.apply_model` for one situation, in sizes that do not divide:
-    `x`, `t` (sigma, (B,)), and what the model's conditioning becomes (`c_crossattn`, `y`, `ref_latents`, ...).
-    `prepare` sets what random weights do not; `weights` are those that the class itself takes from a file; `trim` takes
-    out what no configuration makes fewer of. Before the release `since` ComfyUI has no such model, or cannot run it.
+    `config` names its class there; `unet_config` is what ComfyUI's detection would find in such a file. Each of `calls`
+    makes the arguments of `BaseModel.apply_model` for one situation, in sizes that do not divide: `x`, `t` (sigma,
+    (B,)), and the model's conditioning (`c_crossattn`, `y`, `ref_latents`, ...). `prepare` sets what random weights do
+    not; `weights` are those that the class itself reads from a file; `trim` removes layers whose number no
+    configuration sets. ComfyUI before `since` does not have the model, or cannot run it.
     """
 
     name: str
@@ -54,8 +54,10 @@ class Family:
     def build(
         self, seed: int = 0, dtype: torch.dtype = torch.float32, computes_in: torch.dtype | None = None
     ) -> BaseModel:
-        """The model on the CPU, the same for the same seed: weights of `dtype`, which are cast to `computes_in` when
-        they are used, where that is given."""
+        """Build the model on the CPU, the same for the same seed.
+
+        Weights have `dtype`, and are cast to `computes_in` for each use if that is given.
+        """
         model = self._made(dtype, computes_in)
         self.trim(model)
         randomize(model.diffusion_model, seed)
@@ -63,18 +65,18 @@ class Family:
         return model.eval().requires_grad_(False)
 
     def outline(self) -> BaseModel:
-        """The model with whatever its memory holds for weights, in a small part of the time."""
+        """Build the model with uninitialized weights, which is much faster."""
         return self._made(torch.float32, None)
 
     def _made(self, dtype: torch.dtype, computes_in: torch.dtype | None) -> BaseModel:
         config = getattr(comfy.supported_models, self.config)(dict(self.unet_config))
-        config.unet_config.update(self.unet_config)  # some classes set their width themselves
+        config.unet_config.update(self.unet_config)  # some classes set their own width
         config.set_inference_dtype(dtype, computes_in)
         return config.get_model(self.weights(), "")
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Random weights, matrices scaled by fan-in: activations neither vanish nor grow, and every token matters."""
+    """Set random weights, scaled by fan-in: activations neither vanish nor grow, and every token affects the result."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]
     parameters = {id(p) for p in model.parameters()}

@@ -40,7 +40,7 @@ def shape(draw: Draw) -> dict[str, Any]:
     return {"x": draw(2, 16, 61), "t": torch.tensor([0.7, 0.2]), "c_crossattn": draw(2, 9, 24)}
 
 
-def guided(draw: Draw) -> dict[str, Any]:
+def with_guidance(draw: Draw) -> dict[str, Any]:
     return shape(draw) | {"guidance": torch.tensor([5.0, 5.0])}
 
 
@@ -50,11 +50,11 @@ FAMILIES = (
         "Hunyuan3Dv2",
         BASE,
         {
-            "image, batch of two": guided,
+            "image, batch of two": with_guidance,
             "replaced blocks": patched(
-                guided, {("double_block", 0): replaced_block, ("single_block", 1): replaced_block}
+                with_guidance, {("double_block", 0): replaced_block, ("single_block", 1): replaced_block}
             ),
-            "attention patch": patched(guided, attn1_patch=before_attention),
+            "attention patch": patched(with_guidance, attn1_patch=before_attention),
         },
     ),
     Family(

@@ -60,8 +60,8 @@ def inpainted(draw: Draw) -> dict[str, Any]:
     return text(draw) | {"denoise_mask": mask}
 
 
-def guided(draw: Draw) -> dict[str, Any]:
-    """The last frame is a guide of strength 0.5, so attention to and from it is attenuated."""
+def with_guide(draw: Draw) -> dict[str, Any]:
+    """Make the last frame a guide of strength 0.5, so that attention to and from it is attenuated."""
     return first_frame_kept(draw) | {
         "keyframe_idxs": draw(2, 3, 63, 2).abs() * 8,
         "guide_attention_entries": [{"pre_filter_count": 63, "strength": 0.5, "latent_shape": (1, 7, 9)}],
@@ -88,7 +88,7 @@ FAMILIES = (
             "text, batch of two": text,
             "padded prompts": padded_prompts,
             "timestep per token": first_frame_kept,
-            "guide with attenuated attention": guided,
+            "guide with attenuated attention": with_guide,
             "replaced blocks": patched(text, {("double_block", 0): replaced_block}),
         },
     ),
@@ -101,7 +101,7 @@ FAMILIES = (
             "timestep per frame": packed(first_frame_kept),
             "timestep per token": packed(inpainted),
             "video only": packed(text, audio=False),
-            "guide with attenuated attention": packed(guided),
+            "guide with attenuated attention": packed(with_guide),
         },
     ),
 )

@@ -63,7 +63,7 @@ def pixels(draw: Draw) -> dict[str, Any]:
 
 
 def after_layer(arguments: dict[str, Any]) -> dict[str, Any]:
-    """As `after_block`, on copies: Lumina's patches are handed views of the joint tokens."""
+    """Patch copies as `after_block` does: Lumina passes its patches views of the joint tokens."""
     return after_block(arguments | {name: arguments[name].clone() for name in ("img", "txt")})
 
 

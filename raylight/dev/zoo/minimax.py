@@ -39,18 +39,18 @@ def video_and_audio(draw: Draw) -> dict[str, Any]:
 
 
 def mixed_text(draw: Draw) -> dict[str, Any]:
-    """Vision tokens within the text, which are modulated as video is."""
+    """Put vision tokens, which are modulated like video, into the text."""
     return video_and_audio(draw) | {"minimax_payload": {"text_token_tags": torch.tensor([1, 1, 0, 0, 0, 1, 1])}}
 
 
 def scaled_block(arguments: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """A `dit` replacement; tokens are (S, width) here."""
+    """Replace a `dit` block; tokens are (S, width) here."""
     out = more["original_block"](arguments | {"img": arguments["img"].flip(0)})["img"]
     return {"img": out + out.mean(0)}
 
 
 def set_frequencies(model: BaseModel) -> None:
-    """A buffer that comes with a model's file."""
+    """Set a buffer that model files contain."""
     model.diffusion_model.rope.inv_freq.copy_(torch.tensor([1.0, 0.1]))
 
 

@@ -1,4 +1,4 @@
-"""The situation that a person makes by an empty prompt: a text of one token."""
+"""The situation of an empty prompt: a text of one token."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .family import Draw, Family
 
 NAME = "text of one token"
 
-# Of a text, by the dimension on which its tokens lie.
+# Inputs with text tokens, by token dimension.
 _TOKENS = {"c_crossattn": 1, "attention_mask": 1, "lyric_embed": 1, "encoder_hidden_states_llama3": 2}
-# These models take a text of one length only, and masks say what of it is one.
+# These models take a text of one length only, and masks mark its real tokens.
 _PADDED = {
     "GenmoMochi": ("attention_mask",),
     **dict.fromkeys(("HunyuanDiT", "HunyuanDiT1"), ("text_embedding_mask", "text_embedding_mask_t5")),
 }
-# More tokens beside those of the text: quoted words and a picture, which are not in every prompt.
+# Additional tokens: quoted words and a picture, which are not in every prompt.
 _BESIDE = {
     "HunyuanVideo15": ("txt_byt5", "clip_fea"),
     "HunyuanVideo15_SR_Distilled": ("txt_byt5", "clip_fea"),
@@ -28,7 +28,7 @@ _BESIDE = {
 
 
 def one_token(family: Family) -> dict[str, Callable[[Draw], dict[str, Any]]]:
-    """A family's first call with a text of one token; none for a family whose first call has no text."""
+    """Return a family's first call with a text of one token; none if that call has no text."""
     first = next(iter(family.calls.values()))
     if "c_crossattn" not in first(Draw(3)):
         return {}

@@ -1,4 +1,4 @@
-"""Patches of a transformer that look at all tokens at once, as nodes hang them on a model."""
+"""Transformer patches that depend on all tokens at once, as nodes add them to a model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Call = Callable[[Draw], dict[str, Any]]
 
 
 def _mixed(tokens: Tensor, dim: int = 1) -> Tensor:
-    """Different for every token, and dependent on all of them."""
+    """Return values that differ for every token and depend on all of them."""
     place = torch.linspace(0.5, 1.5, tokens.shape[dim]).reshape(-1, *[1] * (tokens.ndim - 1 - dim))
     return tokens * place + 0.5 * tokens.flip(dim) + tokens.mean(dim, keepdim=True)
 
 
 def after_block(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A `double_block` patch: changes its arguments in place, as ControlNets of model patches do."""
+    """Change the arguments of a `double_block` patch in place, as ControlNets of model patches do."""
     for name in ("img", "txt"):
         if name in arguments:
             arguments[name][:] = _mixed(arguments[name])
@@ -28,25 +28,25 @@ def after_block(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def replaced_block(arguments: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """A `dit` replacement: runs the block on changed tokens and changes what comes out."""
+    """Replace a `dit` block: run it on changed tokens, and change its output."""
     out = more["original_block"]({**arguments, "img": arguments["img"].flip(1)})
     return {name: _mixed(value) for name, value in out.items()}
 
 
 def skipped_block(arguments: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
-    """A `dit` replacement that leaves the block out, as skip-layer guidance does."""
+    """Replace a `dit` block by nothing, as skip-layer guidance does."""
     return arguments
 
 
 def before_attention(
     q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Tensor | None, extra_options: dict[str, Any]
 ) -> dict[str, Any]:
-    """An `attn1_patch` with q, k and v (B, heads, tokens, width)."""
+    """Change q, k and v (B, heads, tokens, width) in an `attn1_patch`."""
     return {"q": q, "k": k, "v": _mixed(v, dim=2), "pe": pe, "attn_mask": attn_mask}
 
 
 def after_attention(out: Tensor, extra_options: dict[str, Any]) -> Tensor:
-    """An `attn1_output_patch` that changes the image only, as normalized attention guidance does."""
+    """Change only the image in an `attn1_output_patch`, as normalized attention guidance does."""
     start, stop = extra_options["img_slice"]
     out = out.clone()
     out[:, start:stop] = _mixed(out[:, start:stop])
@@ -54,12 +54,12 @@ def after_attention(out: Tensor, extra_options: dict[str, Any]) -> Tensor:
 
 
 def on_attention(arguments: dict[str, Any]) -> Tensor:
-    """An attention patch of Wan: a dict in, tokens out."""
+    """Patch Wan's attention: a dict in, tokens out."""
     return _mixed(arguments["x"])
 
 
 def patched(call: Call, replaced: dict[tuple[str, int], Callable] | None = None, **patches: Callable) -> Call:
-    """`call` with patches of these kinds, and blocks replaced."""
+    """Return `call` with patches of these kinds, and blocks replaced."""
 
     def made(draw: Draw) -> dict[str, Any]:
         options: dict[str, Any] = {"patches": {kind: [patch] for kind, patch in patches.items()}}
@@ -71,7 +71,7 @@ def patched(call: Call, replaced: dict[tuple[str, int], Callable] | None = None,
 
 
 def joint_patches(call: Call, single_blocks: bool = True, after_blocks: bool = False) -> dict[str, Call]:
-    """The situations of a model with joint attention over text and image; few models call patches after blocks."""
+    """Return situations of a model with joint attention over text and image; few models call patches after blocks."""
     replaced = {("double_block", 0): replaced_block, ("double_block", 1): skipped_block}
     if single_blocks:
         replaced |= {("single_block", 0): replaced_block}

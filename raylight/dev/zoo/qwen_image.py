@@ -51,11 +51,11 @@ def controlled(draw: Draw) -> dict[str, Any]:
 
 
 def diffsynth(draw: Draw) -> dict[str, Any]:
-    """ComfyUI's own block-wise ControlNet, as its QwenImageDiffsynthControlnet node hangs it on the model."""
+    """Add ComfyUI's own block-wise ControlNet, as its QwenImageDiffsynthControlnet node does."""
     from comfy_extras.nodes_model_patch import DiffSynthCnetPatch, QwenImageBlockWiseControlNet
 
     class PixelsAsLatent:
-        """Stands for a VAE: 8 pixels to a latent one, as Qwen's."""
+        """A substitute for a VAE: 8 pixels per latent one, as Qwen's."""
 
         @staticmethod
         def encode(image: torch.Tensor) -> torch.Tensor:

@@ -41,14 +41,14 @@ def text(draw: Draw) -> dict[str, Any]:
 
 
 def embedder_weights() -> dict[str, torch.Tensor]:
-    """The file of a model also holds the embedder of durations."""
+    """Return weights of the embedder of durations, which model files also contain."""
     embedder = comfy.ldm.audio.embedders.NumberConditioner(768, min_val=0, max_val=384, fourier_features_type="expo")
     prefix = "conditioner.conditioners.seconds_total."
     return {prefix + name: value for name, value in embedder.state_dict().items()}
 
 
 def set_frequencies(model: BaseModel) -> None:
-    """A buffer that comes with a model's file."""
+    """Set a buffer that model files contain."""
     for module in model.diffusion_model.modules():
         if hasattr(module, "inv_freq"):
             module.inv_freq.copy_(torch.linspace(1.0, 0.01, module.inv_freq.shape[0]))

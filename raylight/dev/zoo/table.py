@@ -31,7 +31,7 @@ EXCEPTIONS_HEAD = """
 
 
 def render(passed: Mapping[str, Iterable[str]], meshes: Iterable[str], tolerance: float) -> str:
-    """The document. `passed` holds, for each family, the situations in which it is equal on all of `meshes`."""
+    """Return the document. `passed` has, per family, the situations that are equal on all `meshes`."""
     rows = []
     for name, calls in passed.items():
         model = plan_for(families()[name].outline().diffusion_model).model

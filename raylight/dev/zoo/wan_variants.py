@@ -104,7 +104,7 @@ def animate(draw: Draw) -> dict[str, Any]:
 
 
 def fewer_motion_stages(model: BaseModel) -> None:
-    """Leave out the three stages of the motion encoder that are like the one before, and most of its time."""
+    """Remove three stages of the motion encoder, each like the one before: they take most of its time."""
     del model.diffusion_model.motion_encoder.enc.net_app.convs[5:8]
 
 

@@ -1,1 +1,1 @@
-"""Trains the model that the demo draws with."""
+"""Training of the demo's model."""

@@ -1,7 +1,6 @@
 """Train the demo's model: `python -m raylight.dev.demo.train`, with COMFYUI_PATH naming a ComfyUI.
 
-Two files go to raylight/dev/demo/model/: a diffusion transformer, and a VAE for it. docs/demo-model.md tells what they
-are and how long it took.
+Writes a diffusion transformer and a VAE for it to raylight/dev/demo/model/. docs/demo-model.md describes them.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _report(name: str, steps: int) -> Callable[[int, float], None]:
-    """Prints the mean loss of every 50 steps."""
+    """Print the mean loss of every 50 steps."""
     began, losses = time.monotonic(), []
 
     def report(step: int, loss: float) -> None:
@@ -70,7 +69,7 @@ def _report(name: str, steps: int) -> Callable[[int, float], None]:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, config: dict[str, object]) -> None:
-    """In half precision: ComfyUI computes in what the device is good at."""
+    """Save in half precision; ComfyUI computes in what suits the device."""
     metadata = {"config": json.dumps(config)} if config else None
     save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
     print(f"{path}   {path.stat().st_size / 1e6:.1f} MB", flush=True)

@@ -1,11 +1,11 @@
-"""A small VAE in the form of ComfyUI's approximate one (TAESD): its encoder is computed, its decoder trained.
+"""A small VAE in the form of ComfyUI's approximate one (TAESD), with a computed encoder and a trained decoder.
 
-The encoder takes the 16 principal components of blocks of 8 x 8 pixels, which TAESD's layers can do exactly: pixels
-are not negative, so ReLU leaves them alone, convolutions of stride 2 collect 2 x 2, then 4 x 4 of them, and the last
-ones take the components as differences of two positive parts. Since it needs no training, the transformer's can begin
-at once, beside that of the decoder.
+The encoder takes the 16 principal components of blocks of 8 x 8 pixels. TAESD's layers can do this exactly: pixels are
+not negative, so ReLU leaves them unchanged; convolutions of stride 2 collect 2 x 2, then 4 x 4 of them; the last layers
+compute the components as differences of two positive parts. As the encoder needs no training, the transformer can be
+trained beside the decoder.
 
-TAESD's decoder has 64 channels for photographs. These pictures need half of them: the others are stored as zeros, which
+TAESD's decoder has 64 channels for photographs. These pictures need half of them; the others are stored as zeros, which
 stay zeros through convolutions, ReLU and residual sums.
 """
 
@@ -33,10 +33,10 @@ NOISE = 0.1  # added to latents in training, so that the decoder forgives what a
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Pictures to latents of about mean 0 and deviation 1, those that a transformer learns.
+    """Convert pictures to the latents that a transformer learns, of mean about 0 and standard deviation 1.
 
-    `matrix` (CHANNELS, 3, BLOCK, BLOCK) and `bias` (CHANNELS) make them of pixels in 0..1; `mean` and `std` (CHANNELS)
-    are the latent format's, by which a VAE's latents differ from them.
+    `matrix` (CHANNELS, 3, BLOCK, BLOCK) and `bias` (CHANNELS) make them from pixels in 0..1. `mean` and `std`
+    (CHANNELS) are the latent format's, by which a VAE's latents differ from them.
     """
 
     matrix: Tensor
@@ -46,10 +46,10 @@ class Codec:
 
     @classmethod
     def of_scenes(cls, mean: Tensor, std: Tensor, seed: int, count: int = 400) -> Codec:
-        """From the principal components of random scenes.
+        """Make a codec from the principal components of random scenes.
 
-        Each is divided by the root of its deviation: less than by the deviation, which would make details as loud
-        as colours.
+        Each is divided by the square root of its standard deviation. Dividing by the deviation itself would make
+        details as strong as colors.
         """
         sample = pictures(random.Random(seed), count)
         blocks = functional.unfold(sample, BLOCK, stride=BLOCK).transpose(1, 2).reshape(-1, 3 * BLOCK * BLOCK).double()
@@ -62,16 +62,16 @@ class Codec:
         return cls(matrix.T.reshape(CHANNELS, 3, BLOCK, BLOCK).float(), -(middle @ matrix).float(), mean, std)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..1 to (B, CHANNELS, H / 8, W / 8)."""
+        """Convert pixels (B, 3, H, W) in 0..1 to latents (B, CHANNELS, H / 8, W / 8)."""
         return functional.conv2d(pixels, self.matrix, self.bias, stride=BLOCK)
 
     def for_decoder(self, latents: Tensor) -> Tensor:
-        """What the decoder is given of them: those of the VAE, scaled."""
+        """Return the decoder's input for these latents: the VAE's latents, scaled."""
         return (latents * self.std.reshape(1, -1, 1, 1) + self.mean.reshape(1, -1, 1, 1)) * SCALE
 
 
 def pictures(generator: random.Random, count: int, size: int = SIZE) -> Tensor:
-    """Random scenes (count, 3, size, size) in 0..1; smaller than SIZE they are cut out of them, at whole blocks."""
+    """Return random scenes (count, 3, size, size) in 0..1; below SIZE they are crops, aligned to blocks."""
     tensors = []
     for _ in range(count):
         left, top = (generator.randrange(0, SIZE - size + 1, BLOCK) for _ in range(2))
@@ -119,7 +119,7 @@ def _decoder(width: int) -> nn.Sequential:
 
 
 def encoder_state(codec: Codec) -> dict[str, Tensor]:
-    """The codec as weights of TAESD's encoder, which gives the VAE's latents times SCALE."""
+    """Return the codec as weights of TAESD's encoder, which outputs the VAE's latents times SCALE."""
     network = _encoder(FULL_WIDTH)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -154,7 +154,7 @@ def train_decoder(
     learning_rate: float = 3e-3,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """Weights of TAESD's decoder, at its whole width."""
+    """Train and return weights of TAESD's decoder, at its full width."""
     torch.manual_seed(seed)
     generator = random.Random(seed)
     network = _decoder(WIDTH).to(device)
@@ -183,7 +183,7 @@ def _padded(tensors: dict[str, Tensor], shapes: dict[str, Tensor]) -> dict[str, 
 
 
 def vae_state(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Both in one file, as ComfyUI's VAE loader knows TAESD."""
+    """Return both in one state dict, as ComfyUI's VAE loader expects TAESD."""
     return {
         "vae_scale": torch.tensor(SCALE),
         "vae_shift": torch.tensor(0.0),

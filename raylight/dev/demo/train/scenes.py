@@ -1,4 +1,4 @@
-"""The pictures that the demo's model learns: one coloured thing in a landscape, and the prompt that says so."""
+"""The pictures that the demo's model learns: one colored thing in a landscape, and its prompt."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ _STARS = ((9, 12), (27, 30), (44, 8), (58, 24), (71, 10), (86, 33), (97, 6), (11
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerStates:
-    """What a picture shows, and where: numbers are in pixels of the finished picture."""
+class Scene:
+    """What a picture shows, and where, in pixels of the finished picture."""
 
     colour: str
     thing: str
@@ -59,15 +59,15 @@ class WorkerStates:
     light_x: float = LIGHT_LEFT_RIGHT[1]
 
     def prompt(self, place: bool = True, time: bool = True) -> str:
-        """As a person would type it; a part that is left out can be anything."""
+        """Return the prompt as a user would type it; what it leaves out can be anything."""
         parts = [f"a {self.colour} {self.thing}", PLACES[self.place] if place else "", TIMES[self.time] if time else ""]
         return " ".join(part for part in parts if part)
 
 
-def draw_scene(generator: random.Random) -> WorkerStates:
-    """A scene at random: the thing stands left or right, and so does the sun or moon."""
+def draw_scene(generator: random.Random) -> Scene:
+    """Return a random scene, with the thing and the sun or moon at the left or right."""
     thing = generator.choice(list(THINGS))
-    return WorkerStates(
+    return Scene(
         colour=generator.choice(list(COLOURS)),
         thing=thing,
         place=generator.choice(THINGS[thing]),
@@ -77,8 +77,8 @@ def draw_scene(generator: random.Random) -> WorkerStates:
     )
 
 
-def render(scene: WorkerStates) -> Image.Image:
-    """The picture of a scene, SIZE by SIZE, RGB."""
+def render(scene: Scene) -> Image.Image:
+    """Return the picture of a scene, SIZE by SIZE, RGB."""
     picture = Image.new("RGB", (SIZE * _SCALE, SIZE * _SCALE))
     brush = _Brush(ImageDraw.Draw(picture), _LIGHT[scene.time])
     _sky(brush, scene)
@@ -88,7 +88,7 @@ def render(scene: WorkerStates) -> Image.Image:
 
 
 class _Brush:
-    """Shapes in pixels of the finished picture, in the light of the hour unless they shine themselves."""
+    """Draw shapes in pixels of the finished picture, in the light of the hour unless they glow."""
 
     def __init__(self, draw: ImageDraw.ImageDraw, light: tuple[float, float, float]) -> None:
         self._draw, self._light = draw, light
@@ -120,7 +120,7 @@ class _Brush:
         self._draw.ellipse(corners, self._fill(colour, shines))
 
 
-def _sky(brush: _Brush, scene: WorkerStates) -> None:
+def _sky(brush: _Brush, scene: Scene) -> None:
     top, bottom = _SKY[0][scene.time], _SKY[1][scene.time]
     for y in range(HORIZON + 2):
         part = min(1.0, y / HORIZON)
@@ -136,7 +136,7 @@ def _sky(brush: _Brush, scene: WorkerStates) -> None:
         brush.circle(scene.light_x, 20, 11, (255, 226, 70), shines=True)
 
 
-def _ground(brush: _Brush, scene: WorkerStates) -> None:
+def _ground(brush: _Brush, scene: Scene) -> None:
     brush.box(0, HORIZON, SIZE, SIZE, _GROUND[scene.place])
     if scene.place == "sea":
         for row, y in enumerate(range(HORIZON + 8, SIZE, 9)):
@@ -152,7 +152,7 @@ def _ground(brush: _Brush, scene: WorkerStates) -> None:
         brush.polygon([(89, HORIZON - 15), (98, HORIZON - 22), (107, HORIZON - 15)], (244, 248, 255))
 
 
-def _house(brush: _Brush, scene: WorkerStates) -> None:
+def _house(brush: _Brush, scene: Scene) -> None:
     x, base, colour = scene.x, HORIZON + 26, COLOURS[scene.colour]
     lamp = (255, 220, 110) if scene.time == "night" else (178, 218, 244)
     brush.box(x + 11, base - 62, x + 18, base - 40, (120, 74, 62))
@@ -165,7 +165,7 @@ def _house(brush: _Brush, scene: WorkerStates) -> None:
         brush.box(middle - 5, base - 28, middle + 5, base - 18, lamp, shines=scene.time == "night")
 
 
-def _car(brush: _Brush, scene: WorkerStates) -> None:
+def _car(brush: _Brush, scene: Scene) -> None:
     x, base, colour = scene.x, HORIZON + 26, COLOURS[scene.colour]
     brush.polygon([(x - 22, base - 20), (x - 14, base - 36), (x + 12, base - 36), (x + 24, base - 20)], colour)
     brush.polygon([(x - 17, base - 21), (x - 11, base - 33), (x - 2, base - 33), (x - 2, base - 21)], (186, 222, 244))
@@ -177,14 +177,14 @@ def _car(brush: _Brush, scene: WorkerStates) -> None:
         brush.circle(x + side * 20, base - 5, 3.6, (196, 196, 200))
 
 
-def _tree(brush: _Brush, scene: WorkerStates) -> None:
+def _tree(brush: _Brush, scene: Scene) -> None:
     x, base, colour = scene.x, HORIZON + 26, COLOURS[scene.colour]
     brush.polygon([(x - 5, base), (x - 3, base - 40), (x + 3, base - 40), (x + 5, base)], (112, 72, 44))
     for dx, dy, radius in ((-14, -44, 16), (14, -44, 16), (0, -62, 19), (0, -44, 16)):
         brush.circle(x + dx, base + dy, radius, colour)
 
 
-def _boat(brush: _Brush, scene: WorkerStates) -> None:
+def _boat(brush: _Brush, scene: Scene) -> None:
     x, base, colour = scene.x, HORIZON + 18, COLOURS[scene.colour]
     brush.box(x - 2, base - 66, x + 1, base - 12, (104, 70, 48))
     brush.polygon([(x + 3, base - 62), (x + 3, base - 20), (x + 32, base - 20)], (250, 244, 226))
@@ -192,7 +192,7 @@ def _boat(brush: _Brush, scene: WorkerStates) -> None:
     brush.polygon([(x - 38, base - 14), (x + 40, base - 14), (x + 26, base + 4), (x - 26, base + 4)], colour)
 
 
-def _balloon(brush: _Brush, scene: WorkerStates) -> None:
+def _balloon(brush: _Brush, scene: Scene) -> None:
     x, y, colour = scene.x, HORIZON - 38, COLOURS[scene.colour]
     pale = tuple(round(c + (255 - c) * 0.45) for c in colour) if scene.colour != "white" else (206, 208, 216)
     brush.polygon([(x - 20, y + 17), (x + 20, y + 17), (x + 6, y + 38), (x - 6, y + 38)], colour)

@@ -1,4 +1,4 @@
-"""The demo's diffusion transformer: ComfyUI's own Wan 2.1, narrow, trained on scenes with the rectified-flow loss."""
+"""The demo's diffusion transformer: a narrow Wan 2.1 of ComfyUI, trained on scenes with the rectified-flow loss."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from raylight.dev.demo.words import WIDTH, encode
 from .autoencoder import Codec
 from .scenes import draw_scene, render
 
-# As ComfyUI reads it from the file's metadata; what is not here, it takes from the shapes of the weights.
+# ComfyUI reads these from the file's metadata, and the others from the shapes of the weights.
 CONFIG: dict[str, Any] = {"dim": 128, "ffn_dim": 384, "num_heads": 4, "num_layers": 4, "text_dim": WIDTH}
-WITHOUT_PROMPT = 0.1  # part of the pictures that are learned without their prompt, for CFG
-LEFT_OUT = 0.15  # part of the prompts that do not tell the place, and of those that do not tell the time
+WITHOUT_PROMPT = 0.1  # fraction of pictures that are learned without a prompt, for CFG
+LEFT_OUT = 0.15  # fraction of prompts without the place, and of those without the time
 EMA = 0.995
 WARM_UP, DECAY = 100, 600  # steps in which the learning rate rises and, at the end, falls
 
 
 def build(seed: int) -> nn.Module:
-    """An untrained model in float32: what the blocks add is small at first, and the output is zero."""
+    """Return an untrained model in float32, whose blocks add little at first and whose output is zero."""
     model = comfy.ldm.wan.model.WanModel(
         model_type="t2v",
         in_dim=16,
@@ -51,7 +51,7 @@ def build(seed: int) -> nn.Module:
 
 
 def batch_of(generator: random.Random, codec: Codec, count: int) -> tuple[Tensor, Tensor]:
-    """Latents (count, 16, 1, H, W) of random scenes, and their prompts (count, tokens, WIDTH)."""
+    """Return latents (count, 16, 1, H, W) of random scenes, and their prompts (count, tokens, WIDTH)."""
     pixels, prompts = [], []
     for _ in range(count):
         scene = draw_scene(generator)
@@ -70,11 +70,11 @@ def train(
     learning_rate: float = 2e-3,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """The averaged weights of a trained model.
+    """Train a model and return its averaged weights.
 
-    Matrices of the blocks are trained by Muon, which takes fewer steps than Adam, and the rest by AdamW. Noise levels
-    are drawn as in Stable Diffusion 3 (logit-normal), towards the high ones, where most of Wan's sampling steps lie.
-    What is drawn is drawn on the CPU, so that it is the same for every device.
+    Muon trains the matrices of the blocks, in fewer steps than Adam; AdamW trains the rest. Noise levels are drawn as
+    in Stable Diffusion 3 (logit-normal), shifted towards the high ones, where most of Wan's sampling steps are. All
+    random numbers are drawn on the CPU, so that they are the same for every device.
     """
     comfy.model_management.in_training = True
     model = build(seed).to(device)
@@ -109,5 +109,5 @@ def train(
 
 
 def _rate(step: int, steps: int) -> float:
-    """The part of the learning rate at a step."""
+    """Return the factor of the learning rate at a step."""
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / DECAY)

@@ -1,1 +1,1 @@
-"""Finding out what a plan of a new model has to say: see `raylight.dev.zoo.probe.__main__`."""
+"""Draft the plan of a new model: `python -m raylight.dev.zoo.probe`."""

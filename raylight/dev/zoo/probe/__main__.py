@@ -1,4 +1,5 @@
-"""`python -m raylight.dev.zoo.probe.__main__ MODEL`: what of a model's blocks has tokens, and a draft of its plan.
+"""`python -m raylight.dev.zoo.probe MODEL`: print which inputs of a model's blocks have tokens, and a draft of its
+plan.
 
 MODEL is a family of `raylight.dev.zoo` or a `.safetensors` file, of which only the header is read.
 """
@@ -14,8 +15,8 @@ from raylight.dev.setup import comfyui
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report. Returns 1, with a message, for a model that cannot be called as it was."""
-    parser = argparse.ArgumentParser(prog="python -m raylight.dev.zoo.probe.__main__", description=__doc__)
+    """Print the report. Return 1, with a message, if the model cannot be called with these inputs."""
+    parser = argparse.ArgumentParser(prog="python -m raylight.dev.zoo.probe", description=__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
         "--input",

@@ -1,4 +1,4 @@
-"""From what three forwards recorded to the lines of a plan."""
+"""The lines of a plan, from the records of three forwards."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Counts = tuple[int, ...]  # one for each of SIZES
 
 @dataclass
 class Block:
-    """What is known of one list of blocks.
+    """The findings about one list of blocks.
 
-    `streams` are the token streams that it is handed, each with the dimension of its tokens and its place in the
-    output; `lines` are entries of a plan's `inputs`; `notes` want a look.
+    `streams` are the token streams that it receives, each with its token dimension and its position in the output;
+    `lines` are entries of a plan's `inputs`; `notes` need a look by the author.
     """
 
     pattern: str
@@ -29,7 +29,7 @@ class Block:
 
 
 def varying(shapes: list[Shape]) -> list[tuple[int, Counts]]:
-    """Dimensions whose size is not the same at all SIZES."""
+    """Return the dimensions whose size is not the same at all SIZES."""
     if len({len(shape) for shape in shapes}) > 1:
         return []
     sizes = enumerate(zip(*shapes, strict=True))
@@ -37,15 +37,15 @@ def varying(shapes: list[Shape]) -> list[tuple[int, Counts]]:
 
 
 def kind(counts: Counts) -> str:
-    """Whose tokens these numbers are, by the SIZES at which they grow."""
+    """Return whose tokens these numbers count, from the SIZES at which they grow."""
     base, image, text = counts
     return "tokens" if image != base and text != base else "img" if image != base else "txt"
 
 
 def describe(pattern: str, path: str, records: Mapping[str, Record], known: dict[str, Counts]) -> Block | None:
-    """What the first block of a list is handed; None where nothing of it depends on the sizes, or it is not called.
+    """Describe the inputs of the first block of a list; None if none depends on the sizes, or it is not called.
 
-    `known` are the streams of the lists before it, and gains those that enter here.
+    `known` are the streams of earlier lists; those that enter here are added.
     """
     calls = [records[size].calls.get(path) for size in SIZES]
     if any(call is None for call in calls):
@@ -73,7 +73,7 @@ def describe(pattern: str, path: str, records: Mapping[str, Record], known: dict
 
 
 def queries(block: Block, records: Mapping[str, Record]) -> set[Counts]:
-    """The numbers of queries of the attention calls within a block, at each of SIZES."""
+    """Return the query counts of the attention calls within a block, at each of SIZES."""
     counted = [
         [call[1] for call in records[size].attention if f"{call[0]}.".startswith(f"{block.path}.")] for size in SIZES
     ]
@@ -81,7 +81,7 @@ def queries(block: Block, records: Mapping[str, Record]) -> set[Counts]:
 
 
 def _grid(shapes: list[Shape], dim: int, counts: set[Counts]) -> int:
-    """Over how many dimensions, up to `dim`, tokens lie: what is attended to tells."""
+    """Return the number of dimensions, up to `dim`, that hold tokens, from the sequence lengths in attention."""
     for grid in range(1, dim + 2):
         if tuple(math.prod(shape[dim - grid + 1 : dim + 1]) for shape in shapes) in counts:
             return grid
@@ -118,12 +118,12 @@ def _aligned(block: Block, key: str, found: list[tuple[int, Counts]], counts: Ma
                     return
     block.notes.append(
         f"{key} has {found[0][1]} along dimension {found[0][0]}, not one for each token of a stream: it "
-        f"stays whole, unless the block compares it to its tokens"
+        f"stays full, unless the block compares it to its tokens"
     )
 
 
 def attention(block: Block, records: Mapping[str, Record]) -> dict[str, str]:
-    """Where the block attends, by the paths of a plan."""
+    """Describe where the block attends, by the paths of a plan."""
     calls = [[call for call in records[size].attention if f"{call[0]}.".startswith(f"{block.path}.")] for size in SIZES]
     lines = {}
     for module in dict.fromkeys(call[0] for call in calls[0]):

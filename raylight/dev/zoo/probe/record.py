@@ -1,4 +1,4 @@
-"""What one forward hands to its blocks, and where it attends."""
+"""A record of one forward: inputs of modules, and attention calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Call:
-    """One call of one module: shapes of its tensors, by argument (`pe`, `x[0]`) and by place in its output."""
+    """A call of one module: shapes of its tensors, by argument (`pe`, `x[0]`) and by position in its output."""
 
     inputs: dict[str, Shape] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +82,7 @@ def _leaving(name: str, result: Record, running: list[str]) -> Any:
 
 
 def _counts(value: Any) -> bool:
-    """Whether an argument may be places of tokens: a number, or ranges of them."""
+    """Return whether an argument may be token positions: a number, or ranges of them."""
     if isinstance(value, (list, tuple)):
         return bool(value) and all(_counts(item) or item is None for item in value)
     return isinstance(value, int) and not isinstance(value, bool)
@@ -100,7 +100,7 @@ def _tensors(key: str, value: Any) -> Iterator[tuple[str, Shape]]:
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, str]]:
-    """Lists of blocks: the pattern of a plan, and the path of the first of them."""
+    """Return lists of blocks: the pattern for a plan, and the path of the first block."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) and "*" not in name:

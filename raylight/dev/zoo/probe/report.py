@@ -10,9 +10,9 @@ from .subject import SIZES, subject
 
 
 def report(name: str, given: Sequence[str], device: str) -> str:
-    """What of the model's blocks depends on image and text, and a draft of its plan.
+    """Report which block inputs depend on image and text, with a draft of the plan.
 
-    Raises ValueError where the model cannot be called this way.
+    Raises ValueError: the model cannot be called with these inputs.
     """
     looked_at = subject(name, given, device)
     model = looked_at.model.diffusion_model
@@ -20,7 +20,7 @@ def report(name: str, given: Sequence[str], device: str) -> str:
     for size in SIZES:
         try:
             records[size] = record(looked_at.model, dict(looked_at.inputs[size]))
-        except Exception as error:  # whatever a model raises when its inputs are not what it takes
+        except Exception as error:  # whatever the model raises for wrong inputs
             inputs = looked_at.inputs[size]
             shapes = {key: tuple(value.shape) for key, value in inputs.items() if hasattr(value, "shape")}
             raise ValueError(
@@ -43,7 +43,7 @@ def _table(blocks: Sequence[Block], records: dict[str, Record]) -> list[str]:
             shapes = [str(call.inputs.get(key, "-")) for call in calls]
             same = len(set(shapes)) == 1
             rule = block.lines.get(key) or block.lines.get(key.partition("[")[0])
-            rule = "whole" if same else rule or "see below"
+            rule = "full" if same else rule or "see below"
             lines.append(f"    {key:<26} {rule:<34} {shapes[0] if same else ' -> '.join(shapes)}")
         lines.extend(f"    note: {note}" for note in block.notes)
         lines.extend(f"    attends in {path}: {what}" for path, what in attention(block, records).items())
@@ -76,7 +76,7 @@ def _draft(model: type, blocks: Sequence[Block], records: dict[str, Record]) -> 
 
 
 def _gather(block: Block) -> str:
-    """Where the image, or what there is, ends up."""
+    """Return where the image, or the only stream, leaves the blocks."""
     stream = "img" if "img" in block.streams else next(iter(block.streams))
     dim, place = block.streams[stream]
     more = "" if dim == 1 else f", dim={dim}"

@@ -1,4 +1,4 @@
-"""The model to look at, and its inputs at several sizes."""
+"""The model to probe, and its inputs at several sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raylight.dev.zoo.family import Draw, Family
 
 Inputs = dict[str, Any]
 
-# How ComfyUI's configurations name the width of the text.
+# Names of the text width in ComfyUI's configurations.
 _TEXT_WIDTHS = (
     "context_in_dim",
     "joint_attention_dim",
@@ -40,7 +40,7 @@ _TEXT_WIDTHS = (
 )
 _POOLED_WIDTHS = ("vec_in_dim", "adm_in_channels", "text_emb_dim", "in_text_dim2")
 SIZES = ("base", "larger image", "longer text")
-# Some models pad their tokens to 32: what is added is more than that.
+# Some models pad their tokens to 32, so more than that is added.
 _LETTERS = {
     "base": {"T": 11, "F": 3, "H": 16, "W": 20},
     "larger image": {"T": 11, "F": 3, "H": 16, "W": 60},
@@ -57,9 +57,9 @@ class Subject:
 
 
 def subject(name: str, given: Sequence[str], device: str) -> Subject:
-    """The family or file of that name. Raises ValueError where it is neither, or an input is not written as it should.
+    """Return the family or file of that name; `given` are inputs of a file, as `NAME=1,16,H,W`.
 
-    `given` are inputs as `NAME=1,16,H,W`, for a file.
+    Raises ValueError: it is neither, or an input has the wrong form.
     """
     if name in families():
         return _of_family(families()[name], device)
@@ -109,7 +109,7 @@ def _empty(part: Any) -> Tensor:
 
 
 def _templates(model: BaseModel) -> dict[str, list[int | str]]:
-    """The arguments that most models take, with letters for what is varied."""
+    """Return the arguments that most models take, with letters for the varied sizes."""
     latent, config = model.latent_format, model.model_config.unet_config
     space = ["F", "H", "W"] if latent.latent_dimensions == 3 else ["H", "W"]
     templates: dict[str, list[int | str]] = {"x": [1, latent.latent_channels, *space]}
@@ -133,7 +133,7 @@ def _parsed(text: str) -> tuple[str, list[int | str]]:
 
 
 def _wider(inputs: Inputs) -> Inputs:
-    """Everything that has the image's last size gets more of it."""
+    """Enlarge everything that has the image's last size."""
     size = inputs["x"].shape[-1]
     return {
         key: _more(value, value.ndim - 1, 40) if _has(value, -1, size) and value.ndim >= 3 else value
@@ -142,7 +142,7 @@ def _wider(inputs: Inputs) -> Inputs:
 
 
 def _longer(inputs: Inputs) -> Inputs:
-    """Everything that has the prompt's length gets more of it."""
+    """Lengthen everything that has the prompt's length."""
     text = inputs.get("c_crossattn")
     if text is None:
         return inputs

@@ -90,7 +90,7 @@ def _first(make: Callable[..., Any], configs: list[dict[str, Any]], *args: Any) 
     for config in configs[:-1]:
         try:
             return make(config, *args)
-        except TypeError:  # a word that this kind does not know
+        except TypeError:  # an option that this kind does not have
             continue
     return make(configs[-1], *args)
 

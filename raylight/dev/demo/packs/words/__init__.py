@@ -1,6 +1,6 @@
-"""A ComfyUI node for the demo alone: its text encoder, so that prompts are typed into ComfyUI's own nodes.
+"""The demo's text encoder as a ComfyUI node, so that prompts are typed into ComfyUI's own nodes.
 
-The demo's ComfyUI loads this folder as a pack of its own, beside Raylight.
+The demo's ComfyUI loads this folder as a separate pack, beside Raylight.
 """
 
 from __future__ import annotations

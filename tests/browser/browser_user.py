@@ -1,4 +1,4 @@
-"""What a person does with ComfyUI's frontend: looks, clicks, drags, types."""
+"""A user's actions in ComfyUI's frontend: look, click, drag, type."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FIND = """(async () => {
   await new Promise((done) => setTimeout(done, 150));
   return String(place()) === String(before) ? before : null;
 })()"""
-# What is red: nodes, places for links, widgets whose value is not among the choices, and the frontend's own messages.
+# Red: nodes, link slots, widgets with an invalid value, and the frontend's own messages.
 _PROBLEMS = """(() => {
   const found = [...document.querySelectorAll('[data-testid="error-overlay"], .p-toast-message-error')].map(
     (e) => e.innerText);
@@ -47,8 +47,8 @@ _PROBLEMS = """(() => {
 })()"""
 
 
-class Person:
-    """Works in one page. With a folder, `look` keeps what is seen there."""
+class User:
+    """A user of one page. With a folder, `look` keeps screenshots there."""
 
     def __init__(self, page: Page, screenshots: Path | None) -> None:
         self.page = page
@@ -57,11 +57,11 @@ class Person:
             screenshots.mkdir(parents=True, exist_ok=True)
 
     def open(self, address: str) -> None:
-        """Come to ComfyUI for the first time: it greets a new person with the menu of templates."""
+        """Open ComfyUI for the first time; it greets a new user with the menu of templates."""
         self.page.open(address)
         self.page.wait_for(_READY)
         self.click('[aria-label="Close dialog"]')
-        # The canvas is drawn by the processor, which the workers need.
+        # The canvas is drawn by the CPU, which the workers need.
         self.page.evaluate("window.app.extensionManager.setting.set('LiteGraph.Canvas.MaximumFps', 8)")
 
     def look(self, name: str) -> None:
@@ -69,7 +69,7 @@ class Person:
             (self._screenshots / f"{name}.png").write_bytes(self.page.screenshot())
 
     def find(self, selector: str, text: str | None = None, timeout: float = 300.0) -> Point:
-        """The middle of the first visible element, once there is one and it has stopped moving."""
+        """Return the middle of the first visible element, once there is one and it no longer moves."""
         deadline = time.monotonic() + timeout
         while True:
             place = self.page.evaluate(_FIND % json.dumps([selector, text]))
@@ -101,7 +101,7 @@ class Person:
         self.page.call("Input.insertText", {"text": text})
 
     def press(self, key: str, code: int) -> None:
-        """Press a key; `code` is its number in Windows' table, which browsers go by."""
+        """Press a key; `code` is its Windows virtual-key code, which browsers use."""
         for kind in ("rawKeyDown", "keyUp"):
             self.page.call(
                 "Input.dispatchKeyEvent", {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code}
@@ -113,11 +113,11 @@ class Person:
         return self.page.evaluate(_PROBLEMS)
 
     def load(self, workflow: dict[str, Any], name: str) -> None:
-        """Open a workflow, as when its file is dropped on the page."""
+        """Open a workflow, as if its file were dropped on the page."""
         self.page.evaluate(f"window.app.loadGraphData({json.dumps(workflow)}, true, true, {json.dumps(name)})")
 
     def set_widgets(self, **values: Any) -> None:
-        """Give all widgets of these names these values."""
+        """Set all widgets of these names to these values."""
         self.page.evaluate(f"""(() => {{
           const values = {json.dumps(values)};
           for (const node of window.app.graph.nodes)
@@ -135,7 +135,7 @@ class Person:
         time.sleep(0.5)
 
     def on_canvas(self, expression: str) -> Point:
-        """Where a point of the graph, as a JavaScript expression of x and y, is on the screen."""
+        """Return where a point of the graph, as a JavaScript expression of x and y, is on the screen."""
         x, y = self.page.evaluate(f"""(() => {{
           const [x, y] = {expression}, view = window.app.canvas.ds;
           const box = window.app.canvas.canvas.getBoundingClientRect();
