@@ -62,7 +62,7 @@ def end_workers(with_ray: bool) -> None:
 
 def _load(workers: WorkerConfig, recipe: ModelRecipe) -> RemotePatcher:
     patcher = RemotePatcher.of(workers, recipe, _ENGINE)
-    at_workers.ask(at_workers.session(workers, recipe), WorkerService.load, recipe, about=recipe)
+    at_workers.ask_with_room(at_workers.session(workers), WorkerService.load, recipe, recipe)
     return patcher
 
 

@@ -39,6 +39,7 @@ class ForwardChannel:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.sender = Sender(uuid.uuid4().hex, _KEPT_BYTES)
+        self.is_new = True
         self.extras_key = ""
         self.extras_of: list[Any] = []
 
@@ -70,9 +71,9 @@ def _send(
 ) -> Any:
     global _channel
     if _channel is None or not _channel.session.alive:
-        shape = next((value.shape for value in args if isinstance(value, Tensor)), None)
-        _channel = ForwardChannel(at_workers.session(patcher.workers, patcher.recipe, shape))
+        _channel = ForwardChannel(at_workers.session(patcher.workers))
     line = _channel
+    shape = next((tuple(value.shape) for value in args if isinstance(value, Tensor)), None)
     diffusion_model = patcher.model.diffusion_model
     args, kwargs = bind_arguments(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
     options = kwargs.pop(OPTIONS, None) or {}
@@ -83,8 +84,12 @@ def _send(
         call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_taking(line.sender))
         model = model_job(line.session, patcher, changes)
         outer_sample.move_to_workers(model.inside.whole)
-        job = ForwardJob(model, method, call, line.sender.message(), extras)
-        answer = at_workers.ask(line.session, WorkerService.forward, job, about=patcher.recipe)
+        job = ForwardJob(model, method, call, line.sender.message(), extras, shape)
+        if line.is_new:
+            answer = at_workers.ask_with_room(line.session, WorkerService.forward, job, patcher.recipe)[0]
+            line.is_new = False
+        else:
+            answer = at_workers.ask(line.session, WorkerService.forward, job, False, about=patcher.recipe)
     except BaseException:
         _channel = None  # what the workers have of this stream is not known any more
         raise

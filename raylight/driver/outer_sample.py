@@ -104,12 +104,13 @@ def run_on_workers(executor: Any, *arguments: Any, **named: Any) -> Tensor:
                     return _stay(reason, patcher, executor, arguments, named)
             except MoveToWorkers as gone:
                 whole = gone.whole
-    session = at_workers.session(patcher.workers, patcher.recipe, call["noise"].shape)
+    session = at_workers.session(patcher.workers)
     # Of ComfyUI's own callback it is known what it looks at.
     every_step = callback is not None and getattr(callback, "__module__", None) != "latent_preview"
     job = RunJob(
         model_job(session, patcher, changes, whole),
         content,
+        tuple(call["noise"].shape),
         random,
         patcher.workers.free_memory_after,
         wants_preview=callback is not None and args.preview_method != LatentPreviewMethod.NoPreviews,
@@ -169,12 +170,8 @@ def _finished(session: Session, pending: Sequence[PendingRun]) -> list[RunResult
         pending[event[0]].tell(event[1])
 
     try:
-        answers = at_workers.ask_all(
-            session,
-            WorkerService.sample,
-            tuple(one.job for one in pending),
-            about=pending[0].job.model.recipe,
-            on_event=on_event,
+        answers = at_workers.ask_with_room(
+            session, WorkerService.sample, tuple(one.job for one in pending), pending[0].job.model.recipe, on_event
         )
     finally:
         for one in pending:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import comfy.model_management
@@ -14,6 +14,7 @@ from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import DIED, HUNG, OUT_OF_MEMORY, RunCancelled
 from raylight.cluster.session import Session
 from raylight.host import settings
+from raylight.host.jobs import NeedsBytes
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 from raylight.host.worker_service import WorkerService
 
@@ -67,9 +68,11 @@ def service_spec() -> ServiceSpec:
     return ServiceSpec("raylight.worker.boot:open_service", settings.capture(), settings.python_path())
 
 
-def session(workers: WorkerConfig, recipe: ModelRecipe, latent_shape: Sequence[int] | None = None) -> Session:
-    """The workers' session, started now if it is not running, with room for a model and, where its latent's shape is
-    known, for what sampling takes."""
+def session(workers: WorkerConfig) -> Session:
+    """Return the workers' session; start it if it is not running.
+
+    Raises what `active_session.session` raises, errors with a remedy, and ComfyUI's interrupt when the user cancels.
+    """
     try:
         found = active_session.session(
             workers.config,
@@ -80,10 +83,6 @@ def session(workers: WorkerConfig, recipe: ModelRecipe, latent_shape: Sequence[i
     except RunCancelled:
         _interrupt()
     memory.register(free)
-    if workers.config.device_type == "cuda":
-        # Workers share these GPUs with ComfyUI; neither sees what the other could give back.
-        shape = None if latent_shape is None else tuple(latent_shape)
-        memory.make_room(ask(found, WorkerService.shortfall, recipe, shape, about=recipe))
     return found
 
 
@@ -112,6 +111,26 @@ def ask_all(
         )
     except RunCancelled:
         _interrupt()
+
+
+def ask_with_room(
+    session: Session,
+    verb: Callable[..., R | NeedsBytes],
+    job: Any,
+    about: ModelRecipe,
+    on_event: Callable[[Any], None] = lambda _: None,
+) -> dict[int, R]:
+    """Call a verb that may refuse `job` because GPU memory is short. If it does, have ComfyUI free its own memory and
+    send the job once more, not to be refused.
+
+    Workers share the GPUs with ComfyUI, and neither sees what the other could free. Raises what `ask_all` raises.
+    """
+    may_refuse = session.config.device_type == "cuda"
+    answers = ask_all(session, verb, job, may_refuse, about=about, on_event=on_event)
+    if isinstance(answers[0], NeedsBytes):
+        memory.make_room(answers[0].missing)
+        answers = ask_all(session, verb, job, False, about=about, on_event=on_event)
+    return {rank: answer for rank, answer in answers.items() if not isinstance(answer, NeedsBytes)}
 
 
 def _interrupt() -> NoReturn:

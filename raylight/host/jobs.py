@@ -54,13 +54,14 @@ class RandomState:
 class RunJob:
     """A whole run: a guider, a sampler, and what ComfyUI's `outer_sample` takes, packed by `pickling.serialize`.
 
-    Samplers that draw noise from the global generators go on from `random`, as they do in one process. `every_step`
-    asks for all of x0 and x after every step, else rank 0 sends what a previewer looks at if `wants_preview`, and all
-    of the last step's if `wants_last`.
+    `latent_shape` is that of the noise. Samplers that draw noise from the global generators start from `random`, as
+    they would in ComfyUI's process. `every_step` asks for the full x0 and x after every step; else rank 0 sends what a
+    previewer needs if `wants_preview`, and the full x0 and x of the last step if `wants_last`.
     """
 
     model: ModelJob
     content: SerializedObject
+    latent_shape: tuple[int, ...]
     random: RandomState
     free_memory_after: bool
     wants_preview: bool
@@ -70,14 +71,23 @@ class RunJob:
 
 @dataclass(frozen=True, slots=True)
 class ForwardJob:
-    """One call of a method of the diffusion model. `call` has its arguments, whose tensors are in `tensors`; `extras`
-    is what nodes have set on the model and in its options, as a SerializedObject."""
+    """One call of a method of the diffusion model. `call` has its arguments, whose tensors are in `tensors`, the first
+    of `latent_shape`; `extras` is what nodes have set on the model and in its options, as a SerializedObject."""
 
     model: ModelJob
     method: str
     call: SerializedObject
     tensors: Message
     extras: ObjectHandle
+    latent_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NeedsBytes:
+    """Refusal of a request: the fullest GPU lacks `missing` bytes that ComfyUI may be able to free. All ranks return
+    the same one."""
+
+    missing: int
 
 
 @dataclass(frozen=True, slots=True)

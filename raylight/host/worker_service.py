@@ -9,7 +9,7 @@ from raylight.cluster.actor import Run
 from raylight.cluster.config import Service
 from raylight.cluster.serialization import SerializedObject
 
-from .jobs import ForwardJob, RankMemory, RunJob, RunResult
+from .jobs import ForwardJob, NeedsBytes, RankMemory, RunJob, RunResult
 from .recipe import ModelRecipe
 
 
@@ -17,11 +17,12 @@ class WorkerService(Service, Protocol):
     """The models of one rank. Every verb is called on all ranks with the same arguments.
 
     `run` is given by the worker, not by the caller. Verbs marked collective exchange data between the ranks.
+    With `may_refuse` a verb returns NeedsBytes, on all ranks, and does nothing if GPU memory is short for the job.
     Any of them may raise OutOfMemory; RunCancelled passes where the run was cancelled.
     """
 
     @abstractmethod
-    def load(self, run: Run, recipe: ModelRecipe) -> None:
+    def load(self, run: Run, recipe: ModelRecipe, may_refuse: bool = False) -> NeedsBytes | None:
         """Load the model of `recipe`, split over the ranks, with its LoRAs; does nothing if it is loaded already.
 
         Collective. Raises ValueError: for a file that is no such model, a model without a plan, too few heads, or a
@@ -29,7 +30,7 @@ class WorkerService(Service, Protocol):
         """
 
     @abstractmethod
-    def sample(self, run: Run, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
+    def sample(self, run: Run, jobs: tuple[RunJob, ...], may_refuse: bool = False) -> dict[int, RunResult] | NeedsBytes:
         """Do complete runs of one model, divided among the groups of the batch axis. All ranks share a single run.
 
         Return, on the first rank of each group, the results of its runs by their index in `jobs`; on others nothing.
@@ -38,7 +39,7 @@ class WorkerService(Service, Protocol):
         """
 
     @abstractmethod
-    def forward(self, run: Run, job: ForwardJob) -> SerializedObject | None:
+    def forward(self, run: Run, job: ForwardJob, may_refuse: bool = False) -> SerializedObject | NeedsBytes | None:
         """Call a method of the diffusion model once. Return its serialized output on rank 0, None on others.
 
         Collective. Raises ValueError: as `sample`.
@@ -47,13 +48,6 @@ class WorkerService(Service, Protocol):
     @abstractmethod
     def free(self, run: Run) -> None:
         """Unload every model."""
-
-    @abstractmethod
-    def shortfall(self, run: Run, recipe: ModelRecipe, latent_shape: tuple[int, ...] | None) -> int:
-        """Return how many bytes the fullest GPU lacks for a model, after the workers have freed what they can.
-
-        With the shape of a latent, the memory for sampling it is included. Collective.
-        """
 
     @abstractmethod
     def memory(self, run: Run) -> RankMemory:

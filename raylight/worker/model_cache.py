@@ -129,8 +129,9 @@ class ModelCache:
                 self._forget_as_loaded(other)
                 other.patcher.detach()
 
-    def shortfall(self, recipe: ModelRecipe, latent_shape: tuple[int, ...] | None) -> int:
-        """See `ModelService.shortfall`. Collective."""
+    def shortfall(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]] = ()) -> int:
+        """Return how many bytes the fullest GPU lacks for a model, and for sampling one latent at a time of these
+        shapes, after the workers have freed all that they can; at most 0 where all fits. Collective."""
         if self._device.type == "cpu":
             return 0
         found = self._models.get(recipe.without_loras)
@@ -139,8 +140,7 @@ class ModelCache:
             needed += {REPLICATED: recipe.size, SHARDED: recipe.size // self._world_size, OFFLOADED: 0}[recipe.sharding]
         else:
             needed += found.patcher.model_size() - found.patcher.loaded_size()
-            if latent_shape is not None:
-                needed += int(found.patcher.model.memory_required(list(latent_shape)))
+            needed += int(max((found.patcher.model.memory_required(list(shape)) for shape in latent_shapes), default=0))
         movable = sum(other.patcher.loaded_size() for other in self._models.values() if other is not found)
         free: Any = comfy.model_management.get_free_memory(self._device)
         return -smallest(int(free + movable - needed))

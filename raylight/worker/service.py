@@ -8,7 +8,7 @@ import comfy.model_management
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
-from raylight.host.jobs import ForwardJob, ModelJob, RankMemory, RunJob, RunResult
+from raylight.host.jobs import ForwardJob, ModelJob, NeedsBytes, RankMemory, RunJob, RunResult
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import sequence_axis
@@ -32,16 +32,21 @@ class ModelService(WorkerService):
         self._models = ModelCache(context.device, context.world_size)
         self._forward = ModelForward(context.device)
 
-    def load(self, run: Run, recipe: ModelRecipe) -> None:
+    def load(self, run: Run, recipe: ModelRecipe, may_refuse: bool = False) -> NeedsBytes | None:
         """Load a model with its LoRAs."""
+        if may_refuse and (refusal := self._refusal(recipe)):
+            return refusal
         with mode_of(recipe.sharding):
             held = self._hold(run, recipe)
             run.enter("reading LoRAs")
             held.patched(recipe.loras)
+        return None
 
-    def sample(self, run: Run, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
+    def sample(self, run: Run, jobs: tuple[RunJob, ...], may_refuse: bool = False) -> dict[int, RunResult] | NeedsBytes:
         """Do complete runs of one model."""
         first = jobs[0]
+        if may_refuse and (refusal := self._refusal(first.model.recipe, *[job.latent_shape for job in jobs])):
+            return refusal
         self._forward.clear()  # a run may find nothing on the model of what the loops in ComfyUI have left
         with mode_of(first.model.recipe.sharding):
             self._forward.clear()
@@ -68,8 +73,10 @@ class ModelService(WorkerService):
         with held.split.watching(patcher, job.model.inside):
             return guided.sample()
 
-    def forward(self, run: Run, job: ForwardJob) -> SerializedObject | None:
+    def forward(self, run: Run, job: ForwardJob, may_refuse: bool = False) -> SerializedObject | NeedsBytes | None:
         """Call a method of the diffusion model once."""
+        if may_refuse and (refusal := self._refusal(job.model.recipe, *filter(None, [job.latent_shape]))):
+            return refusal
         with mode_of(job.model.recipe.sharding):
             held, patcher = self._ready(run, job.model)
             run.enter("step (one forward of the model)")
@@ -80,10 +87,6 @@ class ModelService(WorkerService):
         """Unload every model."""
         self._forward.clear()
         self._models.clear()
-
-    def shortfall(self, run: Run, recipe: ModelRecipe, latent_shape: tuple[int, ...] | None) -> int:
-        """Return how many bytes the fullest GPU lacks."""
-        return self._models.shortfall(recipe, latent_shape)
 
     def inventory(self) -> str:
         """Return in words what this rank holds in memory."""
@@ -96,6 +99,12 @@ class ModelService(WorkerService):
     def memory(self, run: Run) -> RankMemory:
         """Return how much memory this rank uses, and its models."""
         return model_cache.memory(self._context.device, self._models.all())
+
+    def _refusal(self, recipe: ModelRecipe, *latent_shapes: tuple[int, ...]) -> NeedsBytes | None:
+        """Return what ComfyUI should free for a model, and for sampling latents of these shapes; None where nothing is
+        missing. Collective."""
+        missing = self._models.shortfall(recipe, latent_shapes)
+        return NeedsBytes(missing) if missing > 0 else None
 
     def _ready(self, run: Run, job: ModelJob) -> tuple[CachedModel, RankPatcher]:
         """The model of a job with its patches, and room for it where it runs; the patcher is for this job alone."""

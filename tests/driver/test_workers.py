@@ -1,13 +1,19 @@
-"""Remedies for failures, by how the workers were set up."""
+"""Remedies for failures, by how the workers were set up, and memory that ComfyUI frees for workers."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from raylight.cluster.config import SessionConfig
 from raylight.cluster.errors import DIED, FAILED, HUNG, OUT_OF_MEMORY
-from raylight.driver.workers import remedies
-from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED
+from raylight.driver import memory
+from raylight.driver.workers import ask_with_room, remedies
+from raylight.host.jobs import NeedsBytes
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
+from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
 
 
@@ -26,3 +32,35 @@ from raylight.parallel.mesh import MeshShape
 def test_remedies(kind: str, sharding: str | None, mesh: MeshShape, with_: str, without: str) -> None:
     text = remedies(SessionConfig(mesh, "cuda"), sharding, kind)
     assert with_ in text and without not in text
+
+
+RECIPE = ModelRecipe("/models/a.safetensors", "default", 1, 0)
+
+
+class FakeSession:
+    """Two ranks, whose fullest GPU lacks `missing` bytes."""
+
+    def __init__(self, device_type: str, missing: int) -> None:
+        self.config = SimpleNamespace(device_type=device_type)
+        self.missing = missing
+        self.calls: list[tuple[Any, ...]] = []
+
+    def run_all(self, verb: Any, job: Any, may_refuse: bool, **_: Any) -> dict[int, Any]:
+        self.calls.append((verb, job, may_refuse))
+        refuses = may_refuse and self.missing > 0
+        return {rank: NeedsBytes(self.missing) if refuses else f"{job} by {rank}" for rank in range(2)}
+
+
+@pytest.mark.parametrize(
+    ("device_type", "missing", "freed", "asked"),
+    [("cpu", 5, [], [False]), ("cuda", 0, [], [True]), ("cuda", 5, [5], [True, False])],
+)
+def test_comfyui_frees_memory_only_where_workers_lack_it(
+    device_type: str, missing: int, freed: list[int], asked: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(memory, "make_room", made.append)
+    session = FakeSession(device_type, missing)
+    assert ask_with_room(session, WorkerService.sample, "a job", RECIPE) == {0: "a job by 0", 1: "a job by 1"}
+    assert made == freed
+    assert session.calls == [(WorkerService.sample, "a job", may_refuse) for may_refuse in asked]

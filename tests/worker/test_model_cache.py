@@ -10,8 +10,11 @@ import psutil
 import pytest
 import torch
 
+from raylight.host.jobs import NeedsBytes
 from raylight.host.recipe import ModelRecipe
+from raylight.worker import model_cache
 from raylight.worker.model_cache import CachedModel, ModelCache
+from raylight.worker.service import ModelService
 
 GB = 10**9
 
@@ -127,3 +130,36 @@ def test_a_model_that_the_file_has_needs_no_room(machine: Machine) -> None:
     machine.host = 0
     models.make_room_on_host(0)
     assert len(models.all()) == 3
+
+
+@pytest.fixture
+def alone(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The machine for one rank, without a process group."""
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda _: machine.gpu)
+    monkeypatch.setattr(model_cache, "smallest", lambda value: value)
+    return machine
+
+
+def test_shortfall_counts_weights_sampling_and_what_can_be_moved(alone: Machine) -> None:
+    models, (first, *_) = three(alone, "cuda")
+    first.patcher.model = SimpleNamespace(memory_required=lambda shape: shape[0] * GB)
+    fits = 1 * GB - 4 * GB - 12 * GB  # for sampling, less what is free and what the other two take
+    assert models.shortfall(first.recipe) == fits
+    assert models.shortfall(first.recipe, [(2,), (20,)]) == fits + 20 * GB
+    new = resident(alone, "d", 60 * GB).recipe  # of which each of two ranks loads half
+    assert models.shortfall(new) == 1 * GB + 30 * GB - 4 * GB - 18 * GB
+    assert three(alone, "cpu")[0].shortfall(new) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_refuses_a_job_once_where_memory_is_short(device: str, alone: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = ModelService(SimpleNamespace(device=torch.device(device), world_size=2))
+    done: list[str] = []
+    held = SimpleNamespace(patched=lambda _: done.append("loaded"))
+    monkeypatch.setattr(service, "_hold", lambda *_: held)
+    recipe = resident(alone, "d", 60 * GB).recipe
+    expected = NeedsBytes(27 * GB) if device == "cuda" else None
+    run = SimpleNamespace(enter=lambda _: None)
+    assert service.load(run, recipe, may_refuse=True) == expected
+    assert done == ([] if expected else ["loaded"])
+    assert service.load(run, recipe, may_refuse=False) is None and done[-1] == "loaded"
