@@ -1,17 +1,16 @@
-"""What the initializers choose for inputs of 0, and that they say so."""
+"""Degrees that the initializers choose for inputs of 0, and how they report them."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 import nodes as comfy_nodes
+from raylight.driver import options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,12 +22,9 @@ def pack() -> dict[str, Any]:
 
 
 @pytest.fixture
-def machine(pack: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module that chooses, on a machine that has as many GPUs as `gpus` says."""
-    # ComfyUI loads the pack under the name of its path.
-    module = sys.modules[pack["RayInitializer"].__module__.rpartition(".")[0] + ".degrees"]
-    monkeypatch.setattr(module, "gpus_here", lambda: 4)
-    return module
+def four(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of four GPUs."""
+    monkeypatch.setattr(options, "default_worker_count", lambda: 4)
 
 
 @pytest.mark.parametrize(
@@ -46,15 +42,14 @@ def machine(pack: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> ModuleType
         ({"GPU": 1}, (1, 1, 1, 1, 1)),
     ],
 )
-def test_chooses(machine: ModuleType, inputs: dict[str, int], expected: tuple[int, ...]) -> None:
-    found = machine.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
-    assert (found.workers, found.ulysses, found.ring, found.cfg, found.dp) == expected
-    assert found.mesh.world_size == found.workers
+def test_chooses(four: None, inputs: dict[str, int], expected: tuple[int, ...]) -> None:
+    found = options.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
+    assert (found.mesh.world_size, found.ulysses, found.ring, found.cfg, found.dp) == expected
 
 
-def test_takes_the_selected_gpus(machine: ModuleType) -> None:
-    found = machine.degrees_from({"GPU": 0, "ulysses_degree": 0}, selected=(1, 3))
-    assert (found.workers, found.ulysses) == (2, 2)
+def test_takes_the_selected_gpus(four: None) -> None:
+    found = options.degrees_from({"GPU": 0, "ulysses_degree": 0}, selected=(1, 3))
+    assert (found.mesh.world_size, found.ulysses) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -73,17 +68,17 @@ def test_takes_the_selected_gpus(machine: ModuleType) -> None:
         ({"ulysses_degree": -1}, "ulysses_degree = -1: at least 1 and at most 64, or 0 for automatic"),
     ],
 )
-def test_rejects(machine: ModuleType, inputs: dict[str, Any], message: str) -> None:
+def test_rejects(four: None, inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        machine.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
+        options.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
 
 
-def test_says_what_it_has_chosen(machine: ModuleType) -> None:
-    automatic = str(machine.degrees_from({"GPU": 0, "ulysses_degree": 0, "cfg_degree": 2}))
+def test_says_what_it_has_chosen(four: None) -> None:
+    automatic = str(options.degrees_from({"GPU": 0, "ulysses_degree": 0, "cfg_degree": 2}))
     assert re.fullmatch(
         r"4 \w+( worker)?s: ulysses 2 x cfg 2 \(GPU and ulysses_degree chosen automatically\)", automatic
     )
-    given = str(machine.degrees_from({"GPU": 2, "ulysses_degree": 2}))
+    given = str(options.degrees_from({"GPU": 2, "ulysses_degree": 2}))
     assert given.endswith("ulysses 2")
 
 

@@ -1,31 +1,12 @@
-"""What workers compute on follows ComfyUI, and what they cannot is refused."""
+"""Workers compute on the kind of device that ComfyUI does, or are refused."""
 
 from __future__ import annotations
-
-import asyncio
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import comfy.model_management
 import pytest
 import torch
 
-import nodes as comfy_nodes
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def pack() -> str:
-    """The name under which ComfyUI has loaded the pack."""
-    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
-    return comfy_nodes.NODE_CLASS_MAPPINGS["RayInitializer"].__module__.rpartition(".")[0]
-
-
-@pytest.fixture
-def options(pack: str) -> ModuleType:
-    return sys.modules[f"{pack}.options"]
+from raylight.driver import options
 
 
 def computing_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +17,7 @@ def computing_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "called"),
     [("xpu", "an Intel GPU"), ("mps", "an Apple GPU"), ("privateuseone", "DirectML"), ("hpu", "hpu")],
 )
-def test_other_accelerators_are_refused(
-    name: str, called: str, options: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_accelerators_are_refused(name: str, called: str, monkeypatch: pytest.MonkeyPatch) -> None:
     computing_on(name, monkeypatch)
     with pytest.raises(ValueError, match=rf"ComfyUI computes on {called}.* NVIDIA and AMD .* --cpu"):
         options.all_workers()
@@ -54,7 +33,7 @@ def test_other_accelerators_are_refused(
             options.workers_from(inputs | {"GPU": count})
 
 
-def test_cpu_means_cpu_where_there_are_gpus(options: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_means_cpu_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """As ComfyUI with --cpu, whatever PyTorch finds."""
     computing_on("cpu", monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -63,7 +42,7 @@ def test_cpu_means_cpu_where_there_are_gpus(options: ModuleType, monkeypatch: py
     assert workers.config.device_type == "cpu" and workers.config.world_size == 2
 
 
-def test_gpus_are_one_for_each_worker(options: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_one_for_each_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     computing_on("cuda", monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     workers = options.all_workers()
