@@ -16,18 +16,18 @@ from raylight.cluster import active_session
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
 
+from . import weightless
 from . import workers as at_workers
 from .batched_runs import run_batched
 from .model_forward import forward
 from .model_import import copy_state_from, recipe_of
-from .outer_sample import finish, run_on_workers
-from .remote_model import Engine, RemotePatcher
+from .outer_sample import run_on_workers
+from .remote_model import RemotePatcher
 from .status import overview
 
 __all__ = ["at_once", "end_workers", "guided_by", "ksampler", "load", "overview", "parallelize"]
 
 T = TypeVar("T")
-_ENGINE = Engine(run_on_workers, forward)
 
 
 def load(model: RayModel) -> RemotePatcher:
@@ -50,9 +50,9 @@ def parallelize(model: ModelPatcher, workers: WorkerConfig) -> RemotePatcher:
 
 
 def at_once(runs: Sequence[Callable[[], T]]) -> list[T]:
-    """What each of these samplings of models on workers returns; groups of workers do them at the same time, where
-    there are several groups."""
-    return run_batched(runs, finish)
+    """Call each of these samplings once, and return their results in order. Groups of workers, if there are several, do
+    them at the same time. Each needs a patcher of its own."""
+    return run_batched(runs)
 
 
 def end_workers(with_ray: bool) -> None:
@@ -61,7 +61,7 @@ def end_workers(with_ray: bool) -> None:
 
 
 def _load(workers: WorkerConfig, recipe: ModelRecipe) -> RemotePatcher:
-    patcher = RemotePatcher.of(workers, recipe, _ENGINE)
+    patcher = RemotePatcher.of(weightless.build(recipe, forward), workers, recipe, run_on_workers)
     at_workers.ask_with_room(at_workers.session(workers), WorkerService.load, recipe, recipe)
     return patcher
 
@@ -83,7 +83,9 @@ def ksampler(
     return_with_leftover_noise: str,
     denoise: float = 1.0,
 ) -> dict[str, Any]:
-    """ComfyUI's KSampler (Advanced) with a noise node's noise, and its seed for the sampler; returns a LATENT."""
+    """Sample as ComfyUI's KSampler (Advanced), with a noise node's noise and its seed for the sampler. Return a
+    LATENT."""
+    ray_actors = ray_actors.clone()  # ComfyUI keeps a run's state on the patcher, and another run may begin within it
     samples = comfy.sample.fix_empty_latent_channels(
         ray_actors,
         latent_image["samples"],

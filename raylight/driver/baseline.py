@@ -44,7 +44,7 @@ class _Kept:
         return cls(module, type(module), attributes, frozenset(key for kind in HOOKS for key in vars(module)[kind]))
 
 
-class AsBuilt:
+class Baseline:
     """A model before nodes have it, to compare with what it is later."""
 
     def __init__(self, base: BaseModel) -> None:
@@ -156,7 +156,7 @@ def _differences(path: str, kept: _Kept, module: nn.Module) -> Iterator[Change]:
 def _is_made_alike(kind: type, other: type) -> bool:
     """Whether classes of two models are the same code: ComfyUI makes those of quantised layers anew for each model, and
     a GGUF pack is imported once for ComfyUI and once for Raylight, which gives its layers a class of their own."""
-    if other.__module__.startswith(f"{__package__}."):
+    if other.__module__.startswith("raylight."):
         other = other.__bases__[0]
     return kind.__qualname__ == other.__qualname__ and _file(kind) is not None and _file(kind) == _file(other)
 

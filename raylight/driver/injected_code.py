@@ -20,7 +20,7 @@ from raylight.plans import plan_of
 from raylight.worker.transformer_options import OVERRIDE
 
 from . import weightless
-from .as_built import INNER
+from .baseline import INNER
 from .remote_model import RemotePatcher
 
 _LIBRARIES = re.compile(r"sage_?att|flash_?att|xformers|memory_efficient_attention|sparge_?att", re.IGNORECASE)
@@ -91,7 +91,7 @@ def inside_of(patcher: RemotePatcher, changes: Sequence[Change]) -> Inside:
     model = patcher.model.diffusion_model
     try:
         # By its own class: a node may have given it another.
-        plan = plan_of(weightless.as_built(patcher.model).diffusion_model, type(patcher.model.model_config).__name__)
+        plan = plan_of(weightless.baseline_of(patcher.model).diffusion_model, type(patcher.model.model_config).__name__)
     except ValueError:  # nothing is split then
         return Inside()
     override = patcher.model_options.get("transformer_options", {}).get(OVERRIDE)
@@ -123,13 +123,13 @@ def begin() -> None:
 
 def tell(inside: Inside, ranks: int) -> None:
     """Say once in a run what whole tokens cost."""
-    if inside.whole and ranks > 1 and inside.whole not in _told:
-        _told.add(inside.whole)
+    if inside.full_tokens_for and ranks > 1 and inside.full_tokens_for not in _told:
+        _told.add(inside.full_tokens_for)
         logger.warning(
             "%s has put code inside of the model that has to see all tokens. The result is right, but the workers do "
             "not split tokens then, so each does the work of all: remove the node to sample faster, or use cfg_degree "
             "or dp_degree, which split none",
-            inside.whole,
+            inside.full_tokens_for,
         )
 
 

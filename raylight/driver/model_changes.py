@@ -17,7 +17,7 @@ from raylight.host.pickling import ancestry
 from raylight.host.settings import comfy_root
 
 from . import weightless
-from .as_built import INNER
+from .baseline import INNER
 from .remote_model import RemotePatcher
 
 
@@ -53,20 +53,20 @@ def _is_done_here(change: Change) -> bool:
 def _own(patcher: RemotePatcher) -> list[Change]:
     base = patcher.model
     with _told_of(patcher):
-        changes = weightless.as_built(base).changes(base, _patched(patcher))
+        changes = weightless.baseline_of(base).changes(base, _patched(patcher))
     return changes
 
 
 def _of_sources(patcher: RemotePatcher) -> Iterator[Change]:
     """What is changed on the models that this one was taken over from."""
-    built = weightless.as_built(patcher.model)
+    built = weightless.baseline_of(patcher.model)
     seen: list[BaseModel] = [patcher.model]
     for source in ancestry(patcher):
         if not isinstance(source.model, BaseModel) or any(source.model is one for one in seen):
             continue
         seen.append(source.model)
         if isinstance(source, RemotePatcher):
-            built_of_source = weightless.as_built(source.model)
+            built_of_source = weightless.baseline_of(source.model)
         else:
             built_of_source = built
         with _told_of(patcher):

@@ -83,7 +83,7 @@ def _send(
         data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
         call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_taking(line.sender))
         model = model_job(line.session, patcher, changes)
-        outer_sample.move_to_workers(model.inside.whole)
+        outer_sample.move_to_workers(model.inside.full_tokens_for)
         job = ForwardJob(model, method, call, line.sender.message(), extras, shape)
         if line.is_new:
             answer = at_workers.ask_with_room(line.session, WorkerService.forward, job, patcher.recipe)[0]

@@ -14,9 +14,11 @@ from .injected_code import inside_of, tell
 from .remote_model import RemotePatcher
 
 
-def model_job(session: Session, patcher: RemotePatcher, changes: Sequence[Change], whole: str = "") -> ModelJob:
-    """The model of a patcher as it is now, with what nodes have changed on the model itself. `whole` is as in `Inside`,
-    for code that is not there yet. Raises ValueError for patches of weights that cannot be sent."""
+def model_job(
+    session: Session, patcher: RemotePatcher, changes: Sequence[Change], full_tokens_for: str = ""
+) -> ModelJob:
+    """Describe the model of a patcher as it is now, with what nodes have changed on the model itself. `full_tokens_for`
+    is as in `Inside`, for code that is not there yet. Raises ValueError for patches of weights that cannot be sent."""
     patches = None
     written, content = written_weights.of(patcher.model)
     if patcher.patches or written:
@@ -27,6 +29,6 @@ def model_job(session: Session, patcher: RemotePatcher, changes: Sequence[Change
             )
         except NotSerializableError as error:
             raise ValueError(f"a patch of the model's weights cannot be sent to the workers: {error}") from error
-    inside = Inside(whole) if whole else inside_of(patcher, changes)
+    inside = Inside(full_tokens_for) if full_tokens_for else inside_of(patcher, changes)
     tell(inside, patcher.workers.config.world_size)
     return ModelJob(patcher.recipe, patcher.workers.attention, patcher.workers.strategy, patches, inside)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import torch
+from comfy.model_base import BaseModel
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -16,18 +16,7 @@ from raylight.host.comfy_patches import replaced_on
 from raylight.host.jobs import KEY
 from raylight.host.recipe import ModelRecipe, WorkerConfig
 
-from . import weightless
-
 _FIRST = "raylight_patcher"
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """What a drop-in model calls: to hand a whole run over (an OUTER_SAMPLE wrapper of ComfyUI), and to have one method
-    of the diffusion model done by the workers."""
-
-    run_on_workers: Callable[..., Tensor]
-    forward: Callable[..., Any]
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
@@ -36,19 +25,19 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     workers: WorkerConfig
     recipe: ModelRecipe
-    engine: Engine
 
     @classmethod
-    def of(cls, workers: WorkerConfig, recipe: ModelRecipe, engine: Engine) -> RemotePatcher:
-        """The model of a recipe on these workers. Raises what `weightless.build` raises."""
-
-        base = weightless.build(recipe, engine.forward)
+    def of(
+        cls, base: BaseModel, workers: WorkerConfig, recipe: ModelRecipe, outer_sample: Callable[..., Tensor]
+    ) -> RemotePatcher:
+        """Return a patcher of a model of `weightless.build`, whose weights are on these workers. `outer_sample` is the
+        wrapper of ComfyUI that samples it."""
         if not hasattr(base, _FIRST):
             first = cls(
                 base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(), size=1
             )
-            first.workers, first.recipe, first.engine = workers, recipe, engine
-            first.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, engine.run_on_workers)
+            first.workers, first.recipe = workers, recipe
+            first.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
             first.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare)
             # Kept as long as the model: ComfyUI takes a model without a patcher for a leak, and says so.
             object.__setattr__(base, _FIRST, first)
@@ -58,7 +47,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def clone(self, *args: Any, **kwargs: Any) -> RemotePatcher:
         other = super().clone(*args, **kwargs)
-        other.workers, other.recipe, other.engine = self.workers, self.recipe, self.engine
+        other.workers, other.recipe = self.workers, self.recipe
         return other
 
     def model_size(self) -> int:

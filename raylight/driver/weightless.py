@@ -22,13 +22,13 @@ from raylight.host.recipe import ModelRecipe
 from raylight.sharding.assign import set_parameter
 from raylight.sharding.lazy_concat import LazyConcat
 
-from .as_built import AsBuilt
+from .baseline import Baseline
 
 # Of the patcher that is sampled, a method, and its arguments.
 Calls = Callable[[ModelPatcher, str, tuple[Any, ...], dict[str, Any]], Any]
 
 _KEPT = 8
-_AS_BUILT = "raylight_as_built"
+_BASELINE = "raylight_baseline"
 _built: OrderedDict[ModelRecipe, BaseModel] = OrderedDict()
 
 
@@ -40,7 +40,7 @@ def build(recipe: ModelRecipe, call: Calls) -> BaseModel:
     raises.
     """
     key = recipe.without_loras
-    if key not in _built or as_built(_built[key]).is_changed(_built[key]):
+    if key not in _built or baseline_of(_built[key]).is_changed(_built[key]):
         _built[key] = _build(key, call)
         if len(_built) > _KEPT:
             _built.popitem(last=False)
@@ -48,9 +48,9 @@ def build(recipe: ModelRecipe, call: Calls) -> BaseModel:
     return _built[key]
 
 
-def as_built(base: BaseModel) -> AsBuilt:
+def baseline_of(base: BaseModel) -> Baseline:
     """What a model of `build` was before nodes had it."""
-    return getattr(base, _AS_BUILT)
+    return getattr(base, _BASELINE)
 
 
 def forget(base: BaseModel) -> None:
@@ -82,7 +82,7 @@ def _build(recipe: ModelRecipe, call: Calls) -> BaseModel:
         if hasattr(diffusion_model, method):
             setattr(diffusion_model, method, Method(base, method, call))
     base.device = comfy.model_management.unet_offload_device()
-    object.__setattr__(base, _AS_BUILT, AsBuilt(base))
+    object.__setattr__(base, _BASELINE, Baseline(base))
     return base
 
 

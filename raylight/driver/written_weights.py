@@ -40,14 +40,14 @@ def look(base: BaseModel, recipe: ModelRecipe) -> None:
     `of` has them by their names in ComfyUI's patches. Raises ValueError for what cannot be sent: a weight of another
     shape, a quantised one, or too much of them.
     """
-    names = weightless.as_built(base).changed_weights(base)
+    names = weightless.baseline_of(base).changed_weights(base)
     now = dict(base.diffusion_model.named_parameters())
     if not names and are_written(weight for weight in now.values() if _is_plain(weight)):
         with torch.inference_mode(False), torch.no_grad():
             file = dict(loading.map_file(recipe, log_unused=False).model.diffusion_model.named_parameters())
         names = [name for name, weight in now.items() if _is_plain(weight) and not torch.equal(weight, file[name])]
     for name in names:
-        if name not in now or not _is_plain(now[name]) or now[name].shape != weightless.as_built(base).shape(name):
+        if name not in now or not _is_plain(now[name]) or now[name].shape != weightless.baseline_of(base).shape(name):
             raise ValueError(
                 f"a node has changed the weight {name} of {recipe.name} in ComfyUI's process, which "
                 f"cannot be sent to the workers: {_REMEDY}"

@@ -20,11 +20,11 @@ METHODS = ("preprocess_text_embeds",)
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """What code of nodes inside of a diffusion model asks for. `whole` says whose code asks for whole tokens, "" where
-    none does; `watched` are paths of modules, from the diffusion model, that must not be called with split tokens;
-    `by_token` of those that have to work on each token by itself."""
+    """What nodes' code inside a diffusion model needs. `full_tokens_for` names the node whose code needs the full
+    tokens, "" if none does; `watched` are paths of modules, from the diffusion model, that must not be called with
+    sharded tokens; `by_token` are paths of modules that must treat each token on its own."""
 
-    whole: str = ""
+    full_tokens_for: str = ""
     watched: tuple[str, ...] = ()
     by_token: tuple[str, ...] = ()
 

@@ -53,7 +53,7 @@ class ModelForward:
         args, kwargs, data = deserialize(job.call, patcher, resolve)
         patcher.model_options = {"transformer_options": data | _copied(code)}
         split.install(patcher.model_options, job.model)
-        whole = job.model.inside.whole
+        whole = job.model.inside.full_tokens_for
         if whole and self._before is None:
             self._before = AsBefore(patcher)
         with changed(patcher, changes), split.watching(patcher, job.model.inside):

@@ -191,7 +191,7 @@ class ParallelModel:
         if self._tokens is None or self._groups is None:
             return
         local = kernel(job.attention, self._device)
-        whole = bool(job.inside.whole)
+        whole = bool(job.inside.full_tokens_for)
         sequence = self._groups.single_rank() if whole else self._groups.sequence(self._strategy(job.strategy))
         split = SequenceAttention(self._tokens, sequence.strategy)
         transformer_options.install_override(model_options, split, local)

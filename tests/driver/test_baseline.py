@@ -70,7 +70,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_finds_a_change_on_either_model(name: str, base: BaseModel, path: Path) -> None:
     change, place = CHANGES[name]
-    built = weightless.as_built(base)
+    built = weightless.baseline_of(base)
     other = comfy.sd.load_diffusion_model(str(path)).model
     for model in (base, other):
         assert built.changes(model) == []
@@ -90,8 +90,8 @@ def test_finds_a_change_on_either_model(name: str, base: BaseModel, path: Path) 
 def test_rejects_another_part(change: Callable[[Any], Any], told: str, base: BaseModel) -> None:
     change(base)
     with pytest.raises(ValueError, match=told):
-        weightless.as_built(base).changes(base)
-    assert weightless.as_built(base).is_changed(base)
+        weightless.baseline_of(base).changes(base)
+    assert weightless.baseline_of(base).is_changed(base)
 
 
 def test_object_patches_are_no_change(base: BaseModel) -> None:
@@ -99,10 +99,10 @@ def test_object_patches_are_no_change(base: BaseModel) -> None:
     patcher.add_object_patch("diffusion_model.blocks.0.forward", print)
     patcher.add_object_patch("diffusion_model.blocks.1", Other())
     patcher.patch_model(load_weights=False)
-    assert weightless.as_built(base).changes(base, patcher.object_patches) == []
+    assert weightless.baseline_of(base).changes(base, patcher.object_patches) == []
     patcher.unpatch_model(unpatch_weights=False)
-    assert weightless.as_built(base).changes(base) == []
-    assert not weightless.as_built(base).is_changed(base)
+    assert weightless.baseline_of(base).changes(base) == []
+    assert not weightless.baseline_of(base).is_changed(base)
 
 
 def test_what_comfyui_does_to_a_model_is_no_change(base: BaseModel, stock: ModelPatcher) -> None:
@@ -110,9 +110,9 @@ def test_what_comfyui_does_to_a_model_is_no_change(base: BaseModel, stock: Model
         other = stock.clone()
         other.add_patches({"diffusion_model.head.head.weight": ("diff", (torch.ones(64, 384),))}, 0.5)
         other.patch_model(torch.device("cpu"))
-        assert weightless.as_built(base).changes(stock.model) == []
+        assert weightless.baseline_of(base).changes(stock.model) == []
         other.unpatch_model(torch.device("cpu"))
-    assert weightless.as_built(base).changes(stock.model) == []
+    assert weightless.baseline_of(base).changes(stock.model) == []
 
 
 WEIGHT = "diffusion_model.head.head.weight"

@@ -62,7 +62,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_code_at_a_place(place: str, model: Any) -> None:
     inside = inside_of(patched(model, **{place: theirs}), [])
-    assert bool(inside.whole) == PLACES[place]
+    assert bool(inside.full_tokens_for) == PLACES[place]
     assert inside.watched == ()
 
 
@@ -84,7 +84,7 @@ def test_the_models_own_code_is_none_of_a_node(same: Callable[[Any], dict[str, A
 
 
 def test_another_module_at_a_block_gets_whole_tokens(model: Any) -> None:
-    assert "Theirs (at blocks.0)" in inside_of(patched(model, blocks__0=Theirs()), []).whole
+    assert "Theirs (at blocks.0)" in inside_of(patched(model, blocks__0=Theirs()), []).full_tokens_for
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_another_module_at_a_block_gets_whole_tokens(model: Any) -> None:
     ],
 )
 def test_changes_of_the_model_itself(change: Change, whole: bool, model: Any) -> None:
-    assert bool(inside_of(patched(model), [change]).whole) == whole
+    assert bool(inside_of(patched(model), [change]).full_tokens_for) == whole
 
 
 def test_an_override_and_a_ring(model: Any) -> None:
     for ring, whole in ((1, False), (2, True)):
         patcher = patched(model, ring)
         patcher.model_options = {"transformer_options": {"optimized_attention_override": theirs}}
-        assert bool(inside_of(patcher, []).whole) == whole
+        assert bool(inside_of(patcher, []).full_tokens_for) == whole
