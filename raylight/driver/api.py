@@ -1,4 +1,4 @@
-"""Models on workers, as the nodes use them."""
+"""What the nodes call: load models on workers, sample them, end the workers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
 
 from . import weightless
-from . import workers as at_workers
 from .batched_runs import run_batched
-from .model_forward import forward
+from .model_forward import forward_on_workers
 from .model_import import copy_state_from, recipe_of
 from .outer_sample import run_on_workers
 from .remote_model import RemotePatcher
 from .status import overview
+from .workers import ask_with_room, open_session
 
 __all__ = ["at_once", "end_workers", "guided_by", "ksampler", "load", "overview", "parallelize"]
 
@@ -31,18 +31,18 @@ T = TypeVar("T")
 
 
 def load(model: RayModel) -> RemotePatcher:
-    """A MODEL whose weights are loaded on the workers.
+    """Load a model on its workers, and return the MODEL that runs there.
 
-    Raises ValueError for a model that they refuse; ConnectionError, RuntimeError or WorkerError where they cannot
+    Raises ValueError for a model that the workers refuse; ConnectionError, RuntimeError or WorkerError if they cannot
     start.
     """
     return _load(model.workers, model.recipe)
 
 
 def parallelize(model: ModelPatcher, workers: WorkerConfig) -> RemotePatcher:
-    """The same MODEL, loaded on workers: weights, patches and options.
+    """Return the same MODEL on workers: weights, patches and options.
 
-    Raises what `load` raises, and ValueError for a model that workers cannot have.
+    Raises what `load` raises, and ValueError for a model that cannot be sent to workers.
     """
     patcher = _load(workers, recipe_of(model, workers))
     copy_state_from(model, patcher)
@@ -56,13 +56,13 @@ def at_once(runs: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def end_workers(with_ray: bool) -> None:
-    """End the workers, and Ray too if it is ours and `with_ray`. The next model that is loaded starts them again."""
+    """End the workers, and with `with_ray` also the Ray that Raylight started. Loading a model starts them again."""
     active_session.close(keep_ray=not with_ray)
 
 
 def _load(workers: WorkerConfig, recipe: ModelRecipe) -> RemotePatcher:
-    patcher = RemotePatcher.of(weightless.build(recipe, forward), workers, recipe, run_on_workers)
-    at_workers.ask_with_room(at_workers.session(workers), WorkerService.load, recipe, recipe)
+    patcher = RemotePatcher.of(weightless.build(recipe, forward_on_workers), workers, recipe, run_on_workers)
+    ask_with_room(open_session(workers), WorkerService.load, recipe, recipe)
     return patcher
 
 
@@ -92,10 +92,10 @@ def ksampler(
         latent_image.get("downscale_ratio_spacial"),
         latent_image.get("downscale_ratio_temporal"),
     )
-    disabled = add_noise == "disable"
+    disable_noise = add_noise == "disable"
     drawn = (
         torch.zeros(samples.size(), dtype=samples.dtype, layout=samples.layout, device="cpu")
-        if disabled
+        if disable_noise
         else noise.generate_noise({**latent_image, "samples": samples})
     )
     denoised = comfy.sample.sample(
@@ -109,7 +109,7 @@ def ksampler(
         negative,
         samples,
         denoise=denoise,
-        disable_noise=disabled,
+        disable_noise=disable_noise,
         start_step=start_at_step,
         last_step=end_at_step,
         force_full_denoise=return_with_leftover_noise == "disable",
@@ -123,8 +123,8 @@ def ksampler(
 
 
 def guided_by(guider: Any, model: RemotePatcher) -> Any:
-    """A guider that samples `model`: the guider itself where its own model is on workers already, else a copy, with
-    what nodes have put on its model."""
+    """Return a guider that samples `model`: the guider itself if its own model is on workers already, else a copy with
+    the patches of its model."""
     if isinstance(guider.model_patcher, RemotePatcher):
         return guider
     patcher = model.clone()

@@ -1,15 +1,14 @@
-"""Memory mappings of this process, as the system tells of them: which file they are of, and whether they are written.
+"""Memory mappings of this process, as Linux reports them: of which files they are, and whether they were written to.
 
-The system makes a page of a private mapping the process's own when it is written to. PyTorch's version counters do not
-see what is written by `.data`; this does.
+A write to a page of a private mapping makes the page the process's own. So this finds writes by `.data` too, which
+PyTorch's version counters miss.
 """
 
 from __future__ import annotations
 
-import bisect
 import os
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from torch import Tensor
 
 
 def one_file_of(tensors: Sequence[Tensor]) -> str | None:
-    """The file of which all these tensors are maps, as it is now; None where there is none, or several."""
+    """Return the one file that all these tensors map; None if there is none, if there are several, or if it was
+    replaced since."""
     maps = _maps()
     starts = [start for start, _, _ in maps]
     found = None
@@ -25,7 +25,7 @@ def one_file_of(tensors: Sequence[Tensor]) -> str | None:
         if tensor.device.type != "cpu" or tensor.numel() == 0:
             return None
         first = tensor.data_ptr()
-        at = bisect.bisect_right(starts, first) - 1
+        at = bisect_right(starts, first) - 1
         if at < 0 or first + tensor.numel() * tensor.element_size() > maps[at][1] or maps[at][2] is None:
             return None
         if found not in (None, maps[at][2]):
@@ -35,7 +35,7 @@ def one_file_of(tensors: Sequence[Tensor]) -> str | None:
 
 
 def _maps() -> list[tuple[int, int, str | None]]:
-    """From where to where memory is mapped, by rising addresses, and the file that it is a map of."""
+    """Return start, stop and file of each mapping, by rising addresses."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
             lines = [line.rstrip("\n").split(None, 5) for line in file]
@@ -58,14 +58,14 @@ _MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) .*/")
 
 
 def are_written(weights: Iterable[Tensor]) -> bool:
-    """Whether mappings in which these tensors lie have pages of this process's own. False where the system does not
-    tell, as it does on Linux only."""
+    """Return whether any of these tensors is in a mapping of a file that was written to. False on other systems than
+    Linux."""
     places = sorted(weight.data_ptr() for weight in weights)
     return any(bisect_left(places, start) < bisect_left(places, stop) for start, stop in _written_mappings())
 
 
 def _written_mappings() -> Iterator[tuple[int, int]]:
-    """Start and stop of the private mappings of files in which pages are this process's own."""
+    """Yield start and stop of the mappings of files in which this process has pages of its own."""
     try:
         text = Path("/proc/self/smaps").read_bytes()
     except OSError:

@@ -1,7 +1,8 @@
-"""What ComfyUI's memory manager sees of models on workers: a model without weights, told when all are to go.
+"""GPU memory that ComfyUI and the workers share.
 
-ComfyUI unloads models when a person asks it to ("Unload Models", "Free model and node cache", its /free route), and
-when another model needs the memory of a GPU. It does so by calling the patchers that it knows as loaded.
+ComfyUI unloads models when the user asks for it ("Unload Models", "Free model and node cache", its /free route), and
+when another model needs the memory of a GPU. It then calls the patchers that it lists as loaded; one of these, without
+weights, represents the models on the workers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
-class _Presence(comfy.model_patcher.ModelPatcher):
+class _WorkersModels(comfy.model_patcher.ModelPatcher):
     def __init__(self, free: Callable[[], None]) -> None:
         device = comfy.model_management.get_torch_device()
         super().__init__(nn.Module(), device, torch.device("cpu"), size=1)
@@ -29,23 +30,23 @@ class _Presence(comfy.model_patcher.ModelPatcher):
         return model
 
 
-_presence: _Presence | None = None
+_registered: _WorkersModels | None = None
 
 
 def register(free: Callable[[], None]) -> None:
-    """Have ComfyUI call `free` when it unloads models, once."""
-    global _presence
-    if _presence is None or not _loaded(_presence):
-        _presence = _Presence(free)
-        comfy.model_management.load_models_gpu([_presence])
+    """Have ComfyUI call `free` when it unloads models. Does nothing if that is so already."""
+    global _registered
+    if _registered is None or not _loaded(_registered):
+        _registered = _WorkersModels(free)
+        comfy.model_management.load_models_gpu([_registered])
 
 
 def make_room(missing: int) -> None:
-    """Have ComfyUI unload models of its own, those that it would unload first, until its GPU has so many bytes more;
-    none where nothing is missing, so that the text encoder and the VAE stay as long as all fit."""
+    """Ask ComfyUI to unload its models until `missing` more bytes are free. Does nothing if `missing` <= 0, so that the
+    text encoder and the VAE stay loaded while all fits."""
     if missing <= 0:
         return
-    keep = [] if _presence is None else _loaded(_presence)
+    keep = [] if _registered is None else _loaded(_registered)
     device = comfy.model_management.get_torch_device()
     comfy.model_management.free_memory(comfy.model_management.get_free_memory(device) + missing, device, keep)
     comfy.model_management.soft_empty_cache()

@@ -1,9 +1,9 @@
-"""Single calls of a diffusion model's methods, done by the workers, for loops that stay in ComfyUI."""
+"""Single calls of a diffusion model's methods, done by the workers, for sampling loops that stay in ComfyUI."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,22 +15,23 @@ from raylight.cluster.tensor_delta import Sender
 from raylight.host import patcher_state
 from raylight.host.foreign_code import node_name_of
 from raylight.host.jobs import ForwardJob
-from raylight.host.patcher_state import OPTIONS, Change, bind_arguments, run_with_wrappers
+from raylight.host.patcher_state import OPTIONS, OVERRIDE, Change, bind_arguments, run_with_wrappers
 from raylight.host.pickling import NotSerializableError, serialize
 from raylight.host.worker_service import WorkerService
 
-from . import model_changes, outer_sample
-from . import workers as at_workers
+from . import model_changes
 from .model_job import model_job
+from .outer_sample import move_to_workers
 from .remote_model import RemotePatcher
+from .workers import ask, ask_with_room, open_session
 
 FORWARD = "forward"
 _KEPT_BYTES = 128 * 2**20
-# These run in this process, around the call.
+# Options that run in this process, around the call.
 _OUTSIDE = ("wrappers", "callbacks")
+# Options that are called inside the model.
+_CODE = ("patches", "patches_replace", OVERRIDE)
 _PLAIN = (bool, int, float, str, bytes, Tensor, torch.dtype, torch.device, torch.Size, uuid.UUID)
-# What is called inside of the model.
-_CODE = ("patches", "patches_replace", "optimized_attention_override")
 
 
 class ForwardChannel:
@@ -40,22 +41,34 @@ class ForwardChannel:
         self.session = session
         self.sender = Sender(uuid.uuid4().hex, _KEPT_BYTES)
         self.is_new = True
-        self.extras_key = ""
-        self.extras_of: list[Any] = []
+        self._extras_key = ""
+        self._extras: list[Any] = []
+
+    def key_of(self, extras: Any) -> str:
+        """Return a key for what nodes have put into the model: the same as before while it holds the same objects."""
+        objects = list(_leaves(extras))
+        before = self._extras
+        if (
+            not self._extras_key
+            or len(objects) != len(before)
+            or any(now is not then and now != then for now, then in zip(objects, before, strict=True))
+        ):
+            self._extras_key, self._extras = f"extras-{uuid.uuid4().hex}", objects
+        return self._extras_key
 
 
 _channel: ForwardChannel | None = None
 
 
-def forward(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What `method` of the model's diffusion model returns, with tensors where those of the arguments are.
+def forward_on_workers(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call `method` of the diffusion model on the workers. Return its output, with tensors on the device of the first
+    tensor among the arguments.
 
     Wrappers around the diffusion model run in this process, as they do without workers. Raises ValueError, naming the
     node, for what nodes have put into the model and cannot be sent; and what `workers.ask` raises.
     """
-    device = next(
-        (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), patcher.load_device
-    )
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    device = next((tensor.device for tensor in tensors), patcher.load_device)
     if method != FORWARD:
         return _send(patcher, method, args, kwargs, device)
     return run_with_wrappers(
@@ -71,72 +84,61 @@ def _send(
 ) -> Any:
     global _channel
     if _channel is None or not _channel.session.alive:
-        _channel = ForwardChannel(at_workers.session(patcher.workers))
-    line = _channel
+        _channel = ForwardChannel(open_session(patcher.workers))
+    channel = _channel
     shape = next((tuple(value.shape) for value in args if isinstance(value, Tensor)), None)
     diffusion_model = patcher.model.diffusion_model
     args, kwargs = bind_arguments(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
     options = kwargs.pop(OPTIONS, None) or {}
     try:
         changes = model_changes.of_forward(patcher)
-        extras = line.session.shared.of(*_extras(line, patcher, options, changes))
+        inner, code = patcher_state.of_forward(patcher), _code(options)
+        key = channel.key_of(
+            (code, inner, str(patcher.patches_uuid), [(one.owner, one.name, one.value) for one in changes])
+        )
+        extras = channel.session.shared.of(key, lambda: _serialized(patcher, inner, code, changes))
         data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
-        call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_taking(line.sender))
-        model = model_job(line.session, patcher, changes)
-        outer_sample.move_to_workers(model.inside.full_tokens_for)
-        job = ForwardJob(model, method, call, line.sender.message(), extras, shape)
-        if line.is_new:
-            answer = at_workers.ask_with_room(line.session, WorkerService.forward, job, patcher.recipe)[0]
-            line.is_new = False
+        call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_slots_of(channel.sender))
+        model = model_job(channel.session, patcher, changes)
+        move_to_workers(model.inside.full_tokens_for)
+        job = ForwardJob(model, method, call, channel.sender.message(), extras, shape)
+        if channel.is_new:
+            answer = ask_with_room(channel.session, WorkerService.forward, job, patcher.recipe)[0]
+            channel.is_new = False
         else:
-            answer = at_workers.ask(line.session, WorkerService.forward, job, False, about=patcher.recipe)
+            answer = ask(channel.session, WorkerService.forward, job, False, about=patcher.recipe)
     except BaseException:
         _channel = None  # what the workers have of this stream is not known any more
         raise
     return _on(unpack(answer, _no_reference, device), device)
 
 
-def _extras(
-    line: ForwardChannel, patcher: RemotePatcher, options: Mapping[str, Any], changes: list[Change]
-) -> tuple[str, Any]:
-    """A key, and a function that makes the SerializedObject, of what nodes have put into the model: made once as long
-    as these are the same objects."""
+def _code(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the code in a forward's options, and with it all that is not plain data, which it may use."""
     code = {name: options[name] for name in _CODE if options.get(name)}
-    if code:  # which may look at anything in the options
+    if code:
         code |= {name: value for name, value in options.items() if name not in _OUTSIDE and not _is_plain(value)}
-    inner = patcher_state.of_forward(patcher)
-    objects = list(
-        _leaves(
-            (code, inner, str(patcher.patches_uuid), [(change.owner, change.name, change.value) for change in changes])
-        )
-    )
-    if (
-        not line.extras_key
-        or len(objects) != len(line.extras_of)
-        or any(now is not before and now != before for now, before in zip(objects, line.extras_of, strict=True))
-    ):
-        line.extras_key, line.extras_of = f"extras-{uuid.uuid4().hex}", objects
-    return line.extras_key, lambda: _packed(patcher, code, inner, changes)
+    return code
 
 
-def _packed(
-    patcher: RemotePatcher, code: dict[str, Any], inner: patcher_state.PatcherState, changes: list[Change]
+def _serialized(
+    patcher: RemotePatcher, inner: patcher_state.PatcherState, code: dict[str, Any], changes: list[Change]
 ) -> SerializedObject:
     try:
         return serialize((inner, code, changes), patcher, foreign_code=True)
     except NotSerializableError as error:
-        for part in _leaves((code, inner, [change.value for change in changes])):
+        for value in _leaves((code, inner, [change.value for change in changes])):
             try:
-                serialize(part, patcher, foreign_code=True)
+                serialize(value, patcher, foreign_code=True)
             except NotSerializableError as reason:
                 raise ValueError(
-                    f"{node_name_of(part)} changes the inside of the model in a way that cannot be sent to the "
+                    f"{node_name_of(value)} changes the inside of the model in a way that cannot be sent to the "
                     f"workers ({reason}): remove it, or take the model from one of ComfyUI's loaders"
                 ) from error
         raise ValueError(f"what nodes have put into the model cannot be sent to the workers: {error}") from error
 
 
-def _leaves(value: Any) -> Any:
+def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield key
@@ -150,17 +152,14 @@ def _leaves(value: Any) -> Any:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return all(_is_plain(item) for item in value.values())
-    if isinstance(value, (list, tuple, set)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, _PLAIN)
+        value = value.values()
+    elif not isinstance(value, (list, tuple, set)):
+        return value is None or isinstance(value, _PLAIN)
+    return all(_is_plain(item) for item in value)
 
 
-def _taking(sender: Sender) -> Any:
-    def refer(value: Any) -> Any:
-        return sender.slot(value) if type(value) is Tensor else None
-
-    return refer
+def _slots_of(sender: Sender) -> Any:
+    return lambda value: sender.slot(value) if type(value) is Tensor else None
 
 
 def _no_reference(reference: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The part of a job that says which model it is for."""
+"""The part of a job that describes its model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raylight.host.patcher_state import Change
 from raylight.host.pickling import NotSerializableError, serialize
 
 from . import written_weights
-from .injected_code import inside_of, tell
+from .injected_code import inside_of, warn_of_full_tokens
 from .remote_model import RemotePatcher
 
 
@@ -30,5 +30,5 @@ def model_job(
         except NotSerializableError as error:
             raise ValueError(f"a patch of the model's weights cannot be sent to the workers: {error}") from error
     inside = Inside(full_tokens_for) if full_tokens_for else inside_of(patcher, changes)
-    tell(inside, patcher.workers.config.world_size)
+    warn_of_full_tokens(inside, patcher.workers.config.world_size)
     return ModelJob(patcher.recipe, patcher.workers.attention, patcher.workers.strategy, patches, inside)

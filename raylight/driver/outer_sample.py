@@ -24,11 +24,11 @@ from raylight.host.patcher_state import Change
 from raylight.host.pickling import NotSerializableError, serialize
 
 from . import injected_code, model_changes, written_weights
-from . import workers as at_workers
 from .batched_runs import join_batch
 from .model_job import model_job
 from .pending_run import PendingRun, complete
 from .remote_model import RemotePatcher
+from .workers import open_session
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _pending(
     random: RandomState,
     callback: Callable[..., Any] | None,
 ) -> PendingRun:
-    session = at_workers.session(patcher.workers)
+    session = open_session(patcher.workers)
     # ComfyUI's own callback shows a preview and the last step; others may look at all of every step.
     every_step = callback is not None and getattr(callback, "__module__", None) != "latent_preview"
     job = RunJob(

@@ -1,7 +1,7 @@
 """Checks at the start of ComfyUI: its release, and whether the packages that Raylight needs are installed.
 
-Imports nothing of ComfyUI but its version, so that the set-up can ask too. One line in ComfyUI's log for each problem.
-The nodes are registered all the same, so that a workflow opens; they report it again when they run.
+Imports nothing of ComfyUI but its version, so that the set-up can use it too. Each problem is one line in ComfyUI's
+log. The nodes are registered all the same, so that workflows open; they report the problem again when they run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ MINIMUM = "0.24.0"
 
 
 def is_older(version: str, than: str = MINIMUM) -> bool:
-    """Whether a version is older than another; one without numbers ("unknown") is not."""
+    """Return whether a version is older than another; one without numbers ("unknown") is not."""
     numbers = _numbers(version)
     return bool(numbers) and numbers < _numbers(than)
 
 
 def running() -> str:
-    """The version of the ComfyUI in whose process this is, "" where it does not say."""
+    """Return the version of the ComfyUI in this process, "" if it has none."""
     try:
         from comfyui_version import __version__
     except ImportError:
@@ -42,7 +42,7 @@ _REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 
 
 def log_problems() -> None:
-    """Log what is wrong, if anything. Imports none of the packages."""
+    """Log a warning for each problem. Imports none of the packages."""
     version = running()
     if is_older(version):
         logger.warning(
@@ -50,21 +50,21 @@ def log_problems() -> None:
             MINIMUM,
             version,
         )
-    absent = [name for name in REQUIRED if not _is_there(name)]
-    if absent:
-        logger.warning("%s", advice(absent))
+    missing = [name for name in REQUIRED if not _is_installed(name)]
+    if missing:
+        logger.warning("%s", advice(missing))
 
 
-def advice(absent: list[str]) -> str:
-    """What to do about packages that are not there."""
-    which = f"package {absent[0]}" if len(absent) == 1 else f"packages {' and '.join(absent)}"
+def advice(missing: list[str]) -> str:
+    """Say how to install packages that are missing."""
+    which = f"package {missing[0]}" if len(missing) == 1 else f"packages {' and '.join(missing)}"
     return (
-        f"Raylight needs the Python {which}, and its nodes cannot run without: run "
+        f"Raylight needs the Python {which}, and its nodes cannot run without it: run "
         f'"{sys.executable}" -m pip install -r "{_REQUIREMENTS}" and restart ComfyUI'
     )
 
 
-def _is_there(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ImportError:

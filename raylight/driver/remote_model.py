@@ -1,4 +1,4 @@
-"""ComfyUI's patcher of a model whose weights are on workers: the drop-in MODEL."""
+"""The drop-in MODEL: ComfyUI's patcher of a model whose weights are on workers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _FIRST = "raylight_patcher"
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
-    """A MODEL for every node of ComfyUI. It has no weights, so nothing is loaded or moved here; patches, objects and
-    options that nodes put on it are kept and go to the workers with each run."""
+    """A MODEL for every node of ComfyUI. It has no weights, so nothing is loaded or moved here. It keeps the patches,
+    objects and options that nodes add; they are sent to the workers with each run."""
 
     workers: WorkerConfig
     recipe: ModelRecipe
@@ -39,7 +39,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             first.workers, first.recipe = workers, recipe
             first.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
             first.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare)
-            # Kept as long as the model: ComfyUI takes a model without a patcher for a leak, and says so.
+            # Kept as long as the model: ComfyUI warns of a leak where a model has no patcher.
             object.__setattr__(base, _FIRST, first)
         patcher = getattr(base, _FIRST).clone()
         patcher.workers, patcher.recipe = workers, recipe
@@ -51,29 +51,29 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return other
 
     def model_size(self) -> int:
-        """One byte: weights are on the workers."""
+        """Return one byte: the weights are on the workers."""
         return 1
 
     def load(self, device_to: torch.device | None = None, *_: Any, **__: Any) -> None:
-        """Nothing to move."""
+        """Move nothing; note what ComfyUI reads of a loaded model."""
         self.model.device = device_to
         self.model.model_lowvram = False
         self.model.model_loaded_weight_memory = 1
         self.model.current_weight_patches_uuid = self.patches_uuid
 
     def partially_load(self, device_to: torch.device, *_: Any, **__: Any) -> int:
-        """Put objects in place, and take back those of the clone before; nothing to move."""
+        """Apply object patches in the place of those of the clone that was loaded before. Move nothing."""
         self.unpatch_model(unpatch_weights=False)
         self.patch_model(load_weights=False)
         self.load(device_to)
         return 1
 
     def partially_unload(self, *_: Any, **__: Any) -> int:
-        """Nothing to give back."""
+        """Free nothing."""
         return 0
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
-        """Take objects back."""
+        """Undo object patches."""
         super().unpatch_model(None, unpatch_weights=False)
         if unpatch_weights:
             self.model.device = device_to or self.model.device
@@ -81,30 +81,29 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             self.model.current_weight_patches_uuid = None
 
     def inject_model(self) -> None:
-        """Nothing here: injections are for the model that runs."""
+        """Do nothing: injections are for the model that runs."""
 
     def eject_model(self) -> None:
-        """Nothing here: injections are for the model that runs."""
+        """Do nothing: injections are for the model that runs."""
 
     def patch_hooks(self, hooks: Any) -> None:
-        """Raises ValueError where weights would change between steps: there are none here."""
+        """Raise ValueError if weights would change between steps: there are none here."""
         if hooks is not None and self.get_combined_hook_patches(hooks):
             raise ValueError(
-                "scheduled LoRAs (hooks) change weights between steps, which workers can only where the "
-                "whole run is theirs, and here it is not: see the log for what kept it in ComfyUI, and "
-                "remove either"
+                "scheduled LoRAs (hooks) work only when the workers run the whole sampling loop. This run keeps the "
+                "loop in ComfyUI (the log says why): remove the hook, or what keeps the loop there"
             )
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
-        """Raises ValueError: a merge would need the weights here."""
+        """Raise ValueError: a merge would need the weights here."""
         raise ValueError(_no_weights(self, "merge models before Parallelize Model (Ray)"))
 
     def state_dict_for_saving(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Raises ValueError: there is nothing to save."""
+        """Raise ValueError: there is nothing to save."""
         raise ValueError(_no_weights(self, "save the model that a loader of ComfyUI gives"))
 
     def model_state_dict_for_saving(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Raises ValueError: there is nothing to save."""
+        """Raise ValueError: there is nothing to save."""
         return self.state_dict_for_saving()
 
 
@@ -113,7 +112,7 @@ def _no_weights(patcher: RemotePatcher, remedy: str) -> str:
 
 
 def _prepare(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """ComfyUI's preparation of a run, for which it frees the memory that the model is to need: here, none."""
+    """Have ComfyUI free no memory before a run: a PREPARE_SAMPLING wrapper."""
     if not isinstance(model, RemotePatcher):
         return executor(model, *args, **kwargs)
     with replaced_on(model.model, "memory_required", lambda *_, **__: 0):

@@ -1,4 +1,4 @@
-"""The workers as a person wants to see them: who they are, how full, what they hold, and how they are linked."""
+"""The text of Raylight Status: the workers, their memory and models, and the links between them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from raylight.cluster import active_session
 from raylight.cluster.actor import Place
 from raylight.cluster.session import Session
 from raylight.host.jobs import RankMemory
+from raylight.host.log_messages import gb
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.bandwidth import Links
 
@@ -20,7 +21,7 @@ _NONE = "no workers are running: they start with the first prompt that has a Ray
 
 
 def overview() -> str:
-    """What there is at this moment, in lines. Starts nothing."""
+    """Describe the GPUs and the workers that run now, in lines. Starts nothing."""
     running = active_session.running()
     lines = [f"PyTorch {torch.__version__}, Ray {ray.__version__}, Python {platform.python_version()}", *_gpus(), ""]
     if running is None:
@@ -39,7 +40,7 @@ def _gpus() -> list[str]:
     lines = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, {_gb(free)} of {_gb(total)} free")
+        lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, {gb(free)} of {gb(total)} free")
     return lines
 
 
@@ -50,12 +51,12 @@ def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
         of_rank = memory[rank]
         where = "GPU" if place.gpu is not None else "machine"
         lines.append(
-            f"{place}: process {_gb(of_rank.process_bytes)}, {where} {_gb(of_rank.free_bytes)} of "
-            f"{_gb(of_rank.total_bytes)} free"
+            f"{place}: process {gb(of_rank.process_bytes)}, {where} {gb(of_rank.free_bytes)} of "
+            f"{gb(of_rank.total_bytes)} free"
         )
         lines += [
-            f"    holds {model.name} ({model.sharding}): {_gb(model.device_bytes)} on the device, "
-            f"{_gb(model.host_bytes)} of its own in system memory"
+            f"    holds {model.name} ({model.sharding}): {gb(model.device_bytes)} on the device, "
+            f"{gb(model.host_bytes)} of its own in system memory"
             for model in of_rank.models
         ]
     return lines
@@ -64,14 +65,12 @@ def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
 def _links(places: dict[int, Place], links: Links | None) -> list[str]:
     if links is None:
         return ["the links between the workers were not measured" if len(places) > 1 else "one worker: no links"]
-    lines = [f"an all-reduce takes {links.latency_s * 1e6:.0f} us; each way, while both are used, in GB/s:"]
+    lines = [
+        f"an all-reduce takes {links.latency_s * 1e6:.0f} us; bandwidth in each direction, with both in use, in GB/s:"
+    ]
     lines.append("        " + "".join(f"{f'rank {rank}':>9}" for rank in places))
     for one in places:
         row = [links.bytes_per_s.get((min(one, other), max(one, other))) for other in places]
         cells = "".join(f"{'-' if speed is None else f'{speed / 1e9:.1f}':>9}" for speed in row)
         lines.append(f"{f'rank {one}':<8}{cells}")
     return lines
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"

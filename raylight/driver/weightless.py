@@ -1,8 +1,7 @@
-"""A model that others run: what ComfyUI's process needs of one whose weights are on workers.
+"""The model in ComfyUI's process of one whose weights are on workers.
 
-It is the very class that ComfyUI builds for the file, with its configuration, latent format and sampling. Its weights
-are those in the memory-mapped file, which are read only if a node computes with them. Nodes that look at a model find
-what they look for.
+It is of the class that ComfyUI builds for the file, with its configuration, latent format and sampling. Its weights are
+those in the memory-mapped file, read only if a node computes with them, so nodes find all that they look for.
 """
 
 from __future__ import annotations
@@ -24,20 +23,19 @@ from raylight.sharding.lazy_concat import LazyConcat
 
 from .baseline import Baseline
 
-# Of the patcher that is sampled, a method, and its arguments.
-Calls = Callable[[ModelPatcher, str, tuple[Any, ...], dict[str, Any]], Any]
+# Takes the patcher that is sampled, the name of a method, and its arguments.
+Call = Callable[[ModelPatcher, str, tuple[Any, ...], dict[str, Any]], Any]
 
 _KEPT = 8
 _BASELINE = "raylight_baseline"
 _built: OrderedDict[ModelRecipe, BaseModel] = OrderedDict()
 
 
-def build(recipe: ModelRecipe, call: Calls) -> BaseModel:
-    """The model of a recipe, whose forward is `call(patcher, method, args, kwargs)`.
+def build(recipe: ModelRecipe, call: Call) -> BaseModel:
+    """Return the model of a recipe, whose forward is `call(patcher, method, args, kwargs)`.
 
-    The same object for the same file and options, which is read once, and of which only the header; another one where
-    nodes have changed it, as a loader of ComfyUI gives a model that nobody has changed. Raises what `loading.map_file`
-    raises.
+    The same object for the same file and options, so that the file's header is read once; a new one if nodes have
+    changed the model itself, since loaders of ComfyUI return unchanged models. Raises what `loading.map_file` raises.
     """
     key = recipe.without_loras
     if key not in _built or baseline_of(_built[key]).is_changed(_built[key]):
@@ -49,34 +47,34 @@ def build(recipe: ModelRecipe, call: Calls) -> BaseModel:
 
 
 def baseline_of(base: BaseModel) -> Baseline:
-    """What a model of `build` was before nodes had it."""
+    """Return what a model of `build` was before nodes used it."""
     return getattr(base, _BASELINE)
 
 
 def forget(base: BaseModel) -> None:
-    """Build the model of this file anew when it is asked for the next time."""
+    """Build the model of this file again at its next `build`."""
     for recipe in [recipe for recipe, built in _built.items() if built is base]:
         del _built[recipe]
 
 
 def forget_file(path: str) -> None:
-    """Let go of the models of a file that is no longer there."""
-    for recipe in [one for one in _built if one.path == path]:
-        _built.pop(recipe, None)
+    """Release the models of a file that no longer exists."""
+    for recipe in [recipe for recipe in _built if recipe.path == path]:
+        del _built[recipe]
 
 
-def _build(recipe: ModelRecipe, call: Calls) -> BaseModel:
-    # ComfyUI runs nodes in inference mode, and what is made there does not know whether it was written to.
+def _build(recipe: ModelRecipe, call: Call) -> BaseModel:
+    # ComfyUI runs nodes in inference mode, in which PyTorch does not count writes to a tensor.
     with torch.inference_mode(False), torch.no_grad():
         mapped = loading.map_file(recipe)
     base = mapped.model
     diffusion_model = base.diffusion_model
     for name, parameter in list(diffusion_model.named_parameters()):
-        if isinstance(parameter, LazyConcat):  # lies in several tensors of the file
+        if isinstance(parameter, LazyConcat):  # stored in several tensors of the file
             dtype = mapped.dtypes.get(name, parameter.dtype)
             set_parameter(diffusion_model, name, torch.empty(parameter.shape, dtype=dtype, device="meta"))
     for module in diffusion_model.modules():
-        if hasattr(module, "comfy_cast_weights"):  # whoever calls it has what the model computes with, not the file
+        if hasattr(module, "comfy_cast_weights"):  # a caller has the dtype of the computation, not of the file
             module.comfy_cast_weights = True
     for method in ("forward", *METHODS):
         if hasattr(diffusion_model, method):
@@ -87,9 +85,9 @@ def _build(recipe: ModelRecipe, call: Calls) -> BaseModel:
 
 
 class Method:
-    """One method of the diffusion model, done elsewhere. In a worker it is that of the model there."""
+    """A method of the diffusion model that is done by workers. Serialized, it is the method of the worker's model."""
 
-    def __init__(self, base: BaseModel, name: str, call: Calls) -> None:
+    def __init__(self, base: BaseModel, name: str, call: Call) -> None:
         self._base = base
         self._name = name
         self._call = call
@@ -100,6 +98,7 @@ class Method:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._base.current_patcher is None:
             raise RuntimeError(
-                f"{type(self._base.diffusion_model).__name__} runs on workers, and was called here outside of sampling"
+                f"{type(self._base.diffusion_model).__name__} runs on workers, and was called in "
+                f"ComfyUI's process outside of sampling"
             )
         return self._call(self._base.current_patcher, self._name, args, kwargs)

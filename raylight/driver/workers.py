@@ -1,4 +1,4 @@
-"""The workers of a model, from ComfyUI's side: found or started, called, and told to let go."""
+"""The workers, as ComfyUI's process uses them: start them, call them, and have them free their memory."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ logger = logging.getLogger(__name__)
 
 
 def service_spec() -> ServiceSpec:
-    """What a session started from this ComfyUI runs in its workers."""
+    """Describe what workers of this ComfyUI run."""
     return ServiceSpec("raylight.worker.boot:open_service", settings.capture(), settings.python_path())
 
 
-def session(workers: WorkerConfig) -> Session:
+def open_session(workers: WorkerConfig) -> Session:
     """Return the workers' session; start it if it is not running.
 
     Raises what `active_session.session` raises, errors with a remedy, and ComfyUI's interrupt when the user cancels.
@@ -87,7 +87,7 @@ def session(workers: WorkerConfig) -> Session:
 
 
 def ask(session: Session, verb: Callable[..., R], *arguments: Any, about: ModelRecipe | None = None) -> R:
-    """Call a verb of `WorkerService` on all workers; rank 0's result. Raises as `ask_all`."""
+    """Call a verb of `WorkerService` on all workers, and return rank 0's result. Raises as `ask_all`."""
     return ask_all(session, verb, *arguments, about=about)[0]
 
 
@@ -98,9 +98,10 @@ def ask_all(
     about: ModelRecipe | None = None,
     on_event: Callable[[Any], None] = lambda _: None,
 ) -> dict[int, R]:
-    """Call a verb of `WorkerService` on all workers, for the model `about`; the results by rank.
+    """Call a verb of `WorkerService` on all workers, for the model `about`, and return the results by rank.
 
-    Raises what `Session.run_all` raises, errors with what to try, and ComfyUI's interrupt when the person cancels."""
+    Raises what `Session.run_all` raises, errors with a remedy, and ComfyUI's interrupt when the user cancels.
+    """
     try:
         return session.run_all(
             verb,
@@ -134,13 +135,13 @@ def ask_with_room(
 
 
 def _interrupt() -> NoReturn:
-    """End the prompt as ComfyUI does when a person cancels it."""
+    """End the prompt as ComfyUI does when the user cancels it."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     raise comfy.model_management.InterruptProcessingException() from None
 
 
 def free() -> None:
-    """Have the workers, if there are any, let go of their models."""
+    """Have the workers, if there are any, release their models."""
     running = active_session.running()
     if running is None:
         return
@@ -149,4 +150,4 @@ def free() -> None:
     except (Exception, RunCancelled) as error:
         logger.warning("the workers could not free their memory: %s", error)
     else:
-        logger.info("the workers have let go of their models")
+        logger.info("the workers have released their models")

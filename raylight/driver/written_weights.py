@@ -1,4 +1,4 @@
-"""Weights that code of nodes has written to in ComfyUI's process, though they are only mapped there from their file."""
+"""Weights that nodes' code has written to in ComfyUI's process, where they are mapped from their file."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from raylight.host import loading
 from raylight.host.recipe import ModelRecipe
 
 from . import weightless
+from .baseline import INNER
 from .mappings import are_written
 
-PREFIX = "diffusion_model."
 LARGEST = 2 * 2**30
-"""Bytes of changed weights that are sent with a run; more is a model of its own."""
+"""Bytes of changed weights that are sent with a run."""
 _REMEDY = (
-    "take the model from Load Diffusion Model, and put Parallelize Model (Ray) behind the node that changes its weights"
+    "load the model with Load Diffusion Model, and put Parallelize Model (Ray) after the node that changes its weights"
 )
 
 
-# As they were when the last run began, and a text of what they were.
+# By model, as of the last `look`: the weights, and a digest of their content.
 _found: weakref.WeakKeyDictionary[BaseModel, tuple[dict[str, Tensor], str]] = weakref.WeakKeyDictionary()
 
 
 def of(base: BaseModel) -> tuple[dict[str, Tensor], str]:
-    """What `look` found last, and a text that is another for other weights or content; "" where there are none."""
+    """Return what `look` found last, by the names of ComfyUI's patches, and a digest of it, "" if it found nothing."""
     return _found.get(base, ({}, ""))
 
 
 def look(base: BaseModel, recipe: ModelRecipe) -> None:
-    """Look which weights of a model of `weightless.build` are not those of the file any more, when a run begins.
+    """Find the weights of a model of `weightless.build` that differ from the file, for `of`. Call it when a run begins.
 
-    `of` has them by their names in ComfyUI's patches. Raises ValueError for what cannot be sent: a weight of another
-    shape, a quantised one, or too much of them.
+    Raises ValueError for what cannot be sent: a weight of another shape, a quantised one, or more than LARGEST bytes.
     """
-    names = weightless.baseline_of(base).changed_weights(base)
+    baseline = weightless.baseline_of(base)
+    names = baseline.changed_weights(base)
     now = dict(base.diffusion_model.named_parameters())
     if not names and are_written(weight for weight in now.values() if _is_plain(weight)):
         with torch.inference_mode(False), torch.no_grad():
             file = dict(loading.map_file(recipe, log_unused=False).model.diffusion_model.named_parameters())
         names = [name for name, weight in now.items() if _is_plain(weight) and not torch.equal(weight, file[name])]
     for name in names:
-        if name not in now or not _is_plain(now[name]) or now[name].shape != weightless.baseline_of(base).shape(name):
+        if name not in now or not _is_plain(now[name]) or now[name].shape != baseline.shape(name):
             raise ValueError(
                 f"a node has changed the weight {name} of {recipe.name} in ComfyUI's process, which "
                 f"cannot be sent to the workers: {_REMEDY}"
@@ -56,16 +56,16 @@ def look(base: BaseModel, recipe: ModelRecipe) -> None:
     if size > LARGEST:
         raise ValueError(
             f"a node has changed {len(names)} weights of {recipe.name} in ComfyUI's process, "
-            f"{size / 1e9:.1f} GB, which is too much to be sent with each run: {_REMEDY}"
+            f"{size / 1e9:.1f} GB, which is too much to send with each run: {_REMEDY}"
         )
-    weights = {PREFIX + name: now[name].detach() for name in names}
+    weights = {f"{INNER}.{name}": now[name].detach() for name in names}
     _found[base] = weights, _digest(weights)
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
-    """Of their content: what is written by `.data` changes neither a weight's place nor its version."""
     if not weights:
         return ""
+    # Of their content, as a write by `.data` changes neither a weight's address nor its version.
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in weights.items():
         digest.update(name.encode())

@@ -24,6 +24,11 @@ def warn_on_first_rank(logger: logging.Logger, warnings: Iterable[str], name: st
             logger.warning("%s: %s", name, warning)
 
 
+def gb(nbytes: int) -> str:
+    """Write a number of bytes in GB."""
+    return f"{nbytes / 1e9:.2f} GB"
+
+
 def first_few(names: Iterable[str]) -> str:
     """Return the first names, separated by commas, and how many more there are."""
     names = list(names)

@@ -86,6 +86,7 @@ def apply_state(patcher: ModelPatcher, state: PatcherState, sharding: str) -> No
 
 
 OPTIONS = "transformer_options"
+OVERRIDE = "optimized_attention_override"
 
 
 def run_with_wrappers(

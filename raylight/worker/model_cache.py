@@ -15,7 +15,7 @@ import torch
 
 from raylight.cluster.object_store import ObjectHandle
 from raylight.host.jobs import HeldModel, RankMemory
-from raylight.host.log_messages import warn_on_first_rank
+from raylight.host.log_messages import gb, warn_on_first_rank
 from raylight.host.pickling import deserialize
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe
 from raylight.parallel.process_group import smallest
@@ -205,20 +205,16 @@ def in_words(device: torch.device, models: Sequence[CachedModel]) -> str:
     now = memory(device, models)
     weights = (
         ", ".join(
-            f"{model.name} ({model.sharding}, {_gb(model.device_bytes)} on {device.type}, "
-            f"{_gb(model.host_bytes)} of its own in system memory)"
+            f"{model.name} ({model.sharding}, {gb(model.device_bytes)} on {device.type}, "
+            f"{gb(model.host_bytes)} of its own in system memory)"
             for model in now.models
         )
         or "no model"
     )
     if device.type != "cuda":
-        return f"{weights}; its process takes {_gb(now.process_bytes)}, and the machine has {_gb(now.free_bytes)} left"
+        return f"{weights}; its process takes {gb(now.process_bytes)}, and the machine has {gb(now.free_bytes)} left"
     others = now.total_bytes - now.free_bytes - torch.cuda.memory_reserved(device)
     return (
-        f"{weights}; all its tensors take {_gb(now.tensor_bytes)} of {_gb(now.total_bytes)}, other programs "
-        f"(ComfyUI among them) {_gb(max(0, others))}, and {_gb(now.free_bytes)} are free"
+        f"{weights}; all its tensors take {gb(now.tensor_bytes)} of {gb(now.total_bytes)}, other programs "
+        f"(ComfyUI among them) {gb(max(0, others))}, and {gb(now.free_bytes)} are free"
     )
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"

@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from raylight.host.patcher_state import OVERRIDE
 from raylight.parallel.full_tokens import FullTokens
 from raylight.parallel.plan import Aligned, SequencePlan
 from raylight.parallel.sequence_attention import Kernel, SequenceAttention
-
-OVERRIDE = "optimized_attention_override"
 
 
 def install_override(model_options: dict[str, Any], attention: SequenceAttention, kernel: Kernel) -> None:

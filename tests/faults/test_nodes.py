@@ -21,9 +21,9 @@ def status(server: FaultServer) -> str:
 def test_status(server: FaultServer) -> None:
     text = status(server)
     assert "2 workers: batch 1 x ring 1 x Ulysses 2" in text
-    assert text.count("holds wan.safetensors (whole)") == 2
+    assert text.count("holds wan.safetensors (replicated)") == 2
     assert text.count("rank 1 (cpu, pid") == 1
-    assert "an all-reduce takes" in text and "each way, while both are used, in GB/s" in text
+    assert "an all-reduce takes" in text and "bandwidth in each direction, with both in use, in GB/s" in text
     assert status(server) != "", "it is asked again each time"
 
 

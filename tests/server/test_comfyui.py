@@ -17,7 +17,7 @@ from raylight.dev.demo.comfy_server import ComfyServer
 from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
 
 LORAS = (("first.safetensors", 0.8), ("second.safetensors", -0.5))
-FREED = "the workers have let go of their models"
+FREED = "the workers have released their models"
 JOB = Sampling(MODEL, width=144, height=112, frames=5, steps=4)
 
 
