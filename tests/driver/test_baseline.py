@@ -1,4 +1,4 @@
-"""What nodes change on a model itself is found, and nothing that ComfyUI does to it."""
+"""Changes of nodes to a model itself are found; what ComfyUI does to it is none."""
 
 from __future__ import annotations
 
@@ -80,16 +80,16 @@ def test_finds_a_change_on_either_model(name: str, base: BaseModel, path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        (lambda m: m.diffusion_model.blocks.__setitem__(1, Other()), "diffusion_model.blocks.1 was replaced|taken out"),
+        (lambda m: m.diffusion_model.blocks.__setitem__(1, Other()), "diffusion_model.blocks.1 was replaced|removed"),
         (lambda m: m.diffusion_model.add_module("theirs", Other()), "diffusion_model.theirs was added"),
-        (lambda m: delattr(m.diffusion_model, "head"), "diffusion_model.head was taken out"),
+        (lambda m: delattr(m.diffusion_model, "head"), "diffusion_model.head was removed"),
     ],
 )
-def test_rejects_another_part(change: Callable[[Any], Any], told: str, base: BaseModel) -> None:
+def test_rejects_another_part(change: Callable[[Any], Any], message: str, base: BaseModel) -> None:
     change(base)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         weightless.baseline_of(base).changes(base)
     assert weightless.baseline_of(base).is_changed(base)
 

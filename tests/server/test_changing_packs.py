@@ -118,8 +118,8 @@ def test_equals_stock(server: ComfyServer, change: str) -> None:
     began = len(log_since(server, 0))
     for way in ("drop-in", "behind", "end"):
         assert error(latent(server, change, way, change), expected) <= 1e-4, way
-    told = "has put code inside of the model that has to see all tokens" in log_since(server, began)
-    assert told == (change in REPLICATED)
+    warned = "has put code inside the model that needs all tokens" in log_since(server, began)
+    assert warned == (change in REPLICATED)
     assert "ending the workers" not in log_since(server, began)
 
 
@@ -153,7 +153,7 @@ def test_nothing_is_left_for_the_next_run(server: ComfyServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "told"),
+    ("way", "message"),
     [
         (
             "drop-in",
@@ -163,7 +163,7 @@ def test_nothing_is_left_for_the_next_run(server: ComfyServer) -> None:
         ("end", r"blocks\.0\.modulation is missing.*a node has put another part into the model"),
     ],
 )
-def test_rejects_a_part_that_was_replaced(server: ComfyServer, way: str, told: str) -> None:
-    with pytest.raises(PromptFailed, match=told):
+def test_rejects_a_part_that_was_replaced(server: ComfyServer, way: str, message: str) -> None:
+    with pytest.raises(PromptFailed, match=message):
         server.run(graph("ReplacedInPlace", way, "ReplacedInPlace"), timeout=120)
     latent(server, None, way)
