@@ -238,12 +238,12 @@ def test_where_memory_is_short_a_file_without_a_name_takes_it(
     expected = model.model.apply_model(**wan_inputs())
     with caplog.at_level(logging.INFO, "raylight"):
         recipe, file = export(model)
-    assert f"in a file without a name in {tmp_path}, as memory has too little room (1.00 GB of memory" in caplog.text
+    assert f"in an unnamed file in {tmp_path}, as memory has too little room (1.00 GB of memory" in caplog.text
     assert list(tmp_path.iterdir()) == []
     assert error(built(recipe), expected) <= TOLERANCE
     file.close()
     monkeypatch.setattr(memory_file.shutil, "disk_usage", lambda _: namedtuple("Usage", ["free"])(1000))
-    with pytest.raises(ValueError, match=r"there is no room for 0.0\d GB of weights that all workers are to share"):
+    with pytest.raises(ValueError, match=r"there is no room for 0.0\d GB of weights that all workers share"):
         export(model)
 
 
@@ -310,7 +310,7 @@ def test_refuses_what_workers_cannot_build(model: ModelPatcher, monkeypatch: pyt
         model_import.recipe_of(model, elsewhere)
     model.model.diffusion_model.head.head.__class__ = OfAPack
     monkeypatch.setattr(OfAPack, "__module__", "a_pack.nodes")
-    with pytest.raises(ValueError, match=r"WAN21 model has a part of the class OfAPack \(a_pack.nodes.OfAPack\)"):
+    with pytest.raises(ValueError, match=r"WAN21 model has a module of the class OfAPack \(a_pack.nodes.OfAPack\)"):
         model_import.recipe_of(model, WORKERS)
 
 

@@ -1,4 +1,4 @@
-"""Parallelize behind loaders that leave no file, and behind nodes that change weights, against ComfyUI itself."""
+"""Parallelize after loaders that name no file, and after nodes that change weights, against ComfyUI itself."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_a_pack(model: ModelPatcher) -> ModelPatcher:
-    """As loaders of packs return it, which do not say what they have read."""
+    """As loaders of packs return it, which do not name the file that they read."""
     model.cached_patcher_init = None
     return model
 
@@ -101,7 +101,7 @@ def gguf(folder: Path) -> ModelPatcher:
         (gguf, FLUX, (REPLICATED, SHARDED)),
     ],
 )
-def test_behind_a_loader_that_tells_nothing(
+def test_after_a_loader_that_names_no_file(
     load: Callable[[Path], ModelPatcher],
     case: ParityCase,
     shardings: tuple[str, ...],
@@ -110,17 +110,17 @@ def test_behind_a_loader_that_tells_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = load(folder)
-    plain, dressed = sample(model, case), sample(with_lora(model), case)
-    assert error(dressed, plain) > 1e-2, "the LoRA changes nothing"
+    plain, patched = sample(model, case), sample(with_lora(model), case)
+    assert error(patched, plain) > 1e-2, "the LoRA changes nothing"
     with caplog.at_level(logging.INFO, "raylight"):
         for sharding in shardings:
             worst = max(
-                error(sample(parallel(with_lora(model), sharding), case), dressed),
+                error(sample(parallel(with_lora(model), sharding), case), patched),
                 error(sample(parallel(model, sharding), case), plain),
-                error(sample(with_lora(parallel(model, sharding)), case), dressed),
+                error(sample(with_lora(parallel(model, sharding)), case), patched),
             )
             report_parity(
-                f"Parallelize behind a loader that tells no file, {load.__name__:<10} {sharding:<9} max "
+                f"Parallelize after a loader that names no file, {load.__name__:<10} {sharding:<9} max "
                 f"error {worst:.1e} of the standard deviation"
             )
             assert worst <= TOLERANCE
@@ -160,7 +160,7 @@ def test_weights_that_were_changed_in_place(folder: Path, caplog: pytest.LogCapt
             assert error(sample(parallel(model), WAN), expected) <= TOLERANCE
         assert caplog.text.count(EXPORTED) == 2
     assert (
-        "weights of the WAN21 model are not those of wan-t2v-3-0.safetensors any more, or it has others: "
+        "weights of the WAN21 model are no longer those of wan-t2v-3-0.safetensors, or it has others: "
         "head.head.weight" in caplog.text
     )
 
@@ -181,7 +181,7 @@ def test_what_an_earlier_node_gave_goes_on(folder: Path) -> None:
     assert model_import.recipe_of(model, WORKERS).is_there
 
 
-def test_workers_let_go_of_what_has_gone(folder: Path) -> None:
+def test_workers_release_models_that_no_longer_exist(folder: Path) -> None:
     model = wan(folder)
     sample(parallel(model), WAN)
     recipe = model_import.recipe_of(model, WORKERS)
