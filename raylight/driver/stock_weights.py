@@ -1,7 +1,7 @@
-"""The weights of a model of ComfyUI as they are without patches, and whether they are those of a file.
+"""The weights of a model of ComfyUI without their patches, and whether they are those of a file.
 
-Code of nodes can change a weight in place, and in the mode in which ComfyUI runs nodes PyTorch keeps no count of that.
-So weights are looked at: all of a small one, of a large one an element of each row and of each column.
+Nodes' code can change a weight in place, which PyTorch does not count in the inference mode in which ComfyUI runs
+nodes. So contents are compared: all of a small weight; of a large one an element of each weight row and column.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from raylight.cluster.serialization import as_bytes
 from raylight.sharding.lazy_concat import LazyConcat
 from raylight.sharding.subclass_weights import flatten_tensor
 
-DIFFUSION_MODEL = "diffusion_model."
 _SMALL = 1 << 16
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
 def unpatched(model: ModelPatcher) -> Iterator[BaseModel]:
-    """Within it, the model has its weights and objects without the patches that ComfyUI has put into them. Nothing is
-    moved or copied: ComfyUI keeps what patches replace."""
+    """Undo the patches that ComfyUI has applied to the model's weights and objects, for a while. Nothing is moved or
+    copied: ComfyUI keeps what patches replace."""
     base = model.model
     with model.use_ejected():
-        # Objects first, as a weight's name may lead through one of them.
+        # Objects first, as one of them may contain a patched weight.
         patched = {name: comfy.utils.set_attr(base, name, old) for name, old in model.object_patches_backup.items()}
         weights = {}
         for key, old in _backups(model).items():
-            owner, leaf = _place(base, key)
+            owner, leaf = _owner_of(base, key)
             if owner._parameters.get(leaf) is not None:
                 weights[key] = owner._parameters[leaf]
                 owner._parameters[leaf] = nn.Parameter(old, requires_grad=False)
@@ -43,41 +43,48 @@ def unpatched(model: ModelPatcher) -> Iterator[BaseModel]:
             yield base
         finally:
             for key, weight in weights.items():
-                owner, leaf = _place(base, key)
+                owner, leaf = _owner_of(base, key)
                 owner._parameters[leaf] = weight
             for name, value in patched.items():
                 comfy.utils.set_attr(base, name, value)
 
 
 def _backups(model: ModelPatcher) -> dict[str, Tensor]:
-    # What hooks have replaced may have had patches already, so that the other backup counts.
+    # A weight that hooks replaced may have been patched before, so the other backup is the older one.
     hooked = {key: weight for key, (weight, _) in model.hook_backup.items()}
     return hooked | {key: backup.weight for key, backup in model.backup.items()}
 
 
-def _place(base: BaseModel, key: str) -> tuple[nn.Module, str]:
+def _owner_of(base: BaseModel, key: str) -> tuple[nn.Module, str]:
     owner, _, leaf = key.rpartition(".")
     return base.get_submodule(owner), leaf
 
 
 def weights(base: BaseModel) -> dict[str, Tensor]:
-    """Parameters of the diffusion model, and those of its buffers that files have, by name."""
-    found: dict[str, Tensor] = {}
-    for path, module in base.diffusion_model.named_modules():
-        prefix = f"{path}." if path else ""
-        for leaf, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is not None and leaf not in module._non_persistent_buffers_set:
-                found[prefix + leaf] = value
-    return found
+    """Return the parameters and persistent buffers of the diffusion model by name."""
+    return {
+        f"{path}.{leaf}" if path else leaf: value
+        for path, module in base.diffusion_model.named_modules()
+        for leaf, value in weights_of(module).items()
+    }
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own parameters and persistent buffers, those that files have, by name."""
+    return {
+        leaf: value
+        for leaf, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None and leaf not in module._non_persistent_buffers_set
+    }
 
 
 def is_ggml(value: Tensor) -> bool:
-    """Whether a tensor is one of a GGUF pack: bytes, with the shape of what they stand for."""
+    """Return whether a tensor is one of a GGUF pack: quantised bytes, and the shape of the weight that they encode."""
     return getattr(value, "tensor_type", None) is not None and hasattr(value, "tensor_shape")
 
 
 def parts(value: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that a weight is stored in."""
+    """Return the plain tensors that a weight is stored in, by name."""
     if isinstance(value, LazyConcat):
         return {"": value[...]}
     if is_ggml(value):
@@ -88,30 +95,28 @@ def parts(value: Tensor) -> dict[str, Tensor]:
 
 
 def digests(base: BaseModel) -> dict[str, bytes]:
-    """What tells a weight from what it was before a change, for each."""
+    """Return a digest of each weight, to find changes."""
     found = {}
     for name, value in weights(base).items():
         digest = hashlib.blake2b(repr((value.dtype, tuple(value.shape))).encode(), digest_size=16)
         for part in parts(value).values():
-            digest.update(_bytes(_some(part)))
+            digest.update(as_bytes(_sample(part)))
         found[name] = digest.digest()
     return found
 
 
 def weights_differ(model: ModelPatcher, base: BaseModel) -> list[str]:
-    """The names of the weights of the diffusion model that are not, without patches, what ComfyUI makes of those of
-    `base`, which lie in their file: others, or not there on one side."""
+    """Return the names of weights of the diffusion model that differ, without patches, from what ComfyUI makes of those
+    of `base`, which are still in their file; also of weights that only one of the two has."""
     theirs = weights(base)
     with unpatched(model) as stock:
         ours = weights(stock)
-        return [
-            name
-            for name in {**ours, **theirs}
-            if name not in ours or name not in theirs or not _same(ours[name], theirs[name])
-        ]
+        return [name for name in ours | theirs if not _same(ours.get(name), theirs.get(name))]
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
+def _same(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return False
     left, right = parts(ours), parts(theirs)
     if tuple(ours.shape) != tuple(theirs.shape) or _quantisation(ours, left) != _quantisation(theirs, right):
         return False
@@ -119,19 +124,19 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _quantisation(value: Tensor, stored: Mapping[str, Tensor]) -> Any:
-    """What bytes stand for in a tensor of a GGUF pack, which has others in this class too."""
+    """Return the quantisation of a tensor of a GGUF pack, which keeps plain tensors in this class too."""
     return value.tensor_type if is_ggml(value) and stored[""].dtype == torch.uint8 else None
 
 
 def _same_part(ours: Tensor, theirs: Tensor) -> bool:
     if ours.shape != theirs.shape:
         return False
-    # As ComfyUI's loader converts a file's weights, of which the workers' model may have another dtype.
-    return torch.equal(_bits(_some(ours)), _bits(_some(theirs).to(ours.dtype)))
+    # ComfyUI's loader converts a file's weights, so the workers' model may have another dtype.
+    return torch.equal(_bits(_sample(ours)), _bits(_sample(theirs).to(ours.dtype)))
 
 
-def _some(part: Tensor) -> Tensor:
-    """A flat copy, on the CPU, of all of a small tensor; of a large one at least an element of each row and column."""
+def _sample(part: Tensor) -> Tensor:
+    """Return a small tensor flat on the CPU, (N,); of a large one at least an element of each row and column."""
     if part.numel() <= _SMALL or part.ndim < 2:
         return part.detach().cpu().reshape(-1)
     rows = part.detach().flatten(1)
@@ -141,7 +146,3 @@ def _some(part: Tensor) -> Tensor:
 
 def _bits(value: Tensor) -> Tensor:
     return value.view(_BITS[value.element_size()]) if value.element_size() in _BITS else value
-
-
-def _bytes(value: Tensor) -> Any:
-    return memoryview(value.contiguous().view(torch.uint8).numpy())
