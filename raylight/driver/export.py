@@ -138,7 +138,7 @@ def _weights(base: BaseModel, is_dynamic: bool) -> dict[str, _Item]:
 
 
 def _ggml(value: Tensor) -> _Item:
-    stored = stock_weights.parts(value)[""]
+    stored = stock_weights.plain_tensors(value)[""]
     return _Item(stored, ggml=int(value.tensor_type), weight_shape=tuple(value.tensor_shape))
 
 

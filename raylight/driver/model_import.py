@@ -117,7 +117,7 @@ def _candidates(model: ModelPatcher) -> Iterator[ModelRecipe]:
                 pass
         return
     ggml = [
-        stock_weights.parts(value)[""]
+        stock_weights.plain_tensors(value)[""]
         for value in stock_weights.weights(model.model).values()
         if stock_weights.is_ggml(value)
     ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 
-import ray
 import torch
 
 from raylight.cluster import active_session
@@ -23,7 +23,7 @@ _NONE = "no workers are running: they start with the first prompt that has a Ray
 def overview() -> str:
     """Describe the GPUs and the workers that run now, in lines. Starts nothing."""
     running = active_session.running()
-    lines = [f"PyTorch {torch.__version__}, Ray {ray.__version__}, Python {platform.python_version()}", *_gpus(), ""]
+    lines = [f"PyTorch {torch.__version__}, Ray {version('ray')}, Python {platform.python_version()}", *_gpus(), ""]
     if running is None:
         return "\n".join([*lines, _NONE])
     try:

@@ -83,7 +83,7 @@ def is_ggml(value: Tensor) -> bool:
     return getattr(value, "tensor_type", None) is not None and hasattr(value, "tensor_shape")
 
 
-def parts(value: Tensor) -> dict[str, Tensor]:
+def plain_tensors(value: Tensor) -> dict[str, Tensor]:
     """Return the plain tensors that a weight is stored in, by name."""
     if isinstance(value, LazyConcat):
         return {"": value[...]}
@@ -99,8 +99,8 @@ def digests(base: BaseModel) -> dict[str, bytes]:
     found = {}
     for name, value in weights(base).items():
         digest = hashlib.blake2b(repr((value.dtype, tuple(value.shape))).encode(), digest_size=16)
-        for part in parts(value).values():
-            digest.update(as_bytes(_sample(part)))
+        for tensor in plain_tensors(value).values():
+            digest.update(as_bytes(_sample(tensor)))
         found[name] = digest.digest()
     return found
 
@@ -117,10 +117,10 @@ def weights_differ(model: ModelPatcher, base: BaseModel) -> list[str]:
 def _same(ours: Tensor | None, theirs: Tensor | None) -> bool:
     if ours is None or theirs is None:
         return False
-    left, right = parts(ours), parts(theirs)
+    left, right = plain_tensors(ours), plain_tensors(theirs)
     if tuple(ours.shape) != tuple(theirs.shape) or _quantisation(ours, left) != _quantisation(theirs, right):
         return False
-    return left.keys() == right.keys() and all(_same_part(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(_same_content(left[name], right[name]) for name in left)
 
 
 def _quantisation(value: Tensor, stored: Mapping[str, Tensor]) -> Any:
@@ -128,20 +128,20 @@ def _quantisation(value: Tensor, stored: Mapping[str, Tensor]) -> Any:
     return value.tensor_type if is_ggml(value) and stored[""].dtype == torch.uint8 else None
 
 
-def _same_part(ours: Tensor, theirs: Tensor) -> bool:
+def _same_content(ours: Tensor, theirs: Tensor) -> bool:
     if ours.shape != theirs.shape:
         return False
     # ComfyUI's loader converts a file's weights, so the workers' model may have another dtype.
     return torch.equal(_bits(_sample(ours)), _bits(_sample(theirs).to(ours.dtype)))
 
 
-def _sample(part: Tensor) -> Tensor:
+def _sample(tensor: Tensor) -> Tensor:
     """Return a small tensor flat on the CPU, (N,); of a large one at least an element of each row and column."""
-    if part.numel() <= _SMALL or part.ndim < 2:
-        return part.detach().cpu().reshape(-1)
-    rows = part.detach().flatten(1)
+    if tensor.numel() <= _SMALL or tensor.ndim < 2:
+        return tensor.detach().cpu().reshape(-1)
+    rows = tensor.detach().flatten(1)
     at = torch.arange(max(rows.shape), device=rows.device)
-    return _bits(rows)[at % rows.shape[0], at % rows.shape[1]].cpu().view(part.dtype)
+    return _bits(rows)[at % rows.shape[0], at % rows.shape[1]].cpu().view(tensor.dtype)
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Several runs at once, on groups of workers, against ComfyUI in one process doing them one by one."""
+"""Several runs in one request, on groups of workers, against ComfyUI doing them one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of ComfyUI's memory, built again from what workers map: in one process, against what they are of."""
+"""Models exported from ComfyUI's memory, built again from the file that workers map, against the originals."""
 
 from __future__ import annotations
 
@@ -108,11 +108,13 @@ def test_a_model_is_the_same_when_it_is_built_again(form: str, folder: Path, wan
         again = built(recipe)
         # Where activations are quantised the last digit of a product, which its place in memory decides, is one step.
         assert error(again, expected) <= (0.02 if form == "int8_tensorwise" else TOLERANCE)
-        stored = {name: stock_weights.parts(weight) for name, weight in stock_weights.weights(model.model).items()}
+        stored = {
+            name: stock_weights.plain_tensors(weight) for name, weight in stock_weights.weights(model.model).items()
+        }
         for name, weight in stock_weights.weights(mapped.model).items():
             assert all(
                 torch.equal(part.view(torch.uint8), stored[name][one].view(torch.uint8))
-                for one, part in stock_weights.parts(weight).items()
+                for one, part in stock_weights.plain_tensors(weight).items()
                 if part.ndim
             ), name
     file.close()

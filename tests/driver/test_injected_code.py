@@ -1,4 +1,4 @@
-"""Which code of nodes, inside of a model, gets whole tokens."""
+"""Which code of nodes inside a model gets full tokens."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_the_models_own_code_is_none_of_a_node(same: Callable[[Any], dict[str, A
     assert inside_of(patched(model, **same(model.diffusion_model.blocks[0])), []) == Inside()
 
 
-def test_another_module_at_a_block_gets_whole_tokens(model: Any) -> None:
+def test_another_module_at_a_block_gets_full_tokens(model: Any) -> None:
     assert "Theirs (at blocks.0)" in inside_of(patched(model, blocks__0=Theirs()), []).full_tokens_for
 
 
 @pytest.mark.parametrize(
-    ("change", "whole"),
+    ("change", "full"),
     [
         (Change("diffusion_model.blocks.0", "_forward_hooks", theirs), True),
         (Change("diffusion_model.blocks.0.ffn", "_forward_hooks", theirs), False),
@@ -99,12 +99,12 @@ def test_another_module_at_a_block_gets_whole_tokens(model: Any) -> None:
         (Change(Theirs, "forward", theirs), True),
     ],
 )
-def test_changes_of_the_model_itself(change: Change, whole: bool, model: Any) -> None:
-    assert bool(inside_of(patched(model), [change]).full_tokens_for) == whole
+def test_changes_of_the_model_itself(change: Change, full: bool, model: Any) -> None:
+    assert bool(inside_of(patched(model), [change]).full_tokens_for) == full
 
 
 def test_an_override_and_a_ring(model: Any) -> None:
-    for ring, whole in ((1, False), (2, True)):
+    for ring, full in ((1, False), (2, True)):
         patcher = patched(model, ring)
         patcher.model_options = {"transformer_options": {"optimized_attention_override": theirs}}
-        assert bool(inside_of(patcher, []).full_tokens_for) == whole
+        assert bool(inside_of(patcher, []).full_tokens_for) == full

@@ -1,4 +1,4 @@
-"""What ComfyUI's start gets from the pack: little time, no heavy module, and no failure whatever is missing."""
+"""The pack at ComfyUI's start: it takes little time, imports no heavy module, and does not fail if one is missing."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def start(complete):
     loaded = asyncio.run(nodes.load_custom_node({str(ROOT)!r}))
     seconds, new = time.process_time() - began, sorted(set(sys.modules) - before)
     registered = sorted(name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("Ray"))
-    told = None if complete else asyncio.run(at_the_graph())
-    return dict(loaded=loaded, seconds=seconds, new=new, lines=lines, registered=registered, told=told)
+    advice = None if complete else asyncio.run(at_the_graph())
+    return dict(loaded=loaded, seconds=seconds, new=new, lines=lines, registered=registered, advice=advice)
 
 for complete in [False] + [True] * {STARTS}:
     child = os.fork()
@@ -94,9 +94,9 @@ def test_a_start_without_ray_says_so_once_and_a_graph_again(starts: list[dict[st
     without = starts[0]
     assert without["loaded"] and without["registered"] == starts[1]["registered"]
     assert without["lines"] == [preflight.advice(["ray"])]
-    assert without["told"] == preflight.advice(["ray"])
-    assert "Raylight needs the Python package ray" in without["told"]
-    assert f'pip install -r "{ROOT / "requirements.txt"}"' in without["told"]
+    assert without["advice"] == preflight.advice(["ray"])
+    assert "Raylight needs the Python package ray" in without["advice"]
+    assert f'pip install -r "{ROOT / "requirements.txt"}"' in without["advice"]
 
 
 def test_the_same_for_several_packages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,5 @@
-"""Nodes of other packs that change the inside of a model, through a real server: the picture of stock ComfyUI, or a
-refusal that names what is wrong. Never another picture."""
+"""Nodes of other packs that change the inside of a model, on a real server: the image of stock ComfyUI, or a refusal
+that names what is wrong; never another image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORKERS = on_workers(JOB, 2)["workers"]
 PACK = Path(__file__).resolve().parents[1] / "support" / "changing_pack"
 
 SPLIT = ["ChunkedFeedForward", "Embedding", "WeightInPlace", "WeightData", "WeightReplaced", "Loop", "InPlaceAttribute"]
-"""These leave tokens split, the others need them whole."""
+"""Changes with which tokens stay sharded; the others need full tokens."""
 REPLICATED = [
     "AttentionForward",
     "AttentionByTorch",
@@ -74,8 +74,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 
 def graph(change: str | None, way: str, file: str | None = None) -> Graph:
-    """A change behind the loader of a file. `way` is stock, drop-in, behind (Parallelize right behind the loader) or
-    end (Parallelize behind the change)."""
+    """A change after the loader of a file. `way` is stock, drop-in, behind (Parallelize right after the loader) or end
+    (Parallelize after the change)."""
     made = copy.deepcopy(stock(replace(JOB, model=f"{file or 'wan'}.safetensors")))
     if way != "stock":
         made["workers"] = WORKERS
@@ -147,7 +147,7 @@ def test_nothing_is_left_for_the_next_run(server: ComfyServer) -> None:
     expected = [latent(server, change, "stock") for change in (None, "MeanOnWhatIsThere")]
     for change in ("AttentionMean", "InPlaceBlock", "WeightInPlace", "StateOnModel"):
         assert error(latent(server, change, "drop-in"), expected[0]) > 1e-2
-        latent(server, None, "stock")  # after which ComfyUI loads the model anew
+        latent(server, None, "stock")  # after which ComfyUI loads the model again
         for other, of_stock in zip((None, "MeanOnWhatIsThere"), expected, strict=True):
             assert error(latent(server, other, "drop-in"), of_stock) <= 1e-4
 

@@ -1,4 +1,4 @@
-"""Graphs through a real ComfyUI server: its HTTP interface, its websocket, its interrupt."""
+"""Graphs on a real ComfyUI server: its HTTP interface, its websocket, its interrupt."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_freeing_memory_reaches_the_workers(server: ComfyServer, reference: torc
     server.free()
     deadline = time.monotonic() + 20
     while server.log.read_text("utf-8", errors="replace").count(FREED) == seen:
-        assert time.monotonic() < deadline, "the workers were not told"
+        assert time.monotonic() < deadline, "the workers were not asked to free"
         time.sleep(0.2)
     before = started(server)
     assert_same(latent(server, on_workers(JOB, 2)), reference)

@@ -1,4 +1,4 @@
-"""The demo as a person meets it: its pictures, its exit code, and Ctrl-C."""
+"""The demo as a user sees it: its pictures, its exit code, and Ctrl-C."""
 
 from __future__ import annotations
 

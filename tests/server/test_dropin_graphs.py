@@ -1,4 +1,4 @@
-"""Graphs of ComfyUI's own nodes, and of another pack's, through a real server: only the loader is replaced."""
+"""Graphs of ComfyUI's own nodes, and of another pack's, on a real server: only the loader is replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model files and LoRAs as people have them, through a real server: stock's picture by every way of Raylight, with one
+"""Model files and LoRAs in their usual forms, on a real server: stock's image by every way of Raylight, with one
 warning, or a refusal after which the same workers go on."""
 
 from __future__ import annotations
