@@ -31,12 +31,13 @@ class _BatchEnded(BaseException):
 
 
 class _RunThread(threading.Thread, Generic[T]):
-    """One run in a thread of its own, which runs only while `advance` waits for it."""
+    """One run in a thread of its own, which runs only while `advance` waits for it. `returned` is set at its end."""
+
+    returned: T
 
     def __init__(self, run: Callable[[], T]) -> None:
         super().__init__(name="raylight-run", daemon=True)
         self.pending: PendingRun | None = None
-        self.returned: T | None = None
         self._run_once = run
         self._raised: BaseException | None = None
         self._result: RunResult | None = None

@@ -137,7 +137,7 @@ def _weights(base: BaseModel, is_dynamic: bool) -> dict[str, _Item]:
     return found
 
 
-def _ggml(value: Tensor) -> _Item:
+def _ggml(value: Any) -> _Item:
     stored = stock_weights.plain_tensors(value)[""]
     return _Item(stored, ggml=int(value.tensor_type), weight_shape=tuple(value.tensor_shape))
 
@@ -193,7 +193,7 @@ def _write(
         file.write(header, 0)
         for item, entry in zip((*weights.values(), *around.values()), entries, strict=True):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            file.write(memoryview(as_bytes(item.value)), len(header) + entry.offset)
+            file.write(as_bytes(item.value).data, len(header) + entry.offset)
         status = file.finish()
     except OSError as error:
         file.close()

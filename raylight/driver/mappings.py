@@ -41,7 +41,8 @@ def _maps() -> list[tuple[int, int, str | None]]:
             lines = [line.rstrip("\n").split(None, 5) for line in file]
     except OSError:  # not Linux
         return []
-    return [(*(int(one, 16) for one in line[0].split("-")), _file(line)) for line in lines]
+    bounds = [line[0].split("-") for line in lines]
+    return [(int(start, 16), int(stop, 16), _file(line)) for (start, stop), line in zip(bounds, lines, strict=True)]
 
 
 def _file(line: list[str]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -48,7 +49,8 @@ def make_room(missing: int) -> None:
         return
     keep = [] if _registered is None else _loaded(_registered)
     device = comfy.model_management.get_torch_device()
-    comfy.model_management.free_memory(comfy.model_management.get_free_memory(device) + missing, device, keep)
+    free: Any = comfy.model_management.get_free_memory(device)
+    comfy.model_management.free_memory(free + missing, device, keep)
     comfy.model_management.soft_empty_cache()
 
 

@@ -93,12 +93,13 @@ def check_product(*degrees: int | None) -> bool | str:
 
     Linked inputs, which are None, and a GPU of 0 are checked when the node runs.
     """
-    if None in degrees:
+    known = [degree for degree in degrees if degree is not None]
+    if len(known) < len(degrees):
         return True
     try:
-        _check_ranges(*degrees)
-        if degrees[0] != AUTOMATIC:
-            _settle(*degrees)
+        _check_ranges(*known)
+        if known[0] != AUTOMATIC:
+            _settle(*known)
     except ValueError as error:
         return str(error)
     return True
@@ -126,7 +127,7 @@ def degrees_from(inputs: Mapping[str, Any], selected: tuple[int, ...] = ()) -> D
                 f"to the number of workers to start there"
             )
         workers = len(selected) or default_worker_count()
-    return _settle(workers, ulysses, ring, cfg, dp, automatic)
+    return _settle(workers, ulysses, ring, cfg, dp, automatic=automatic)
 
 
 def _check_ranges(workers: int, ulysses: int, ring: int, cfg: int, dp: int) -> None:
@@ -143,7 +144,7 @@ def _check_ranges(workers: int, ulysses: int, ring: int, cfg: int, dp: int) -> N
             raise ValueError(f"{name} = {value}: at least 1 and at most {MOST}{zero}")
 
 
-def _settle(workers: int, ulysses: int, ring: int, cfg: int, dp: int, automatic: bool = False) -> Degrees:
+def _settle(workers: int, ulysses: int, ring: int, cfg: int, dp: int, *, automatic: bool = False) -> Degrees:
     """Fill in the degrees that are AUTOMATIC; `automatic` says that the number of workers was. Raises ValueError naming
     the product that is wrong, and what would fit."""
     chosen = ("GPU",) if automatic else ()

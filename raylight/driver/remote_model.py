@@ -25,6 +25,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     workers: WorkerConfig
     recipe: ModelRecipe
+    parent: comfy.model_patcher.ModelPatcher | None
 
     @classmethod
     def of(
@@ -46,7 +47,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return patcher
 
     def clone(self, *args: Any, **kwargs: Any) -> RemotePatcher:
-        other = super().clone(*args, **kwargs)
+        other: Any = super().clone(*args, **kwargs)
         other.workers, other.recipe = self.workers, self.recipe
         return other
 

@@ -100,7 +100,7 @@ def digests(base: BaseModel) -> dict[str, bytes]:
     for name, value in weights(base).items():
         digest = hashlib.blake2b(repr((value.dtype, tuple(value.shape))).encode(), digest_size=16)
         for tensor in plain_tensors(value).values():
-            digest.update(as_bytes(_sample(tensor)))
+            digest.update(as_bytes(_sample(tensor)).data)
         found[name] = digest.digest()
     return found
 
@@ -123,7 +123,7 @@ def _same(ours: Tensor | None, theirs: Tensor | None) -> bool:
     return left.keys() == right.keys() and all(_same_content(left[name], right[name]) for name in left)
 
 
-def _quantisation(value: Tensor, stored: Mapping[str, Tensor]) -> Any:
+def _quantisation(value: Any, stored: Mapping[str, Tensor]) -> Any:
     """Return the quantisation of a tensor of a GGUF pack, which keeps plain tensors in this class too."""
     return value.tensor_type if is_ggml(value) and stored[""].dtype == torch.uint8 else None
 

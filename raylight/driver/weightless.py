@@ -13,7 +13,6 @@ from typing import Any
 import comfy.model_management
 import torch
 from comfy.model_base import BaseModel
-from comfy.model_patcher import ModelPatcher
 
 from raylight.host import loading
 from raylight.host.jobs import METHODS
@@ -24,9 +23,10 @@ from raylight.sharding.lazy_concat import LazyConcat
 from .baseline import Baseline
 
 # Takes the patcher that is sampled, the name of a method, and its arguments.
-Call = Callable[[ModelPatcher, str, tuple[Any, ...], dict[str, Any]], Any]
+Call = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
 _KEPT = 8
+_CASTS = "comfy_cast_weights"
 _BASELINE = "raylight_baseline"
 _built: OrderedDict[ModelRecipe, BaseModel] = OrderedDict()
 
@@ -74,8 +74,8 @@ def _build(recipe: ModelRecipe, call: Call) -> BaseModel:
             dtype = mapped.dtypes.get(name, parameter.dtype)
             set_parameter(diffusion_model, name, torch.empty(parameter.shape, dtype=dtype, device="meta"))
     for module in diffusion_model.modules():
-        if hasattr(module, "comfy_cast_weights"):  # a caller has the dtype of the computation, not of the file
-            module.comfy_cast_weights = True
+        if hasattr(module, _CASTS):  # a caller has the dtype of the computation, not of the file
+            setattr(module, _CASTS, True)
     for method in ("forward", *METHODS):
         if hasattr(diffusion_model, method):
             setattr(diffusion_model, method, Method(base, method, call))

@@ -69,7 +69,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in weights.items():
         digest.update(name.encode())
-        digest.update(as_bytes(weight))
+        digest.update(as_bytes(weight).data)
     return digest.hexdigest()
 
 
