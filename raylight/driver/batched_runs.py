@@ -105,6 +105,8 @@ def run_batched(runs: Sequence[Callable[[], T]]) -> list[T]:
     A run that sends nothing just ends. Raises what the first run that fails raises, or the request does; the other runs
     are unwound then.
     """
+    if len(runs) == 1:
+        return [runs[0]()]
     threads = [_RunThread(run) for run in runs]
     try:
         for thread in threads:

@@ -7,7 +7,6 @@ weights, represents the models on the workers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,6 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 from torch import nn
-
-logger = logging.getLogger(__name__)
 
 
 class _WorkersModels(comfy.model_patcher.ModelPatcher):

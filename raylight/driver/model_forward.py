@@ -110,6 +110,7 @@ def _send(
     except BaseException:
         _channel = None  # what the workers have of this stream is not known any more
         raise
+    assert isinstance(answer, SerializedObject)  # of rank 0
     return _on(unpack(answer, _no_reference, device), device)
 
 

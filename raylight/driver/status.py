@@ -34,7 +34,7 @@ def overview() -> str:
 
 
 def _gpus() -> list[str]:
-    """The GPUs of this machine, as ComfyUI's process sees them."""
+    """Describe the GPUs of this machine, as this process sees them."""
     if not torch.cuda.is_available():
         return ["this machine has no GPU that workers can use"]
     lines = []

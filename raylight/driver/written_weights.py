@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raylight.cluster.serialization import as_bytes
 from raylight.host import loading
+from raylight.host.log_messages import gb
 from raylight.host.recipe import ModelRecipe
 
 from . import weightless
@@ -55,8 +56,8 @@ def look(base: BaseModel, recipe: ModelRecipe) -> None:
     size = sum(now[name].nbytes for name in names)
     if size > LARGEST:
         raise ValueError(
-            f"a node has changed {len(names)} weights of {recipe.name} in ComfyUI's process, "
-            f"{size / 1e9:.1f} GB, which is too much to send with each run: {_REMEDY}"
+            f"a node has changed {len(names)} weights of {recipe.name} in ComfyUI's process, {gb(size)}, which is too "
+            f"much to send with each run: {_REMEDY}"
         )
     weights = {f"{INNER}.{name}": now[name].detach() for name in names}
     _found[base] = weights, _digest(weights)
