@@ -1,4 +1,4 @@
-"""What several nodes use: link types of saved workflows, shared inputs, the driver, and text on a node."""
+"""Link types of saved workflows, inputs of several nodes, the driver, and text on a node."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def cfg_input() -> io.Input:
 
 def prompt_inputs() -> list[io.Input]:
     return [
-        io.Conditioning.Input("positive", tooltip="What to show."),
-        io.Conditioning.Input("negative", tooltip="What to leave out."),
+        io.Conditioning.Input("positive", tooltip="The prompt: what to show."),
+        io.Conditioning.Input("negative", tooltip="The negative prompt: what to leave out."),
     ]
 
 

@@ -17,7 +17,7 @@ from .common import CATEGORY, RayActorsInit, show
 def _inputs() -> dict[str, io.Input]:
     """Return the inputs of both initializers by name, in the order of the plain one."""
 
-    def number(name: str, default: int, least: int, tooltip: str) -> io.Input:
+    def number(name: str, tooltip: str, default: int = AUTOMATIC, least: int = AUTOMATIC) -> io.Input:
         return io.Int.Input(name, default=default, min=least, max=MOST, tooltip=tooltip)
 
     def switch(name: str, tooltip: str) -> io.Input:
@@ -35,29 +35,29 @@ def _inputs() -> dict[str, io.Input]:
             advanced=True,
             tooltip="Ray namespace. Matters only when several programs share a cluster.",
         ),
-        number(
-            "GPU", AUTOMATIC, AUTOMATIC, "Number of workers, one per GPU. 0: all GPUs, or two CPU workers without one."
-        ),
+        number("GPU", "Number of workers, one per GPU. 0: all GPUs of this machine, or two CPU workers without one."),
         number(
             "ulysses_degree",
-            AUTOMATIC,
-            AUTOMATIC,
             "Workers that split the tokens of one image or video (Ulysses). At most the model's attention heads. "
             "0: all workers that the other degrees leave.",
         ),
         number(
             "ring_degree",
-            1,
-            1,
             "Workers that split tokens and pass keys and values around a ring. For more workers than attention heads.",
+            default=1,
+            least=1,
         ),
-        number("cfg_degree", 1, 1, "Groups of workers that split the CFG batch: positive and negative prompt."),
+        number(
+            "cfg_degree",
+            "Groups of workers that split the CFG batch: positive and negative prompt.",
+            default=1,
+            least=1,
+        ),
         number(
             "dp_degree",
-            1,
-            AUTOMATIC,
             "Groups of workers that split a batch of images, or sample one image each (DP KSampler). "
             "0: what a given ulysses_degree leaves. GPU is ulysses x ring x cfg x dp.",
+            default=1,
         ),
         switch("sync_ulysses", "No effect: exchanges are always ordered. Kept for saved workflows."),
         switch("clear_vram_after_sampling", "Free the model's GPU memory after each run. The next run starts slower."),
