@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from raylight.dev.demo.tiny import write_checkpoint
 from raylight.dev.zoo.probe import __main__
 from raylight.dev.zoo.probe.report import report
 
+ROOT = Path(__file__).resolve().parents[2]
 LINES = {
     "Flux Dev": [
         '            "img": Stream("img"),',
@@ -51,6 +54,12 @@ def test_a_file(tmp_path: Path) -> None:
     write_checkpoint(path, "flux-dev")
     text = report(str(path), [], "meta")
     assert '"pe": Aligned(("txt", "img"), dim=2)' in text
+
+
+def test_finds_comfyui_by_itself() -> None:
+    command = [sys.executable, "-m", "raylight.dev.zoo.probe", "--help"]
+    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert text.startswith("usage: python -m raylight.dev.zoo.probe")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
 from raylight.driver.preflight import is_older, running
 
-from .family import Family
+if TYPE_CHECKING:  # it imports ComfyUI, which `python -m raylight.dev.zoo.probe` has to find first
+    from .family import Family
 
 
 @functools.cache

@@ -1,5 +1,4 @@
-"""`python -m raylight.dev.zoo.probe MODEL`: print which inputs of a model's blocks have tokens, and a draft of its
-plan.
+"""`python -m raylight.dev.zoo.probe MODEL`: show where a model's blocks have tokens, and draft its plan.
 
 MODEL is a family of `raylight.dev.zoo` or a `.safetensors` file, of which only the header is read.
 """
