@@ -1,8 +1,11 @@
-"""Local tokens made whole and whole tokens made local, in the middle of a forward."""
+"""All-gather sharded tokens inside a forward, and shard the result again: for code that needs full tokens.
+
+Everything here is collective: all ranks must make the same calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,56 +16,38 @@ from .plan import Aligned, FullAttention
 from .tokens import TokenState
 
 
-class FullTokens:
-    """For code that was written for whole tokens and runs where they are split. Every rank must make the same calls."""
+def gather(tokens: TokenState, value: Tensor, rule: Aligned) -> Tensor:
+    """Return `value` with the full tokens of the rule's streams along its `dim`, one stream after the other.
 
-    def __init__(self, tokens: TokenState) -> None:
-        self._tokens = tokens
+    (..., S_local, ...) -> (..., S, ...), of the same dtype. A value whose streams are not sharded is returned as is.
+    """
+    if not _is_sharded(tokens, rule):
+        return value
+    sizes = [tokens.sizes(name) for name in rule.streams]
+    shards = tokens.own(value, rule.streams, rule.dim).split([size[tokens.rank] for size in sizes], rule.dim)
+    full = [all_gather(shard, size, rule.dim, tokens.group) for shard, size in zip(shards, sizes, strict=True)]
+    return torch.cat(full, rule.dim)
 
-    @property
-    def is_split(self) -> bool:
-        return self._tokens.is_split
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether this forward's tokens are split at all."""
-        return self._tokens.degree > 1
+def shard(tokens: TokenState, value: Tensor, rule: Aligned) -> Tensor:
+    """Invert `gather`: (..., S, ...) -> (..., S_local, ...)."""
+    return tokens.shard(value, rule) if _is_sharded(tokens, rule) else value
 
-    def expect(self, kinds: Iterable[str]) -> None:
-        """Say at the start of a forward which kinds of patches it will call."""
-        self._tokens.patched = frozenset(kinds)
 
-    def total(self, streams: Sequence[str]) -> int:
-        """Tokens of `streams` over all ranks."""
-        return self._tokens.total(streams)
+@contextmanager
+def full_attention(tokens: TokenState, replaces: bool = False) -> Iterator[None]:
+    """Exchange nothing in attention calls of this context, which are over full tokens.
 
-    def join(self, value: Tensor, rule: Aligned) -> Tensor:
-        """All tokens of the rule's streams, each stream whole, one after the other. Collective."""
-        if not self._is_split(rule):
-            return value
-        sizes = [self._tokens.sizes(name) for name in rule.streams]
-        own = self._tokens.own(value, rule.streams, rule.dim)
-        pieces = own.split([size[self._tokens.rank] for size in sizes], rule.dim)
-        whole = [
-            all_gather(piece, size, rule.dim, self._tokens.group) for piece, size in zip(pieces, sizes, strict=True)
-        ]
-        return torch.cat(whole, rule.dim)
+    With `replaces`, what runs in the context, by whatever means, is the attention of the enclosing module.
+    """
+    if replaces:
+        tokens.count_whole()
+    tokens.push(FullAttention())
+    try:
+        yield
+    finally:
+        tokens.pop()
 
-    def cut(self, value: Tensor, rule: Aligned) -> Tensor:
-        """The inverse of `join`."""
-        return self._tokens.shard(value, rule) if self._is_split(rule) else value
 
-    @contextmanager
-    def local_attention(self, replaces: bool = False) -> Iterator[None]:
-        """Attention calls in this context are over whole tokens: they exchange nothing. With `replaces`, what is done
-        in it, by whatever means, is the attention of the module around it."""
-        if replaces:
-            self._tokens.count_whole()
-        self._tokens.push(FullAttention())
-        try:
-            yield
-        finally:
-            self._tokens.pop()
-
-    def _is_split(self, rule: Aligned) -> bool:
-        return all(self._tokens.is_sharded(name) for name in rule.streams)
+def _is_sharded(tokens: TokenState, rule: Aligned) -> bool:
+    return all(tokens.is_sharded(name) for name in rule.streams)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -47,23 +46,12 @@ class Strategy(Protocol):
     ) -> Tensor: ...
 
 
-@dataclass(slots=True)
-class AttentionCounts:
-    """What attention calls have seen: evidence that a plan splits and does not gather."""
-
-    exchanged: int = 0
-    local: int = 0
-    largest_query: int = 0
-    largest_share: float = 0.0
-
-
 class SequenceAttention:
     """Routes each attention call of a forward by what its module's plan says."""
 
     def __init__(self, tokens: TokenState, strategy: Strategy) -> None:
         self._tokens = tokens
         self.strategy = strategy
-        self.counts = AttentionCounts()
         self._told: set[int] = set()
 
     def __call__(
@@ -83,13 +71,9 @@ class SequenceAttention:
         streams = _queries(scope)
         lengths = tokens.lengths(streams)
         self._tell(sum(lengths))
-        self.counts.largest_query = max(self.counts.largest_query, q.shape[2])
-        self.counts.largest_share = max(self.counts.largest_share, q.shape[2] / sum(lengths))
         if isinstance(scope, CrossAttention):
-            self.counts.local += 1
             local_mask = None if mask is None else tokens.local_mask_rows(_four_dims(mask), streams)
             return kernel(q, k, v, local_mask, scale)
-        self.counts.exchanged += 1
         tokens.count(scope)
         if scope.mask is not None:
             mask = scope.mask(sum(lengths), q)

@@ -1,4 +1,4 @@
-"""Who splits the tokens of a forward: the ranks of a sequence, or all ranks when there is no batch to share out."""
+"""The ranks that split the tokens of a forward: those of one sequence, or all ranks if there is no batch to divide."""
 
 from __future__ import annotations
 
@@ -9,51 +9,52 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .mesh import outer_axis, sequence_axis, world_axis
 from .ring import HybridAttention
-from .sequence_attention import Kernel, SequenceAttention, Strategy
-from .tokens import TokenState
+from .sequence_attention import Kernel, Strategy
 from .ulysses import UlyssesAttention
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceGroup:
-    """Ranks that split a sequence, and how their attention exchanges tokens."""
+    """Rank `rank` of the `degree` ranks of `group`, and the strategy by which their attention exchanges tokens.
 
-    group: dist.ProcessGroup | None
+    With a degree of 1, each rank computes full sequences by itself.
+    """
+
     strategy: Strategy
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    degree: int = 1
 
-    def activate(self, tokens: TokenState, attention: SequenceAttention) -> None:
-        """From now on these ranks do the forwards; without a group, each rank by itself."""
-        if self.group is None:
-            tokens.use_group(0, 1, None)
-        else:
-            tokens.use_group(dist.get_rank(self.group), dist.get_world_size(self.group), self.group)
-        attention.strategy = self.strategy
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, strategy: Strategy) -> SequenceGroup:
+        """Return the sequence group of all ranks of `group`."""
+        return cls(strategy, group, dist.get_rank(group), dist.get_world_size(group))
+
+    @classmethod
+    def single_rank(cls) -> SequenceGroup:
+        """Return a group of this rank alone, which keeps full tokens."""
+        return cls(lambda kernel, q, k, v, _, mask, scale: kernel(q, k, v, mask, scale))
 
 
 class SequenceGroups:
-    """The crews of one mesh for a model with `heads` attention heads."""
+    """The sequence groups of one mesh, for a model with `heads` attention heads."""
 
     def __init__(self, mesh: DeviceMesh, heads: int) -> None:
-        """Collective, as groups are made."""
+        """Create the process groups. Collective."""
         self._heads = heads
-        self._sequence = sequence_axis(mesh).get_group()
-        self._world = world_axis(mesh).get_group()
+        self._sequence, self._world = sequence_axis(mesh).get_group(), world_axis(mesh).get_group()
         self._ulysses, self._outer = mesh.get_group("ulysses"), outer_axis(mesh).get_group()
 
     def sequence(self, strategy: Strategy) -> SequenceGroup:
-        """The ranks that the degrees give to one sequence, and what they exchange."""
-        return SequenceGroup(self._sequence, strategy)
-
-    @staticmethod
-    def single_rank() -> SequenceGroup:
-        """Each rank does all of a sequence, with whole tokens."""
-        return SequenceGroup(None, lambda kernel, q, k, v, _, mask, scale: kernel(q, k, v, mask, scale))
+        """Return the ranks that the mesh's degrees assign to one sequence, exchanging by `strategy`."""
+        return SequenceGroup.of(self._sequence, strategy)
 
     def all_ranks(self, kernel: Kernel) -> SequenceGroup | None:
-        """All ranks on one sequence: by Ulysses where there are heads enough, else with the ring between the rows of
-        the mesh. None where neither the heads nor the kernel allow it."""
+        """Return all ranks as one group: Ulysses if the model has enough heads, else Ulysses within each Ulysses group
+        and the ring between these. None if `kernel` has no log-sum-exp, which the ring needs.
+        """
         if self._heads >= dist.get_world_size(self._world):
-            return SequenceGroup(self._world, UlyssesAttention(self._world))
+            return SequenceGroup.of(self._world, UlyssesAttention(self._world))
         if hasattr(kernel, "with_lse"):
-            return SequenceGroup(self._world, HybridAttention(self._ulysses, self._outer))
+            return SequenceGroup.of(self._world, HybridAttention(self._ulysses, self._outer))
         return None

@@ -36,5 +36,5 @@ def load_parallel(recipe: ModelRecipe, mesh: DeviceMesh, device: torch.device) -
             patcher, report = build_sharded(mapped, world_axis(mesh), recipe.sharding == OFFLOADED)
             host_bytes = report.bytes
     # The batch hook last, so that it runs before all others: it decides which group of ranks they work for.
-    parallel.begin()
+    parallel.finalize_hooks()
     return CachedModel(recipe, patcher, parallel, mapped.lora_keys, mapped.shapes, host_bytes)

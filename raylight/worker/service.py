@@ -63,7 +63,7 @@ class ModelService(WorkerService):
             return {0: self._one(run, held, patcher, 0, jobs[0])}
         batch = self._context.mesh["batch"]
         mine = list(range(batch.get_local_rank(), len(jobs), batch.size()))
-        with held.split.groups_apart(in_step=held.recipe.sharding != REPLICATED):
+        with held.split.independent_groups(in_step=held.recipe.sharding != REPLICATED):
             # A group without a run of its own does the first one too: what it does not do, it would wait for.
             return {place: self._one(run, held, patcher.clone(), place, jobs[place]) for place in mine or [0]}
 

@@ -1,23 +1,27 @@
-"""ComfyUI's `optimized_attention_override`, pointed at split attention."""
+"""ComfyUI's `optimized_attention_override`, pointed at split attention, and node patches that get full tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from raylight.host.patcher_state import OVERRIDE
-from raylight.parallel.full_tokens import FullTokens
+from raylight.parallel import full_tokens
 from raylight.parallel.plan import Aligned, SequencePlan
 from raylight.parallel.sequence_attention import Kernel, SequenceAttention
+from raylight.parallel.tokens import TokenState
 
 
-def install_override(model_options: dict[str, Any], attention: SequenceAttention, kernel: Kernel) -> None:
+def install_override(
+    model_options: dict[str, Any], attention: SequenceAttention | Callable[..., Tensor], kernel: Kernel
+) -> None:
     """Route every attention call of a model through `attention`, in `model_options` of a patcher.
 
-    An override that is there already stays, as the kernel of each rank: it gets all tokens, of some of the heads.
+    An override that is already there becomes each rank's kernel: it gets all tokens, of some of the heads.
     """
     options = model_options.setdefault("transformer_options", {})
     present = options.get(OVERRIDE)
@@ -37,26 +41,15 @@ def install_override(model_options: dict[str, Any], attention: SequenceAttention
         """q (B, S, H * D), or (B, H, S, D) with `skip_reshape`; returns (B, S, H * D) or (B, H, S, D) likewise."""
         if not skip_reshape:
             width = q.shape[-1] // heads
-            # SD3 hands v over with its heads apart already.
+            # SD3 passes v with separate heads already. (B, S, H * D) -> (B, H, S, D)
             q, k, v = (t.reshape(*t.shape[:2], -1, width).transpose(1, 2) for t in (q, k, v))
-        scale = rest.get("scale")
 
         def chained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: float | None) -> Tensor:
-            return present(
-                func,
-                q,
-                k,
-                v,
-                q.shape[1],
-                mask=mask,
-                attn_precision=attn_precision,
-                skip_reshape=True,
-                skip_output_reshape=True,
-                **rest,
-            )
+            given = {"mask": mask, "attn_precision": attn_precision, **rest}
+            return present(func, q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, **given)
 
-        chained.in_order = True  # it may look for tokens by their place
-        out = attention(kernel if present is None else chained, q, k, v, mask, scale)
+        chained.in_order = True  # it may address tokens by their position
+        out = attention(kernel if present is None else chained, q, k, v, mask, rest.get("scale"))
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     options[OVERRIDE] = override
@@ -65,7 +58,7 @@ def install_override(model_options: dict[str, Any], attention: SequenceAttention
 Patch = Callable[..., Any]
 Rules = Mapping[str, Aligned]
 
-# Names of the arguments that ComfyUI passes by position; every other comes in a dict or by its name.
+# Names of the arguments that ComfyUI passes by position; all others come in a dict or by name.
 _POSITIONAL = {
     "attn1_patch": ("q", "k", "v"),
     "attn2_patch": ("q", "k", "v"),
@@ -75,79 +68,79 @@ _POSITIONAL = {
 _OPTIONS = ("transformer_options", "extra_options")
 
 
-def install_patches(model: nn.Module, plan: SequencePlan, whole: FullTokens) -> RemovableHandle:
-    """From now on the model's forward sees its patches wrapped; those in the caller's options stay as they are."""
+def install_patches(model: nn.Module, plan: SequencePlan, tokens: TokenState) -> RemovableHandle:
+    """Wrap the patches that the model's forward sees until the handle is removed. The caller's options stay."""
 
     def wrap_all(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         options = kwargs.get("transformer_options") or {}
-        whole.expect(kind for kind, patches in options.get("patches", {}).items() if patches)
+        tokens.patched = frozenset(kind for kind, patches in options.get("patches", {}).items() if patches)
         if options.get("patches") or options.get("patches_replace", {}).get("dit"):
-            kwargs["transformer_options"] = _wrapped(options, plan, whole)
+            kwargs["transformer_options"] = _wrapped(options, plan, tokens)
         return args, kwargs
 
     return model.register_forward_pre_hook(wrap_all, with_kwargs=True)
 
 
-def _wrapped(options: Mapping[str, Any], plan: SequencePlan, whole: FullTokens) -> dict[str, Any]:
+def _wrapped(options: Mapping[str, Any], plan: SequencePlan, tokens: TokenState) -> dict[str, Any]:
     result = dict(options)
     if "patches" in options:
         result["patches"] = {
-            kind: [wrap(kind, patch, plan, whole) for patch in patches] for kind, patches in options["patches"].items()
+            kind: [wrap(kind, patch, plan, tokens) for patch in patches] for kind, patches in options["patches"].items()
         }
     if "dit" in options.get("patches_replace", {}):
         replaced = {
-            key: wrap(key[0], patch, plan, whole, replaces=True)
+            key: wrap(key[0], patch, plan, tokens, replaces=True)
             for key, patch in options["patches_replace"]["dit"].items()
         }
         result["patches_replace"] = {**options["patches_replace"], "dit": replaced}
     return result
 
 
-def wrap(kind: str, patch: Patch, plan: SequencePlan, whole: FullTokens, replaces: bool = False) -> Patch:
-    """A patch of that kind as a split model may call it; one that `replaces` a block is given the block to call.
+def wrap(kind: str, patch: Patch, plan: SequencePlan, tokens: TokenState, replaces: bool = False) -> Patch:
+    """Return `patch`, of this kind, as a split model may call it: it gets full tokens, and its result is sharded.
 
-    The call raises ValueError where tokens are split, or would be by the block, and the plan does not know `kind`.
+    A patch that `replaces` a block also gets the block to call. The call raises ValueError when tokens are sharded, or
+    the block would shard them, and the plan has no rules for `kind`.
     """
     rules = plan.patches.get(kind)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if rules is None:
-            if whole.is_split or (replaces and whole.is_shared):
+            if tokens.is_split or (replaces and tokens.degree > 1):
                 raise ValueError(
                     f"{plan.model.rpartition('.')[2]} is split over workers, and there a '{kind}' patch is not "
                     f"supported: remove the node that patches the model this way, or use GPU = 1"
                 )
             return patch(*args, **kwargs)
         named = dict(zip(_POSITIONAL.get(kind, ()), args, strict=False)) if isinstance(args[0], Tensor) else {}
-        joined = [
-            *(_join(value, name, rules, whole) for name, value in named.items()),
-            *(_join(value, "", rules, whole) for value in args[len(named) :]),
-        ]
-        with whole.local_attention(replaces=replaces):
-            output = patch(*joined, **{name: _join(value, name, rules, whole) for name, value in kwargs.items()})
-        return _each(output, rules, whole.cut)
+        positional = [("", value) for value in args[len(named) :]]
+        full = [_gathered(value, name, rules, tokens) for name, value in (*named.items(), *positional)]
+        with full_tokens.full_attention(tokens, replaces):
+            output = patch(*full, **{name: _gathered(value, name, rules, tokens) for name, value in kwargs.items()})
+        return _convert(output, rules, partial(full_tokens.shard, tokens))
 
     return wrapped
 
 
-def _join(value: Any, name: str, rules: Rules, whole: FullTokens) -> Any:
-    """One argument with its tokens whole."""
+def _gathered(value: Any, name: str, rules: Rules, tokens: TokenState) -> Any:
+    """One argument with full tokens."""
+    gather, shard = partial(full_tokens.gather, tokens), partial(full_tokens.shard, tokens)
     if isinstance(value, Tensor):
-        return whole.join(value, rules[name]) if name in rules else value
+        return gather(value, rules[name]) if name in rules else value
     if not isinstance(value, Mapping):
         return value
-    result = _each(value, rules, whole.join)
+    result = _convert(value, rules, gather)
     if "original_block" in value:
         block = value["original_block"]
-        result["original_block"] = lambda args: _each(block(_each(args, rules, whole.cut)), rules, whole.join)
+        result["original_block"] = lambda args: _convert(block(_convert(args, rules, shard)), rules, gather)
     for key in _OPTIONS:
         if key in value:
-            result[key] = _with_whole_slice(value[key], rules, whole)
-    return _with_whole_slice(result, rules, whole)
+            result[key] = _with_full_slice(value[key], rules, tokens)
+    return _with_full_slice(result, rules, tokens)
 
 
-def _each(value: Any, rules: Rules, convert: Callable[[Tensor, Aligned], Tensor]) -> Any:
-    """What a patch or block was given or returns: named tensors, or one tensor, which is of the first rule."""
+def _convert(value: Any, rules: Rules, convert: Callable[[Tensor, Aligned], Tensor]) -> Any:
+    """Convert what a patch or block gets or returns: named tensors, or one tensor, to which the first rule applies."""
     if isinstance(value, Tensor):
         return convert(value, next(iter(rules.values())))
     if not isinstance(value, Mapping):
@@ -158,9 +151,9 @@ def _each(value: Any, rules: Rules, convert: Callable[[Tensor, Aligned], Tensor]
     }
 
 
-def _with_whole_slice(options: Any, rules: Rules, whole: FullTokens) -> Any:
-    """`img_slice` is the image's place in the joint tokens, which the model measured on this rank."""
+def _with_full_slice(options: Any, rules: Rules, tokens: TokenState) -> Any:
+    """Set `img_slice`, the image's range in the joint tokens, which the model measured on this rank's tokens."""
     joint = next((rule.streams for rule in rules.values() if len(rule.streams) > 1), None)
-    if joint is None or not isinstance(options, Mapping) or "img_slice" not in options or not whole.is_split:
+    if joint is None or not isinstance(options, Mapping) or "img_slice" not in options or not tokens.is_split:
         return options
-    return {**options, "img_slice": [whole.total(joint[:-1]), whole.total(joint)]}
+    return {**options, "img_slice": [tokens.total(joint[:-1]), tokens.total(joint)]}

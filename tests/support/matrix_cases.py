@@ -12,21 +12,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from comfy.cli_args import args
+from counting import CountingStrategy
 
 args.cpu = True  # before ComfyUI picks a device
 
 from raylight.attention.kernels import kernel
 from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw, Family
-from raylight.host import comfy_patches
-from raylight.parallel.full_tokens import FullTokens
-from raylight.parallel.hooks import SequenceHooks
-from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
+from raylight.parallel.mesh import MeshShape, build_mesh
 from raylight.parallel.ring import HybridAttention
-from raylight.parallel.sequence_attention import SequenceAttention
-from raylight.parallel.tokens import TokenState
 from raylight.plans import plan_for
-from raylight.worker import transformer_options
+from raylight.worker.sequence_parallel import apply_sequence_parallel
 
 T = TypeVar("T")
 Calls = Mapping[str, Callable[[Draw], dict[str, Any]]]
@@ -51,21 +47,6 @@ def copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: copied(item) for key, item in value.items()}
     return [copied(item) for item in value] if isinstance(value, list) else value
-
-
-class CountingKernel:
-    """A kernel that notes how many heads it was given."""
-
-    def __init__(self, inner: Any, heads: list[int]) -> None:
-        self._inner, self._heads = inner, heads
-
-    def __call__(self, q: torch.Tensor, *rest: Any) -> torch.Tensor:
-        self._heads.append(q.shape[1])
-        return self._inner(q, *rest)
-
-    def with_lse(self, q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self._heads.append(q.shape[1])
-        return self._inner.with_lse(q, *rest)
 
 
 def compare(
@@ -125,54 +106,34 @@ def _untouched(model: torch.nn.Module, make: Any) -> torch.Tensor:
 def _compare(model: torch.nn.Module, make: Any, mesh: Any, expected: torch.Tensor) -> Comparison:
     inputs = make(Draw(3))
     options = inputs.pop("transformer_options", {})
-    of = attrgetter(plan_for(model.diffusion_model).heads)(model.diffusion_model)
-    parts = split(model.diffusion_model, mesh)
+    parallel = Split(model.diffusion_model, mesh)
     try:
-        actual = model.apply_model(**copied(inputs), transformer_options=parts.options(options))
+        actual = model.apply_model(**copied(inputs), transformer_options=parallel.options(options))
     finally:
-        parts.remove()
-    counts = parts.attention.counts
+        parallel.remove()
+    counts = parallel.counts
     return Comparison(
         ((actual - expected).abs().max() / expected.std()).item(),
         expected.std().item(),
-        counts.exchanged,
+        counts.calls,
         counts.largest_share,
-        max(parts.heads, default=0),
-        of,
+        max(counts.heads, default=0),
+        parallel.heads,
     )
 
 
-@dataclass(frozen=True)
 class Split:
-    """What was installed on a model. `heads` are noted at every exchanged call of attention."""
+    """A diffusion model of `heads` attention heads that is split as a worker splits it; `counts` what is exchanged."""
 
-    attention: SequenceAttention
-    heads: list[int]
-    handles: tuple[Any, ...]
+    def __init__(self, model: torch.nn.Module, mesh: Any) -> None:
+        plan = plan_for(model)
+        self.heads = attrgetter(plan.heads)(model)
+        self.counts = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
+        self._parallel = apply_sequence_parallel(model, plan, mesh, self.counts)
+        self.remove = self._parallel.remove
 
     def options(self, options: dict[str, Any]) -> dict[str, Any]:
         """The transformer options for a call."""
         model_options = {"transformer_options": dict(options)}
-        transformer_options.install_override(model_options, self.attention, kernel("TORCH"))
+        self._parallel.install(model_options, kernel("TORCH"))
         return model_options["transformer_options"]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def split(model: torch.nn.Module, mesh: Any) -> Split:
-    """Split a diffusion model's tokens by its plan, as a worker does, and count what is exchanged."""
-    sequence = sequence_axis(mesh)
-    tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
-    plan = plan_for(model)
-    hooks = SequenceHooks(model, plan, tokens, mesh["ulysses"].size())
-    comfy_patches.route_unhooked_calls(model, plan.unhooked)
-    patches = transformer_options.install(model, plan, FullTokens(tokens))
-    heads: list[int] = []
-    exchange = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-
-    def counted(inner, *rest):
-        return exchange(CountingKernel(inner, heads), *rest)
-
-    return Split(SequenceAttention(tokens, counted), heads, (hooks, patches))

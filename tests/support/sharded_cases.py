@@ -17,7 +17,7 @@ import comfy.model_patcher
 import comfy.sd
 from comfy.model_base import BaseModel
 from loras import KINDS, lora_for
-from matrix_cases import copied, split
+from matrix_cases import Split, copied
 from torch import Tensor
 
 from raylight.dev.zoo import families
@@ -79,7 +79,7 @@ def _compare(name: str, mesh: Any, sequence: bool, offload: bool, patched: bool)
         expected = _patched_by_comfyui(model, loras, make)
         effect = ((expected - unpatched).std() / expected.std()).item()
     blocks = len(units(model.diffusion_model))
-    options = split(model.diffusion_model, mesh).options({}) if sequence else {}
+    options = Split(model.diffusion_model, mesh).options({}) if sequence else {}
     patcher, report = build_sharded(mapped, world_axis(mesh), offload)
     patcher = patcher.clone()
     for index, (tensors, strength) in enumerate(loras):

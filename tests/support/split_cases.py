@@ -6,17 +6,17 @@ import os
 from dataclasses import dataclass
 
 import torch
+from counting import CountingKernel, CountingStrategy
 from toy import TOY_PLAN, WIDTH, Toy, plain_kernel
 
 from raylight.attention.kernels import kernel as kernel_named
 from raylight.parallel.collectives import all_gather, start_exchange
-from raylight.parallel.hooks import SequenceHooks
 from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
 from raylight.parallel.partition import partition
 from raylight.parallel.process_group import any_rank, smallest
 from raylight.parallel.ring import HybridAttention
-from raylight.parallel.sequence_attention import SequenceAttention
-from raylight.parallel.tokens import TokenState
+from raylight.parallel.sequence_group import SequenceGroup
+from raylight.parallel.sequence_parallel import SequenceParallel
 from raylight.parallel.ulysses import UlyssesAttention
 
 
@@ -77,22 +77,6 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
     return mask > -0.5 if case.mask == "bool" else 2 * mask
 
 
-class Counting:
-    """A kernel that remembers how many heads it was given."""
-
-    def __init__(self, name: str) -> None:
-        self._kernel = kernel_named(name) if name else None
-        self.heads: list[int] = []
-
-    def __call__(self, q, k, v, mask, scale):
-        self.heads.append(q.shape[1])
-        return (self._kernel or plain_kernel)(q, k, v, mask, scale)
-
-    def with_lse(self, q, k, v, mask, scale):
-        self.heads.append(q.shape[1])
-        return self._kernel.with_lse(q, k, v, mask, scale)
-
-
 def split_toy(
     rank: int, world: int, ring: int = 1, kernel_name: str = "", parts: int = 1
 ) -> dict[str, tuple[float, int, int, int]]:
@@ -126,22 +110,23 @@ def split_toy(
         copies = {key: t.clone() if torch.is_tensor(t) else t for key, t in inputs.items()}
         expected = model(**copies, attend=plain_kernel)
 
-        tokens = TokenState(rank, world, group)
-        hooks = SequenceHooks(model, TOY_PLAN, tokens)
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
         if parts > 1:
             strategy = UlyssesAttention(mesh.get_group("ulysses"), large=0, parts=parts)
-        attention = SequenceAttention(tokens, strategy)
-        kernel = Counting(kernel_name)
+        counted = CountingStrategy(strategy)
+        split = SequenceParallel(model, TOY_PLAN, SequenceGroup.of(group, counted))
+        kernel = CountingKernel(kernel_named(kernel_name) if kernel_name else plain_kernel)
+        queries: list[int] = []
 
-        def attend(q, k, v, mask, scale, attention=attention, kernel=kernel):
-            return attention(kernel, q, k, v, mask, scale)
+        def attend(q, *rest, split=split, kernel=kernel, queries=queries):
+            queries.append(q.shape[2])
+            return split.attention(kernel, q, *rest)
 
         for _ in range(2):  # the second forward must not remember the first
             actual = model(**inputs, attend=attend)
-        hooks.remove()
+        split.remove()
         error = ((actual - expected).abs().max() / expected.std()).item()
-        report[name] = (error, attention.counts.largest_query, attention.counts.exchanged, min(kernel.heads))
+        report[name] = (error, max(queries), counted.calls, min(kernel.heads))
     return report
 
 
