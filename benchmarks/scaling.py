@@ -56,12 +56,9 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
     from raylight.attention.kernels import kernel
     from raylight.dev.zoo import families
     from raylight.dev.zoo.family import Draw
-    from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
-    from raylight.parallel.ring import HybridAttention
-    from raylight.parallel.sequence_attention import SequenceAttention
-    from raylight.parallel.tokens import TokenState
+    from raylight.parallel.mesh import MeshShape, build_mesh
     from raylight.plans import plan_for
-    from raylight.worker import transformer_options
+    from raylight.worker.sequence_parallel import apply_sequence_parallel
 
     spent = [0.0]
 
@@ -87,19 +84,10 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
     family = families()[family_name]
     model = dataclasses.replace(family, unet_config={**family.unet_config, **changes}).build()
     inputs = next(iter(family.calls.values()))(Draw(1)) | {"x": Draw(2)(*shape)}
-    options: dict[str, Any] = {"transformer_options": {}}
-    if world > 1:
-        mesh = build_mesh(MeshShape(ring=ring, ulysses=world // ring), torch.device("cpu"))
-        tokens = TokenState(rank, world, sequence_axis(mesh).get_group())
-        raylight.parallel.hooks.SequenceHooks(
-            model.diffusion_model, plan_for(model.diffusion_model), tokens, world // ring
-        )
-        strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        transformer_options.install_override(options, SequenceAttention(tokens, strategy), kernel("TORCH_FLASH"))
-    else:
-        transformer_options.install_override(
-            options, lambda k, q, key, v, mask, scale: k(q, key, v, mask, scale), kernel("TORCH_FLASH")
-        )
+    options: dict[str, Any] = {}
+    mesh = build_mesh(MeshShape(ring=ring, ulysses=world // ring), torch.device("cpu"))
+    split = apply_sequence_parallel(model.diffusion_model, plan_for(model.diffusion_model), mesh)
+    split.install(options, kernel("TORCH_FLASH"))
     seconds, communication = [], []
     with torch.inference_mode():
         for turn in range(repeats + 1):

@@ -133,13 +133,11 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
 
     from raylight.attention.kernels import kernel
     from raylight.host.checkpoint import MappedModel
-    from raylight.parallel.hooks import SequenceHooks
-    from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis, world_axis
-    from raylight.parallel.sequence_attention import SequenceAttention
-    from raylight.parallel.tokens import TokenState
+    from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.plans import plan_for
-    from raylight.worker import lora, transformer_options
+    from raylight.worker import lora
     from raylight.worker.patcher import RankPatcher
+    from raylight.worker.sequence_parallel import apply_sequence_parallel
     from raylight.worker.sharded_patcher import build_sharded
 
     ring, ulysses = way.degrees
@@ -151,11 +149,9 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
     patches = loras(model) if way.patched else ()
     options: dict[str, Any] = {"transformer_options": {}}
     if ring * ulysses > 1:
-        sequence = sequence_axis(mesh)
-        tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
-        SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens, ulysses)
         strategy = StagedThroughCpuHybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        transformer_options.install_override(options, SequenceAttention(tokens, strategy), kernel("auto", device))
+        split = apply_sequence_parallel(model.diffusion_model, plan_for(model.diffusion_model), mesh, strategy)
+        split.install(options, kernel("auto", device))
     if way.shards:
         patcher, _ = build_sharded(mapped, world_axis(mesh), way.offload)
     else:

@@ -39,27 +39,17 @@ def model_on(name: str, layers: int | None, weights_are: str, device: torch.devi
     import torch.distributed as dist
 
     from raylight.attention.kernels import kernel
-    from raylight.parallel.hooks import SequenceHooks
-    from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis, world_axis
-    from raylight.parallel.sequence_attention import SequenceAttention
-    from raylight.parallel.tokens import TokenState
-    from raylight.parallel.ulysses import UlyssesAttention
+    from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.plans import plan_for
     from raylight.sharding.fsdp import shard, units
-    from raylight.worker import transformer_options
+    from raylight.worker.sequence_parallel import apply_sequence_parallel
 
-    world = dist.get_world_size()
-    mesh = build_mesh(MeshShape(ulysses=world), device)
+    mesh = build_mesh(MeshShape(ulysses=dist.get_world_size()), device)
     model = skeleton(name, layers)
     block = sum(p.nbytes for p in next(iter(units(model.diffusion_model).values())).parameters())
     options: dict[str, Any] = {}
-    sequence = sequence_axis(mesh)
-    tokens = TokenState(sequence.get_local_rank(), world, sequence.get_group())
-    if world > 1:
-        SequenceHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens)
-    transformer_options.install_override(
-        options, SequenceAttention(tokens, UlyssesAttention(sequence.get_group())), kernel("auto", device)
-    )
+    split = apply_sequence_parallel(model.diffusion_model, plan_for(model.diffusion_model), mesh)
+    split.install(options, kernel("auto", device))
     weights = RandomWeights(model.diffusion_model, device)
     if weights_are == REPLICATED:
         fill(model.diffusion_model, weights, device)

@@ -112,25 +112,18 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
 
     from raylight.attention.kernels import kernel
     from raylight.parallel.batch import BatchAxis, Rows
-    from raylight.parallel.hooks import SequenceHooks
-    from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis, world_axis
-    from raylight.parallel.ring import HybridAttention
-    from raylight.parallel.sequence_attention import SequenceAttention
-    from raylight.parallel.tokens import TokenState
+    from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.plans import plan_for
     from raylight.sharding.fsdp import shard
-    from raylight.worker import transformer_options
+    from raylight.worker.sequence_parallel import apply_sequence_parallel
 
     mesh = build_mesh(MeshShape(way.batch, way.ring, way.ulysses), device)
     model = skeleton(setting.size, setting.layers)
-    diffusion_model, sequence = model.diffusion_model, sequence_axis(mesh)
-    tokens = TokenState(sequence.get_local_rank(), sequence.size(), sequence.get_group())
-    if sequence.size() > 1:
-        SequenceHooks(diffusion_model, plan_for(diffusion_model), tokens, way.ulysses)
-    hybrid = StagedThroughCpuHybrid if setting.shared_gpu else HybridAttention
-    strategy = hybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
+    diffusion_model = model.diffusion_model
+    staged = StagedThroughCpuHybrid(mesh.get_group("ulysses"), mesh.get_group("ring")) if setting.shared_gpu else None
     options: dict[str, Any] = {}
-    transformer_options.install_override(options, SequenceAttention(tokens, strategy), kernel("auto", device))
+    split = apply_sequence_parallel(diffusion_model, plan_for(diffusion_model), mesh, staged)
+    split.install(options, kernel("auto", device))
     weights = RandomWeights(diffusion_model, device)
     if way.shards:
         shard(diffusion_model, weights, world_axis(mesh), device)

@@ -7,21 +7,22 @@ of the right size, and the bytes are counted.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from full_size import synchronize
 from torch import Tensor
 
 from raylight.attention.kernels import kernel
-from raylight.parallel.hooks import SequenceHooks
-from raylight.parallel.sequence_attention import SequenceAttention
-from raylight.parallel.tokens import TokenState
+from raylight.parallel import hooks
+from raylight.parallel.sequence_group import SequenceGroup
 from raylight.parallel.ulysses import UlyssesAttention
 from raylight.plans import plan_for
-from raylight.worker import transformer_options
+from raylight.worker.sequence_parallel import ComfySequenceParallel
 
 _DONE = SimpleNamespace(wait=lambda: True)
 
@@ -98,18 +99,14 @@ class OneShare(UlyssesAttention):
         return received, _DONE
 
 
-class ShareHooks(SequenceHooks):
-    """Gathers as if the other ranks' pieces were like this one's."""
+class OneGather:
+    """An all-gather as if the other ranks' shards were like this one's; `nbytes` is what the others would send."""
 
-    gathered = 0
+    nbytes = 0
 
-    def _join(self, local: Tensor, gather: Any) -> Tensor:
-        tokens, sizes = self._tokens, self._tokens.sizes(gather.stream)
-        before = tokens.lengths(gather.after)[0]
-        head, tail = local.split([before, sizes[0]], gather.dim)
-        tokens.mark_gathered(gather.stream)
-        self.gathered += tail.nbytes * (len(sizes) - 1)
-        return torch.cat([head, *(tail.narrow(gather.dim, 0, size) for size in sizes)], gather.dim)
+    def __call__(self, local: Tensor, sizes: Sequence[int], dim: int, _: Any) -> Tensor:
+        self.nbytes += local.nbytes * (len(sizes) - 1)
+        return torch.cat([local.narrow(dim, 0, size) for size in sizes], dim)
 
 
 @dataclass(frozen=True)
@@ -136,27 +133,25 @@ class Share:
 def share_of(model: Any, inputs: dict[str, Tensor], degree: int, attention: str, large: int, parts: int) -> Share:
     """Do one step of the share of rank 0 of `degree`."""
     device = inputs["x"].device
-    tokens, share = TokenState(0, degree), OneShare(degree, large, parts)
-    hooks = ShareHooks(model.diffusion_model, plan_for(model.diffusion_model), tokens) if degree > 1 else None
+    share, gather = OneShare(degree, large, parts), OneGather()
+    group = SequenceGroup(share, degree=degree)
+    split = ComfySequenceParallel(model.diffusion_model, plan_for(model.diffusion_model), group)
     options: dict[str, Any] = {}
-    transformer_options.install_override(options, SequenceAttention(tokens, share), kernel(attention, device))
+    split.install(options, kernel(attention, device))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     synchronize(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), mock.patch.object(hooks, "all_gather", gather):
         start = mark(device)
         model.apply_model(**inputs, transformer_options=options["transformer_options"])
         end = mark(device)
     synchronize(device)
     share.finish()
-    gathered = 0
-    if hooks is not None:
-        gathered = hooks.gathered
-        hooks.remove()
+    split.remove()
     peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
-    return Share(degree, between(start, end), gathered, share.calls, peak)
+    return Share(degree, between(start, end), gather.nbytes, share.calls, peak)
 
 
 def mark(device: torch.device) -> Any:
