@@ -19,18 +19,19 @@ from .tokens import TokenState
 def gather(tokens: TokenState, value: Tensor, rule: Aligned) -> Tensor:
     """Return `value` with the full tokens of the rule's streams along its `dim`, one stream after the other.
 
-    (..., S_local, ...) -> (..., S, ...), of the same dtype. A value whose streams are not sharded is returned as is.
+    (..., S_LOCAL, ...) -> (..., S, ...), of the same dtype. A value whose streams are not sharded is returned as is.
     """
     if not _is_sharded(tokens, rule):
         return value
     sizes = [tokens.sizes(name) for name in rule.streams]
-    shards = tokens.own(value, rule.streams, rule.dim).split([size[tokens.rank] for size in sizes], rule.dim)
+    own = tokens.without_placeholders(value, rule.streams, rule.dim)
+    shards = own.split([size[tokens.rank] for size in sizes], rule.dim)
     full = [all_gather(shard, size, rule.dim, tokens.group) for shard, size in zip(shards, sizes, strict=True)]
     return torch.cat(full, rule.dim)
 
 
 def shard(tokens: TokenState, value: Tensor, rule: Aligned) -> Tensor:
-    """Invert `gather`: (..., S, ...) -> (..., S_local, ...)."""
+    """Invert `gather`: (..., S, ...) -> (..., S_LOCAL, ...)."""
     return tokens.shard(value, rule) if _is_sharded(tokens, rule) else value
 
 
@@ -41,7 +42,7 @@ def full_attention(tokens: TokenState, replaces: bool = False) -> Iterator[None]
     With `replaces`, what runs in the context, by whatever means, is the attention of the enclosing module.
     """
     if replaces:
-        tokens.count_whole()
+        tokens.count_full_attention()
     tokens.push(FullAttention())
     try:
         yield

@@ -1,7 +1,6 @@
-"""Splitting a model by its plan: hooks on its modules, its code untouched.
+"""The hooks that split a model by its plan, without a change to its code.
 
-In the manner of context parallelism in diffusers (`ContextParallelSplitHook`), for uneven sizes and
-several streams.
+Like context parallelism in diffusers (`ContextParallelSplitHook`), for uneven sizes and several streams.
 """
 
 from __future__ import annotations
@@ -37,15 +36,14 @@ from .tokens import TokenState
 
 
 class SequenceHooks:
-    """The hooks of one plan on one model. `remove` leaves the model as it was."""
+    """The hooks of one plan on one model, until `remove`. They do nothing while `tokens` has a degree of 1."""
 
     def __init__(
         self, model: nn.Module, plan: SequencePlan, tokens: TokenState, ulysses_degree: int | None = None
     ) -> None:
-        """`ulysses_degree` of the ranks split heads, all where it is None. They do nothing while `tokens` is of one
-        rank.
+        """Install the hooks. `ulysses_degree` of the ranks split heads; all of them if it is None.
 
-        Raises ValueError where the model does not have what the plan names, has too few heads, or cannot be split.
+        Raises ValueError: when the model lacks what the plan names, has too few heads, or cannot be split.
         """
         self._plan, self._tokens = plan, tokens
         self._handles: list[RemovableHandle] = []
@@ -71,98 +69,97 @@ class SequenceHooks:
         self._handles.append(model.register_forward_hook(self._check_all_gathered))
 
     def remove(self) -> None:
+        """Remove the hooks, which leaves the model as it was."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _split_inputs(self, module: nn.Module, path: str, rules: dict[str, Input]) -> None:
+    def _split_inputs(self, module: nn.Module, path: str, rules: dict[str | int, Input]) -> None:
         positions = _parameter_positions(module, path, rules, self._plan)
         # Streams first: what is aligned with them needs their sizes.
         ordered = sorted(rules.items(), key=lambda item: not isinstance(item[1], Stream))
 
-        def localize(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        def shard(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
             if self._tokens.degree == 1:
                 return args, kwargs
             values = list(args)
             for name, rule in ordered:
                 if name in kwargs:
-                    kwargs[name] = self._localize(kwargs[name], rule)
+                    kwargs[name] = self._convert(kwargs[name], rule)
                 elif positions[name] < len(values):
-                    values[positions[name]] = self._localize(values[positions[name]], rule)
+                    values[positions[name]] = self._convert(values[positions[name]], rule)
             return tuple(values), kwargs
 
-        self._handles.append(module.register_forward_pre_hook(localize, with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(shard, with_kwargs=True))
         for rule in rules.values():
             if isinstance(rule, GatherAround):
                 self._mark_attention(module, rule)
-                self._handles.append(module.register_forward_hook(partial(self._part, rule)))
+                self._handles.append(module.register_forward_hook(partial(self._shard_output, rule)))
 
-    def _part(self, rule: GatherAround, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output if self._tokens.degree == 1 else self._tokens.part(output, rule.stream, rule.dim)
-
-    def _localize(self, value: Any, rule: Input) -> Any:
+    def _convert(self, value: Any, rule: Input) -> Any:
         if isinstance(rule, (GatherAround, Gathered)):
-            return self._whole(value, rule.stream, rule.dim)
+            return self._all_gather(value, rule.stream, rule.dim)
         return self._tokens.shard(value, rule)
 
+    def _shard_output(self, rule: GatherAround, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output if self._tokens.degree == 1 else self._tokens.local_shard(output, rule.stream, rule.dim)
+
     def _mark_attention(self, module: nn.Module, attention: Attention | GatherAround) -> None:
-        kinds = (
-            ()
-            if isinstance(attention, GatherAround)
-            else tuple(_of_module(kind, module) for kind in alternatives(attention))
-        )
+        kinds: tuple[SelfAttention | CrossAttention | FullAttention, ...] = ()
+        if not isinstance(attention, GatherAround):
+            kinds = tuple(_of_module(kind, module) for kind in alternatives(attention))
         rule = attention if not kinds else kinds if isinstance(attention, tuple) else kinds[0]
 
         def leave(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
             made = self._tokens.pop().calls
             for kind in kinds:
-                if isinstance(kind, SelfAttention) and made.get(kind, 0) < kind.calls and self._are_local(kind):
+                if isinstance(kind, SelfAttention) and made.get(kind, 0) < kind.calls and self._are_sharded(kind):
                     raise RuntimeError(_bypassed(module, made.get(kind, 0), kind.calls))
 
         self._handles.append(module.register_forward_pre_hook(lambda *_: self._tokens.push(rule)))
         self._handles.append(module.register_forward_hook(leave))
 
-    def _are_local(self, kind: SelfAttention) -> bool:
+    def _are_sharded(self, kind: SelfAttention) -> bool:
         return self._tokens.degree > 1 and all(self._tokens.is_sharded(name) for name in kind.streams)
 
     def _gather_output(self, module: nn.Module, gathers: tuple[Gather, ...]) -> None:
-        def join(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        def gather_all(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             for gather in gathers:
                 if not self._tokens.is_sharded(gather.stream) or (gather.patched not in ("", *self._tokens.patched)):
                     continue
-                local = output if gather.index is None else output[gather.index]
-                whole = self._join(local, gather)
                 if gather.index is None:
-                    output = whole
+                    output = self._gather(output, gather)
                 else:
-                    output = (*output[: gather.index], whole, *output[gather.index + 1 :])
+                    full = self._gather(output[gather.index], gather)
+                    output = (*output[: gather.index], full, *output[gather.index + 1 :])
             return output
 
-        self._handles.append(module.register_forward_hook(join))
+        self._handles.append(module.register_forward_hook(gather_all))
 
-    def _join(self, local: Tensor, gather: Gather) -> Tensor:
-        before = self._tokens.held(gather.after)
+    def _gather(self, local: Tensor, gather: Gather) -> Tensor:
+        """(..., S_LOCAL of `after` and the stream, ...) -> (..., S_LOCAL of `after` and S of the stream, ...)."""
+        before = self._tokens.local_length(gather.after)
         head, tail = local.split([before, local.shape[gather.dim] - before], gather.dim)
-        whole = self._whole(tail, gather.stream, gather.dim)
+        full = self._all_gather(tail, gather.stream, gather.dim)
         self._tokens.mark_gathered(gather.stream)
-        whole = self._tokens.on_grid(whole, gather.stream, gather.dim)
-        return torch.cat([head, whole], gather.dim) if before else whole
+        full = self._tokens.restore_grid(full, gather.stream, gather.dim)
+        return torch.cat([head, full], gather.dim) if before else full
 
-    def _whole(self, local: Tensor, stream: str, dim: int) -> Tensor:
-        own = self._tokens.own(local, (stream,), dim)
+    def _all_gather(self, local: Tensor, stream: str, dim: int) -> Tensor:
+        own = self._tokens.without_placeholders(local, (stream,), dim)
         return all_gather(own, self._tokens.sizes(stream), dim, self._tokens.group)
 
     def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:
-        open_streams = {gather.stream for gather in self._plan.gathers() if self._tokens.is_sharded(gather.stream)}
-        if open_streams:
-            raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {sorted(open_streams)}")
+        sharded = {gather.stream for gather in self._plan.gathers() if self._tokens.is_sharded(gather.stream)}
+        if sharded:
+            raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {sorted(sharded)}")
         self._tokens.begin()  # frees what was kept for this forward
 
 
 def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Module]:
-    """The modules that a plan's path names: none of a ModuleList that is empty (a model without single blocks).
+    """Iterate over the modules at a plan's path: none if it is a ModuleList that is empty (no single blocks, say).
 
-    Raises ValueError when the model has no such path.
+    Raises ValueError: when the model has no such path.
     """
     names = [name for name, _ in model.named_modules()]
     if ".-1" in path:
@@ -178,7 +175,7 @@ def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Mod
 def _of_module(
     kind: SelfAttention | CrossAttention | FullAttention, module: nn.Module
 ) -> SelfAttention | CrossAttention | FullAttention:
-    """A kind of attention call with what depends on the module itself."""
+    """Return the rule with `calls` and `mask` of this module."""
     if not isinstance(kind, SelfAttention):
         return kind
     calls = kind.calls(module) if callable(kind.calls) else kind.calls
@@ -188,9 +185,9 @@ def _of_module(
 def _bypassed(module: nn.Module, made: int, expected: int) -> str:
     return (
         f"the attention of a {type(module).__name__} did not reach Raylight ({made} of {expected} calls did), so it "
-        f"saw only this worker's part of the picture: a node has replaced it, or this version of ComfyUI calls "
-        f"attention in another way. The result was thrown away. Remove the node that changes this model's attention, "
-        f"or use GPU = 1 or cfg_degree = GPU, with which every worker has whole pictures"
+        f"saw only this worker's shard of the tokens: a node has replaced it, or this version of ComfyUI calls "
+        f"attention in another way. The result was discarded. Remove the node that changes this model's attention, "
+        f"or use GPU = 1 or cfg_degree = GPU, with which every worker has all tokens of its images"
     )
 
 
@@ -204,10 +201,10 @@ def _parameter_positions(
     if missing and not takes_more:
         raise ValueError(
             f"the plan of {plan.model} names arguments {missing} of '{path}', "
-            f"but {type(module).__name__}.forward has {parameters}: this ComfyUI has another version of the model than "
-            f"the plan is for. Update ComfyUI and Raylight, or use GPU = 1"
+            f"but {type(module).__name__}.forward has {parameters}: the plan is for another version of the model than "
+            f"this ComfyUI has. Update ComfyUI and Raylight, or use GPU = 1"
         )
-    # What goes into `**kwargs` is never met by position.
+    # An argument in `**kwargs` never has a position.
     return {
         name: name if isinstance(name, int) else parameters.index(name) if name in parameters else sys.maxsize
         for name in rules

@@ -1,16 +1,19 @@
-"""How a count of tokens or heads is dealt to ranks. No padding: the first ranks take one more."""
+"""How many tokens or heads each rank gets. Sizes are uneven instead of padded: the first ranks get one more."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 
 def partition(total: int, parts: int) -> tuple[int, ...]:
-    """Sizes of `parts` contiguous pieces of `total`, as `torch.tensor_split` cuts them.
+    """Return the sizes of `parts` contiguous chunks of `total`, as `torch.tensor_split` makes them.
 
     >>> partition(7, 3)
     (3, 2, 2)
+
+    Raises ValueError: when `parts` is below 1.
     """
     if parts < 1:
         raise ValueError(f"partition needs at least one part, got {parts}")
@@ -18,50 +21,51 @@ def partition(total: int, parts: int) -> tuple[int, ...]:
     return tuple(base + (i < extra) for i in range(parts))
 
 
-def offsets(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Start of each piece, for pieces of `sizes` laid end to end."""
-    starts, position = [], 0
-    for size in sizes:
-        starts.append(position)
-        position += size
-    return tuple(starts)
+def offsets(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the start of each of the concatenated chunks of `sizes`.
+
+    >>> offsets((3, 2, 2))
+    (0, 3, 5)
+    """
+    return tuple(accumulate(sizes, initial=0))[:-1]
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
-    """Which tokens of one stream are where.
+class Shards:
+    """Which tokens of one stream are on which rank.
 
-    `sizes[r]` tokens are rank r's, in rank order. Between start and stop `held[r]` are those that it has in its
-    tensors: its own, and where it has none a stand-in, since a model's code and kernels need not take empty tensors.
-    A stand-in is the stream's last token once more, of which nothing is ever sent.
+    Rank r has `sizes[r]` tokens of its own; its tensors hold tokens `spans[r]`, as (start, stop). These differ only for
+    a rank without tokens of its own: it holds a placeholder, the stream's last token, since model code and kernels may
+    not accept empty tensors. A placeholder is never exchanged.
     """
 
     sizes: tuple[int, ...]
-    held: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...]
 
     @property
     def total(self) -> int:
+        """The number of tokens on all ranks together."""
         return sum(self.sizes)
 
-    def lent(self, rank: int) -> int:
-        """Stand-ins on this rank."""
-        start, stop = self.held[rank]
+    def placeholders(self, rank: int) -> int:
+        """Return the number of placeholders in the tensors of `rank`."""
+        start, stop = self.spans[rank]
         return stop - start - self.sizes[rank]
 
-    def prefix(self, count: int) -> Pieces:
-        """Of the first `count` tokens."""
+    def prefix(self, count: int) -> Shards:
+        """Return the shards of the first `count` tokens, on the ranks where they are."""
         sizes = tuple(
             min(max(count - start, 0), size) for start, size in zip(offsets(self.sizes), self.sizes, strict=True)
         )
-        return Pieces(sizes, tuple((start, max(min(stop, count), start)) for start, stop in self.held))
+        return Shards(sizes, tuple((start, max(min(stop, count), start)) for start, stop in self.spans))
 
 
-def deal(total: int, loads: Sequence[int]) -> Pieces:
-    """`total` tokens of a stream over ranks that have so many tokens of other streams already.
+def shard_stream(total: int, loads: Sequence[int]) -> Shards:
+    """Shard `total` tokens of a stream over ranks that have `loads[r]` tokens of other streams already.
 
-    Fewer tokens than ranks go one by one to the ranks with the fewest, the last ones of these.
+    Fewer tokens than ranks go one each to the ranks with the smallest loads, the last ones among equals.
 
-    >>> deal(1, (4, 3, 3)).sizes
+    >>> shard_stream(1, (4, 3, 3)).sizes
     (0, 0, 1)
     """
     ranks = len(loads)
@@ -70,8 +74,8 @@ def deal(total: int, loads: Sequence[int]) -> Pieces:
     else:
         taking = sorted(range(ranks), key=lambda rank: (loads[rank], -rank))[:total]
         sizes = tuple(int(rank in taking) for rank in range(ranks))
-    held = tuple(
+    spans = tuple(
         (start, start + size) if size else (max(total - 1, 0), total)
         for start, size in zip(offsets(sizes), sizes, strict=True)
     )
-    return Pieces(sizes, held)
+    return Shards(sizes, spans)

@@ -1,28 +1,60 @@
-"""The vocabulary of a sequence plan: where a model's token streams enter, travel and leave.
+"""The rules of a sequence plan: where a model's token streams are sharded, how they are attended to, and gathered.
 
-A plan is data. It names modules by their path, `*` standing for every entry of a ModuleList, `-1` for
-its last and "" for the model itself, and the arguments of those modules' `forward` by their names, or by their place
-where `forward` takes `*args`.
+A plan is data. It names modules by their path in the model: `*` is every entry of a ModuleList, `-1` its last one, and
+"" the model itself. It names arguments of a module's `forward` by name, or by position for `*args`.
+
+Example. A model of blocks `forward(txt, img, pe)`, which attend to text and image tokens together, and a last layer:
+
+    SequencePlan(
+        model="my_package.MyModel",
+        inputs={"blocks.*": {"txt": Stream("txt"), "img": Stream("img"), "pe": Aligned(("txt", "img"), dim=2)}},
+        attention={"blocks.*": SelfAttention(("txt", "img"))},
+        outputs={"final_layer": Gather("img")},
+    )
+
+With 2 ranks, 2 text tokens, 5 image tokens, width 64 and 4 heads of 16, before -> after on rank 0 | rank 1:
+
+    blocks.0, txt     (1, 2, 64)                    -> (1, 1, 64) | (1, 1, 64)        each rank takes its shard
+    blocks.0, img     (1, 5, 64)                    -> (1, 3, 64) | (1, 2, 64)        no padding: 5 = 3 + 2
+    blocks.0, pe      (1, 1, 7, 8)                  -> (1, 1, 4, 8) | (1, 1, 3, 8)    its rows of txt, then of img
+    attention, q      (1, 4, 4, 16) | (1, 4, 3, 16) -> (1, 2, 7, 16) on both          all tokens of half of the heads
+    attention, out    (1, 2, 7, 16) on both         -> (1, 4, 4, 16) | (1, 4, 3, 16)  all heads of the rank's tokens
+    blocks.1, txt, img                                 unchanged: they are sharded already
+    final_layer, out  (1, 3, 64) | (1, 2, 64)       -> (1, 5, 64) on both             all-gather
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from .tokens import TokenState
+
+class TokenLayout(Protocol):
+    """How the streams of one forward are sharded, as a `Converted` argument may ask: `TokenState` has it."""
+
+    rank: int
+
+    def total(self, streams: Sequence[str]) -> int:
+        """Return the number of tokens of `streams` on all ranks together."""
+
+    def spans(self, streams: Sequence[str], rank: int) -> list[tuple[int, int]]:
+        """Return `(start, stop)` of `rank`'s tokens of each stream, counted over the concatenated full streams."""
+
+    def shard(self, value: Any, rule: Input) -> Any:
+        """Return this rank's shard of an argument."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The argument is the token stream `name`. It is cut where it is first met in a forward and is local from there,
-    until it is gathered; where it is met again after that, it is cut again. With `index`, it is that entry of a tuple.
-    With `grid`, its tokens lie on that many dimensions from `dim` on: (T, H, W) locally is (S, 1, 1), and a gather
-    gives it back as it was. Tokens of the streams in `after` lie before it in the argument, and are local already.
+    """The argument is the token stream `name`, (..., tokens at `dim`, ...). It is sharded when a forward first meets it
+    and stays sharded until a `Gather`; met again after that, it is sharded again.
+
+    `index`: the stream is that entry of a tuple. `grid`: its tokens lie on this many dimensions from `dim` on; the
+    sharded form of (T, H, W) is (S_LOCAL, 1, 1), and a gather restores (T, H, W). `after`: tokens of these streams,
+    already sharded, precede it in the argument.
     """
 
     name: str
@@ -34,10 +66,11 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """The argument has one row for each token of `streams`, in this order, along `dim` (rope tables, modulation).
+    """The argument has one row along `dim` for each token of the concatenated `streams` (RoPE tables, modulation).
 
-    In a tuple, list or dict, every tensor has. A single row serves all tokens and is left alone. With `expand`, fewer
-    rows than tokens are each repeated over consecutive tokens (per-frame modulation); without it they are an error.
+    It is a tensor, or a tuple, list or dict of such tensors. A single row serves all tokens and is not sharded. With
+    `expand`, each of fewer rows than tokens is repeated for consecutive tokens (modulation per frame); without it,
+    fewer rows are an error.
     """
 
     streams: tuple[str, ...]
@@ -47,10 +80,8 @@ class Aligned:
 
 @dataclass(frozen=True, slots=True)
 class TokenRanges:
-    """The argument is a list of `(start, stop, ...)` in token positions of `streams` laid end to end; a stop of None is
-    their end.
-
-    Streams in `local` are counted at their length on this rank, since the model measured them after the cut.
+    """The argument is a list of `(start, stop, ...)` in token indices of the concatenated `streams`. A stop of None is
+    the end. The model counts streams in `local` after sharding, so these have their local length.
     """
 
     streams: tuple[str, ...]
@@ -59,14 +90,14 @@ class TokenRanges:
 
 @dataclass(frozen=True, slots=True)
 class TokenIndex:
-    """The argument is one position in `stream`, before which tokens are treated otherwise than from it on."""
+    """A token index that divides `stream` into two ranges treated differently."""
 
     stream: str
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPrefix:
-    """The argument is how many of `stream`'s tokens, from its first on, attention is about: as a stream, `name`."""
+    """Number of leading tokens of `stream` that attention covers; tracked as the stream `name`."""
 
     stream: str
     name: str
@@ -74,22 +105,32 @@ class TokenPrefix:
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """The argument is one with which this model cannot be split; `reason` is for the person at the graph."""
+    """The model cannot be split when this argument is given. `reason` is shown to the user."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """The argument is of a kind of the model's own; `convert` makes this rank's part of it, from the value and the
-    `TokenState`."""
+    """The argument has a type of the model's own; `convert(value, layout)` returns this rank's form of it."""
 
-    convert: Callable[[Any, TokenState], Any]
+    convert: Callable[[Any, TokenLayout], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The argument is the stream, local, of which the module needs the whole along `dim`; its output is not cut."""
+    """The argument is the sharded `stream`, which is all-gathered along `dim` for this module only. The module's output
+    is not sharded."""
+
+    stream: str
+    dim: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GatherAround:
+    """The module mixes tokens by other means than attention (a convolution): the argument, the sharded `stream`, is
+    all-gathered along `dim` before it, and its output is sharded again. Every rank does all of the module's work.
+    """
 
     stream: str
     dim: int = 1
@@ -97,17 +138,19 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """The argument is a dict of lists of residuals (B, tokens, width) that the model adds to the first tokens of
-    `stream` between its blocks. They are cut when they are taken from the list, which is after the stream was."""
+    """The argument is a dict of lists of residuals (B, tokens, width), which the model adds to the first tokens of
+    `stream` between its blocks. Each residual is sharded when the model takes it from the list."""
 
     stream: str
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """The module's output, or its entry `index` where it is a tuple, is the stream, local; it is joined again along
-    `dim`. Tokens of the streams in `after` lie before it in the output, and stay local. With `patched`, only where a
-    person's nodes have hung patches of this kind between the blocks, which the model hands slices of the stream."""
+    """The module's output, or its entry `index` if it is a tuple, is the sharded `stream`; all-gather it along `dim`.
+
+    `after`: tokens of these streams precede it in the output and stay sharded. `patched`: gather only in forwards with
+    node patches of this kind, which the model calls between blocks with slices of full tokens.
+    """
 
     stream: str
     dim: int = 1
@@ -117,21 +160,12 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True)
-class GatherAround:
-    """The module mixes tokens by other means than attention (a convolution): the argument, the stream, is joined
-    before it, and its output cut again, along `dim`. Its work, attention calls included, is done by every rank."""
-
-    stream: str
-    dim: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class SelfAttention:
-    """Queries, keys and values of attention calls in this module are the tokens of `streams`, in this order.
+    """Queries, keys and values of attention calls in this module are the concatenated tokens of `streams`.
 
-    `mask` makes the mask over all tokens where the model makes one of its own tokens' places: from the module, the
-    number of all tokens and the queries, (B|1, H|1, S, S) or None. `calls` is how many such calls the module makes in
-    one forward, or tells it from the module: fewer are an error, since then attention went another way.
+    `calls` is the number of such calls in one forward of the module, or a function of the module that returns it. Fewer
+    are an error: attention then bypassed Raylight. `mask(module, tokens, q)` returns the mask (B|1, H|1, S, S) over all
+    tokens, or None; give it if the model makes a mask from the positions of the tokens it sees.
     """
 
     streams: tuple[str, ...]
@@ -141,14 +175,14 @@ class SelfAttention:
 
 @dataclass(frozen=True, slots=True)
 class CrossAttention:
-    """Queries are the tokens of `query`; keys and values are whole on every rank, so nothing is exchanged."""
+    """Queries are the concatenated tokens of `streams`. Keys and values are replicated, so nothing is exchanged."""
 
-    query: tuple[str, ...]
+    streams: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FullAttention:
-    """Queries, keys and values are whole on every rank, so nothing is exchanged."""
+    """Queries, keys and values are replicated, so nothing is exchanged."""
 
 
 Input = (
@@ -163,19 +197,20 @@ Input = (
     | GatherAround
     | Unsupported
 )
-# Several, where one module attends within different streams: the number of queries tells them apart.
+# A tuple if the module attends to different streams in turn: the number of queries selects the rule.
 Attention = SelfAttention | CrossAttention | FullAttention | tuple[SelfAttention, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SequencePlan:
-    """How one model class is split by sequence.
+    """The rules by which one model class is split by sequence.
 
-    `model` is the import path of the class; `heads` the attribute, by its path from the model, that holds the number
-    of its attention heads. `patches` says, for each kind of patch that a person's nodes hang between or into the
-    blocks, which of its arguments have one row for each token; what it returns by the same names has, too.
-    `unhooked` are Python modules of the model that call ComfyUI's attention without handing on its options. `refused`
-    says of a model of this class why just this one cannot be split, or None.
+    `model`: the import path of the class. `heads`: the path of the attribute with its number of attention heads.
+    `patches`: for each kind of node patch in or between blocks, which of its arguments have one row per token; results
+    by the same names have, too. `unhooked`: Python modules of the model that call ComfyUI's attention without passing
+    its options. `refused(model)`: why this instance cannot be split, or None.
+
+    Raises ValueError: when a rule names a stream that no input introduces.
     """
 
     model: str
@@ -189,34 +224,32 @@ class SequencePlan:
     streams: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        rules = [rule for module in (*self.inputs.values(), *self.patches.values()) for rule in module.values()]
-        streams = tuple(dict.fromkeys(rule.name for rule in rules if isinstance(rule, (Stream, TokenPrefix))))
+        inputs = [rule for module in (*self.inputs.values(), *self.patches.values()) for rule in module.values()]
+        streams = tuple(dict.fromkeys(rule.name for rule in inputs if isinstance(rule, (Stream, TokenPrefix))))
         object.__setattr__(self, "streams", streams)
-        used = {name for gather in self.gathers() for name in (gather.stream, *gather.after)}
         attention = [rule for value in self.attention.values() for rule in alternatives(value)]
-        for rule in (*rules, *attention):
-            used.update(_streams_of(rule))
-        unknown = used - set(streams)
-        if unknown:
-            raise ValueError(f"the plan of {self.model} names streams that never enter: {sorted(unknown)}")
+        used = {name for rule in (*inputs, *attention, *self.gathers()) for name in _streams_of(rule)}
+        if unknown := used - set(streams):
+            raise ValueError(f"the plan of {self.model} names streams that no input introduces: {sorted(unknown)}")
 
     def gathers(self) -> list[Gather]:
-        """Every place where a stream is joined again."""
+        """Return every `Gather` of the plan."""
         return [gather for rule in self.outputs.values() for gather in (rule if isinstance(rule, tuple) else (rule,))]
 
 
 def alternatives(attention: Attention) -> tuple[SelfAttention | CrossAttention | FullAttention, ...]:
-    """The kinds of attention call of one module."""
+    """Return the rules of a module's attention calls, one of which applies to each call."""
     return attention if isinstance(attention, tuple) else (attention,)
 
 
-def _streams_of(rule: Input | SelfAttention | CrossAttention | FullAttention) -> tuple[str, ...]:
-    if isinstance(rule, Stream):
-        return (rule.name, *rule.after)
-    if isinstance(rule, CrossAttention):
-        return rule.query
-    if isinstance(rule, (Unsupported, Converted, FullAttention)):
-        return ()
-    return (
-        (rule.stream,) if isinstance(rule, (Control, Gathered, TokenIndex, TokenPrefix, GatherAround)) else rule.streams
-    )
+def _streams_of(rule: Input | Gather | SelfAttention | CrossAttention | FullAttention) -> tuple[str, ...]:
+    """Return the streams that a rule refers to."""
+    match rule:
+        case Unsupported() | Converted() | FullAttention():
+            return ()
+        case Stream(name, after=after) | Gather(name, after=after):
+            return (name, *after)
+        case Aligned() | TokenRanges() | SelfAttention() | CrossAttention():
+            return rule.streams
+        case _:
+            return (rule.stream,)

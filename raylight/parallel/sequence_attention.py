@@ -1,6 +1,8 @@
-"""Attention of a split sequence: which calls exchange tokens, and which are already whole.
+"""Attention in a split forward: which calls exchange tokens, and which are over full tokens already.
 
-The *kernel* computes softmax(QK')V on this rank; the *strategy* is what ranks exchange around it.
+The *kernel* computes softmax(QK')V on this rank; the *strategy* exchanges tokens between ranks around it.
+
+Shapes: B batch rows, H heads, HKV key heads, D head size, S tokens on all ranks, S_LOCAL on this one.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from .collectives import all_gather
@@ -20,18 +21,21 @@ logger = logging.getLogger(__name__)
 
 
 class Kernel(Protocol):
-    """Attention on one rank: q (B, H, Sq, D), k and v (B, Hkv, Sk, D), mask broadcastable to (B, H, Sq, Sk).
+    """Attention on one rank: q (B, H, Sq, D), k and v (B, HKV, Sk, D), mask broadcastable to (B, H, Sq, Sk), either
+    boolean (True: attend) or added to the scores. HKV divides H (grouped queries). A `scale` of None is D ** -0.5.
 
-    `Hkv` divides `H` (grouped queries). `scale` None stands for D ** -0.5. Returns (B, H, Sq, D).
+    Return (B, H, Sq, D) of q's dtype. A kernel with an attribute `in_order` that is true gets the tokens of gathered
+    streams in the model's order, not in rank order.
     """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor: ...
 
 
 class Strategy(Protocol):
-    """Attention over the tokens of all ranks; `lengths[r]` tokens are on rank r, in rank order.
+    """Attention over the tokens of all ranks: q (B, H, S_LOCAL, D), k and v (B, HKV, S_LOCAL, D) of this rank's tokens.
 
-    The mask is over the gathered tokens in rank order, its heads whole.
+    `lengths[r]` tokens are on rank r. The mask (B|1, H|1, S|1, S) is over all tokens in rank order, for all heads.
+    Return (B, H, S_LOCAL, D). Collective.
     """
 
     def __call__(
@@ -47,98 +51,91 @@ class Strategy(Protocol):
 
 
 class SequenceAttention:
-    """Routes each attention call of a forward by what its module's plan says."""
+    """Routes each attention call of a forward by the rule of its module in the plan."""
 
     def __init__(self, tokens: TokenState, strategy: Strategy) -> None:
         self._tokens = tokens
         self.strategy = strategy
-        self._told: set[int] = set()
+        self._logged: set[int] = set()
 
     def __call__(
         self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
     ) -> Tensor:
-        """Attention of local q (B, H, Sq, D), k and v (B, Hkv, Sk, D); shapes and meaning as in `Kernel`.
+        """Attend with q (B, H, S_LOCAL, D), k and v (B, HKV, S_LOCAL, D), or of full tokens where the plan says so.
 
-        Raises RuntimeError where the call does not fit the plan: attending over a shard would be wrong silently.
+        Return (B, H, S_LOCAL, D); dtypes, mask and scale as for `Kernel`.
+
+        Raises RuntimeError: when the call does not fit the plan. Attention over a shard would be silently wrong.
         """
         tokens, scope = self._tokens, self._tokens.scope
         if not tokens.is_split or isinstance(scope, (GatherAround, FullAttention)):
-            tokens.count_whole()
+            tokens.count_full_attention()
             return kernel(q, k, v, mask, scale)
         if scope is None:
             raise RuntimeError("the plan does not say over which tokens this attention call goes")
-        scope = self._kind(scope, q, k)
-        streams = _queries(scope)
-        lengths = tokens.lengths(streams)
-        self._tell(sum(lengths))
-        if isinstance(scope, CrossAttention):
-            local_mask = None if mask is None else tokens.local_mask_rows(_four_dims(mask), streams)
-            return kernel(q, k, v, local_mask, scale)
-        tokens.count(scope)
-        if scope.mask is not None:
-            mask = scope.mask(sum(lengths), q)
-        whole_mask = None if mask is None else self._whole_mask(_four_dims(mask), streams, lengths)
+        rule = self._rule_of(scope, q, k)
+        streams, lengths = rule.streams, tokens.lengths(rule.streams)
+        self._log(sum(lengths))
+        mask = None if mask is None else _four_dims(mask)
+        if isinstance(rule, CrossAttention):
+            return kernel(q, k, v, None if mask is None else tokens.local_mask(mask, streams), scale)
+        tokens.count_call(rule)
+        if rule.mask is not None:
+            mask = rule.mask(sum(lengths), q)
+        if mask is not None:
+            mask = self._full_mask(mask, streams, lengths)
         if getattr(kernel, "in_order", False) and len(streams) > 1:
             kernel = self._in_order(kernel, streams)
-        q, k, v = (tokens.own(t, streams, 2) for t in (q, k, v))
-        return tokens.filled(self.strategy(kernel, q, k, v, lengths, whole_mask, scale), streams, 2)
+        q, k, v = (tokens.without_placeholders(t, streams, 2) for t in (q, k, v))
+        return tokens.with_placeholders(self.strategy(kernel, q, k, v, lengths, mask, scale), streams, 2)
 
-    def _tell(self, total: int) -> None:
-        """Say once that there are fewer tokens than ranks to split them."""
-        if total < self._tokens.degree and total not in self._told:
-            self._told.add(total)
-            logger.info(
-                "a sequence has fewer tokens than there are workers: only %d of %d have a part of it",
-                total,
-                self._tokens.degree,
-            )
+    def _log(self, total: int) -> None:
+        """Log once that there are fewer tokens than ranks to split them."""
+        if total < self._tokens.degree and total not in self._logged:
+            self._logged.add(total)
+            logger.info("a sequence has fewer tokens (%d) than workers (%d)", total, self._tokens.degree)
 
     def _in_order(self, kernel: Kernel, streams: Sequence[str]) -> Kernel:
-        """The kernel as one that is given tokens stream by stream, as a model without ranks has them, and not in rank
-        order, in which every rank's own of all streams come together."""
-        tokens = self._tokens
-        order = torch.cat(
-            [torch.arange(start, stop) for rank in range(tokens.degree) for start, stop in tokens.spans(streams, rank)]
-        )
+        """Return the kernel with tokens reordered around it: it gets them stream by stream, not rank by rank."""
 
         def ordered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-            places = order.to(q.device)
-            back = places.argsort()
+            to_ranks = self._tokens.rank_order(streams, q.device)  # (S,)
+            to_streams = to_ranks.argsort()
             if mask is not None:
-                mask = mask.index_select(-1, back)
-                mask = mask if mask.shape[-2] == 1 else mask.index_select(-2, back)
-            out = kernel(*(t.index_select(2, back) for t in (q, k, v)), mask, scale)
-            return out.index_select(2, places)
+                mask = mask.index_select(-1, to_streams)
+                mask = mask if mask.shape[-2] == 1 else mask.index_select(-2, to_streams)
+            out = kernel(*(t.index_select(2, to_streams) for t in (q, k, v)), mask, scale)
+            return out.index_select(2, to_ranks)
 
         return ordered
 
-    def _kind(self, scope: Attention, q: Tensor, k: Tensor) -> SelfAttention | CrossAttention:
-        """What the plan says of this call, checked against its queries and keys."""
-        rank, kinds = self._tokens.rank, alternatives(scope)
-        expected = {kind: self._tokens.held(_queries(kind)) for kind in kinds}
-        found = next((kind for kind in kinds if expected[kind] == q.shape[2]), None)
+    def _rule_of(self, scope: Attention, q: Tensor, k: Tensor) -> SelfAttention | CrossAttention:
+        """Return the rule of this call, checked against its queries and keys."""
+        expected = {rule: self._tokens.local_length(rule.streams) for rule in alternatives(scope)}
+        found = next((rule for rule, length in expected.items() if length == q.shape[2]), None)
         if found is None:
-            tokens = " or ".join(f"{count} tokens of {_queries(kind)}" for kind, count in expected.items())
-            raise RuntimeError(f"attention has {q.shape[2]} queries on rank {rank} where the plan expects {tokens}")
+            tokens = " or ".join(f"{length} tokens of {rule.streams}" for rule, length in expected.items())
+            raise RuntimeError(
+                f"attention has {q.shape[2]} queries on rank {self._tokens.rank} where the plan expects {tokens}"
+            )
         if isinstance(found, SelfAttention) and k.shape[2] != q.shape[2]:
             raise RuntimeError(f"self-attention has {q.shape[2]} queries but {k.shape[2]} keys")
         return found
 
-    def _whole_mask(self, mask: Tensor, streams: Sequence[str], lengths: Sequence[int]) -> Tensor:
-        """The mask over all tokens in rank order. One that a model made of its local tokens is joined; it can only
-        be one of keys, since no rank knows another's queries."""
-        if mask.shape[-2] == 1 and mask.shape[-1] == self._tokens.held(streams) != sum(lengths):
-            mask = self._tokens.own(mask, streams, mask.ndim - 1)
+    def _full_mask(self, mask: Tensor, streams: Sequence[str], lengths: Sequence[int]) -> Tensor:
+        """Return the mask over all tokens in rank order.
+
+        A mask that the model made of its local tokens is all-gathered. It can only be one of keys, (B|1, H|1, 1,
+        S_LOCAL), since no rank knows the queries of another.
+        """
+        if mask.shape[-2] == 1 and mask.shape[-1] == self._tokens.local_length(streams) != sum(lengths):
+            mask = self._tokens.without_placeholders(mask, streams, mask.ndim - 1)
             return all_gather(mask, lengths, mask.ndim - 1, self._tokens.group)
         return self._tokens.gathered_mask(mask, streams)
 
 
-def _queries(kind: SelfAttention | CrossAttention) -> tuple[str, ...]:
-    return kind.query if isinstance(kind, CrossAttention) else kind.streams
-
-
 def _four_dims(mask: Tensor) -> Tensor:
-    """(Sq, Sk) or (B, Sq, Sk) as (B|1, 1, Sq, Sk)."""
+    """(Sq, Sk) or (B, Sq, Sk) -> (B|1, 1, Sq, Sk)."""
     if mask.ndim == 2:
         return mask[None, None]
     return mask[:, None] if mask.ndim == 3 else mask

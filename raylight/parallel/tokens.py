@@ -1,4 +1,4 @@
-"""Where the tokens of one forward are: which streams are cut, how, and what is aligned with them."""
+"""The state of one forward's tokens on one rank: which streams are sharded, how, and what is aligned with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .partition import Pieces, deal
+from .partition import Shards, shard_stream
 from .plan import (
     Aligned,
     Attention,
@@ -31,35 +31,37 @@ from .plan import (
 
 @dataclass(slots=True)
 class Scope:
-    """A module being run: what the plan says of its attention, and the calls of each kind that were made so far."""
+    """A module being run: its attention rule, and the number of calls of each kind so far."""
 
     rule: Attention | GatherAround
     calls: dict[SelfAttention, int] = field(default_factory=dict)
 
 
 class TokenState:
-    """Token bookkeeping of rank `rank` of the `degree` ranks of `group` that split a sequence.
+    """Tokens of rank `rank` of the `degree` ranks of `group`, which split a sequence.
 
-    Streams are cut when they are first met after `begin`, so every size is known on every rank
-    without being exchanged. A stream may have fewer tokens than there are ranks: some then hold a stand-in (`Pieces`),
-    which counts where tensors of this rank are meant, and not among the `sizes` and `lengths` that ranks exchange.
-    `patched` are the kinds of patches that this forward calls.
+    Streams are sharded when a forward first meets them after `begin`, so every rank knows all sizes without exchanging
+    them. A stream may have fewer tokens than there are ranks: some ranks then hold a placeholder (see `Shards`), which
+    counts in `spans` and `local_length`, about this rank's tensors, but not in `sizes` and `lengths`, about what ranks
+    exchange. `patched` are the kinds of node patches that the current forward calls.
+
+    Shapes: S tokens on all ranks, S_LOCAL on this one; tensors keep their dtype.
     """
 
     def __init__(self, rank: int, degree: int, group: dist.ProcessGroup | None = None) -> None:
         self.use_group(rank, degree, group)
 
     def use_group(self, rank: int, degree: int, group: dist.ProcessGroup | None) -> None:
-        """From the next forward on, split among these ranks; a degree of 1 leaves tokens whole."""
+        """Split the following forwards over these ranks; with a degree of 1, tokens stay full."""
         self.rank = rank
         self.degree = degree
         self.group = group
         self.begin()
 
     def begin(self) -> None:
-        """Forget the last forward, whether it ended or failed."""
-        self._pieces: dict[str, Pieces] = {}
-        self._left: set[str] = set()
+        """Forget the last forward, whether it finished or failed."""
+        self._shards: dict[str, Shards] = {}
+        self._gathered: set[str] = set()
         self._grids: dict[str, torch.Size] = {}
         self.patched: frozenset[str] = frozenset()
         self._scopes: list[Scope] = []
@@ -67,93 +69,95 @@ class TokenState:
 
     @property
     def is_split(self) -> bool:
-        """Whether some stream is local at this point of the forward."""
-        return len(self._pieces) > len(self._left)
+        """Whether any stream is sharded at this point of the forward."""
+        return len(self._shards) > len(self._gathered)
 
     def is_sharded(self, stream: str) -> bool:
-        """Whether `stream` is local at this point of the forward."""
-        return stream in self._pieces and stream not in self._left
+        """Return whether `stream` is sharded at this point of the forward."""
+        return stream in self._shards and stream not in self._gathered
 
     def total(self, streams: Sequence[str]) -> int:
-        """Tokens of `streams` over all ranks."""
-        return sum(sum(self.sizes(name)) for name in streams)
+        """Return the number of tokens of `streams` on all ranks together."""
+        return sum(self._shards_of(name).total for name in streams)
 
     def lengths(self, streams: Sequence[str]) -> list[int]:
-        """Tokens of `streams` together on each rank."""
+        """Return each rank's number of tokens of all `streams` together."""
         return [sum(self.sizes(name)[rank] for name in streams) for rank in range(self.degree)]
 
     def sizes(self, stream: str) -> tuple[int, ...]:
-        """Tokens of one stream on each rank."""
-        return self._of(stream).sizes
+        """Return each rank's number of tokens of one stream."""
+        return self._shards_of(stream).sizes
 
-    def held(self, streams: Sequence[str]) -> int:
-        """Tokens of `streams` together in this rank's tensors."""
+    def local_length(self, streams: Sequence[str]) -> int:
+        """Return the number of tokens of all `streams` in this rank's tensors."""
         return sum(stop - start for start, stop in self.spans(streams, self.rank))
 
     def spans(self, streams: Sequence[str], rank: int) -> list[tuple[int, int]]:
-        """`(start, stop)` of the tokens of each stream in `rank`'s tensors, with the whole streams laid end to end."""
+        """Return `(start, stop)` of the tokens of each stream in `rank`'s tensors, in the concatenated full streams."""
         result, base = [], 0
         for name in streams:
-            pieces = self._of(name)
-            start, stop = pieces.held[rank]
+            shards = self._shards_of(name)
+            start, stop = shards.spans[rank]
             result.append((base + start, base + stop))
-            base += pieces.total
+            base += shards.total
         return result
 
-    def own(self, local: Tensor, streams: Sequence[str], dim: int) -> Tensor:
-        """A tensor of this rank without its stand-ins: what it has to exchange."""
-        if not any(self._of(name).lent(self.rank) for name in streams):
+    def without_placeholders(self, local: Tensor, streams: Sequence[str], dim: int) -> Tensor:
+        """Return what this rank must exchange of `local`, (..., S_LOCAL at `dim`, ...): all but placeholders."""
+        if not self._has_placeholders(streams):
             return local
-        return torch.cat(
-            [piece.narrow(dim, 0, self.sizes(name)[self.rank]) for name, piece in self._apart(local, streams, dim)], dim
-        )
+        pieces = local.split([stop - start for start, stop in self.spans(streams, self.rank)], dim)
+        own = [self.sizes(name)[self.rank] for name in streams]
+        return torch.cat([piece.narrow(dim, 0, size) for piece, size in zip(pieces, own, strict=True)], dim)
 
-    def filled(self, own: Tensor, streams: Sequence[str], dim: int) -> Tensor:
-        """The inverse of `own`, with zeros for stand-ins."""
-        if not any(self._of(name).lent(self.rank) for name in streams):
+    def with_placeholders(self, own: Tensor, streams: Sequence[str], dim: int) -> Tensor:
+        """Invert `without_placeholders`, with zeros for placeholders."""
+        if not self._has_placeholders(streams):
             return own
-        parts = []
+        pieces = []
         for name, piece in zip(streams, own.split([self.sizes(name)[self.rank] for name in streams], dim), strict=True):
             shape = list(own.shape)
-            shape[dim] = self._of(name).lent(self.rank)
-            parts += [piece, own.new_zeros(shape)]
-        return torch.cat(parts, dim)
+            shape[dim] = self._shards_of(name).placeholders(self.rank)
+            pieces += [piece, own.new_zeros(shape)]
+        return torch.cat(pieces, dim)
 
-    def _apart(self, local: Tensor, streams: Sequence[str], dim: int) -> list[tuple[str, Tensor]]:
-        lengths = [stop - start for start, stop in self.spans(streams, self.rank)]
-        return list(zip(streams, local.split(lengths, dim), strict=True))
+    def _has_placeholders(self, streams: Sequence[str]) -> bool:
+        return any(self._shards_of(name).placeholders(self.rank) for name in streams)
 
-    def _of(self, stream: str) -> Pieces:
-        if stream not in self._pieces:
-            raise RuntimeError(f"token stream '{stream}' is used before the model handed it to a block")
-        return self._pieces[stream]
+    def _shards_of(self, stream: str) -> Shards:
+        if stream not in self._shards:
+            raise RuntimeError(f"token stream '{stream}' is used before the model passed it to a block")
+        return self._shards[stream]
 
     def mark_gathered(self, stream: str) -> None:
-        self._left.add(stream)
+        """Record that `stream` is full from here on in this forward."""
+        self._gathered.add(stream)
 
-    def on_grid(self, whole: Tensor, stream: str, dim: int) -> Tensor:
-        """A stream that was joined along `dim`, with its tokens where they lay before it was cut."""
+    def restore_grid(self, full: Tensor, stream: str, dim: int) -> Tensor:
+        """Return a gathered stream in the form it had before sharding: (..., S, 1, 1, ...) -> (..., T, H, W, ...)."""
         grid = self._grids.get(stream)
-        return whole if grid is None else whole.reshape(*whole.shape[:dim], *grid, *whole.shape[dim + len(grid) :])
+        return full if grid is None else full.reshape(*full.shape[:dim], *grid, *full.shape[dim + len(grid) :])
 
     def push(self, rule: Attention | GatherAround) -> None:
+        """Enter a module whose attention calls `rule` describes."""
         self._scopes.append(Scope(rule))
 
     def pop(self) -> Scope:
+        """Leave the innermost module, and return its rule and the calls that it made."""
         return self._scopes.pop()
 
     @property
     def scope(self) -> Attention | GatherAround | None:
-        """What the innermost module being run says of its attention calls."""
+        """The attention rule of the innermost module being run."""
         return self._scopes[-1].rule if self._scopes else None
 
-    def count(self, kind: SelfAttention) -> None:
-        """An attention call of the innermost module being run, over the tokens of all ranks."""
+    def count_call(self, kind: SelfAttention) -> None:
+        """Count an attention call of the innermost module, which covers the tokens of all ranks."""
         calls = self._scopes[-1].calls
         calls[kind] = calls.get(kind, 0) + 1
 
-    def count_whole(self) -> None:
-        """Attention over whole tokens, which stands for every call of the module around it."""
+    def count_full_attention(self) -> None:
+        """Count attention over full tokens, which replaces every call of the enclosing module."""
         around = next((scope for scope in reversed(self._scopes) if not isinstance(scope.rule, FullAttention)), None)
         if around is not None and not isinstance(around.rule, GatherAround):
             around.calls.update(
@@ -161,29 +165,66 @@ class TokenState:
             )
 
     def shard(self, value: Any, rule: Input) -> Any:
-        """This rank's part of an argument."""
+        """Return this rank's shard of an argument, by its rule in the plan.
+
+        Raises ValueError: when the rule is `Unsupported` and the argument is given.
+        Raises RuntimeError: when the argument does not fit the tokens of its streams.
+        """
         if value is None:
             return None
-        if isinstance(rule, Unsupported):
-            raise ValueError(f"this model cannot be split over workers here: {rule.reason}")
-        if isinstance(rule, (TokenRanges, TokenIndex, Aligned)) and self._has_left_all(rule):
-            return value
-        if isinstance(rule, TokenRanges):
-            return self._ranges(value, rule)
-        if isinstance(rule, TokenPrefix):
-            self._pieces[rule.name] = self._of(rule.stream).prefix(value)
-            return self.held((rule.name,))
-        if isinstance(rule, TokenIndex):
-            ((start, stop),) = self.spans((rule.stream,), self.rank)
-            return min(max(value, start), stop) - start
-        if isinstance(rule, Converted):
-            return rule.convert(value, self)
-        if isinstance(rule, Stream):
-            if rule.index is None:
-                return self._cut(value, rule)
-            return (*value[: rule.index], self._cut(value[rule.index], rule), *value[rule.index + 1 :])
-        if isinstance(rule, Control):
-            return {name: LocalResiduals(items, self, rule.stream) for name, items in value.items()}
+        match rule:
+            case Unsupported():
+                raise ValueError(f"this model cannot be split over workers here: {rule.reason}")
+            case Converted():
+                return rule.convert(value, self)
+            case TokenPrefix():
+                self._shards[rule.name] = self._shards_of(rule.stream).prefix(value)
+                return self.local_length((rule.name,))
+            case Stream(index=None):
+                return self._shard_stream(value, rule)
+            case Stream(index=index):
+                return (*value[:index], self._shard_stream(value[index], rule), *value[index + 1 :])
+            case Control():
+                return {name: LocalResiduals(items, self, rule.stream) for name, items in value.items()}
+            case TokenIndex() if rule.stream not in self._gathered:
+                ((start, stop),) = self.spans((rule.stream,), self.rank)
+                return min(max(value, start), stop) - start
+            case TokenRanges() if not self._gathered.issuperset(rule.streams):
+                return self._shard_ranges(value, rule)
+            case Aligned() if not self._gathered.issuperset(rule.streams):
+                return self._shard_aligned(value, rule)
+        return value  # its streams are full again
+
+    def _shard_stream(self, value: Tensor, rule: Stream) -> Tensor:
+        if self.is_sharded(rule.name):
+            # A model may use the full stream twice before it goes on with its local output.
+            full = rule.grid == 1 and not rule.after and value.shape[rule.dim] == self.total((rule.name,))
+            return self.local_shard(value, rule.name, rule.dim) if full else value
+        if rule.after:
+            before = self.local_length(rule.after)
+            head, tail = value.split([before, value.shape[rule.dim] - before], rule.dim)
+            return torch.cat([head, self._shard_stream(tail, replace(rule, after=()))], rule.dim)
+        if rule.grid > 1:  # (..., T, H, W, ...) -> (..., S, 1, 1, ...)
+            self._grids[rule.name] = value.shape[rule.dim : rule.dim + rule.grid]
+            value = value.flatten(rule.dim, rule.dim + rule.grid - 1)
+            value = value.reshape(*value.shape[: rule.dim + 1], *[1] * (rule.grid - 1), *value.shape[rule.dim + 1 :])
+        total = value.shape[rule.dim]
+        known = self._shards.get(rule.name)
+        if known is None or known.total != total:
+            if known is not None:
+                self._cache.clear()
+            sharded = [name for name in self._shards if self.is_sharded(name)]
+            self._shards[rule.name] = shard_stream(total, self.lengths(sharded))
+        self._gathered.discard(rule.name)
+        return self.local_shard(value, rule.name, rule.dim)
+
+    def local_shard(self, full: Tensor, stream: str, dim: int) -> Tensor:
+        """Return this rank's tokens of a full stream, placeholder included: (..., S, ...) -> (..., S_LOCAL, ...)."""
+        ((start, stop),) = self.spans((stream,), self.rank)
+        # A copy: blocks add to their input in place, and the full stream can be freed.
+        return full.narrow(dim, start, stop - start).clone()
+
+    def _shard_aligned(self, value: Any, rule: Aligned) -> Any:
         if isinstance(value, Mapping):
             return {key: self.shard(item, rule) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -192,45 +233,11 @@ class TokenState:
             return value
         key = (id(value), rule)
         if key not in self._cache:
-            # The original is kept beside its part so that its id cannot be reused within the forward.
-            self._cache[key] = (value, self._align(value, rule))
+            # The original is kept beside its shard so that its id cannot be reused within the forward.
+            self._cache[key] = (value, self._local_rows(value, rule))
         return self._cache[key][1]
 
-    def _has_left_all(self, rule: TokenRanges | TokenIndex | Aligned) -> bool:
-        streams = (rule.stream,) if isinstance(rule, TokenIndex) else rule.streams
-        return all(name in self._left for name in streams)
-
-    def _cut(self, value: Tensor, rule: Stream) -> Tensor:
-        if self.is_sharded(rule.name):
-            # A model may use the whole stream twice before it goes on with its local output.
-            whole = rule.grid == 1 and not rule.after and value.shape[rule.dim] == self.total((rule.name,))
-            return self.part(value, rule.name, rule.dim) if whole else value
-        if rule.after:
-            before = self.held(rule.after)
-            head, tail = value.split([before, value.shape[rule.dim] - before], rule.dim)
-            return torch.cat([head, self._cut(tail, replace(rule, after=()))], rule.dim)
-        if rule.grid > 1:
-            self._grids[rule.name] = value.shape[rule.dim : rule.dim + rule.grid]
-            value = value.flatten(rule.dim, rule.dim + rule.grid - 1)
-            value = value.reshape(*value.shape[: rule.dim + 1], *[1] * (rule.grid - 1), *value.shape[rule.dim + 1 :])
-        total = value.shape[rule.dim]
-        known = self._pieces.get(rule.name)
-        if known is None or known.total != total:
-            if known is not None:
-                self._cache.clear()
-            self._pieces[rule.name] = deal(
-                total, self.lengths([name for name in self._pieces if self.is_sharded(name)])
-            )
-        self._left.discard(rule.name)
-        return self.part(value, rule.name, rule.dim)
-
-    def part(self, value: Tensor, stream: str, dim: int) -> Tensor:
-        """This rank's tokens of a whole stream, as it holds them."""
-        ((start, stop),) = self.spans((stream,), self.rank)
-        # A copy: blocks add to their input in place, and the whole stream can be freed.
-        return value.narrow(dim, start, stop - start).clone()
-
-    def _align(self, value: Tensor, rule: Aligned) -> Tensor:
+    def _local_rows(self, value: Tensor, rule: Aligned) -> Tensor:
         rows, total = value.shape[rule.dim], self.total(rule.streams)
         if rows == 1:
             return value
@@ -241,19 +248,20 @@ class TokenState:
             raise RuntimeError(
                 f"an argument aligned with {rule.streams} has {rows} rows along dim {rule.dim} for {total} tokens"
             )
-        # Rows that do not divide the tokens are repeated once more and the last of them cut short.
+        # If the rows do not divide the tokens, each is repeated once more, and the last one is cut short.
         repeats = -(-total // rows)
         index = torch.cat([torch.arange(start, stop, device=value.device) for start, stop in spans])
         return value.index_select(rule.dim, index // repeats)
 
-    def _ranges(self, value: Sequence[Sequence[int]], rule: TokenRanges) -> list[tuple[int, ...]]:
+    def _shard_ranges(self, value: Sequence[Sequence[int]], rule: TokenRanges) -> list[tuple[int, ...]]:
         pieces, base, local_base = [], 0, 0
         for name in rule.streams:
-            start, stop = self._of(name).held[self.rank]
+            shards = self._shards_of(name)
+            start, stop = shards.spans[self.rank]
             length = stop - start
-            start = base + (0 if name in rule.local else start)
-            pieces.append((start, start + length, local_base))
-            base += length if name in rule.local else self._of(name).total
+            first = base if name in rule.local else base + start
+            pieces.append((first, first + length, local_base))
+            base += length if name in rule.local else shards.total
             local_base += length
         result = []
         for start, stop, *rest in value:
@@ -263,43 +271,45 @@ class TokenState:
                     result.append((first - low + local, last - low + local, *rest))
         return result
 
-    def local_mask_rows(self, mask: Tensor, streams: Sequence[str]) -> Tensor:
-        """The rows of a mask (B|1, H|1, Sq|1, Sk) that belong to this rank's queries."""
+    def local_mask(self, mask: Tensor, streams: Sequence[str]) -> Tensor:
+        """Return a mask of this rank's queries: (B|1, H|1, S|1, Sk) -> (B|1, H|1, S_LOCAL|1, Sk)."""
         if mask.shape[-2] == 1:
             return mask
         return torch.cat([mask[..., start:stop, :] for start, stop in self.spans(streams, self.rank)], dim=-2)
 
     def gathered_mask(self, mask: Tensor, streams: Sequence[str]) -> Tensor:
-        """A mask (B|1, H|1, Sq|1, Sk) in the order in which an all-to-all gathers the ranks' tokens.
+        """Return a mask (B|1, H|1, S|1, S) in the order in which an all-to-all gathers the ranks' tokens.
 
         Each rank holds `[txt_r, img_r]`, so gathered tokens come rank by rank and not stream by stream.
+
+        Raises RuntimeError: when the mask does not fit the tokens of `streams`.
         """
         total = self.total(streams)
         if mask.shape[-1] != total or mask.shape[-2] not in (1, total):
             raise RuntimeError(f"an attention mask of shape {tuple(mask.shape)} does not fit {total} tokens")
         key = (id(mask), tuple(streams))
         if key not in self._cache:
-            order = torch.cat(
-                [
-                    torch.arange(start, start + self.sizes(name)[rank], device=mask.device)
-                    for rank in range(self.degree)
-                    for name, start in self._starts(streams, rank)
-                ]
-            )
+            order = self.rank_order(streams, mask.device)
             permuted = mask.index_select(-1, order)
             self._cache[key] = (mask, permuted if mask.shape[-2] == 1 else permuted.index_select(-2, order))
         return self._cache[key][1]
 
-    def _starts(self, streams: Sequence[str], rank: int) -> list[tuple[str, int]]:
-        """Where rank's tokens of each stream start, with the whole streams laid end to end."""
-        return [(name, start) for name, (start, _) in zip(streams, self.spans(streams, rank), strict=True)]
+    def rank_order(self, streams: Sequence[str], device: torch.device) -> Tensor:
+        """Return the index (S,), int64, that takes the concatenated full streams to the order of gathered tokens."""
+        return torch.cat(
+            [
+                torch.arange(start, start + self.sizes(name)[rank], device=device)
+                for rank in range(self.degree)
+                for name, (start, _) in zip(streams, self.spans(streams, rank), strict=True)
+            ]
+        )
 
 
 class LocalResiduals(list):
-    """A list of residuals (B, tokens, width) whose entries are this rank's rows while the stream is local: the model
-    adds them to its tokens.
+    """A list of residuals (B, tokens, width) whose entries are this rank's tokens (B, S_LOCAL, width) while the stream
+    is sharded.
 
-    A residual may cover only the first tokens of its stream; so does its part.
+    A residual may cover only the first tokens of its stream; its shard then does, too.
     """
 
     def __init__(self, items: Sequence[Tensor | None], tokens: TokenState, stream: str) -> None:
@@ -316,5 +326,5 @@ class LocalResiduals(list):
         if residual is None or not self._tokens.is_sharded(self._stream):
             return residual
         ((start, stop),) = self._tokens.spans((self._stream,), self._tokens.rank)
-        rows = residual.shape[1]
-        return residual[:, min(start, rows) : min(stop, rows)]
+        covered = residual.shape[1]
+        return residual[:, min(start, covered) : min(stop, covered)]

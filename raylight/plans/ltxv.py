@@ -18,14 +18,14 @@ from raylight.parallel.plan import (
     SelfAttention,
     SequencePlan,
     Stream,
+    TokenLayout,
 )
-from raylight.parallel.tokens import TokenState
 
 VIDEO = ("video",)
 ALIGNED = Aligned(VIDEO)
 
 
-def dense_mask(mask: Any, _: TokenState) -> Tensor | None:
+def dense_mask(mask: Any, _: TokenLayout) -> Tensor | None:
     """ComfyUI's `GuideAttentionMask`, which is by groups of queries in their place, as one (1, 1, S, S) mask."""
     if mask is None:
         return None
@@ -37,7 +37,7 @@ def dense_mask(mask: Any, _: TokenState) -> Tensor | None:
     return dense
 
 
-def timestep_per_frame(timestep: Any, tokens: TokenState) -> Any:
+def timestep_per_frame(timestep: Any, tokens: TokenLayout) -> Any:
     """This rank's tokens of a `CompressedTimestep`, which keeps one row for each frame; a rank may end inside one."""
     if not hasattr(timestep, "patches_per_frame"):
         return tokens.shard(timestep, ALIGNED)

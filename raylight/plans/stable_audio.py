@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from raylight.parallel.plan import Aligned, Converted, CrossAttention, Gather, SelfAttention, SequencePlan, Stream
-from raylight.parallel.tokens import TokenState
+from raylight.parallel.plan import (
+    Aligned,
+    Converted,
+    CrossAttention,
+    Gather,
+    SelfAttention,
+    SequencePlan,
+    Stream,
+    TokenLayout,
+)
 
 AUDIO = ("audio",)
 LAYERS = "transformer.layers"
 
 
-def for_last_tokens(condition: Tensor | None, tokens: TokenState) -> Tensor | None:
+def for_last_tokens(condition: Tensor | None, tokens: TokenLayout) -> Tensor | None:
     """This rank's part of a condition (B, audio tokens, width), which has no rows for the memory tokens before them."""
     if condition is None:
         return None

@@ -69,13 +69,13 @@ def test_an_argument_may_go_into_kwargs() -> None:
     SequenceHooks(model, TOY_PLAN, TokenState(0, 2)).remove()
 
 
-def test_rejects_a_stream_that_never_enters() -> None:
-    with pytest.raises(ValueError, match=r"streams that never enter: \['audio'\]"):
+def test_rejects_a_stream_that_no_input_introduces() -> None:
+    with pytest.raises(ValueError, match=r"streams that no input introduces: \['audio'\]"):
         dataclasses.replace(TOY_PLAN, attention={"blocks.*": SelfAttention(("audio",))})
 
 
-def test_rejects_tokens_before_a_gather_that_never_enter() -> None:
-    with pytest.raises(ValueError, match=r"streams that never enter: \['audio'\]"):
+def test_rejects_tokens_before_a_gather_that_no_input_introduces() -> None:
+    with pytest.raises(ValueError, match=r"streams that no input introduces: \['audio'\]"):
         dataclasses.replace(TOY_PLAN, outputs={"head": Gather("img", after=("audio",))})
 
 
@@ -112,14 +112,13 @@ def test_a_rank_without_tokens_takes_part_in_the_exchange(caplog: pytest.LogCapt
         return q
 
     attention = SequenceAttention(tokens, strategy)
-    stand_in = torch.randn(1, 2, 1, 4)
+    placeholder = torch.randn(1, 2, 1, 4)
     with caplog.at_level("INFO"):
         for _ in range(2):
-            assert torch.equal(
-                attention(plain_kernel, stand_in, stand_in, stand_in, None, None), torch.zeros_like(stand_in)
-            )
+            out = attention(plain_kernel, placeholder, placeholder, placeholder, None, None)
+            assert torch.equal(out, torch.zeros_like(placeholder))
     assert exchanged == [([0, 1], 0, 0, 0)] * 2
-    assert caplog.messages == ["a sequence has fewer tokens than there are workers: only 1 of 2 have a part of it"]
+    assert caplog.messages == ["a sequence has fewer tokens (1) than workers (2)"]
 
 
 def test_attention_in_a_module_that_runs_whole_is_left_alone() -> None:

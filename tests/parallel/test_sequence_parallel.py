@@ -18,7 +18,7 @@ def toy_reports(world: int, ring: int = 1, name: str = "", parts: int = 1) -> li
 
 
 def queries(case: Case, world: int, rank: int) -> int:
-    """Tokens in a rank's tensors: of a stream that has too few, one stand-in."""
+    """Tokens in a rank's tensors: a placeholder for a stream with too few."""
     return max(partition(case.txt, world)[rank], 1) + max(partition(case.img, world)[rank], 1)
 
 

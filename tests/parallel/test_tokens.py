@@ -97,7 +97,7 @@ def test_a_stream_may_have_fewer_tokens_than_ranks() -> None:
         assert tokens.sizes("txt") == (0, 0, 1), "the ranks with the fewest image tokens take them"
         assert tokens.lengths(("txt", "img")) == [4, 3, 4]
         assert tokens.total(("txt", "img")) == 11
-        assert tokens.held(("txt", "img")) == (5, 4, 4)[rank], "no tensor is empty"
+        assert tokens.local_length(("txt", "img")) == (5, 4, 4)[rank], "no tensor is empty"
 
 
 def test_a_rank_without_a_token_holds_the_last() -> None:
@@ -106,14 +106,14 @@ def test_a_rank_without_a_token_holds_the_last() -> None:
     assert tokens.sizes("txt") == (0, 1, 1, 1)
 
 
-def test_what_is_aligned_has_a_row_for_a_stand_in() -> None:
+def test_an_aligned_argument_has_a_row_for_a_placeholder() -> None:
     table = torch.arange(11).view(1, 11)
     for rank, expected in enumerate(([0, 1, 2, 3, 10], [4, 5, 6, 10], [7, 8, 9, 10])):
         tokens = short(rank)
         assert tokens.shard(table, Aligned(("img", "txt"))).flatten().tolist() == expected
         assert tokens.shard(torch.zeros(1, 1, 2), Stream("txt")).shape == (1, 1, 2)
         mask = torch.arange(11).view(1, 1, 11, 1)
-        assert tokens.local_mask_rows(mask, ("img", "txt")).flatten().tolist() == expected
+        assert tokens.local_mask(mask, ("img", "txt")).flatten().tolist() == expected
         assert (
             tokens.shard([(0, 5, 0), (5, None, 1)], TokenRanges(("img", "txt")))
             == ([(0, 4, 0), (4, 5, 1)], [(0, 1, 0), (1, 3, 1), (3, 4, 1)], [(0, 3, 1), (3, 4, 1)])[rank]
@@ -121,15 +121,15 @@ def test_what_is_aligned_has_a_row_for_a_stand_in() -> None:
         assert tokens.shard(1, TokenIndex("txt")) == 1
 
 
-def test_a_stand_in_is_not_exchanged() -> None:
+def test_a_placeholder_is_not_exchanged() -> None:
     order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert short(0).gathered_mask(torch.arange(11).view(1, 1, 1, 11), ("img", "txt")).flatten().tolist() == order
     for rank, expected in enumerate(([0, 1, 2, 3], [0, 1, 2], [0, 1, 2, 3])):
         tokens = short(rank)
-        local = torch.arange(tokens.held(("img", "txt"))).view(1, 1, -1)
-        own = tokens.own(local, ("img", "txt"), 2)
+        local = torch.arange(tokens.local_length(("img", "txt"))).view(1, 1, -1)
+        own = tokens.without_placeholders(local, ("img", "txt"), 2)
         assert own.flatten().tolist() == expected
-        filled = tokens.filled(own + 1, ("img", "txt"), 2)
+        filled = tokens.with_placeholders(own + 1, ("img", "txt"), 2)
         assert filled.shape == local.shape
         assert filled.flatten().tolist() == [*(own + 1).flatten().tolist(), *([] if rank == 2 else [0])]
 
@@ -173,7 +173,7 @@ def test_a_grid_is_one_row_while_it_is_local() -> None:
     local = tokens.shard(video, Stream("video", grid=3))
     assert local.shape == (2, 30, 1, 1, 2)
     assert torch.equal(local[:, :, 0, 0], video.flatten(1, 3)[:, 30:])
-    assert tokens.on_grid(video.flatten(1, 3)[:, :, None, None], "video", 1).shape == video.shape
+    assert tokens.restore_grid(video.flatten(1, 3)[:, :, None, None], "video", 1).shape == video.shape
 
 
 def test_a_stream_may_be_an_entry_of_a_tuple() -> None:

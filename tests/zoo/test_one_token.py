@@ -44,7 +44,7 @@ def test_parity(family: str, call: str, mesh: str, report_parity) -> None:
     for rank in ranks:
         assert rank.std > 1e-3
         assert rank.exchanged > 0
-        # A stand-in is in a rank's tensors, not among its share of a long sequence.
+        # With one token of each stream, a rank may have half of all tokens.
         assert call == PICTURE or rank.largest_share <= 1.6 / MESHES[mesh].world_size
 
 
