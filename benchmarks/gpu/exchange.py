@@ -19,7 +19,7 @@ from attention import median
 from full_size import versions
 
 from raylight.attention.kernels import kernel
-from raylight.parallel.exchange_layout import chunks_of, packed_heads, place_heads, unpacked_heads
+from raylight.parallel.exchange_layout import head_chunks, pack_heads, place_heads, unpack_heads
 
 SIZES = {"wan-480p": (40, 14040), "wan-720p": (40, 75600), "flux-1024": (24, 4608)}
 WIDTH = 128
@@ -33,24 +33,24 @@ def measure(heads: int, tokens: int, ranks: int, device: torch.device, repeats: 
         .transpose(1, 2)
         for _ in range(3)
     )
-    ranges = chunks_of(heads, 1, ranks, 1)[0].queries
+    ranges = head_chunks(heads, 1, ranks, 1)[0].queries
     attend = kernel("auto", device)
 
     def clock(function: Any) -> float:
         return median(function, device, repeats)
 
-    buffer, _ = packed_heads((q, k, v), (ranges, ranges, ranges))
+    buffer, _ = pack_heads((q, k, v), (ranges, ranges, ranges))
     out = q.new_empty(1, local, heads, WIDTH)
     back = torch.randn(out.numel(), device=device, dtype=out.dtype)
     found = {
-        "pack": clock(lambda: packed_heads((q, k, v), (ranges, ranges, ranges))),
+        "pack": clock(lambda: pack_heads((q, k, v), (ranges, ranges, ranges))),
         "place": clock(lambda: place_heads(back, ranges, out)),
         "floor": 4 * clock(lambda: back.clone()),
     }
     own = heads // ranks
     # As if every rank had sent what this one sends to itself.
     received = buffer.view(ranks, -1)[0].repeat(ranks)
-    views = unpacked_heads(received, local * ranks, 1, [(own, WIDTH)] * 3)
+    views = unpack_heads(received, local * ranks, 1, [(own, WIDTH)] * 3)
     whole = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in views]
     found["attention"] = clock(lambda: attend(*views, None, None))
     found["apart"] = clock(lambda: attend(*whole, None, None))

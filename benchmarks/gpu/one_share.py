@@ -54,9 +54,9 @@ class Call:
 class OneShare(UlyssesAttention):
     """Ulysses of rank 0 of `degree`, without the others."""
 
-    def __init__(self, degree: int, large: int, parts: int) -> None:
+    def __init__(self, degree: int, large_bytes: int, chunks: int) -> None:
         self._group, self._rank, self._degree = None, 0, degree
-        self._large, self._parts = large, parts
+        self._large_bytes, self._chunks = large_bytes, chunks
         self.calls: list[Call] = []
         self._events: list[list[tuple[Any, Any]]] = []
 

@@ -18,7 +18,7 @@ import torch
 from full_size import SIZES, build, inputs, versions
 from one_share import Share, share_of
 
-from raylight.parallel.ulysses import LARGE, PARTS
+from raylight.parallel.ulysses import CHUNKS, LARGE_BYTES
 from raylight.sharding.fsdp import units
 
 LINKS = {"NVLink": 450.0, "PCIe 4 x16": 25.0, "PCIe 3 x8": 6.0}  # GB/s one way
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--parts", type=int, default=PARTS, help="of an exchange that is large")
+    parser.add_argument("--parts", type=int, default=CHUNKS, help="of an exchange that is large")
     parser.add_argument("--layers", type=int, help="this many layers of each kind instead of all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
@@ -62,10 +62,11 @@ def main() -> None:
             + "  ".join(f"{link:>16} {'+ FSDP':>7}" for link in LINKS)
         )
         whole = 0.0
-        share_of(model, given, options.ranks[0], options.attention, LARGE, options.parts)  # warm-up
+        share_of(model, given, options.ranks[0], options.attention, LARGE_BYTES, options.parts)  # warm-up
         for degree in options.ranks:
             shares = [
-                share_of(model, given, degree, options.attention, LARGE, options.parts) for _ in range(options.repeats)
+                share_of(model, given, degree, options.attention, LARGE_BYTES, options.parts)
+                for _ in range(options.repeats)
             ]
             share = next(
                 one for one in shares if one.seconds == statistics.median_low(other.seconds for other in shares)

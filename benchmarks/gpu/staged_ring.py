@@ -1,4 +1,4 @@
-"""A ring whose keys and values travel by way of the CPU: for ranks that share one GPU, in tests only.
+"""A ring whose keys and values are sent through the CPU: for ranks that share one GPU, in tests only.
 
 NCCL refuses two ranks on one GPU, and gloo has no point-to-point for CUDA tensors.
 """
@@ -15,15 +15,15 @@ from raylight.parallel.ring import HybridAttention, RingAttention
 
 
 class _Arrival:
-    """Waits for what was received on the CPU, and copies it to the GPU."""
+    """Waits for a block that is received on the CPU, and copies it to the GPU."""
 
-    def __init__(self, requests: Sequence[dist.Work], staged: Tensor, arriving: Tensor) -> None:
-        self._requests, self._staged, self._arriving = requests, staged, arriving
+    def __init__(self, requests: Sequence[dist.Work], staged: Tensor, next_block: Tensor) -> None:
+        self._requests, self._staged, self._next_block = requests, staged, next_block
 
     def wait(self) -> None:
         for request in self._requests:
             request.wait()
-        self._arriving.copy_(self._staged)
+        self._next_block.copy_(self._staged)
 
 
 class StagedThroughCpuRing(RingAttention):
@@ -32,10 +32,9 @@ class StagedThroughCpuRing(RingAttention):
     def _pass_on(self, block: Tensor, lengths: Sequence[int], source: int) -> tuple[Tensor, list[Any]]:
         on_cpu = block.cpu().contiguous()
         staged, requests = super()._pass_on(on_cpu, lengths, source)
-        arriving = staged.new_empty(staged.shape, device=block.device)
-        # What is being sent must live until it is sent.
-        self._sending = on_cpu
-        return arriving, [_Arrival(requests, staged, arriving)]
+        next_block = staged.new_empty(staged.shape, device=block.device)
+        self._sending = on_cpu  # it must live until it is sent
+        return next_block, [_Arrival(requests, staged, next_block)]
 
 
 class StagedThroughCpuHybrid(HybridAttention):

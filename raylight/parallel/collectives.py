@@ -1,4 +1,4 @@
-"""Collectives over pieces of uneven size. Sizes are always known to every rank, so none is ever exchanged."""
+"""Collectives over shards of uneven size. Every rank knows all sizes, so none is ever exchanged."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from .heartbeat import beat
 
-# torch 2.14 has the new name and warns of the old one; earlier versions have the old one only.
+# torch 2.14 has the new name and deprecates the old one; earlier versions have only the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def start_exchange(
     sent: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup
 ) -> tuple[Tensor, dist.Work]:
-    """Begin an all-to-all beside the computation; what arrives is there after `wait` of the work.
+    """Start an all-to-all that runs beside the computation. Collective.
 
-    `sent` (elements,) holds `send_counts[d]` elements for rank d of the group, one after the other; the result holds
-    `receive_counts[s]` elements of rank s likewise.
+    `sent` (elements,) has `send_counts[r]` elements for each rank r of the group, in order. Return the received tensor
+    (elements,) of the same dtype, with `receive_counts[r]` elements from each rank r, and the work to wait for first.
     """
     beat()
     received = sent.new_empty(sum(receive_counts))
@@ -29,19 +29,19 @@ def start_exchange(
 
 
 def all_gather(local: Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup) -> Tensor:
-    """Join the ranks' pieces along `dim`; rank r's piece has `sizes[r]` rows there.
+    """Concatenate the ranks' shards along `dim`, where rank r has size `sizes[r]`. Collective.
 
-    Shorter pieces travel padded to the longest, because an all-gather of equal pieces is the one
-    form that every backend has.
+    (..., sizes[rank], ...) -> (..., sum(sizes), ...), contiguous, of the same dtype. Shorter shards are sent padded to
+    the longest, because an all-gather of equal sizes is the one form that every backend has.
     """
     beat()
     longest = max(sizes)
-    rows = local.movedim(dim, 0)
-    if rows.shape[0] < longest:
-        rows = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
-    rows = rows.contiguous()
-    gathered = rows.new_empty(len(sizes) * longest, *rows.shape[1:])
-    _all_gather(gathered, rows, group=group)
-    pieces = [block[:size] for block, size in zip(gathered.split(longest), sizes, strict=True)]
-    # A model may view what it gets, as it could its own output.
-    return torch.cat(pieces).movedim(0, dim).contiguous()
+    shard = local.movedim(dim, 0)  # (sizes[rank], ...)
+    if shard.shape[0] < longest:
+        shard = torch.cat([shard, shard.new_zeros(longest - shard.shape[0], *shard.shape[1:])])
+    shard = shard.contiguous()  # (longest, ...)
+    gathered = shard.new_empty(len(sizes) * longest, *shard.shape[1:])
+    _all_gather(gathered, shard, group=group)
+    shards = [padded[:size] for padded, size in zip(gathered.split(longest), sizes, strict=True)]
+    # Contiguous, since a model may call `view` on it, as it could on its own output.
+    return torch.cat(shards).movedim(0, dim).contiguous()

@@ -1,8 +1,10 @@
-"""How heads and tokens lie in the buffers of an exchange: each element is copied once on its way out and, of queries,
-keys and values, not at all on its way in.
+"""The layout of heads and tokens in the buffers of an all-to-all.
 
-Rows of a buffer are tokens. What ranks send is laid end to end by the collective, so the tokens of all of them are one
-tensor as they arrive, and attention reads it in place, by strides.
+Each element is copied once into a sent buffer; received queries, keys and values are not copied at all. The first
+dimension of a received buffer is tokens: the collective concatenates what the ranks send, so the tokens of all ranks
+are one tensor, which attention reads in place, by strides.
+
+Shapes as in `ulysses`: B batch rows, H heads, D head size, S_LOCAL tokens of this rank, S of all ranks.
 """
 
 from __future__ import annotations
@@ -16,41 +18,45 @@ from torch import Tensor
 
 from .partition import offsets, partition
 
-Heads = tuple[int, int]  # the first, and one behind the last
+HeadRange = tuple[int, int]  # start, stop
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One part of an exchange: of each rank its query heads, and the key heads that these need."""
+    """One chunk of an exchange: each rank's query heads, and the key heads that these need."""
 
-    queries: tuple[Heads, ...]
-    keys: tuple[Heads, ...]
+    queries: tuple[HeadRange, ...]
+    keys: tuple[HeadRange, ...]
 
 
 @functools.cache
-def chunks_of(heads: int, group: int, ranks: int, count: int) -> tuple[Chunk, ...]:
-    """An exchange of `heads` in at most `count` parts, in each of which every rank has heads. `group` query heads have
-    one key head in common; where a group lies on two ranks, both get its key head."""
-    split = partition(heads, ranks)
-    count = min(count, min(split))
+def head_chunks(heads: int, group: int, ranks: int, count: int) -> tuple[Chunk, ...]:
+    """Divide an exchange of `heads` query heads into at most `count` chunks, in each of which every rank has heads.
+
+    `group` query heads share one key head; if a group lies on two ranks, both get its key head.
+
+    >>> head_chunks(heads=6, group=3, ranks=2, count=1)
+    (Chunk(queries=((0, 3), (3, 6)), keys=((0, 1), (1, 2))),)
+    """
+    of_ranks = partition(heads, ranks)
+    count = min(count, min(of_ranks))
     result = []
-    for part in range(count):
+    for chunk in range(count):
         queries = []
-        for first, own in zip(offsets(split), split, strict=True):
-            pieces = partition(own, count)
-            start = first + offsets(pieces)[part]
-            queries.append((start, start + pieces[part]))
-        result.append(
-            Chunk(tuple(queries), tuple((start // group, (stop - 1) // group + 1) for start, stop in queries))
-        )
+        for first, own in zip(offsets(of_ranks), of_ranks, strict=True):
+            sizes = partition(own, count)
+            start = first + offsets(sizes)[chunk]
+            queries.append((start, start + sizes[chunk]))
+        keys = tuple((start // group, (stop - 1) // group + 1) for start, stop in queries)
+        result.append(Chunk(tuple(queries), keys))
     return tuple(result)
 
 
-def packed_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[Heads, ...]]) -> tuple[Tensor, list[int]]:
-    """The heads of several tensors (B, heads, S, D) for each rank, in one buffer.
+def pack_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[HeadRange, ...]]) -> tuple[Tensor, list[int]]:
+    """Copy the heads that each rank gets of several tensors (B, heads, S_LOCAL, D) into one flat buffer.
 
-    `ranges[i][d]` are the heads of tensor i for rank d. For each rank the buffer holds (S, B, its heads x D of all
-    tensors); returns it, and how many elements each rank's piece has.
+    `ranges[i][r]` are the heads of tensor i for rank r. For each rank the buffer has (S_LOCAL, B, its heads * D of all
+    tensors). Return the buffer, of the tensors' dtype, and the number of elements for each rank.
     """
     batch, _, tokens, _ = tensors[0].shape
     widths = [
@@ -61,63 +67,70 @@ def packed_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[Heads, ...]])
     buffer = tensors[0].new_empty(sum(counts))
     if not tokens:
         return buffer, counts
-    if all(_evenly(of_tensor, tensor.shape[1]) for tensor, of_tensor in zip(tensors, ranges, strict=True)):
-        rows = buffer.view(len(counts), tokens, batch, -1).split([of_tensor[0] for of_tensor in widths], -1)
-        for part, tensor, of_tensor in zip(rows, tensors, ranges, strict=True):
+    if all(_are_even(of_tensor, tensor.shape[1]) for tensor, of_tensor in zip(tensors, ranges, strict=True)):
+        # All ranks at once: (ranks, S_LOCAL, B, heads * D of all tensors), split into tensors
+        slots = buffer.view(len(counts), tokens, batch, -1).split([of_tensor[0] for of_tensor in widths], -1)
+        for slot, tensor, of_tensor in zip(slots, tensors, ranges, strict=True):
             start, stop = of_tensor[0]
-            whole = tensor.unflatten(1, (len(counts), -1))[:, :, start:stop]
-            _copy(part.unflatten(-1, (stop - start, -1)), whole.permute(1, 3, 0, 2, 4))
+            heads = tensor.unflatten(1, (len(counts), -1))[:, :, start:stop]  # (B, ranks, heads, S_LOCAL, D)
+            _copy(slot.unflatten(-1, (stop - start, -1)), heads.permute(1, 3, 0, 2, 4))
         return buffer, counts
-    for rank, piece in enumerate(buffer.split(counts)):
-        rows = piece.view(tokens, batch, -1).split([of_tensor[rank] for of_tensor in widths], -1)
-        for part, tensor, of_tensor in zip(rows, tensors, ranges, strict=True):
+    for rank, of_rank in enumerate(buffer.split(counts)):
+        slots = of_rank.view(tokens, batch, -1).split([of_tensor[rank] for of_tensor in widths], -1)
+        for slot, tensor, of_tensor in zip(slots, tensors, ranges, strict=True):
             start, stop = of_tensor[rank]
-            _copy(part.unflatten(-1, (stop - start, -1)), tensor[:, start:stop].permute(2, 0, 1, 3))
+            # (B, heads, S_LOCAL, D) -> (S_LOCAL, B, heads, D)
+            _copy(slot.unflatten(-1, (stop - start, -1)), tensor[:, start:stop].permute(2, 0, 1, 3))
     return buffer, counts
 
 
-def unpacked_heads(buffer: Tensor, tokens: int, batch: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Views (B, heads, S, D) of a buffer (S, B, heads x D of several tensors), whose heads and D are `sizes`."""
+def unpack_heads(buffer: Tensor, tokens: int, batch: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return views of a flat buffer (S, B, heads * D of several tensors): of each tensor (B, heads, S, D).
+
+    `sizes` are (heads, D) of each tensor.
+    """
     widths = [heads * width for heads, width in sizes]
-    rows = buffer.view(tokens, batch, sum(widths)).split(widths, -1)
-    return [row.unflatten(-1, size).permute(1, 2, 0, 3) for row, size in zip(rows, sizes, strict=True)]
+    slots = buffer.view(tokens, batch, sum(widths)).split(widths, -1)
+    return [slot.unflatten(-1, size).permute(1, 2, 0, 3) for slot, size in zip(slots, sizes, strict=True)]
 
 
-def packed_tokens(out: Tensor) -> Tensor:
-    """(B, heads, S, D) as a buffer (S, B, heads, D), in which each rank's tokens lie together. No copy where attention
-    wrote tokens one after the other, as it does for queries that lie so, and the batch is one."""
+def pack_tokens(out: Tensor) -> Tensor:
+    """(B, heads, S, D) -> flat (S, B, heads, D), in which each rank's tokens are contiguous.
+
+    Copies nothing if attention wrote tokens one after the other, as it does for queries in that layout, and B is 1.
+    """
     return out.permute(2, 0, 1, 3).contiguous().view(-1)
 
 
-def place_heads(buffer: Tensor, ranges: tuple[Heads, ...], out: Tensor) -> None:
-    """Copy what ranks send back into `out` (B, S, H, D): of rank d heads `ranges[d]`, as (S, B, heads, D)."""
+def place_heads(buffer: Tensor, ranges: tuple[HeadRange, ...], out: Tensor) -> None:
+    """Copy a flat buffer with (S_LOCAL, B, heads `ranges[r]`, D) from each rank r into `out` (B, S_LOCAL, H, D)."""
     batch, tokens, heads, width = out.shape
     if not tokens:
         return
-    if _evenly(ranges, heads):
+    if _are_even(ranges, heads):
         start, stop = ranges[0]
-        pieces = buffer.view(len(ranges), tokens, batch, stop - start, width)
-        _copy(out.unflatten(2, (len(ranges), -1))[:, :, :, start:stop], pieces.permute(2, 1, 0, 3, 4))
+        received = buffer.view(len(ranges), tokens, batch, stop - start, width)
+        _copy(out.unflatten(2, (len(ranges), -1))[:, :, :, start:stop], received.permute(2, 1, 0, 3, 4))
         return
     counts = [batch * tokens * (stop - start) * width for start, stop in ranges]
-    for piece, (start, stop) in zip(buffer.split(counts), ranges, strict=True):
-        _copy(out[:, :, start:stop], piece.view(tokens, batch, stop - start, width).permute(1, 0, 2, 3))
+    for of_rank, (start, stop) in zip(buffer.split(counts), ranges, strict=True):
+        _copy(out[:, :, start:stop], of_rank.view(tokens, batch, stop - start, width).permute(1, 0, 2, 3))
 
 
 @functools.cache
-def _evenly(ranges: tuple[Heads, ...], heads: int) -> bool:
-    """Whether every rank has the same part of its equal share of `heads`: these are copied at once."""
-    share, rest = divmod(heads, len(ranges))
+def _are_even(ranges: tuple[HeadRange, ...], heads: int) -> bool:
+    """Return whether all ranks have equally many heads, and the same range of theirs: one copy then serves all."""
+    own, rest = divmod(heads, len(ranges))
     start, stop = ranges[0]
     return (
         rest == 0
-        and stop <= share
-        and all(of_rank == (start + rank * share, stop + rank * share) for rank, of_rank in enumerate(ranges))
+        and stop <= own
+        and all(of_rank == (start + rank * own, stop + rank * own) for rank, of_rank in enumerate(ranges))
     )
 
 
 def _copy(to: Tensor, source: Tensor) -> None:
-    """Copy by words of 8 bytes where rows allow it: a strided copy moves one element at a time."""
+    """Copy in words of 8 bytes if the layout allows it: a strided copy moves one element at a time."""
     words = 8 // to.element_size()
     if words > 1 and all(_in_words(t, words) for t in (to, source)):
         to, source = to.view(torch.int64), source.view(torch.int64)

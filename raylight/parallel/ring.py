@@ -1,8 +1,11 @@
 """Ring attention, and its hybrid with Ulysses (USP).
 
-Ring: keys and values of each rank travel around while partial attention is merged (Liu et al. 2023, arXiv
-2310.01889). Hybrid: Ulysses within a row of the mesh, the ring between rows (Fang and Zhao 2024, arXiv 2405.07719).
-Pieces are uneven, some may be empty; masks, scale and grouped queries are as in one process.
+Ring: each rank passes the keys and values of its tokens around, and merges attention over those it receives (Liu et
+al. 2023, arXiv 2310.01889). Hybrid: Ulysses within a Ulysses group, the ring between these groups (Fang and Zhao 2024,
+arXiv 2405.07719). Shards are uneven, some may be empty; masks, scale and grouped queries are as in one process.
+
+Shapes: B batch rows, H heads, HKV key heads, D head size, S tokens on all ranks, S_LOCAL on this one, S_SOURCE on the
+rank whose keys and values are being attended to.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from raylight.attention.torch_kernels import Partial, merge
 from .heartbeat import beat
 from .partition import offsets
 from .sequence_attention import Kernel
-from .ulysses import PARTS, UlyssesAttention
+from .ulysses import CHUNKS, UlyssesAttention
 
 
 class LseKernel(Kernel, Protocol):
-    """A kernel that can also return the true log-sum-exp (B, H, Sq) of its scores."""
+    """A kernel that can also return the log-sum-exp of its scores: (B, H, Sq), float32."""
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial: ...
 
@@ -46,11 +49,11 @@ class RingAttention:
         mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:
-        """q (B, H, S_r, D), k and v (B, Hkv, S_r, D) of this rank's tokens; returns (B, H, S_r, D).
+        """As `Strategy`: q (B, H, S_LOCAL, D), k and v (B, HKV, S_LOCAL, D) -> (B, H, S_LOCAL, D).
 
-        The kernel is not called where there are no queries or no keys.
+        The kernel is not called without queries or without keys.
 
-        Raises ValueError for a kernel that has no log-sum-exp: a merge without it would be wrong.
+        Raises ValueError: when the kernel has no log-sum-exp, without which a merge would be wrong.
         """
         if self._degree == 1:
             return kernel(q, k, v, mask, scale)
@@ -61,51 +64,55 @@ class RingAttention:
             )
         starts = offsets(tuple(lengths))
         if mask is not None and mask.shape[-2] > 1:
-            mask = mask.narrow(-2, starts[self._rank], lengths[self._rank])
-        block = torch.stack([k, v])  # (2, B, Hkv, S_r, D)
-        out = total = None
+            mask = mask.narrow(-2, starts[self._rank], lengths[self._rank])  # (.., S, S) -> (.., S_LOCAL, S)
+        block = torch.stack([k, v])  # two (B, HKV, S_LOCAL, D) -> (2, B, HKV, S_LOCAL, D)
+        out = lse = None
         for step in range(self._degree):
-            source = (self._rank - step) % self._degree
-            arriving, requests = self._pass_on(block, lengths, source) if step < self._degree - 1 else (None, [])
+            source = (self._rank - step) % self._degree  # the rank that block comes from
+            next_block, requests = self._pass_on(block, lengths, source) if step < self._degree - 1 else (None, [])
             if lengths[self._rank] and lengths[source]:
-                columns = None if mask is None else mask.narrow(-1, starts[source], lengths[source])
-                more, block_lse = kernel.with_lse(q, block[0], block[1], columns, scale)
+                # (.., S_LOCAL|1, S) -> (.., S_LOCAL|1, S_SOURCE)
+                block_mask = None if mask is None else mask.narrow(-1, starts[source], lengths[source])
+                # q (B, H, S_LOCAL, D), block (2, B, HKV, S_SOURCE, D) -> (B, H, S_LOCAL, D), (B, H, S_LOCAL)
+                block_out, block_lse = kernel.with_lse(q, block[0], block[1], block_mask, scale)
                 if out is None:
-                    out, total = more.float(), block_lse.float()
+                    out, lse = block_out.float(), block_lse.float()
                 else:
-                    out, total = merge(out, total, more, block_lse.float())
+                    out, lse = merge(out, lse, block_out, block_lse.float())
             for request in requests:
                 request.wait()
-            block = arriving
+            block = next_block
         return torch.empty_like(q) if out is None else out.to(q.dtype)
 
     def _pass_on(self, block: Tensor, lengths: Sequence[int], source: int) -> tuple[Tensor, list[dist.Work]]:
-        """Start sending this block to the next rank and receiving the previous rank's, beside the computation."""
+        """Start sending `block` (2, B, HKV, S_SOURCE, D) to the next rank, and receiving one from the previous rank.
+
+        Return the block being received, and the requests to wait for.
+        """
         beat()
         shape = list(block.shape)
-        if not shape[3]:  # an empty piece travels as a row that nobody reads: not every backend has empty messages
+        if not shape[3]:  # send one token that nobody reads: not every backend has empty messages
             block = block.new_zeros(*shape[:3], 1, shape[4])
         shape[3] = max(lengths[(source - 1) % self._degree], 1)
-        arriving = block.new_empty(shape)
-        to, origin = (dist.get_global_rank(self._group, (self._rank + way) % self._degree) for way in (1, -1))
+        next_block = block.new_empty(shape)
+        to, origin = (dist.get_global_rank(self._group, (self._rank + step) % self._degree) for step in (1, -1))
         requests = dist.batch_isend_irecv(
             [
                 dist.P2POp(dist.isend, block.contiguous(), to, self._group),
-                dist.P2POp(dist.irecv, arriving, origin, self._group),
+                dist.P2POp(dist.irecv, next_block, origin, self._group),
             ]
         )
-        return arriving, requests
+        return next_block, requests
 
 
 class HybridAttention:
-    """Ulysses within each row of a mesh of ring x Ulysses, the ring between rows."""
+    """Ulysses within each Ulysses group, and the ring between ranks of the same place in these groups."""
 
     def __init__(self, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup) -> None:
-        self._width, self._rows = dist.get_world_size(ulysses), dist.get_world_size(ring)
-        # A ring already has its exchange beside its computation.
-        self._ulysses = UlyssesAttention(ulysses, parts=1 if self._rows > 1 else PARTS)
+        self._ulysses_degree, self._ring_rank = dist.get_world_size(ulysses), dist.get_rank(ring)
+        # The ring overlaps its own exchange with attention: chunks would gain nothing.
+        self._ulysses = UlyssesAttention(ulysses, chunks=1 if dist.get_world_size(ring) > 1 else CHUNKS)
         self._ring = RingAttention(ring)
-        self._row = dist.get_rank(ring)
 
     def __call__(
         self,
@@ -117,11 +124,15 @@ class HybridAttention:
         mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:
-        """As `Strategy`, for the tokens of all rows and ranks, Ulysses ranks next to each other."""
-        rows = [lengths[start : start + self._width] for start in range(0, len(lengths), self._width)]
-        row_lengths = [sum(row) for row in rows]
+        """As `Strategy`. `lengths` has the ranks of each Ulysses group next to each other.
 
-        def around(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-            return self._ring(kernel, q, k, v, row_lengths, mask, scale)
+        Ulysses: (B, H, S_LOCAL, D) -> (B, H_LOCAL, tokens of the Ulysses group, D); the ring attends over all S.
+        """
+        starts = range(0, len(lengths), self._ulysses_degree)
+        groups = [lengths[start : start + self._ulysses_degree] for start in starts]
+        group_lengths = [sum(group) for group in groups]
 
-        return self._ulysses(around, q, k, v, rows[self._row], mask, scale)
+        def ring_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+            return self._ring(kernel, q, k, v, group_lengths, mask, scale)
+
+        return self._ulysses(ring_kernel, q, k, v, groups[self._ring_rank], mask, scale)

@@ -112,7 +112,7 @@ def split_toy(
 
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
         if parts > 1:
-            strategy = UlyssesAttention(mesh.get_group("ulysses"), large=0, parts=parts)
+            strategy = UlyssesAttention(mesh.get_group("ulysses"), large_bytes=0, chunks=parts)
         counted = CountingStrategy(strategy)
         split = SequenceParallel(model, TOY_PLAN, SequenceGroup.of(group, counted))
         kernel = CountingKernel(kernel_named(kernel_name) if kernel_name else plain_kernel)
