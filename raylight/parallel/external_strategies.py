@@ -121,9 +121,9 @@ class ExternalAttention:
         chosen = "TORCH_MATH" if kernel == "TORCH" or device.type == "cpu" else kernel
         if chosen not in self._layers:
             if self._name == YUNCHANG:
-                from yunchang import ExternalAttention as Layer
+                from yunchang import LongContextAttention
 
-                self._layers[chosen] = Layer(attn_type=AttnType[chosen])
+                self._layers[chosen] = LongContextAttention(attn_type=AttnType[chosen])
             else:
                 from xfuser.core.long_ctx_attention import xFuserLongContextAttention
 
