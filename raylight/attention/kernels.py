@@ -1,4 +1,4 @@
-"""The attention kernels that a person can choose by name.
+"""The attention kernels that a user can choose by name.
 
 The names are the members of yunchang's `AttnType`, which saved workflows hold, and AUTO.
 """
@@ -15,7 +15,7 @@ from .library import LIBRARIES, LibraryKernel, LibraryKernelWithLse, sage_has_ls
 from .torch_kernels import NAMES as TORCH_NAMES
 from .torch_kernels import TorchKernel
 
-Kernel = TorchKernel | LibraryKernel
+NamedKernel = TorchKernel | LibraryKernel
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,15 @@ _PREFERRED = (
     ((8, 0), ("TORCH_FLASH", "TORCH_EFFICIENT")),
     ((0, 0), ("TORCH_EFFICIENT",)),
 )
-_TRIALS = (96, 128)  # tokens: blocks that are full, and one that is not
+_TEST_TOKENS = (96, 128)  # full blocks, and one that is not
 _LARGEST_ERROR = 0.05  # of values of size 1: far above rounding in half precision, far below a wrong result
 
 
-def check_available(name: str, ring_degree: int = 1, device: torch.device | None = None) -> None:
-    """Raises ValueError, saying what to install or what to choose, when `name` cannot be used here, or on `device`."""
+def check_kernel(name: str, ring_degree: int = 1, device: torch.device | None = None) -> None:
+    """Check whether the kernel `name` can be used here, with a ring of this degree, and on `device` if one is given.
+
+    Raises ValueError: when it cannot; the message says what to install or choose.
+    """
     if name in (AUTO, *TORCH_NAMES):
         if name == "TORCH_CUDNN" and not torch.backends.cudnn.is_available():
             raise ValueError("XFuser_attention = TORCH_CUDNN needs an NVIDIA GPU with cuDNN: choose auto")
@@ -57,21 +60,21 @@ def check_available(name: str, ring_degree: int = 1, device: torch.device | None
 
 
 @functools.cache
-def kernel(name: str, device: torch.device | None = None) -> Kernel:
-    """The kernel of that name on a device, the CPU where it is None.
+def kernel(name: str, device: torch.device | None = None) -> NamedKernel:
+    """Return the kernel `name` for `device`, or for the CPU if it is None.
 
-    Raises ValueError as `check_available`, and where the device cannot run it or a trial call goes wrong.
+    Raises ValueError: as `check_kernel`, and when the device cannot run the kernel or its self-test fails.
     """
     device = device or torch.device("cpu")
-    check_available(name, device=device)
+    check_kernel(name, device=device)
     if name == AUTO:
         return _best(device)
     if name in TORCH_NAMES:
         return TorchKernel(name)
     chosen = (LibraryKernelWithLse if _has_lse(name) else LibraryKernel)(name, LIBRARIES[name])
-    fault = _fault(chosen, device, torch.float16)
-    if fault is not None:
-        raise ValueError(f"XFuser_attention = {name} does not work here: {fault}; choose auto")
+    failure = _self_test(chosen, device, torch.float16)
+    if failure is not None:
+        raise ValueError(f"XFuser_attention = {name} does not work here: {failure}; choose auto")
     return chosen
 
 
@@ -80,33 +83,34 @@ def _has_lse(name: str) -> bool:
 
 
 def _best(device: torch.device) -> TorchKernel:
-    """The fastest exact kernel that works on this device, by rule and not by timing: the same seed on the same GPU
-    gives the same picture."""
+    """Return the fastest exact kernel that works on this device, by rule and not by timing, so that the same seed on
+    the same GPU gives the same image."""
     if device.type != "cuda":
         return TorchKernel("TORCH")
     capability = torch.cuda.get_device_capability(device)
     names = next(names for lowest, names in _PREFERRED if capability >= lowest)
     for name in names:
-        reason = _fault(TorchKernel(name), device, torch.bfloat16 if capability >= (8, 0) else torch.float16)
-        if reason is None:
-            logger.info("attention: auto takes %s on %s", name, torch.cuda.get_device_name(device))
+        failure = _self_test(TorchKernel(name), device, torch.bfloat16 if capability >= (8, 0) else torch.float16)
+        if failure is None:
+            logger.info("attention: auto uses %s on %s", name, torch.cuda.get_device_name(device))
             return TorchKernel(name)
-        logger.warning("attention: auto leaves out %s on %s: %s", name, torch.cuda.get_device_name(device), reason)
+        logger.warning("attention: auto skips %s on %s: %s", name, torch.cuda.get_device_name(device), failure)
     return TorchKernel("TORCH")
 
 
-def _fault(candidate: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with a kernel on this device, by small calls with and without a log-sum-exp."""
+def _self_test(candidate: NamedKernel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Compare small calls of a kernel, with and without a log-sum-exp, with the reference. Return what is wrong, or
+    None."""
     generator = torch.Generator(device).manual_seed(0)
     error = 0.0
-    for tokens in _TRIALS:
+    for tokens in _TEST_TOKENS:
         q, k, v = (torch.randn(1, 2, tokens, 64, generator=generator, device=device, dtype=dtype) for _ in range(3))
-        expected, expected_total = torch_kernels.reference_attention(q.float(), k.float(), v.float(), None, None)
+        expected, expected_lse = torch_kernels.reference_attention(q.float(), k.float(), v.float(), None, None)
         try:
             pairs = [(candidate(q, k, v, None, None), expected)]
             if hasattr(candidate, "with_lse"):
-                pairs += zip(candidate.with_lse(q, k, v, None, None), (expected, expected_total), strict=True)
+                pairs += zip(candidate.with_lse(q, k, v, None, None), (expected, expected_lse), strict=True)
         except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as failure:
             return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-        error = max(error, *((mine.float() - true).abs().max().item() for mine, true in pairs))
-    return None if error < _LARGEST_ERROR else f"it is off by {error:.2g}"
+        error = max(error, *((actual.float() - true).abs().max().item() for actual, true in pairs))
+    return None if error < _LARGEST_ERROR else f"its error is {error:.2g}"

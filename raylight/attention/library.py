@@ -1,7 +1,7 @@
-"""Attention of libraries that a person may have installed: what each needs, and how it is called.
+"""Attention of optional libraries: what each needs, and how it is called.
 
 flash-attn, FlashInfer and AITER are called through yunchang, which has one signature for all of them. SageAttention is
-called directly, because yunchang passes it the scale by a name that it ignores.
+called directly, because yunchang passes its scale by a name that it ignores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .torch_kernels import Partial, TorchKernel
 
-# q, k, v (B, S, H, D) and a scale; the output (B, S, H, D) and the log-sum-exp (B, H, S), or None.
+# q, k, v (B, S, H, D) and a scale -> the output (B, S, H, D), and the log-sum-exp (B, H, S) in float32 or None.
 Function = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None]]
 
 Capability = tuple[int, int]
@@ -30,10 +30,9 @@ MANY_KEYS = 4096
 class Library:
     """One choice of a library's attention.
 
-    `capabilities` are the lowest and the highest CUDA compute capability (None: no upper bound); `head_sizes` those
-    it takes; `attribute`, where given, is a function that older versions of the module do not have. `key_block` is the
-    number of keys of which it needs a multiple: others it pads without masking what it pads. `through` is the package
-    by which it is called, where it is not called directly.
+    `capabilities`: the lowest and the highest CUDA compute capability (None: no upper bound). `head_sizes`: those that
+    it supports. `attribute`: a function that older versions of the module lack. `key_block`: the number of keys is
+    padded to a multiple of this, and the padding is not masked. `through`: the package that calls it, if any.
     """
 
     module: str
@@ -48,7 +47,7 @@ class Library:
     through: str = ""
 
     def missing(self) -> str | None:
-        """Why it cannot be used in this environment, or None. Imports nothing but what `attribute` is looked up in."""
+        """Return why it cannot be used in this environment, or None. Imports `module` only to look up `attribute`."""
         if importlib.util.find_spec(self.module) is None:
             return f"the Python package {self.module} is not installed: {self.install}"
         if self.attribute and not hasattr(importlib.import_module(self.module), self.attribute):
@@ -62,7 +61,7 @@ class Library:
         return None
 
     def unsupported(self, device: torch.device) -> str | None:
-        """Why it does not run on this device, or None."""
+        """Return why it does not run on this device, or None."""
         if device.type != "cuda":
             return "it needs a GPU"
         if self.rocm != (torch.version.hip is not None):
@@ -80,10 +79,10 @@ class Library:
 
 
 class LibraryKernel:
-    """A library's attention as a kernel.
+    """A kernel that calls a library's attention.
 
-    Calls with a mask, which none of them takes, go to PyTorch; so do those with few keys that do not fill the library's
-    blocks, where what it pads would count. With many keys that is less than it rounds off.
+    PyTorch does calls with a mask, which no library supports, and calls with few keys that do not fill the library's
+    blocks, where its unmasked padding would matter. With many keys the padding matters less than rounding.
     """
 
     def __init__(self, name: str, library: Library) -> None:
@@ -92,9 +91,11 @@ class LibraryKernel:
         self._masked = TorchKernel("TORCH")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        """q (B, H, Sq, D), k and v (B, Hkv, Sk, D), mask (B|1, H|1, Sq|1, Sk); returns (B, H, Sq, D).
+        """Attend with q (B, H, Sq, D), k and v (B, HKV, Sk, D), all float16 or bfloat16, and mask (B|1, H|1, Sq|1, Sk).
 
-        Raises ValueError for a dtype or head size that the library does not take.
+        Return (B, H, Sq, D) of the same dtype.
+
+        Raises ValueError: when the library does not support the dtype or head size.
         """
         if mask is not None or (k.shape[2] % self._key_block and k.shape[2] < MANY_KEYS):
             return self._masked(q, k, v, mask, scale)
@@ -112,23 +113,22 @@ class LibraryKernel:
                 f"XFuser_attention = {self.name} does not take attention heads of size {width}, which "
                 f"this model has: choose auto or one of the TORCH choices"
             )
-        # Groups of queries are written out: not every library takes them.
+        # Not every library supports grouped queries. (B, HKV, Sk, D) -> (B, H, Sk, D)
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        out, total = self._function(
-            *(t.transpose(1, 2).contiguous() for t in (q, k, v)), width**-0.5 if scale is None else scale
-        )
-        return out.transpose(1, 2), total
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))  # (B, H, S, D) -> (B, S, H, D)
+        out, lse = self._function(q, k, v, width**-0.5 if scale is None else scale)
+        return out.transpose(1, 2), lse
 
 
 class LibraryKernelWithLse(LibraryKernel):
-    """One whose log-sum-exp is true, so that partial attention can be merged."""
+    """A library kernel whose log-sum-exp is true, so that partial attention can be merged."""
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial:
-        """As `__call__`, with the log-sum-exp (B, H, Sq) of the scores beside the output."""
+        """As `__call__`. Return the output, and the lse (B, H, Sq), float32, of the scores."""
         return self._run(q, k, v, scale) if mask is None else self._masked.with_lse(q, k, v, mask, scale)
 
 
-def _yunchang(member: str, whole_batch: bool = True) -> Callable[[], Function]:
+def _yunchang(member: str, batched: bool = True) -> Callable[[], Function]:
     def function() -> Function:
         from yunchang.kernels import AttnType, select_flash_attn_impl
 
@@ -148,12 +148,13 @@ def _yunchang(member: str, whole_batch: bool = True) -> Callable[[], Function]:
                 return_softmax=False,
             )
 
-        if whole_batch:
+        if batched:
             return call
 
         def one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-            rows = [call(*(t[i : i + 1] for t in (q, k, v)), scale) for i in range(q.shape[0])]
-            return torch.cat([out for out, _ in rows]), torch.cat([total for _, total in rows])
+            results = [call(*(t[i : i + 1] for t in (q, k, v)), scale) for i in range(q.shape[0])]
+            outs, lses = zip(*results, strict=True)
+            return torch.cat(outs), torch.cat(lses)
 
         return one_by_one
 
@@ -170,7 +171,7 @@ def _sage(name: str, **options: Any) -> Callable[[], Function]:
         def call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
             if returns_lse:
                 return attention(q, k, v, tensor_layout="NHD", sm_scale=scale, return_lse=True, **options)
-            # Version 1 subtracts the mean of the keys from the tensor that it is given.
+            # Version 1 subtracts the mean of the keys in place.
             return attention(q, k.clone(), v, tensor_layout="NHD", sm_scale=scale), None
 
         return call
@@ -179,7 +180,7 @@ def _sage(name: str, **options: Any) -> Callable[[], Function]:
 
 
 def sage_has_lse() -> bool:
-    """SageAttention 1 has no log-sum-exp; 2 has."""
+    """Return whether the installed SageAttention has a log-sum-exp: version 2 has, 1 has not."""
     try:
         return int(importlib.metadata.version("sageattention").split(".")[0]) >= 2
     except importlib.metadata.PackageNotFoundError:
@@ -187,7 +188,7 @@ def sage_has_lse() -> bool:
 
 
 def _sage_key_block() -> int:
-    """SageAttention 1 gives padded keys a score of zero instead of none."""
+    """Return the block to which SageAttention pads keys without masking them, as version 1 does."""
     return 1 if sage_has_lse() else 64
 
 
@@ -209,7 +210,7 @@ LIBRARIES = {
     "FLASHINFER": Library(
         "flashinfer",
         "run pip install flashinfer-python",
-        _yunchang("FLASHINFER", whole_batch=False),
+        _yunchang("FLASHINFER", batched=False),
         head_sizes=(64, 128, 256),
         through=YUNCHANG,
     ),
@@ -227,7 +228,7 @@ LIBRARIES = {
         head_sizes=_SAGE_SIZES,
         attribute="sageattn_qk_int8_pv_fp16_cuda",
     ),
-    # In version 1 this is the only one, named sageattn.
+    # The only one of version 1, where it is named sageattn.
     "SAGE_FP16_TRITON": Library(
         "sageattention",
         "run pip install sageattention",

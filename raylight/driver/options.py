@@ -231,8 +231,8 @@ def _validate(inputs: Mapping[str, Any], workers: int, selected: tuple[int, ...]
     is_local = inputs.get("ray_cluster_address", LOCAL) == LOCAL
     if inputs.get("XFuser_attention") is not None:
         device = torch.device(device_type()) if is_local else None
-        kernels.check_available(inputs["XFuser_attention"], inputs["ring_degree"], device)
-        external_strategies.check_available(
+        kernels.check_kernel(inputs["XFuser_attention"], inputs["ring_degree"], device)
+        external_strategies.check_strategy(
             inputs.get("sequence_attention", external_strategies.OURS),
             inputs["XFuser_attention"],
             inputs["ring_degree"],

@@ -1,7 +1,7 @@
-"""The long-context attention of yunchang and of xfuser, as strategies to choose instead of ours.
+"""The long-context attention of yunchang and of xfuser, as strategies that a user can choose instead of ours.
 
-Both split equal numbers of tokens and heads without masks; calls that are otherwise are done by ours. yunchang's ring
-takes zeros for the log-sum-exp of two of PyTorch's kernels, which is wrong: with a ring these are refused.
+Both need equal numbers of tokens and heads on all ranks, and no mask; ours does the other calls. yunchang's ring uses
+zeros for the log-sum-exp of two of PyTorch's kernels, which is wrong: these are refused with a ring.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 OURS, YUNCHANG, XFUSER = "raylight", "yunchang", "xfuser"
 NAMES = (OURS, YUNCHANG, XFUSER)
 
-# Either asks for a torch, which pip may replace to give it to them.
+# Both depend on torch, which pip may replace to satisfy them.
 _YUNCHANG_INSTALL = "run pip install --no-deps yunchang"
 _INSTALL = {
     YUNCHANG: {YUNCHANG: _YUNCHANG_INSTALL},
@@ -38,8 +38,11 @@ _KERNELS = ("TORCH", "TORCH_FLASH", "TORCH_EFFICIENT", "TORCH_CUDNN", "FA", "FA3
 _NO_RING = ("TORCH", "TORCH_CUDNN")
 
 
-def check_available(name: str, kernel: str, ring_degree: int, has_gpu: bool) -> None:
-    """Raises ValueError, saying what to install or to choose, where `name` cannot be used with this kernel and ring."""
+def check_strategy(name: str, kernel: str, ring_degree: int, has_gpu: bool) -> None:
+    """Check whether the strategy `name` can be used here, with this kernel and a ring of this degree.
+
+    Raises ValueError: when it cannot; the message says what to install or choose.
+    """
     if name == OURS:
         return
     if name not in NAMES:
@@ -53,8 +56,8 @@ def check_available(name: str, kernel: str, ring_degree: int, has_gpu: bool) -> 
         raise ValueError(f"sequence_attention = {XFUSER} needs a GPU: choose {OURS}")
     if kernel not in (AUTO, *_KERNELS):
         raise ValueError(
-            f"sequence_attention = {name} cannot be used with XFuser_attention = {kernel}, whose scale it does not "
-            f"pass on: choose one of {', '.join(_KERNELS)}, or sequence_attention = {OURS}"
+            f"sequence_attention = {name} cannot be used with XFuser_attention = {kernel}, to which it does not pass "
+            f"the scale: choose one of {', '.join(_KERNELS)}, or sequence_attention = {OURS}"
         )
     if ring_degree > 1 and (kernel in (AUTO, *_NO_RING) or not has_gpu):
         raise ValueError(
@@ -64,10 +67,16 @@ def check_available(name: str, kernel: str, ring_degree: int, has_gpu: bool) -> 
 
 
 class ExternalAttention:
-    """A library's attention where it can do the call, and `ours` otherwise. Its groups are one pair per process."""
+    """A strategy that calls a library's attention, and `ours` for calls that the library does not support.
+
+    `calls` counts the library's. It has one pair of groups per process.
+    """
 
     def __init__(self, name: str, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup, ours: Strategy) -> None:
-        """`name` is YUNCHANG or XFUSER. Raises ImportError where the library, or one that it needs, is missing."""
+        """Set the library's groups. `name` is YUNCHANG or XFUSER.
+
+        Raises ImportError: when the library, or one that it needs, is missing.
+        """
         from yunchang.globals import PROCESS_GROUP
 
         PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = ulysses, ring
@@ -75,7 +84,7 @@ class ExternalAttention:
         self._ulysses = dist.get_world_size(ulysses)
         self._ranks = self._ulysses * dist.get_world_size(ring)
         self._layers: dict[str, Callable[..., Tensor]] = {}
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self.calls = 0
 
     def __call__(
@@ -89,21 +98,23 @@ class ExternalAttention:
         scale: float | None,
     ) -> Tensor:
         """As `Strategy`."""
-        reason = self._cannot(kernel, q, k, v, lengths, mask)
+        reason = self._unsupported(kernel, q, k, v, lengths, mask)
         if reason is not None:
-            if reason not in self._told:
-                self._told.add(reason)
-                logger.info("attention: %s does not take %s; raylight does these calls", self._name, reason)
+            if reason not in self._logged:
+                self._logged.add(reason)
+                logger.info("attention: %s does not support %s; raylight does these calls", self._name, reason)
             return self._ours(kernel, q, k, v, lengths, mask, scale)
         self.calls += 1
         attention = self._layer(kernel.name, q.device)
-        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))  # (B, S, H, D)
+        # (B, H, S_LOCAL, D) -> (B, S_LOCAL, H, D)
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
         out = attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale)
         return out.transpose(1, 2)
 
-    def _cannot(
+    def _unsupported(
         self, kernel: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: Tensor | None
     ) -> str | None:
+        """Return what the library does not support of a call, or None."""
         if getattr(kernel, "name", None) not in _KERNELS:
             return "this kernel"
         if mask is not None:
@@ -117,7 +128,7 @@ class ExternalAttention:
     def _layer(self, kernel: str, device: torch.device) -> Callable[..., Tensor]:
         from yunchang.kernels import AttnType
 
-        # On a CPU its other kernels of PyTorch raise.
+        # Its other kernels of PyTorch fail on a CPU.
         chosen = "TORCH_MATH" if kernel == "TORCH" or device.type == "cpu" else kernel
         if chosen not in self._layers:
             if self._name == YUNCHANG:

@@ -73,7 +73,7 @@ def test_refuses_a_dtype_and_a_head_size() -> None:
 def test_says_what_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ValueError, match=f"XFuser_attention = {name}: the Python package .* is not installed: "):
-        kernels.check_available(name)
+        kernels.check_kernel(name)
 
 
 @pytest.mark.parametrize("name", ["AITER", "FA", "FA3", "FLASHINFER"])
@@ -84,27 +84,27 @@ def test_says_that_yunchang_is_missing(name: str, monkeypatch: pytest.MonkeyPatc
         match=f"{name}: it is called through the Python package yunchang, which is not "
         "installed: run pip install --no-deps yunchang; or choose auto",
     ):
-        kernels.check_available(name)
+        kernels.check_kernel(name)
 
 
 def test_says_what_to_choose_instead() -> None:
     with pytest.raises(ValueError, match="SPARSE_SAGE needs parameters .*: choose one of auto, TORCH, TORCH_FLASH"):
-        kernels.check_available("SPARSE_SAGE")
+        kernels.check_kernel("SPARSE_SAGE")
     with pytest.raises(ValueError, match="NONE is not known: choose one of auto"):
-        kernels.check_available("NONE")
+        kernels.check_kernel("NONE")
 
 
 def test_says_that_a_gpu_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LIBRARIES, "FA", STAND_IN)
     with pytest.raises(ValueError, match="FA cannot run here: it needs a GPU; choose auto"):
-        kernels.check_available("FA", device=CPU)
+        kernels.check_kernel("FA", device=CPU)
 
 
 def test_no_ring_without_a_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LIBRARIES, "FA", Library("torch", "", lambda: by_definition, has_lse=False))
-    kernels.check_available("FA", ring_degree=1)
+    kernels.check_kernel("FA", ring_degree=1)
     with pytest.raises(ValueError, match="FA gives no log-sum-exp, so it cannot be used with ring_degree = 2"):
-        kernels.check_available("FA", ring_degree=2)
+        kernels.check_kernel("FA", ring_degree=2)
 
 
 def test_auto_on_a_cpu() -> None:
@@ -118,7 +118,7 @@ def test_a_library_that_is_wrong_here_is_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Library, "unsupported", lambda self, device: None)
     monkeypatch.setitem(LIBRARIES, "FA", Library("torch", "", lambda: wrong))
-    with pytest.raises(ValueError, match="FA does not work here: it is off by"):
+    with pytest.raises(ValueError, match="FA does not work here: its error is"):
         kernels.kernel.__wrapped__("FA", CPU)
 
 

@@ -56,7 +56,7 @@ def test_xfuser_and_ours_agree() -> None:
 )
 def test_refuses(arguments: tuple[str, str, int, bool], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        external_strategies.check_available(*arguments)
+        external_strategies.check_strategy(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_says_what_is_missing(name: str, absent: str, message: str, monkeypatch:
     there = external_strategies.importlib.util.find_spec
     monkeypatch.setattr(external_strategies.importlib.util, "find_spec", lambda m: None if m == absent else there(m))
     with pytest.raises(ValueError, match=message):
-        external_strategies.check_available(name, "TORCH", 1, True)
+        external_strategies.check_strategy(name, "TORCH", 1, True)
 
 
 def test_accepts() -> None:
-    external_strategies.check_available("raylight", "SAGE_FP16", 4, False)
-    external_strategies.check_available("yunchang", "TORCH", 1, False)
-    external_strategies.check_available("yunchang", "TORCH_FLASH", 2, True)
-    external_strategies.check_available("xfuser", "FA", 2, True)
+    external_strategies.check_strategy("raylight", "SAGE_FP16", 4, False)
+    external_strategies.check_strategy("yunchang", "TORCH", 1, False)
+    external_strategies.check_strategy("yunchang", "TORCH_FLASH", 2, True)
+    external_strategies.check_strategy("xfuser", "FA", 2, True)
