@@ -1,4 +1,4 @@
-"""The ways between ranks: whether they carry what they should, and how fast each is."""
+"""The links between ranks: whether they transfer data correctly, and their bandwidth."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch import Tensor
 
 _CUDA_BYTES, _CPU_BYTES = 32 << 20, 1 << 20
 _REPEATS = 3
-_BUDGET_S = 2.0  # no further pair is begun after that: of 64 workers there are two thousand pairs
+_BUDGET_S = 2.0  # no further pair is measured after this: 64 ranks have two thousand pairs
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """What was measured. `exact` tells whether every rank got what was sent; `latency_s` is of an all-reduce of one
-    number; `bytes_per_s` by pair of ranks, each way while both are used, without pairs that there was no time for."""
+    """The result of a measurement.
+
+    `exact`: every rank received what was sent. `latency_s`: of an all-reduce of one number. `bytes_per_s`: of each pair
+    of ranks, one way while both directions are used; pairs are missing if time ran out.
+    """
 
     exact: bool
     latency_s: float
@@ -25,8 +28,10 @@ class Links:
 
 
 def measure(device: torch.device) -> Links:
-    """Try an all-reduce, an all-to-all of uneven pieces, and every pair of ranks alone. Collective; the same on every
-    rank."""
+    """Try an all-reduce, an all-to-all of uneven sizes, and every pair of ranks by itself.
+
+    Collective. Return the same on every rank.
+    """
     exact = _sums(device) and _exchanges(device)
     latency_s = _seconds(lambda: dist.all_reduce(torch.ones(1, device=device)), device)
     world_size, began = dist.get_world_size(), time.monotonic()
@@ -48,23 +53,21 @@ def _sums(device: torch.device) -> bool:
 
 
 def _exchanges(device: torch.device) -> bool:
-    """Rank s sends rank d s + d + 1 numbers that tell where they come from."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    counts = [rank + other + 1 for other in range(world_size)]
-    sent = torch.cat(
-        [torch.full((count,), float(1000 * rank + other), device=device) for other, count in enumerate(counts)]
-    )
-    received = torch.empty(sum(counts), device=device)
-    dist.all_to_all_single(received, sent, counts, counts)
-    expected = torch.cat(
-        [torch.full((count,), float(1000 * other + rank), device=device) for other, count in enumerate(counts)]
-    )
+    """Send s + d + 1 numbers from each rank s to each rank d, which encode both ranks, and check what arrives."""
+    rank, others = dist.get_rank(), torch.arange(dist.get_world_size(), device=device)
+    counts = rank + others + 1
+    sent = (1000.0 * rank + others).repeat_interleave(counts)
+    expected = (1000.0 * others + rank).repeat_interleave(counts)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, counts.tolist(), counts.tolist())
     return torch.equal(received, expected)
 
 
 def _pair_speed(first: int, second: int, device: torch.device) -> float:
-    """Bytes per second that each of two ranks gets while both send: an all-to-all in which the others are idle, as a
-    pair's own send and receive would open a connection of its own."""
+    """Return the bytes per second that each of two ranks receives while both send, the same on every rank.
+
+    It is an all-to-all in which the other ranks are idle: `send` and `recv` would open another connection.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     nbytes = _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
     other = {first: second, second: first}.get(rank)
@@ -77,7 +80,7 @@ def _pair_speed(first: int, second: int, device: torch.device) -> float:
 
 
 def _seconds(call, device: torch.device) -> float:
-    """The shortest of a few times, after one that warms up."""
+    """Return the shortest of a few times of `call`, after one to warm up."""
     times = []
     for _ in range(_REPEATS + 1):
         _synchronize(device)

@@ -1,7 +1,7 @@
-"""The batch axis of the mesh: ranks that each do some rows of a model's batch.
+"""Batch parallelism: each rank of the mesh's batch axis computes some batch rows of a forward.
 
-Positive and negative prompt, several images, several prompts: whatever comes as one batch. CFG parallelism and data
-parallelism are this one thing.
+The batch rows may be positive and negative prompt, several images, or several prompts: CFG parallelism and data
+parallelism are the same here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .partition import offsets, partition
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows `start` to `stop` of `total`: this rank's part of a batch."""
+    """Batch rows `start` to `stop` of `total`: this rank's shard of a batch."""
 
     start: int
     stop: int
     total: int
 
     def of(self, value: Any) -> Any:
-        """These rows of every tensor that has `total`, in nested lists, tuples and dicts."""
+        """Return `value` with these rows of every tensor (total, ...), in nested lists, tuples and dicts."""
         if isinstance(value, Tensor):
             return value[self.start : self.stop] if value.ndim and value.shape[0] == self.total else value
         if isinstance(value, Mapping):
@@ -36,8 +36,10 @@ class Rows:
         return value
 
     def of_chunks(self, marks: list[Any]) -> list[Any]:
-        """Marks of the equal chunks of the batch, for these rows: one for each chunk where they are whole chunks, else
-        one for each row."""
+        """Return the entries for these rows of a list with one entry for each of several equal chunks of the batch.
+
+        One for each chunk if these rows are complete chunks, else one for each row.
+        """
         height = self.total // len(marks)
         if self.start % height == 0 and self.stop % height == 0:
             return marks[self.start // height : self.stop // height]
@@ -45,7 +47,7 @@ class Rows:
 
 
 class BatchAxis:
-    """The ranks of one group, which share a batch. The same rows are on all ranks of a sequence."""
+    """The ranks of one group, over which a batch is split. All ranks of a sequence have the same rows."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -53,16 +55,19 @@ class BatchAxis:
         self.degree = dist.get_world_size(group)
 
     def can_split(self, total: int) -> bool:
-        """Whether each rank would have a row."""
+        """Return whether there are several ranks, and a batch of `total` has a row for each."""
         return total >= self.degree > 1
 
     def call(self, function: Callable[[Rows], Any], total: int) -> Any:
-        """What `function` returns for all rows of a batch of `total`, of its tensors (rows, ...) for this rank's."""
+        """Call `function` with this rank's rows of a batch of `total`, and return its output for all rows. Collective.
+
+        The output is a tensor, or a list or tuple of tensors: (this rank's rows, ...) -> (total, ...).
+        """
         sizes = partition(total, self.degree)
         start = offsets(sizes)[self._rank]
-        return self._join(function(Rows(start, start + sizes[self._rank], total)), sizes)
+        return self._gather(function(Rows(start, start + sizes[self._rank], total)), sizes)
 
-    def _join(self, output: Any, sizes: tuple[int, ...]) -> Any:
+    def _gather(self, output: Any, sizes: tuple[int, ...]) -> Any:
         if isinstance(output, Tensor):
             return all_gather(output, sizes, 0, self._group)
-        return type(output)(self._join(item, sizes) for item in output)
+        return type(output)(self._gather(item, sizes) for item in output)

@@ -1,4 +1,4 @@
-"""The pulse of this rank: that it gets on, seen from outside, and where it may be stopped."""
+"""Signs of this rank's progress: heartbeats, the collectives it has begun, and points where it can be cancelled."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _check: Callable[[], None] | None = None
 
 
 def beat() -> None:
-    """Say that this rank gets on. Called where ranks meet."""
+    """Record that this rank makes progress. Called at every collective."""
     global _beats
     _beats += 1
 
 
 def beats() -> int:
-    """How often `beat` was called in this process: what stands still, hangs."""
+    """Return how often this process has called `beat`. A number that stops growing means that the rank hangs."""
     return _beats
 
 
 def cancellation_point() -> None:
-    """A place where all ranks may agree to stop. Collective: every rank comes to the same ones in the same order.
+    """Stop here if the ranks have agreed to cancel. Collective: every rank reaches the same points in the same order.
 
-    Raises what the caller of `cancellation_checked_by` had raised; does nothing outside of it.
+    Does nothing outside of `cancellation_checked_by`, and raises what its `check` raises.
     """
     beat()
     if _check is not None:
@@ -35,7 +35,7 @@ def cancellation_point() -> None:
 
 @contextmanager
 def cancellation_checked_by(check: Callable[[], None]):
-    """Within it, `cancellation_point` calls `check`."""
+    """Make every `cancellation_point` call `check` within this context."""
     global _check
     before, _check = _check, check
     try:
@@ -44,14 +44,14 @@ def cancellation_checked_by(check: Callable[[], None]):
         _check = before
 
 
-Tally = dict[tuple[str, ...], int]
+Tally = dict[tuple[str, ...], int]  # collectives begun, by the group's name, ranks and device
 
 
 def begun() -> Tally | None:
-    """What each group of this process has begun since it was made, by name, members and device.
+    """Return how many collectives each process group has begun since it was created.
 
-    PyTorch counts every collective, whoever calls it; NCCL's count leaves out sends between two ranks. None where this
-    version of PyTorch does not tell.
+    PyTorch counts every collective, whoever calls it; NCCL's count omits sends between two ranks. None if this version
+    of PyTorch does not report the count.
     """
     if not dist.is_initialized():
         return {}
@@ -69,11 +69,9 @@ def begun() -> Tally | None:
 
 
 def agree(tallies: list[Tally | None]) -> bool:
-    """Whether each group stands at one number on all of its ranks, of which `tallies` has one for each."""
-    if any(tally is None for tally in tallies):
-        return False
-    numbers: dict[tuple[str, ...], set[int]] = {}
-    for tally in tallies:
-        for group, number in tally.items():
-            numbers.setdefault(group, set()).add(number)
-    return all(len(of_group) == 1 for of_group in numbers.values())
+    """Return whether all ranks of each group have begun the same number of collectives; `tallies` are the ranks'."""
+    counts: dict[tuple[str, ...], int] = {}
+    return all(
+        tally is not None and all(counts.setdefault(group, count) == count for group, count in tally.items())
+        for tally in tallies
+    )

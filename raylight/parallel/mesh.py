@@ -1,18 +1,21 @@
-"""The degrees of the mesh, apart from torch.distributed so that a description of it costs no import."""
+"""The mesh of ranks: batch x ring x Ulysses, and the axes that combine them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from torch.distributed.device_mesh import init_device_mesh
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("batch", "ring", "ulysses")
 
 
 @dataclass(frozen=True, slots=True)
 class MeshShape:
-    """Degrees of the mesh axes. `ulysses` is the fastest, so its ranks are neighbours."""
+    """The degrees of the mesh's axes. `ulysses` varies fastest, so its ranks are neighbours.
+
+    Raises ValueError: when a degree is below 1.
+    """
 
     batch: int = 1
     ring: int = 1
@@ -26,29 +29,25 @@ class MeshShape:
 
     @property
     def world_size(self) -> int:
+        """The number of ranks."""
         return self.batch * self.ring * self.ulysses
 
 
-if TYPE_CHECKING:
-    import torch
-    from torch.distributed.device_mesh import DeviceMesh
-
-
 def build_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
-    """The mesh of this world. Collective: every rank of the default process group calls it."""
+    """Create the mesh over all ranks of the default process group. Collective."""
     return init_device_mesh(device.type, (shape.batch, shape.ring, shape.ulysses), mesh_dim_names=AXES)
 
 
 def world_axis(mesh: DeviceMesh) -> DeviceMesh:
-    """All ranks as one axis: what weights are split over, whatever else the ranks share."""
+    """Return the axis of all ranks, over which weights are sharded."""
     return mesh._flatten("world")
 
 
 def outer_axis(mesh: DeviceMesh) -> DeviceMesh:
-    """The rows of the mesh: ranks of the same place in their Ulysses group."""
+    """Return the axis of ranks with the same place in their Ulysses groups: batch and ring together."""
     return mesh["batch", "ring"]._flatten("outer")
 
 
 def sequence_axis(mesh: DeviceMesh) -> DeviceMesh:
-    """The axis over which one sequence is split: ring and Ulysses together, Ulysses ranks next to each other."""
+    """Return the axis over which one sequence is split: ring and Ulysses together, Ulysses ranks next to each other."""
     return mesh["ring", "ulysses"]._flatten("sequence")

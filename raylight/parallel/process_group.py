@@ -1,6 +1,6 @@
-"""Bringing a world of ranks up and down.
+"""The process group of all ranks, and small agreements among ranks.
 
-Rank 0 hosts the store on a port that the system picks, so no port is ever fixed or guessed.
+Rank 0 hosts the store on a port that the system chooses, so no port is ever fixed or guessed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .heartbeat import beat
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the ranks of one world meet. `timeout_s` bounds the meeting and every later collective."""
+    """The address of the store at which `world_size` ranks meet. `timeout_s` limits this and every later collective."""
 
     host: str
     port: int
@@ -28,12 +28,13 @@ class Rendezvous:
 
     @property
     def timeout(self) -> datetime.timedelta:
+        """`timeout_s` as PyTorch takes it."""
         return datetime.timedelta(seconds=self.timeout_s)
 
 
 def host_store(host: str, world_size: int, timeout_s: float) -> tuple[dist.TCPStore, Rendezvous]:
-    """Open the store of a new world on `host`, on a free port. The caller is rank 0 and keeps the store alive."""
-    # The store would listen on every interface; a socket that is bound already listens where it was told to.
+    """Open the store of a new process group on a free port of `host`. The caller, rank 0, must keep it alive."""
+    # The store would listen on every interface; with a socket that is already bound it listens on `host` only.
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     store = dist.TCPStore(
@@ -49,7 +50,10 @@ def host_store(host: str, world_size: int, timeout_s: float) -> tuple[dist.TCPSt
 
 
 def join_world(rendezvous: Rendezvous, rank: int, device: torch.device, store: dist.TCPStore | None = None) -> None:
-    """Make this process rank `rank` of the world. CPU tensors always go through gloo, CUDA tensors through NCCL."""
+    """Make this process rank `rank` of the default process group: gloo for CPU tensors, NCCL for CUDA tensors.
+
+    `store` is rank 0's own; other ranks connect to it. Collective.
+    """
     if store is None:
         store = dist.TCPStore(
             rendezvous.host, rendezvous.port, rendezvous.world_size, is_master=False, timeout=rendezvous.timeout
@@ -60,18 +64,12 @@ def join_world(rendezvous: Rendezvous, rank: int, device: torch.device, store: d
     )
 
 
-def leave_world() -> None:
-    """Take the process group down; does nothing when there is none."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 _among: list[dist.ProcessGroup] = []
 
 
 @contextmanager
 def among(group: dist.ProcessGroup) -> Iterator[None]:
-    """Within it, ranks that agree by `any_rank` and `smallest` are those of `group`, which work for themselves."""
+    """Limit `any_rank` and `smallest` to the ranks of `group` within this context."""
     _among.append(group)
     try:
         yield
@@ -80,12 +78,12 @@ def among(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """True on every rank if `flag` is true on one of them. Collective, on the CPU."""
+    """Return whether `flag` is true on any rank, the same on all ranks. Collective, on the CPU."""
     return bool(_agreed(int(flag), dist.ReduceOp.MAX, group))
 
 
 def smallest(value: int) -> int:
-    """The smallest `value` of all ranks. Collective, on the CPU."""
+    """Return the smallest `value` of all ranks. Collective, on the CPU."""
     return _agreed(value, dist.ReduceOp.MIN, None)
 
 
