@@ -1,4 +1,4 @@
-"""One small declarative file per model family; this finds the plan of a model."""
+"""Sequence plans, one small declarative file per model family, and the look-up of a model's plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from .exceptions import EXCEPTIONS
 
 @functools.cache
 def all_plans() -> dict[str, SequencePlan]:
-    """Every plan of this folder, by the import path of its model class."""
+    """Return every plan of this folder, by the import path of its model class.
+
+    Raises ValueError: when a class has two plans.
+    """
     plans: dict[str, SequencePlan] = {}
     for info in pkgutil.iter_modules(__path__):
         for plan in getattr(importlib.import_module(f"{__name__}.{info.name}"), "PLANS", ()):
@@ -26,16 +29,17 @@ def all_plans() -> dict[str, SequencePlan]:
 
 
 def plan_for(model: nn.Module, config: str = "") -> SequencePlan:
-    """The plan of a model's class. `config` is the name of its class in `comfy.supported_models`, where that is known.
+    """Return the plan of a model's class. `config` is its class name in `comfy.supported_models`, if known.
 
-    Raises ValueError, naming the class and where it is known the reason, where there is none. A subclass does not
-    inherit its parent's plan: it may add streams that the plan does not know.
+    A subclass does not inherit its parent's plan: it may add streams that the plan does not have.
+
+    Raises ValueError: when there is no plan; the message names the class and, if known, the reason.
     """
     return plan_of(type(model), config)
 
 
 def plan_of(kind: type[nn.Module], config: str = "") -> SequencePlan:
-    """The same by the class. Raises as `plan_for`."""
+    """Return the plan of a model class. All else as `plan_for`."""
     name = f"{kind.__module__}.{kind.__qualname__}"
     plan = all_plans().get(name)
     if plan is None:

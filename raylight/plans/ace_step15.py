@@ -1,4 +1,4 @@
-"""ACE-Step 1.5: one stream of audio tokens, in every other layer within a window; text and lyrics stay whole."""
+"""ACE-Step 1.5: one stream of audio tokens, in every other layer within a window; text and lyrics are replicated."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LAYERS = "decoder.layers"
 
 
 def window(attention: nn.Module, tokens: int, q: Tensor) -> Tensor | None:
-    """What a token may attend to: those at most `sliding_window` places away."""
+    """Return the mask (1, 1, S, S), of q's dtype, that limits attention to `sliding_window` tokens away, or None."""
     if attention.sliding_window is None:
         return None
-    places = torch.arange(tokens, device=q.device)
-    far = (places[:, None] - places).abs() > attention.sliding_window
+    positions = torch.arange(tokens, device=q.device)
+    far = (positions[:, None] - positions).abs() > attention.sliding_window
     return torch.zeros(1, 1, tokens, tokens, dtype=q.dtype, device=q.device).masked_fill_(far, torch.finfo(q.dtype).min)
 
 

@@ -11,7 +11,7 @@ PLANS = (
         model="comfy.ldm.aura.mmdit.MMDiT",
         inputs={"double_layers.*": {"c": Stream("txt"), "x": Stream("img")}},
         attention={"double_layers.*": JOINT, "single_layers.*": JOINT},
-        # The last modulation is done by the model itself, with one row for all tokens.
+        # The model itself applies the last modulation, one row for all tokens.
         outputs={"final_linear": Gather("img")},
         heads="double_layers.0.attn.n_heads",
         patches=patches.BLOCKS,

@@ -1,4 +1,4 @@
-"""Chroma and Chroma Radiance: as Flux, with modulation from a network of its own that is the same for all tokens."""
+"""Chroma and Chroma Radiance: as Flux, with modulation by a separate network, the same for all tokens."""
 
 from raylight.parallel.plan import Aligned, Control, Gather, Input, SelfAttention, SequencePlan, Stream
 
@@ -20,7 +20,7 @@ PLANS = (
         {"final_layer": Gather("img")},
         patches=patches.BLOCKS | patches.ATTENTION,
     ),
-    # Its last layers put the patches of the whole image together, convolution included.
+    # Its last layers combine the patches of the full image, by convolution too.
     SequencePlan(
         "comfy.ldm.chroma_radiance.model.ChromaRadiance",
         INPUTS,

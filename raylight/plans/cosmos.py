@@ -1,4 +1,4 @@
-"""Cosmos 1.0, Cosmos Predict2 and Anima: one stream of video tokens on a grid; text stays whole."""
+"""Cosmos 1.0, Cosmos Predict2 and Anima: one stream of video tokens on a grid; text is replicated."""
 
 from raylight.parallel.plan import Aligned, CrossAttention, Gather, SelfAttention, SequencePlan, Stream
 
@@ -36,7 +36,7 @@ PLANS = (
         inputs={"blocks.block*": {"x": Stream("video", dim=0, grid=3), "rope_emb_L_1_1_D": Aligned(VIDEO, dim=0)}},
         # Attention within the video, then to the text.
         attention={"blocks.block*.blocks.0": SelfAttention(VIDEO), "blocks.block*.blocks.1": CrossAttention(VIDEO)},
-        # The model itself adds positions to all tokens before every block.
+        # The model itself adds position embeddings to the full tokens before every block.
         outputs={"blocks.block*": Gather("video", dim=0)},
     ),
     predict2("comfy.ldm.cosmos.predict2.MiniTrainDIT"),

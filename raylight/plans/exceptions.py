@@ -1,4 +1,4 @@
-"""Models of ComfyUI that are not split by sequence, by their names in `comfy.supported_models`, with the reason."""
+"""The models of ComfyUI that cannot be split by sequence, by their names in `comfy.supported_models`, and why."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ EXCEPTIONS: dict[str, str] = {
     **dict.fromkeys(("RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3"), _NOT_DIFFUSION),
     "ACEStep": "its self-attention is linear (sums over all tokens, without ComfyUI's attention) and its feed-forward "
     "convolves neighbouring tokens",
-    "HiDreamO1": "it attends causally within its prompt and keeps keys and values of it from step to step",
-    "SeedVR2": "it attends within windows of a video of one size each, not over a sequence",
+    "HiDreamO1": "it attends causally within its prompt and keeps the prompt's keys and values from step to step",
+    "SeedVR2": "it attends within windows of a video, not over a sequence",
     "StableAudio": "it takes a mean over all tokens within its attention",
-    "WAN21_CausalAR_T2V": "it makes one block of frames after the other and keeps keys and values of the earlier ones",
+    "WAN21_CausalAR_T2V": "it generates blocks of frames one after another and keeps the keys and values of each",
 }

@@ -1,4 +1,4 @@
-"""HiDream: joint attention over image and text tokens. Every block gets text of its own, so text is whole between
+"""HiDream: joint attention over image and text tokens. Every block gets different text, so text is gathered between
 blocks."""
 
 from raylight.parallel.plan import Aligned, Gather, SelfAttention, SequencePlan, Stream

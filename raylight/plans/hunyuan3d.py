@@ -18,10 +18,10 @@ PLANS = (
     ),
     SequencePlan(
         model="comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain",
-        # The skips are outputs of earlier blocks: local already.
+        # The skips are outputs of earlier blocks, so they are sharded already.
         inputs={"blocks.*": {"hidden_states": Stream("img")}},
         attention={"blocks.*.attn1": SelfAttention(SHAPE), "blocks.*.attn2": CrossAttention(SHAPE)},
-        # The last layer leaves out the first token, which is the timestep.
+        # The last layer drops the first token, which is the timestep.
         outputs={"blocks.-1": Gather("img")},
         patches={"block": {"x": Aligned(SHAPE), "skip": Aligned(SHAPE)}},
         unhooked=("comfy.ldm.hunyuan3dv2_1.hunyuandit",),

@@ -22,8 +22,8 @@ PLANS = (
             "": {
                 "control": Control("img"),
                 "ref_latent": Unsupported(
-                    "a reference latent is cut off again by its whole length between the blocks and "
-                    "the last layer; use another way to give the image, or GPU = 1"
+                    "a reference latent is cut off by its full length between the blocks and the last layer; "
+                    "give the image in another way, or use GPU = 1"
                 ),
             },
             "double_blocks.*": {
@@ -33,7 +33,7 @@ PLANS = (
                 "modulation_dims_img": TokenRanges(("img",)),
                 "modulation_dims_txt": TokenRanges(("txt",)),
             },
-            # The ranges of the image, counted from the start of text and image: so does the model.
+            # Ranges of the image, which the model counts from the start of text and image.
             "single_blocks.*": {"pe": Aligned(JOINT, dim=2), "modulation_dims": TokenRanges(JOINT)},
             "final_layer": {"modulation_dims": TokenRanges(("img",))},
         },

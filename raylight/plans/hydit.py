@@ -1,4 +1,4 @@
-"""Hunyuan DiT: one stream of image tokens with skips between its halves; text stays whole."""
+"""Hunyuan DiT: one stream of image tokens with skips between its halves; text is replicated."""
 
 from raylight.parallel.plan import Aligned, Control, CrossAttention, Gather, SelfAttention, SequencePlan, Stream
 
@@ -7,7 +7,7 @@ IMAGE = ("img",)
 PLANS = (
     SequencePlan(
         model="comfy.ldm.hydit.models.HunYuanDiT",
-        # The skips are outputs of earlier blocks: local already.
+        # The skips are outputs of earlier blocks, so they are sharded already.
         inputs={
             "": {"control": Control("img")},
             "blocks.*": {"x": Stream("img"), "freq_cis_img": Aligned(IMAGE, dim=0)},

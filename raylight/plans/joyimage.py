@@ -15,7 +15,7 @@ PLANS = (
             }
         },
         attention={"double_blocks.*": SelfAttention(("img", "txt"))},
-        # References are cut off before the last layer.
+        # The model cuts off reference tokens before the last layer.
         outputs={"double_blocks.-1": Gather("img", index=0)},
         heads="double_blocks.0.attn.num_attention_heads",
         patches={"double_block": patches.BLOCKS["double_block"]},

@@ -1,4 +1,4 @@
-"""Kandinsky 5: one stream of image or video tokens; text stays whole."""
+"""Kandinsky 5: one stream of image or video tokens; text is replicated."""
 
 from raylight.parallel.plan import Aligned, CrossAttention, Gather, SelfAttention, SequencePlan, Stream
 
@@ -13,7 +13,7 @@ PLANS = (
             f"{BLOCKS}.*.self_attention": SelfAttention(VISUAL),
             f"{BLOCKS}.*.cross_attention": CrossAttention(VISUAL),
         },
-        # The last layer puts the tokens back on their grid.
+        # The last layer puts the full tokens back on their grid.
         outputs={f"{BLOCKS}.-1": Gather("visual")},
         heads=f"{BLOCKS}.0.self_attention.num_heads",
     ),

@@ -15,7 +15,7 @@ PLANS = (
                 "hidden_states": Stream("img"),
                 "encoder_hidden_states": Stream("txt"),
                 "freqs_cis": Aligned(JOINT, dim=2),
-                # The block compares the mask's length to its tokens.
+                # The block compares the mask's length with its number of tokens.
                 "attention_mask": Aligned(JOINT, dim=3),
             },
         },

@@ -1,4 +1,4 @@
-"""LTX-Video and LTX-2: one stream of video tokens; text and audio, which is short, stay whole."""
+"""LTX-Video and LTX-2: one stream of video tokens; text and audio, which is short, are replicated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALIGNED = Aligned(VIDEO)
 
 
 def dense_mask(mask: Any, _: TokenLayout) -> Tensor | None:
-    """ComfyUI's `GuideAttentionMask`, which is by groups of queries in their place, as one (1, 1, S, S) mask."""
+    """Return ComfyUI's `GuideAttentionMask`, which has groups of queries, as one mask (1, 1, S, S) of its dtype."""
     if mask is None:
         return None
     rows = mask.noisy_mask.shape[-1]
@@ -38,7 +38,7 @@ def dense_mask(mask: Any, _: TokenLayout) -> Tensor | None:
 
 
 def timestep_per_frame(timestep: Any, tokens: TokenLayout) -> Any:
-    """This rank's tokens of a `CompressedTimestep`, which keeps one row for each frame; a rank may end inside one."""
+    """Return this rank's form of a `CompressedTimestep`, which has one row per frame: a rank may end within a frame."""
     if not hasattr(timestep, "patches_per_frame"):
         return tokens.shard(timestep, ALIGNED)
     ((start, stop),) = tokens.spans(VIDEO, tokens.rank)

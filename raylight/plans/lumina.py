@@ -12,7 +12,7 @@ def lumina(model: str, inputs: dict, outputs: dict) -> SequencePlan:
         model=f"comfy.ldm.lumina.model.{model}",
         inputs={"noise_refiner.*": layer("img"), "layers.*": layer("tokens"), **inputs},
         attention={"noise_refiner.*": SelfAttention(("img",)), "layers.*": SelfAttention(("tokens",))},
-        # Patches between the layers are handed slices of whole tokens.
+        # Patches between the layers get slices of full tokens.
         outputs={
             "noise_refiner.*": Gather("img", patched="noise_refiner"),
             "noise_refiner.-1": Gather("img"),
@@ -27,6 +27,6 @@ PLANS = (
     lumina(
         "NextDiT", {"final_layer": {"timestep_zero_index": TokenRanges(("tokens",))}}, {"final_layer": Gather("tokens")}
     ),
-    # Its decoder takes the hidden states of image tokens by their place.
+    # Its decoder takes the hidden states of image tokens by position.
     lumina("NextDiTPixelSpace", {}, {"layers.-1": Gather("tokens")}),
 )

@@ -15,7 +15,7 @@ PLANS = (
             }
         },
         attention={"blocks.*": SelfAttention(TOKENS)},
-        # The last layer takes audio and video by their places in the whole sequence.
+        # The last layer takes audio and video by their positions in the full sequence.
         outputs={"blocks.-1": Gather("tokens", dim=0)},
         heads="blocks.0.attn.heads",
         patches={"double_block": {"img": Aligned(TOKENS, dim=0)}},

@@ -10,7 +10,7 @@ def layer(*streams: str) -> dict[str, Input]:
 
 
 def refiners() -> tuple[dict, dict, dict]:
-    """Inputs, attention and outputs of the refiners, whose tokens are whole again afterwards."""
+    """Return inputs, attention and outputs of the refiners, whose tokens are gathered after the last one."""
     inputs, attention, outputs = {}, {}, {}
     for path, stream in (("noise_refiner", "noise"), ("ref_image_refiner", "reference")):
         inputs[f"{path}.*"] = {"hidden_states": Stream(stream), **layer(stream)}
@@ -47,7 +47,7 @@ PLANS = (
             "double_stream_layers.*.img_self_attn": SelfAttention(("img",)),
             "single_stream_layers.*": SelfAttention(JOINT),
         },
-        # The model takes the last tokens of all, by the image's whole length.
+        # The model takes the last tokens, by the image's full length.
         outputs=OUTPUTS | {"norm_out": Gather("img", after=("txt",))},
         heads="single_stream_layers.0.attn.heads",
     ),

@@ -1,4 +1,4 @@
-"""What ComfyUI's patches are given, by the kinds of model: arguments that are tokens, whatever the patch does."""
+"""Rules for the arguments of ComfyUI's patches that have one row per token, as several families share them."""
 
 from raylight.parallel.plan import Aligned
 
@@ -6,7 +6,7 @@ TXT, IMG, JOINT = Aligned(("txt",)), Aligned(("img",)), Aligned(("txt", "img"))
 JOINT_HEADS = Aligned(("txt", "img"), dim=2)
 
 BLOCKS = {"double_block": {"img": IMG, "txt": TXT}, "single_block": {"img": JOINT}}
-# q, k and v are (B, heads, tokens, width) of text and image together.
+# q, k and v are (B, H, tokens, D) of text and image together.
 ATTENTION = {
     "attn1_patch": {"q": JOINT_HEADS, "k": JOINT_HEADS, "v": JOINT_HEADS, "pe": JOINT_HEADS},
     "attn1_output_patch": {"out": JOINT},

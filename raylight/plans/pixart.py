@@ -1,4 +1,4 @@
-"""PixArt Alpha and Sigma: one stream of image tokens; text stays whole."""
+"""PixArt Alpha and Sigma: one stream of image tokens; text is replicated."""
 
 from raylight.parallel.plan import CrossAttention, Gather, SelfAttention, SequencePlan, Stream
 

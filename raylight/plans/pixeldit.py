@@ -1,5 +1,5 @@
-"""PixelDiT and PiD: joint attention over text and patch tokens. The few blocks over pixels, which pack patches into the
-batch, are done by every rank."""
+"""PixelDiT and PiD: joint attention over text and patch tokens. Every rank does all of the few blocks over pixels,
+which pack patches into the batch."""
 
 from raylight.parallel.plan import Aligned, FullAttention, Gather, SelfAttention, SequencePlan, Stream
 
@@ -23,6 +23,6 @@ def pixeldit(model: str, gathered: str) -> SequencePlan:
 
 PLANS = (
     pixeldit("model.PixDiT_T2I", "patch_blocks.-1"),
-    # PiD adds features of the image to its tokens before every block.
+    # PiD adds image features to the full tokens before every block.
     pixeldit("pid.PidNet", "patch_blocks.*"),
 )

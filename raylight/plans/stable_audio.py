@@ -1,4 +1,4 @@
-"""Stable Audio 3: one stream of memory and audio tokens; text stays whole."""
+"""Stable Audio 3: one stream of memory and audio tokens; text is replicated."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ LAYERS = "transformer.layers"
 
 
 def for_last_tokens(condition: Tensor | None, tokens: TokenLayout) -> Tensor | None:
-    """This rank's part of a condition (B, audio tokens, width), which has no rows for the memory tokens before them."""
+    """Return this rank's shard of a condition (B, tokens, width), which lacks rows for the memory tokens before them.
+
+    The shard is (B, at most S_LOCAL, width), of the same dtype.
+    """
     if condition is None:
         return None
     ((start, stop),) = tokens.spans(AUDIO, tokens.rank)
     missing = tokens.total(AUDIO) - condition.shape[1]
-    # The layer pads with zeros at the left what has fewer rows than tokens.
+    # The layer pads a condition with fewer rows than tokens, with zeros at the left.
     return condition[:, max(start - missing, 0) : max(stop - missing, 0)]
 
 
 def mixes_by_mean(model: nn.Module) -> str | None:
-    """Stable Audio 1 scales what differs from the mean of all tokens, within its attention."""
+    """Return why Stable Audio 1 cannot be split: it scales differences from the mean of all tokens. None for others."""
     if model.transformer.layers[0].self_attn.feat_scale:
         return "Stable Audio 1 takes a mean over all tokens within its attention; use GPU = 1"
     return None
 
 
 def attention_calls(attention: nn.Module) -> int:
-    """Two in differential attention, which is the difference of both."""
+    """Return 2 for differential attention, the difference of two calls, else 1."""
     return 2 if attention.differential else 1
 
 
@@ -55,7 +58,7 @@ PLANS = (
             f"{LAYERS}.*.self_attn": SelfAttention(AUDIO, calls=attention_calls),
             f"{LAYERS}.*.cross_attn": CrossAttention(AUDIO),
         },
-        # Memory tokens are cut off by their number before the last projection.
+        # The model cuts off a number of memory tokens before the last projection.
         outputs={f"{LAYERS}.-1": Gather("audio")},
         heads=f"{LAYERS}.0.self_attn.num_heads",
         patches={"double_block": {"img": Aligned(AUDIO)}},

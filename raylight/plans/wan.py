@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: one stream of video, reference and pose tokens; text, image and audio context stay whole."""
+"""Wan 2.1 and 2.2: one stream of video, reference and pose tokens; text, image and audio context are replicated."""
 
 from raylight.parallel.plan import (
     Aligned,
@@ -25,9 +25,9 @@ def wan(
     modulation_per_frame: bool = True,
     heads: tuple[str, ...] = ("head",),
 ) -> SequencePlan:
-    """The plan that all of Wan share, and what one of them adds.
+    """Return the plan that all Wan models share, with additions.
 
-    Without `modulation_per_frame` the modulation is (B, 6, width), one for all tokens.
+    Without `modulation_per_frame` the modulation is (B, 6, width), the same for all tokens.
     """
     modulation: dict[str, Input] = {"e": PER_FRAME} if modulation_per_frame else {}
     return SequencePlan(
@@ -50,12 +50,12 @@ PLANS = (
     wan("model.CameraWanModel", modulation_per_frame=False),
     wan(
         "model.VaceWanModel",
-        # The first block meets the context and the video as they were before any block: whole.
+        # The first block gets the full context and video, as they are before any block.
         {"vace_blocks.0": {"c": Aligned(VIDEO), "x": Aligned(VIDEO)}, "vace_blocks.*": {"freqs": TOKENS_OF_VIDEO}},
         {"vace_blocks.*.self_attn": SelfAttention(VIDEO), "vace_blocks.*.cross_attn": CrossAttention(VIDEO)},
         modulation_per_frame=False,
     ),
-    # Audio is attended to frame by frame, and a rank's tokens do not end where a frame does.
+    # Attention to audio is per frame, and a rank's tokens may end within a frame.
     wan("model.WanModel_S2V", {"audio_injector": {"x": GatherAround("video")}}),
     wan("model.HumoWanModel", {"blocks.*.audio_cross_attn_wrapper": {"x": GatherAround("video")}}),
     wan("model_animate.AnimateWanModel", {"face_adapter.fuser_blocks.*": {"x": GatherAround("video")}}),
