@@ -7,7 +7,7 @@ COMFYUI ?=
 BOOTSTRAP = $(PYTHON) raylight/dev/setup/bootstrap.py $(if $(COMFYUI),--comfyui $(COMFYUI))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu smoke lint format models versions workflows screenshots clean
+.PHONY: help setup demo test test-all test-gpu smoke lint format types models versions workflows screenshots clean
 
 help:
 	@echo "make demo                   draw with a small model in a real ComfyUI, by stock nodes and by Ray workers"
@@ -50,6 +50,9 @@ test-gpu:
 lint:
 	@$(BOOTSTRAP) lint $(ARGS)
 	@$(BOOTSTRAP) format --check
+	@$(BOOTSTRAP) types
+
+types:
 	@$(BOOTSTRAP) types
 
 format:
