@@ -93,7 +93,7 @@ class _ParallelSampler(io.ComfyNode):
         for image, noise in enumerate(noises):
             inputs = {name: values[min(image, len(values) - 1)] for name, values in lists.items()}
             runs.append(partial(api.ksampler, noise=noise, **inputs))
-        return io.NodeOutput(api.at_once(runs))
+        return io.NodeOutput(api.run_batched(runs))
 
 
 class DPKSamplerAdvanced(_ParallelSampler):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import comfy.sample
 import comfy.utils
@@ -25,9 +24,7 @@ from .remote_model import RemotePatcher
 from .status import overview
 from .workers import ask_with_room, open_session
 
-__all__ = ["at_once", "end_workers", "guided_by", "ksampler", "load", "overview", "parallelize"]
-
-T = TypeVar("T")
+__all__ = ["end_workers", "guided_by", "ksampler", "load", "overview", "parallelize", "run_batched"]
 
 
 def load(model: RayModel) -> RemotePatcher:
@@ -47,12 +44,6 @@ def parallelize(model: ModelPatcher, workers: WorkerConfig) -> RemotePatcher:
     patcher = _load(workers, recipe_of(model, workers))
     copy_state_from(model, patcher)
     return patcher
-
-
-def at_once(runs: Sequence[Callable[[], T]]) -> list[T]:
-    """Call each of these samplings once, and return their results in order. Groups of workers, if there are several, do
-    them at the same time. Each needs a patcher of its own."""
-    return run_batched(runs)
 
 
 def end_workers(with_ray: bool) -> None:

@@ -102,8 +102,9 @@ class _RunThread(threading.Thread, Generic[T]):
 def run_batched(runs: Sequence[Callable[[], T]]) -> list[T]:
     """Call each of `runs` once and return their results in order; what they send to the workers goes in one request.
 
-    A run that sends nothing just ends. Raises what the first run that fails raises, or the request does; the other runs
-    are unwound then.
+    Groups of workers, if there are several, do them at the same time. Each run needs a patcher of its own; one that
+    sends nothing just ends. Raises what the first run that fails raises, or the request does; the other
+    runs are unwound then.
     """
     if len(runs) == 1:
         return [runs[0]()]

@@ -107,7 +107,7 @@ def test_equals_comfyui_one_by_one(
     expected = [run()["samples"] for run in runs(stock, samplers, masked=True)]
     CountedNoise.asked = 0
     with caplog.at_level(logging.INFO, "raylight"):
-        actual = [latent["samples"] for latent in api.at_once(runs(dropin(path, mesh, sharding), samplers, True))]
+        actual = [latent["samples"] for latent in run_batched(runs(dropin(path, mesh, sharding), samplers, True))]
     assert "the workers do 3 runs at once" in caplog.text
     assert CountedNoise.asked == 3, "the code around a sampling runs once"
     for one, other in zip(actual, expected, strict=True):
@@ -119,7 +119,7 @@ def test_equals_comfyui_one_by_one(
 def test_fewer_runs_than_groups_and_runs_that_stay_here(path: Path, stock: ModelPatcher) -> None:
     model = dropin(path, MeshShape(batch=3), SHARDED)
     for count, stays_here in ((2, False), (1, False), (2, True)):
-        actual = api.at_once(
+        actual = run_batched(
             [partial(sample, SETUPS["plain"](model), seed=seed, stays_here=stays_here) for seed in SEEDS[:count]]
         )
         for seed, (one, _) in zip(SEEDS, actual, strict=False):
