@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -97,3 +99,45 @@ def test_attributes_of_objects_and_classes_are_replaced(module: types.ModuleType
     with comfy_patches.replaced_on(model, "__class__", torch.nn.Identity):
         assert model(3) == 3
     assert type(model) is Model
+
+
+ROOT = Path(comfy_patches.__file__).parents[2]
+OF_COMFYUI = ("comfy", "nodes", "folder_paths", "latent_preview", "execution", "server")
+# `settings` sets the command line and folders of ComfyUI in a worker: configuration, and no replacement.
+ALLOWED = ("raylight/dev/", "raylight/host/comfy_patches.py", "raylight/host/settings.py")
+
+
+def test_nothing_else_sets_attributes_of_comfyui() -> None:
+    paths = [*ROOT.glob("raylight/**/*.py"), *ROOT.glob("nodes/*.py")]
+    files = {path.relative_to(ROOT).as_posix(): path for path in paths}
+    found = {name: stored(path) for name, path in files.items() if not name.startswith(ALLOWED)}
+    assert len(found) > 100
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def stored(path: Path) -> list[str]:
+    """Attributes of ComfyUI's modules, and of what was imported from them, that the code of a file sets or deletes."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    imported = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            imported |= {(one.asname or one.name).split(".")[0] for one in node.names if is_of_comfyui(one.name)}
+        elif isinstance(node, ast.ImportFrom) and not node.level and is_of_comfyui(node.module or ""):
+            imported |= {one.asname or one.name for one in node.names}
+    targets = [node for node in nodes if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)]
+    targets += [node.args[0] for node in nodes if isinstance(node, ast.Call) and is_setattr(node)]
+    return [ast.unparse(one) for one in targets if root_of(one) in imported]
+
+
+def is_of_comfyui(module: str) -> bool:
+    return module.split(".")[0] in OF_COMFYUI
+
+
+def is_setattr(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id in ("setattr", "delattr")
+
+
+def root_of(node: ast.expr) -> str:
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
