@@ -52,7 +52,7 @@ class RandomState:
 
 @dataclass(frozen=True, slots=True)
 class RunJob:
-    """A whole run: a guider, a sampler, and what ComfyUI's `outer_sample` takes, packed by `pickling.serialize`.
+    """A run: a guider, a sampler, and what ComfyUI's `outer_sample` takes, serialized by `pickling.serialize`.
 
     `latent_shape` is that of the noise. Samplers that draw noise from the global generators start from `random`, as
     they would in ComfyUI's process. `every_step` asks for the full x0 and x after every step; else rank 0 sends what a

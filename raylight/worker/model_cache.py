@@ -40,7 +40,7 @@ class CachedModel:
 
     recipe: ModelRecipe
     patcher: RankPatcher
-    split: ParallelModel
+    parallel: ParallelModel
     lora_keys: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     host_bytes: int
@@ -200,7 +200,7 @@ def memory(device: torch.device, models: Sequence[CachedModel]) -> RankMemory:
     return RankMemory(process, free, total, torch.cuda.memory_allocated(device), held)
 
 
-def in_words(device: torch.device, models: Sequence[CachedModel]) -> str:
+def describe(device: torch.device, models: Sequence[CachedModel]) -> str:
     """Return what a rank holds in memory, as the end of a sentence."""
     now = memory(device, models)
     weights = (

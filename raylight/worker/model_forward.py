@@ -16,7 +16,7 @@ from raylight.host.jobs import ForwardJob
 from raylight.host.patcher_state import changed
 from raylight.host.pickling import deserialize
 
-from .node_code import AsBefore
+from .node_code import ModelSnapshot
 from .parallel_model import ParallelModel
 
 
@@ -28,16 +28,16 @@ class ModelForward:
         self._device = device
         self._tensors = Receiver(device)
         self._extras: tuple[str, Any, Any] | None = None
-        self._before: AsBefore | None = None
+        self._snapshot: ModelSnapshot | None = None
 
     def clear(self) -> None:
         """Release what nodes have set on a model, and what their code has left on it."""
         self._extras = None
-        if self._before is not None:
-            self._before.restore()
-            self._before = None
+        if self._snapshot is not None:
+            self._snapshot.restore()
+            self._snapshot = None
 
-    def call(self, patcher: ModelPatcher, job: ForwardJob, split: ParallelModel) -> Any:
+    def call(self, patcher: ModelPatcher, job: ForwardJob, parallel: ParallelModel) -> Any:
         """Call the job's method of the diffusion model, and return its output; to be called in the mode of the model.
 
         Raises ValueError: when code of nodes keeps state on the model, which ComfyUI's process would not have.
@@ -52,11 +52,11 @@ class ModelForward:
 
         args, kwargs, data = deserialize(job.call, patcher, resolve)
         patcher.model_options = {"transformer_options": data | _copied(code)}
-        split.install(patcher.model_options, job.model)
-        whole = job.model.inside.full_tokens_for
-        if whole and self._before is None:
-            self._before = AsBefore(patcher)
-        with changed(patcher, changes), split.watching(patcher, job.model.inside):
+        parallel.install(patcher.model_options, job.model)
+        node = job.model.inside.full_tokens_for
+        if node and self._snapshot is None:
+            self._snapshot = ModelSnapshot(patcher)
+        with changed(patcher, changes), parallel.watching(patcher, job.model.inside):
             comfy.model_management.load_models_gpu([patcher], memory_required=_memory(patcher, args))
             patcher.pre_run()
             diffusion_model = patcher.model.diffusion_model
@@ -67,10 +67,9 @@ class ModelForward:
                     output = getattr(diffusion_model, job.method)(*args, **kwargs)
             finally:
                 patcher.model.current_patcher = None
-        path = self._before.state() if whole and self._before is not None else ""
-        if path:
+        if node and self._snapshot is not None and (path := self._snapshot.find_state()):
             raise ValueError(
-                f"{whole} keeps {path} on the model from one step to the next, which cannot be shared "
+                f"{node} keeps {path} on the model from one step to the next, which cannot be shared "
                 f"with ComfyUI, and the sampling loop stays there in this run (the log says why): remove "
                 f"the node, or what keeps the loop there"
             )

@@ -63,7 +63,7 @@ class TokenProbe:
 _NOTHING = object()
 
 
-class AsBefore:
+class ModelSnapshot:
     """The attributes and hooks of a model's modules before code of nodes runs in it."""
 
     def __init__(self, patcher: ModelPatcher) -> None:
@@ -91,7 +91,7 @@ class AsBefore:
                 for key in [key for key in vars(module)[name] if key not in keys]:
                     del vars(module)[name][key]
 
-    def state(self) -> str:
+    def find_state(self) -> str:
         """Return the path of an attribute in which code keeps state between forwards, "" if there is none: a container,
         or a value that changes with each forward. To be called after each forward."""
         left = {
@@ -112,13 +112,13 @@ class AsBefore:
 
 
 @contextmanager
-def leaving_nothing(patcher: ModelPatcher) -> Iterator[None]:
+def restored_after(patcher: ModelPatcher) -> Iterator[None]:
     """Undo, at the end, what code has left on the patcher's model within it."""
-    before = AsBefore(patcher)
+    snapshot = ModelSnapshot(patcher)
     try:
         yield
     finally:
-        before.restore()
+        snapshot.restore()
 
 
 def _attributes(module: nn.Module) -> Mapping[str, Any]:

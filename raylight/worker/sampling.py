@@ -19,7 +19,7 @@ from raylight.host.patcher_state import changed
 from raylight.host.pickling import deserialize
 
 from . import lora
-from .node_code import leaving_nothing
+from .node_code import restored_after
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class SamplingRun:
         positional = [call.pop(name) for name in list(call)[: self._positional]]
         set_random_state(self._job.random)
         executor = WrapperExecutor.new_class_executor(self._guider.outer_sample, self._guider, self._wrappers)
-        clean = leaving_nothing(patcher) if self._job.model.inside.full_tokens_for else nullcontext()
+        clean = restored_after(patcher) if self._job.model.inside.full_tokens_for else nullcontext()
         try:
             with clean, changed(patcher, self._changes):
                 samples = executor.execute(*positional, **call)

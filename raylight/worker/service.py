@@ -1,4 +1,4 @@
-"""What a worker does: hold models, split them, and run samplers on them."""
+"""The service of a worker: load models, keep them, and sample with them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class ModelService(WorkerService):
         if may_refuse and (refusal := self._refusal(recipe)):
             return refusal
         with mode_of(recipe.sharding):
-            held = self._hold(run, recipe)
+            model = self._load(run, recipe)
             run.enter("reading LoRAs")
-            held.patched(recipe.loras)
+            model.patched(recipe.loras)
         return None
 
     def sample(self, run: Run, jobs: tuple[RunJob, ...], may_refuse: bool = False) -> dict[int, RunResult] | NeedsBytes:
@@ -47,40 +47,42 @@ class ModelService(WorkerService):
         first = jobs[0]
         if may_refuse and (refusal := self._refusal(first.model.recipe, *[job.latent_shape for job in jobs])):
             return refusal
-        self._forward.clear()  # a run may find nothing on the model of what the loops in ComfyUI have left
+        self._forward.clear()  # a run must not find on the model what single forwards have left there
         with mode_of(first.model.recipe.sharding):
-            self._forward.clear()
-            held, patcher = self._ready(run, first.model)
-            results = self._all(run, held, patcher, jobs)
-            run.enter("handing over the result")
+            model, patcher = self._prepare(run, first.model)
+            results = self._sample_all(run, model, patcher, jobs)
+            run.enter("sending the result")
             if first.free_memory_after:
                 comfy.model_management.unload_all_models()
                 comfy.model_management.soft_empty_cache()
         return results if sequence_axis(self._context.mesh).get_local_rank() == 0 else {}
 
-    def _all(self, run: Run, held: CachedModel, patcher: RankPatcher, jobs: tuple[RunJob, ...]) -> dict[int, RunResult]:
+    def _sample_all(
+        self, run: Run, model: CachedModel, patcher: RankPatcher, jobs: tuple[RunJob, ...]
+    ) -> dict[int, RunResult]:
+        """Return the results of this rank's runs by index."""
         if len(jobs) == 1:
-            return {0: self._one(run, held, patcher, 0, jobs[0])}
+            return {0: self._sample(run, model, patcher, 0, jobs[0])}
         batch = self._context.mesh["batch"]
         mine = list(range(batch.get_local_rank(), len(jobs), batch.size()))
-        with held.split.independent_groups(in_step=held.recipe.sharding != REPLICATED):
-            # A group without a run of its own does the first one too: what it does not do, it would wait for.
-            return {place: self._one(run, held, patcher.clone(), place, jobs[place]) for place in mine or [0]}
+        with model.parallel.independent_groups(in_step=model.recipe.sharding != REPLICATED):
+            # A group without a run does the first one too, as it would only wait otherwise.
+            return {index: self._sample(run, model, patcher.clone(), index, jobs[index]) for index in mine or [0]}
 
-    def _one(self, run: Run, held: CachedModel, patcher: RankPatcher, place: int, job: RunJob) -> RunResult:
-        guided = SamplingRun(run, patcher, place, job, self._context.device)
-        held.split.install(guided.model_options, job.model)
-        with held.split.watching(patcher, job.model.inside):
-            return guided.sample()
+    def _sample(self, run: Run, model: CachedModel, patcher: RankPatcher, index: int, job: RunJob) -> RunResult:
+        sampling = SamplingRun(run, patcher, index, job, self._context.device)
+        model.parallel.install(sampling.model_options, job.model)
+        with model.parallel.watching(patcher, job.model.inside):
+            return sampling.sample()
 
     def forward(self, run: Run, job: ForwardJob, may_refuse: bool = False) -> SerializedObject | NeedsBytes | None:
         """Call a method of the diffusion model once."""
         if may_refuse and (refusal := self._refusal(job.model.recipe, *filter(None, [job.latent_shape]))):
             return refusal
         with mode_of(job.model.recipe.sharding):
-            held, patcher = self._ready(run, job.model)
+            model, patcher = self._prepare(run, job.model)
             run.enter("step (one forward of the model)")
-            output = self._forward.call(patcher, job, held.split)
+            output = self._forward.call(patcher, job, model.parallel)
         return answer(output) if run.rank == 0 else None
 
     def free(self, run: Run) -> None:
@@ -90,44 +92,47 @@ class ModelService(WorkerService):
 
     def inventory(self) -> str:
         """Return in words what this rank holds in memory."""
-        return model_cache.in_words(self._context.device, self._models.all())
+        return model_cache.describe(self._context.device, self._models.all())
 
     def recover(self) -> bool:
         """Reset the models after a failure that all ranks met alike."""
-        return all([reset(held.patcher.model.diffusion_model) for held in self._models.all()])
+        return all(
+            [reset(model.patcher.model.diffusion_model) for model in self._models.all()]
+        )  # all of them: collective
 
     def memory(self, run: Run) -> RankMemory:
         """Return how much memory this rank uses, and its models."""
         return model_cache.memory(self._context.device, self._models.all())
 
     def _refusal(self, recipe: ModelRecipe, *latent_shapes: tuple[int, ...]) -> NeedsBytes | None:
-        """Return what ComfyUI should free for a model, and for sampling latents of these shapes; None where nothing is
+        """Return what ComfyUI should free for a model, and for sampling latents of these shapes; None if nothing is
         missing. Collective."""
         missing = self._models.shortfall(recipe, latent_shapes)
         return NeedsBytes(missing) if missing > 0 else None
 
-    def _ready(self, run: Run, job: ModelJob) -> tuple[CachedModel, RankPatcher]:
-        """The model of a job with its patches, and room for it where it runs; the patcher is for this job alone."""
-        held = self._hold(run, job.recipe)
-        run.enter(f"putting LoRAs and patches on {job.recipe.name}")
-        patcher = held.patched(job.recipe.loras, job.patches).clone()
-        self._models.make_room_on_device(patcher.model_size() - patcher.loaded_size(), held)
-        return held, patcher
+    def _prepare(self, run: Run, job: ModelJob) -> tuple[CachedModel, RankPatcher]:
+        """Return the model of a job, and a patcher for this job alone; make room for it on the device."""
+        model = self._load(run, job.recipe)
+        run.enter(f"applying LoRAs and patches to {job.recipe.name}")
+        patcher = model.patched(job.recipe.loras, job.patches).clone()
+        self._models.make_room_on_device(patcher.model_size() - patcher.loaded_size(), model)
+        return model, patcher
 
-    def _hold(self, run: Run, recipe: ModelRecipe) -> CachedModel:
-        held = self._models.get(recipe)
-        if held is None:
+    def _load(self, run: Run, recipe: ModelRecipe) -> CachedModel:
+        """Return the model of a recipe, from the cache if it is there."""
+        model = self._models.get(recipe)
+        if model is None:
             run.enter(f"loading {recipe.name}")
             if recipe.sharding != REPLICATED:
-                share = recipe.size // self._context.world_size
-                self._models.make_room_on_host(share)
+                shard_bytes = recipe.size // self._context.world_size
+                self._models.make_room_on_host(shard_bytes)
                 if recipe.sharding == SHARDED:
-                    self._models.make_room_on_device(share)
+                    self._models.make_room_on_device(shard_bytes)
             try:
-                held = load_parallel(recipe.without_loras, self._context.mesh, self._context.device)
+                model = load_parallel(recipe.without_loras, self._context.mesh, self._context.device)
             except BaseException:
                 self._models.sweep()  # what was read already
                 raise
-            self._models.add(held)
-            logger.info("holds %s", recipe.name)
-        return held
+            self._models.add(model)
+            logger.info("%s is loaded", recipe.name)
+        return model

@@ -44,7 +44,7 @@ def starting(server: FaultServer) -> bool:
         (on_big(FSDP=True), lambda server: server.phases().get(1, "").startswith("loading")),
         (
             with_big_lora(),
-            lambda server: server.phases().get(1, "").startswith(("reading LoRAs", "putting", "bringing")),
+            lambda server: server.phases().get(1, "").startswith(("reading LoRAs", "applying", "bringing")),
         ),
         (dropin(replace(JOB, steps=30), 2, SLOW), lambda server: server.phases().get(1, "").startswith("step 2")),
         (

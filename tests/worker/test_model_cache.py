@@ -156,7 +156,7 @@ def test_refuses_a_job_once_where_memory_is_short(device: str, alone: Machine, m
     service = ModelService(SimpleNamespace(device=torch.device(device), world_size=2))
     done: list[str] = []
     held = SimpleNamespace(patched=lambda _: done.append("loaded"))
-    monkeypatch.setattr(service, "_hold", lambda *_: held)
+    monkeypatch.setattr(service, "_load", lambda *_: held)
     recipe = resident(alone, "d", 60 * GB).recipe
     expected = NeedsBytes(27 * GB) if device == "cuda" else None
     run = SimpleNamespace(enter=lambda _: None)

@@ -84,7 +84,7 @@ def test_all_of_a_job_is_done_in_the_mode_of_its_model(sharding: str, monkeypatc
         seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
         raise StopIteration
 
-    monkeypatch.setattr(ModelService, "_hold", hold)
+    monkeypatch.setattr(ModelService, "_load", hold)
     service = ModelService(SimpleNamespace(device=CPU, world_size=1))
     calls: list[Callable[[], object]] = [
         lambda: service.load(None, recipe),
