@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class SamplingRun:
-    """The job at `place` among several, deserialized for `patcher` on this rank."""
+    """Job number `index` of several, deserialized for `patcher` on this rank."""
 
-    def __init__(self, run: Run, patcher: ModelPatcher, place: int, job: RunJob, device: torch.device) -> None:
+    def __init__(self, run: Run, patcher: ModelPatcher, index: int, job: RunJob, device: torch.device) -> None:
         self._run = run
-        self._place = place
+        self._index = index
         self._job = job
         self._device = device
         self._last: tuple[int, int, Any, Any] | None = None
@@ -92,7 +92,7 @@ class SamplingRun:
             # How many steps there are may not be known before: keep each as the possible last one, copied at the end.
             self._last = (step, total, x0, x)
         if self._run.rank == 0:
-            self._run.emit((self._place, event))
+            self._run.emit((self._index, event))
         self._enter_step(step + 2)
         self._run.check_cancelled()
 
