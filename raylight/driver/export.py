@@ -208,7 +208,7 @@ def _write(
         gb(status.st_size),
         file.where,
     )
-    made = Export(f"{model} (from memory)", blueprint, status.st_ino)
+    made = Export(f"{model} (from memory)", blueprint)
     return replace(ModelRecipe.of(file.path, "default"), gguf_pack=gguf_folder, export=made), file
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from raylight.cluster.config import SessionConfig
 from raylight.parallel.external_strategies import OURS
@@ -14,21 +15,38 @@ GGUF = ".gguf"
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16")
 
 
+class FileStamp(NamedTuple):
+    """What distinguishes a file from its replacement under the same name: its size (bytes), the times of its last
+    change of content and of status (ns), and its inode.
+
+    `rsync --inplace -t` and the like set the first time back, and no program the second. A stamp is of the machine that
+    made it; another machine only compares stamps with each other.
+    """
+
+    size: int
+    modified_ns: int = 0
+    changed_ns: int = 0
+    inode: int = 0
+
+
+def stamp(path: str) -> FileStamp:
+    """Return the stamp of a file as it is now. Raises FileNotFoundError."""
+    status = os.stat(path)
+    return FileStamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
 @dataclass(frozen=True, slots=True)
 class LoraRecipe:
-    """A LoRA file (of any kind that ComfyUI knows) and its strength. The other fields are as in ModelRecipe."""
+    """A LoRA file (of any kind that ComfyUI knows) and its strength."""
 
     path: str
     strength: float
-    size: int
-    modified_ns: int
-    changed_ns: int = 0
-    inode: int = 0
+    stamp: FileStamp
 
     @classmethod
     def of(cls, path: str, strength: float) -> LoraRecipe:
         """Return the recipe of a file as it is now. Raises FileNotFoundError."""
-        return cls(os.path.abspath(path), strength, *stamp(path))
+        return cls(os.path.abspath(path), strength, stamp(path))
 
     @property
     def name(self) -> str:
@@ -37,34 +55,28 @@ class LoraRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A model that was written from the memory of ComfyUI's process: its name for users, a pickled
-    `exported.Blueprint`, and the file's inode, as another file may have the same path later."""
+    """A model that was written from the memory of ComfyUI's process: its name for users, and a pickled
+    `exported.Blueprint`."""
 
     name: str
     blueprint: bytes
-    inode: int
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRecipe:
     """A diffusion model file, how to load it, and its LoRAs in their order. Equal recipes give the same weights.
 
-    `size` (bytes), `modified_ns`, `changed_ns` and `inode` distinguish a file from its replacement under the same name,
-    also from one that was written in place and got the old time of modification. They are of the machine that made the
-    recipe; another machine only compares recipes with each other. `sharding` is REPLICATED, SHARDED or OFFLOADED.
-    `gguf_pack` is the folder of the ComfyUI-GGUF that reads a GGUF file, or whose layers an exported model has, and
-    empty for any other. With `export` the file is one that Raylight wrote, in memory of this machine.
+    `sharding` is REPLICATED, SHARDED or OFFLOADED. `gguf_pack` is the folder of the ComfyUI-GGUF that reads a GGUF
+    file, or whose layers an exported model has, and empty for any other. With `export` the file is one that Raylight
+    wrote, in memory of this machine.
     """
 
     path: str
     weight_dtype: str
-    size: int
-    modified_ns: int
+    stamp: FileStamp
     sharding: str = REPLICATED
     loras: tuple[LoraRecipe, ...] = ()
     gguf_pack: str = ""
-    changed_ns: int = 0
-    inode: int = 0
     export: Export | None = None
 
     @classmethod
@@ -91,18 +103,8 @@ class ModelRecipe:
                 )
             if not gguf_pack:
                 raise ValueError(needs_pack(path))
-        size, modified_ns, changed_ns, inode = stamp(path)
-        return cls(
-            os.path.abspath(path),
-            weight_dtype,
-            size,
-            modified_ns,
-            sharding,
-            loras,
-            gguf_pack if is_gguf(path) else "",
-            changed_ns,
-            inode,
-        )
+        pack = gguf_pack if is_gguf(path) else ""
+        return cls(os.path.abspath(path), weight_dtype, stamp(path), sharding, loras, pack)
 
     @property
     def name(self) -> str:
@@ -112,26 +114,19 @@ class ModelRecipe:
     def is_there(self) -> bool:
         """Whether the file is still there and has not changed."""
         try:
-            now = ModelRecipe.of(self.path, self.weight_dtype, gguf_pack=self.gguf_pack)
-            inode = os.stat(self.path).st_ino
+            return stamp(self.path) == self.stamp
         except OSError:
             return False
-        same = replace(now, sharding=self.sharding, loras=self.loras, gguf_pack=self.gguf_pack, export=self.export)
-        return same == self and (self.export is None or inode == self.export.inode)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.stamp.size
 
     @property
     def without_loras(self) -> ModelRecipe:
         """The recipe of the same weights before any LoRA."""
         return replace(self, loras=())
-
-
-def stamp(path: str) -> tuple[int, int, int, int]:
-    """Return a file's size (bytes), the times of its last change of content and of status (ns), and its inode.
-
-    `rsync --inplace -t` and the like set the first time back, and no program the second. Raises FileNotFoundError.
-    """
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def is_gguf(path: str) -> bool:

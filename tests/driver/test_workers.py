@@ -12,7 +12,7 @@ from raylight.cluster.errors import DIED, FAILED, HUNG, OUT_OF_MEMORY
 from raylight.driver import memory
 from raylight.driver.workers import ask_with_room, remedies
 from raylight.host.jobs import NeedsBytes
-from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, FileStamp, ModelRecipe
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
 
@@ -34,7 +34,7 @@ def test_remedies(kind: str, sharding: str | None, mesh: MeshShape, with_: str, 
     assert with_ in text and without not in text
 
 
-RECIPE = ModelRecipe("/models/a.safetensors", "default", 1, 0)
+RECIPE = ModelRecipe("/models/a.safetensors", "default", FileStamp(1))
 
 
 class FakeSession:

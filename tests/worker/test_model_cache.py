@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raylight.host.jobs import NeedsBytes
-from raylight.host.recipe import ModelRecipe
+from raylight.host.recipe import FileStamp, ModelRecipe
 from raylight.worker import model_cache
 from raylight.worker.model_cache import CachedModel, ModelCache
 from raylight.worker.service import ModelService
@@ -65,7 +65,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def resident(machine: Machine, name: str, size: int, on_gpu: bool = True) -> CachedModel:
-    recipe = ModelRecipe(f"/models/{name}", "default", size, 0, "sharded")
+    recipe = ModelRecipe(f"/models/{name}", "default", FileStamp(size), "sharded")
     return CachedModel(recipe, Patcher(name, size, machine, on_gpu), None, {}, {}, size)
 
 
