@@ -58,23 +58,23 @@ def serialize(
     """
     references: dict[int, _Reference] = {}
 
-    def refer(part: Any) -> Any:
-        if isinstance(part, ModelPatcher):
-            if any(part is one for one in ancestry(model)):
+    def refer(item: Any) -> Any:
+        if isinstance(item, ModelPatcher):
+            if any(item is one for one in ancestry(model)):
                 return _Reference("patcher")
             if not (foreign_code if networks is None else networks):
-                raise NotSerializableError(f"another model ({type(part.model).__name__}) takes part")
-            if isinstance(part.model, BaseModel):
-                raise NotSerializableError(f"it holds another diffusion model ({type(part.model).__name__})")
+                raise NotSerializableError(f"another model ({type(item.model).__name__}) takes part")
+            if isinstance(item.model, BaseModel):
+                raise NotSerializableError(f"it holds another diffusion model ({type(item.model).__name__})")
         found = None
-        if isinstance(part, (nn.Module, nn.Parameter)):
+        if isinstance(item, (nn.Module, nn.Parameter)):
             if not references:  # made only now: most of what is sent needs none
                 references.update(_references_of(model))
-            found = references.get(id(part))
-        return also(part) if found is None and also is not None else found
+            found = references.get(id(item))
+        return also(item) if found is None and also is not None else found
 
-    def reduce(part: Any) -> Any:
-        return _reduced(part, foreign_code)
+    def reduce(item: Any) -> Any:
+        return _reduced(item, foreign_code)
 
     try:
         with by_value(_foreign_modules(len(sys.modules))) if foreign_code else nullcontext():
@@ -97,7 +97,7 @@ def deserialize(
     def resolve(reference: Any) -> Any:
         if not isinstance(reference, _Reference):
             return also(reference) if also is not None else reference
-        return patcher if reference.kind == "patcher" else _part(patcher, reference.name)
+        return patcher if reference.kind == "patcher" else _resolved(patcher, reference.name)
 
     try:
         return unpack(content, resolve, patcher.load_device, copies)
@@ -109,7 +109,7 @@ def deserialize(
         ) from error
 
 
-def _part(patcher: ModelPatcher, name: str) -> Any:
+def _resolved(patcher: ModelPatcher, name: str) -> Any:
     """Return a module or parameter by its name, without the object patches that an earlier run may have left."""
     for key, before in patcher.object_patches_backup.items():
         if name == key or name.startswith(f"{key}."):
@@ -153,31 +153,31 @@ def _references_in(base: nn.Module, path: str = "") -> dict[int, _Reference]:
     }
 
 
-def _reduced(part: Any, foreign_code: bool) -> Any:
+def _reduced(item: Any, foreign_code: bool) -> Any:
     """Return how to send devices, patchers, and code that workers cannot import by its name; as `pack`'s `reduce`."""
-    if isinstance(part, torch.device):
-        return (torch.device, ("cpu",)) if part.type == "cpu" else (_device_here, ())
-    if isinstance(part, ModelPatcher):
-        return _patcher_here, (part.model, part.patches)
-    if isinstance(part, ModuleType):
-        name = _extras_name(part)
+    if isinstance(item, torch.device):
+        return (torch.device, ("cpu",)) if item.type == "cpu" else (_device_here, ())
+    if isinstance(item, ModelPatcher):
+        return _patcher_here, (item.model, item.patches)
+    if isinstance(item, ModuleType):
+        name = _extras_name(item)
         return NotImplemented if name is None else (importlib.import_module, (name,))
-    if not isinstance(part, (type, FunctionType)):
+    if not isinstance(item, (type, FunctionType)):
         return NotImplemented
-    if isinstance(part, type) and issubclass(part, io.ComfyNode) and (node := _declared(part)) is not part:
+    if isinstance(item, type) and issubclass(item, io.ComfyNode) and (node := _declared(item)) is not item:
         return _same, (node,)
-    module = sys.modules.get(getattr(part, "__module__", None) or "")
+    module = sys.modules.get(getattr(item, "__module__", None) or "")
     if module is None:
         return NotImplemented
     is_of_pack = _is_foreign(module)
-    if is_of_pack or is_foreign_function(part):
+    if is_of_pack or is_foreign_function(item):
         if not foreign_code:
-            raise NotSerializableError(f"code of another node pack takes part ({node_name_of(part)})")
+            raise NotSerializableError(f"code of another node pack takes part ({node_name_of(item)})")
         # A function that replaces one of another module bears the name of that one.
         return NotImplemented if is_of_pack else BY_VALUE
     name = _extras_name(module)
-    if name is not None and _attribute(module, part.__qualname__) is part:
-        return _named, (name, part.__qualname__)
+    if name is not None and _attribute(module, item.__qualname__) is item:
+        return _named, (name, item.__qualname__)
     return NotImplemented
 
 
