@@ -1,4 +1,4 @@
-"""The tool for new models says of known ones what their plans say."""
+"""The probe drafts for known models what their plans say."""
 
 from __future__ import annotations
 
