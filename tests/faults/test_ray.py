@@ -80,7 +80,7 @@ def test_a_full_object_store_on_a_full_disk(folder: Path, reference: torch.Tenso
         before = full.workers()
         prompt = full.submit(advanced(replace(JOB, width=4096, height=4096, frames=81, steps=1)))
         full.wait_until(lambda: "the workers do the whole run" in full.log_tail(5))
-        full.fails(prompt, "Ray's object store is full, .* no room for what is sent to the workers")
+        full.fails(prompt, r"Ray's object store is full.*: no room for what is sent to the workers")
         assert_same(full.latent(advanced(JOB)), reference)
         assert full.workers() == before, "the workers stay"
 
