@@ -1,10 +1,10 @@
-"""What the drop-in MODEL costs beside stock ComfyUI, per step, at world size 1: milliseconds, and bytes sent.
+"""The cost of the drop-in MODEL beside stock ComfyUI, per step, with one worker: milliseconds, and bytes sent.
 
-One worker samples latents of the sizes that people use (Wan 480p with 81 frames, Flux 1024) through a model that is
-small and, unless --attention is given, does without attention, so that what is measured is what lies around it. Three
-ways, taken in turns: stock ComfyUI in one process; the whole run handed over to the worker; the loop in ComfyUI, with
-each forward sent to the worker. A step is the difference between a run of several steps and a run of one, in the
-median. "Sent a run" is for a run of one step whose conditioning is known already where forwards are sent.
+One worker samples latents of usual sizes (Wan 480p with 81 frames, Flux 1024) with a model that is small and, unless
+--attention is given, has no attention, so that the overhead is what is measured. Three ways, in turn: stock ComfyUI in
+one process; the run sent to the worker; the sampling loop in ComfyUI, with each forward sent to the worker. A step is
+the median difference between a run of several steps and a run of one. "Sent a run" is for a run of one step whose
+conditioning has been sent before.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/dropin.py
     COMFYUI_PATH=/my/ComfyUI python benchmarks/dropin.py --device cuda --attention
@@ -59,7 +59,7 @@ WAYS = ("stock", "whole run", "each forward")
 
 
 def cases() -> dict[str, tuple[str, tuple[int, ...], float, list[list[Any]]]]:
-    """By name: model, shape of the latent, CFG, prompts. A start image has 20 channels that stay."""
+    """Return by name: model, shape of the latent, CFG, prompts. A start image has 20 constant channels."""
     image = {"concat_latent_image": torch.randn(WAN), "concat_mask": torch.ones(1, 1, *WAN[2:])}
     return {
         "Wan 480p 81 frames": ("wan-t2v", WAN, 1.0, [random_prompt(512, 4096, 1)] * 2),
@@ -70,7 +70,7 @@ def cases() -> dict[str, tuple[str, tuple[int, ...], float, list[list[Any]]]]:
 
 
 class Traffic:
-    """Bytes of tensors that pass between ComfyUI and the workers."""
+    """Bytes of tensors that are sent between ComfyUI and the workers."""
 
     def __init__(self) -> None:
         self.sent = self.received = 0
@@ -96,7 +96,7 @@ class Traffic:
 
 
 def size(value: Any) -> int:
-    """Bytes of the tensors and serialized objects in a value."""
+    """Return the bytes of the tensors and serialized objects in a value."""
     if hasattr(value, "nbytes"):
         return value.nbytes
     if isinstance(value, bytes):
@@ -125,7 +125,7 @@ def values_only(
     skip_reshape: bool = False,
     **__: Any,
 ) -> torch.Tensor:
-    """In the place of attention: the queries, which have the shape of its result."""
+    """Replace attention: return the queries, which have the shape of its result."""
     return q.transpose(1, 2).flatten(2) if skip_reshape else q
 
 

@@ -1,14 +1,14 @@
-"""Loading a large checkpoint on 1, 2 and 4 workers: time, and memory of the machine, against stock ComfyUI.
+"""Time and system memory of loading a large checkpoint on 1, 2 and 4 workers, against stock ComfyUI.
 
-The checkpoint is generated: blocks of Wan 14B, as many as make the size, in bf16 and as scaled fp8 with the rest in
-float32, which is what ComfyUI computes in on the CPU. Everything runs there, where shards are in host memory, with the
-file in the page cache; set-ups take turns, and medians are compared.
+The checkpoint is generated: as many blocks of Wan 14B as make up the size, in bf16, and in scaled fp8 with the rest in
+float32, in which ComfyUI computes on the CPU. Everything runs on the CPU, with shards in host memory and the file in
+the page cache; set-ups take turns, and medians are compared.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/loading.py --gib 6
 
-Memory is the proportional set size (PSS) of the workers' processes, a page that several share counted once, above what
-they had before the load. `peak` is the most that was no page of the file, which the machine could take back at any
-time. Whole weights are only mapped by a load: `after a step` is the memory after one denoising step, which reads them.
+Memory is the proportional set size (PSS) of the workers' processes, in which a page of several processes counts once,
+beyond what they had before the load. `peak` excludes pages of the file, which the machine can reclaim at any time. A
+load only maps replicated weights: `after a step` is the memory after one denoising step, which reads them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FORMS = ("bf16", "scaled fp8")
 
 @dataclass(frozen=True)
 class Row:
-    """One load. Memory in bytes; `own` is what weights take of rank 0's own memory."""
+    """One load. Memory in bytes; `own` is the weights' part of rank 0's own memory."""
 
     seconds: float
     grown: int
@@ -55,7 +55,7 @@ class Row:
 
 
 def write_checkpoint(path: Path, size: int, scaled_fp8: bool) -> None:
-    """Blocks of Wan 14B until the file has `size` bytes, written piece by piece."""
+    """Write blocks of Wan 14B until the file has `size` bytes."""
     import comfy.ldm.wan.model
     import comfy.ops
     import torch
@@ -66,7 +66,7 @@ def write_checkpoint(path: Path, size: int, scaled_fp8: bool) -> None:
     data = {dtype: source.view(torch.uint8).numpy().tobytes() for dtype, source in sources.items()}
 
     def entries(layers: int) -> list[tuple[str, str, list[int], int]]:
-        """Name, dtype, shape and bytes of every tensor."""
+        """Return name, dtype, shape and bytes of every tensor."""
         model = comfy.ldm.wan.model.WanModel(
             model_type="t2v",
             in_dim=16,
@@ -108,7 +108,7 @@ def write_checkpoint(path: Path, size: int, scaled_fp8: bool) -> None:
 
 
 class Memory:
-    """PSS of processes above what it was, and its peak, sampled while it is entered."""
+    """Sampler of the PSS of processes, beyond what it was before, and of its peak."""
 
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
@@ -142,7 +142,7 @@ class Memory:
 
 
 def stock(path: Path, _: bool) -> Row:
-    """ComfyUI's own loader, in a process of its own."""
+    """Measure ComfyUI's own loader, in a separate process."""
     context = mp.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_stock, args=(str(path), results))
@@ -167,7 +167,7 @@ def _stock(path: str, results: Any) -> None:
 
 
 def workers(path: Path, ranks: int, sharding: str, step: bool) -> Row:
-    """`ranks` workers of a session of their own, which do one step if asked to."""
+    """Measure `ranks` workers of a new session, which also do one step if asked to."""
     import comfy.sample
     import torch
 

@@ -1,7 +1,7 @@
 """Speed-up of one denoising step over ranks, each with one thread.
 
-Every figure of one table is measured side by side in one run: the ranks of each count take turns, and medians are
-compared. Communication is the time spent in exchanges and gathers, waiting for slower ranks included.
+All figures of a table are measured in one run: the numbers of ranks take turns, and medians are compared.
+Communication is the time spent in exchanges and gathers, including the wait for slower ranks.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/scaling.py --ranks 1 2
 
@@ -44,7 +44,7 @@ WIDE = {
 
 
 def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of each of `repeats` forwards of the model, and of their communication."""
+    """Return the seconds of each of `repeats` forwards of the model, and of their communication."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     from comfy.cli_args import args
 

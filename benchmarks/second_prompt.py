@@ -1,7 +1,7 @@
-"""What a prompt costs before its first denoising step: the first, one with a new seed, one with another LoRA strength.
+"""The time of a prompt before its first denoising step: the first one, one with a new seed or another LoRA strength.
 
-Two workers on the CPU sample a small Wan. A prompt is timed with one step and with four, in turn; what remains of the
-former without a step is what it cost before. Medians, and shares of a step.
+Two workers on the CPU sample a small Wan. A prompt is timed with one step and with four, in turn; the former less one
+step is the time before the first step. Medians, and fractions of a step.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/second_prompt.py
 """
@@ -43,7 +43,7 @@ STEPS = 4
 
 
 def seconds(model: RayModel, seed: int, steps: int) -> float:
-    """A prompt, from the sampler node's call to the latent."""
+    """Return the seconds of a prompt, from the sampler node's call to the latent."""
     prompt = random_prompt(32, 4096, 1)
     began = time.perf_counter()
     patcher = api.load(model)  # as the loader node does

@@ -2,23 +2,21 @@
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/attention.py --json attention.json
 
-`error` is the relative L2 to float32 attention written out, over some queries of some heads; `lse` the largest error of
-the log-sum-exp, and `with lse` the time of a call that returns it, which a ring needs. `step` is one forward of the
-whole model. Backends that cannot be had here are listed with the reason.
+`error` is the relative L2 to reference attention in float32, over some queries of some heads; `lse` the largest error
+of the log-sum-exp, and `with lse` the time of a call that returns it, which a ring needs. `step` is one forward of the
+model. Backends that cannot be used here are listed with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import SIZES, build, inputs, synchronize, versions
-from one_share import between, mark
+from full_size import SIZES, build, inputs, versions
+from measure import median, relative
 from torch import Tensor
 
 from raylight.attention import torch_kernels
@@ -29,20 +27,8 @@ HEADS, WIDTH = 40, 128
 SOME_HEADS, SOME_QUERIES = 2, 512
 
 
-def median(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median seconds of a call after one that is not counted."""
-    function()
-    marks = []
-    for _ in range(repeats):
-        start = mark(device)
-        function()
-        marks.append((start, mark(device)))
-    synchronize(device)
-    return statistics.median(between(*pair) for pair in marks)
-
-
 def measure_kernel(name: str, tokens: int, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Times and errors of one backend at (1, 40, tokens, 128) in bfloat16; or the reason why it cannot be had."""
+    """Return times and errors of one backend at (1, 40, tokens, 128) in bfloat16, or why it cannot be used."""
     try:
         chosen = kernel(name, device)
     except (ValueError, ImportError) as reason:
@@ -53,27 +39,23 @@ def measure_kernel(name: str, tokens: int, device: torch.device, repeats: int) -
         for _ in range(3)
     )
     part = q[:, :SOME_HEADS, :SOME_QUERIES], k[:, :SOME_HEADS], v[:, :SOME_HEADS]
-    true, true_total = torch_kernels.reference_attention(*(t.float() for t in part), None, None)
+    true, true_lse = torch_kernels.reference_attention(*(t.float() for t in part), None, None)
     out = chosen(q, k, v, None, None)
     found: dict[str, Any] = {"takes": chosen.name, "error": relative(out[:, :SOME_HEADS, :SOME_QUERIES], true)}
     found["seconds"] = median(lambda: chosen(q, k, v, None, None), device, repeats)
-    # written_out, the TORCH of a ring, is for what no other takes, and slow at this size.
+    # reference_attention, the TORCH of a ring, serves what no other kernel supports, and is slow at this size.
     if hasattr(chosen, "with_lse") and chosen.name != "TORCH":
-        out, total = chosen.with_lse(q, k, v, None, None)
+        out, lse = chosen.with_lse(q, k, v, None, None)
         found["ring_error"] = relative(out[:, :SOME_HEADS, :SOME_QUERIES], true)
-        found["lse_error"] = (total.float()[:, :SOME_HEADS, :SOME_QUERIES] - true_total).abs().max().item()
+        found["lse_error"] = (lse.float()[:, :SOME_HEADS, :SOME_QUERIES] - true_lse).abs().max().item()
         found["with_lse_seconds"] = median(lambda: chosen.with_lse(q, k, v, None, None), device, repeats)
     return found
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.float() - expected).norm() / expected.norm()).item()
 
 
 def measure_step(
     model: Any, given: dict[str, Tensor], name: str | None, device: torch.device, repeats: int
 ) -> tuple[float, Tensor]:
-    """Median seconds of a forward and its result, with a backend, or with what ComfyUI takes by itself."""
+    """Return the median seconds of a forward, and its result, with a backend or with ComfyUI's own choice."""
     options: dict[str, Any] = {"transformer_options": {}}
     if name is not None:
         transformer_options.install_override(

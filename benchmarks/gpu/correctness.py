@@ -1,12 +1,12 @@
-"""Results on a GPU against stock ComfyUI there, for every way to share the work.
+"""Results on a GPU against stock ComfyUI there, for every way to parallelize.
 
-All ranks share one GPU, over gloo, so one card is enough: every way but NCCL's own transport is as on several. Models
-are real ones of five heads of 128, two blocks of each kind, and thousands of tokens.
+All ranks use one GPU, over gloo, so one card is enough: all but NCCL's transport is as on several. The models have five
+heads of 128, two blocks of each kind, and thousands of tokens.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/correctness.py --json correctness.json
 
-Figures are relative L2 to ComfyUI's result in the same dtype, the worst of all ranks. `rounding`: of ComfyUI's result
-in float32 on that GPU to the one in this dtype, for scale. `LoRA` has two, one of them of every kind.
+Figures are the relative L2 error against ComfyUI's result in the same dtype, the worst of all ranks. `rounding`, for
+scale, is the error of ComfyUI's result in this dtype against float32. `LoRA` has two, one of them of every kind.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from full_size import versions
+from measure import relative
 from torch import Tensor
 
 from raylight.dev.local_ranks import run_ranks, values
@@ -40,7 +41,7 @@ LARGEST = 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How ranks share the work. `degrees` are those of ring and Ulysses, both 1 where tokens stay whole."""
+    """How ranks parallelize. `degrees` are those of ring and Ulysses, both 1 if tokens are not split."""
 
     name: str
     degrees: tuple[int, int] = (1, 1)
@@ -50,7 +51,7 @@ class Way:
 
 
 def ways(world: int) -> list[Way]:
-    """What is compared on so many ranks."""
+    """Return what is compared on `world` ranks."""
     if world == 1:
         return []
     usp = (1, world)
@@ -69,8 +70,8 @@ def ways(world: int) -> list[Way]:
 
 
 def setup(device_type: str) -> torch.device:
-    """This rank's device, after a first call of ComfyUI's attention: on Hopper cuDNN computes that one, whatever
-    ComfyUI asks for, and no other."""
+    """Return this rank's device, after a first call of ComfyUI's attention: on Hopper cuDNN computes the first call,
+    whatever ComfyUI asks for, and no other."""
     import comfy.ops
 
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
@@ -105,7 +106,7 @@ def stock(
     patched: bool = False,
     options: dict[str, Any] | None = None,
 ) -> Tensor:
-    """ComfyUI's result by itself, or with attention replaced by its own hook."""
+    """Return ComfyUI's result: its own, or with attention replaced by `options`."""
     import comfy.model_patcher
     import comfy.sd
 
@@ -126,8 +127,8 @@ def loras(model: Any) -> tuple[tuple[dict[str, Tensor], float], ...]:
     return (lora_for(shapes, ["lora"], 1), 0.8), (lora_for(shapes, [k for k in KINDS if k != "boft"], 2), -0.6)
 
 
-def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: torch.device, world: int) -> Tensor:
-    """This rank's result."""
+def parallel(family: Any, form: str, way: Way, given: dict[str, Tensor], device: torch.device, world: int) -> Tensor:
+    """Return this rank's result."""
     import comfy.lora
     from staged_ring import StagedThroughCpuHybrid
 
@@ -170,7 +171,7 @@ def shared(family: Any, form: str, way: Way, given: dict[str, Tensor], device: t
 def compare(
     rank: int, world: int, device_type: str, names: tuple[str, ...], forms: tuple[str, ...], small: bool
 ) -> dict[str, float | str]:
-    """Every way on this many ranks."""
+    """Compare every way on `world` ranks."""
     device = setup(device_type)
     results: dict[str, float | str] = {}
     for name in names:
@@ -184,7 +185,7 @@ def compare(
                     try:
                         if way.patched not in expected:
                             expected[way.patched] = stock(family, form, given, device, patched=True)
-                        result = shared(family, form, way, given, device, world)
+                        result = parallel(family, form, way, given, device, world)
                         results[key] = relative(result, expected[way.patched])
                     except Exception:  # ranks fail alike, and the next way can still be compared
                         results[key] = traceback.format_exc()
@@ -194,7 +195,7 @@ def compare(
 def compare_alone(
     rank: int, world: int, device_type: str, names: tuple[str, ...], forms: tuple[str, ...], small: bool
 ) -> dict[str, float | str]:
-    """Every attention backend on one rank."""
+    """Compare every attention backend on one rank."""
     from raylight.attention.kernels import NAMES, kernel
     from raylight.worker import transformer_options
 
@@ -225,13 +226,8 @@ def compare_alone(
     return results
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    error = ((actual - expected).norm() / expected.norm()).item()
-    return error if error == error else float("inf")
-
-
 def worst(ranks: list[dict[str, float | str]]) -> dict[str, float | str]:
-    """Of all ranks the largest error, or a failure."""
+    """Return the largest error of all ranks, or a failure."""
     found: dict[str, float | str] = {}
     for key in ranks[0]:
         failures = [rank[key] for rank in ranks if isinstance(rank[key], str)]

@@ -1,9 +1,9 @@
-"""Memory on a GPU over many runs, and what a run that does not fit leaves behind.
+"""Memory on a GPU over many runs, and after a run that does not fit.
 
-One worker on the GPU, a small Wan at 480x832 with 33 frames: 50 runs, with the memory of the whole device and of both
-processes after each; then the device is filled up but for a little, so that a run fails in the worker; then, with the
-room given back, the first run again. Exits with 1 where memory grows by 1 % or more after the fifth run, where the
-failure is not told as one of memory, or where the last run differs from the first by more than a relative L2 of 1e-2.
+One worker on the GPU, a small Wan at 480x832 with 33 frames: 50 runs, with the memory of the device and of both
+processes after each; then the device is almost filled, so that a run fails in the worker; then, with that memory freed,
+the first run again. Exits with 1 if memory grows by 1 % or more after the fifth run, if the failure is not reported as
+out of memory, or if the last run differs from the first by more than a relative L2 of 1e-2.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/endurance.py
 """
@@ -22,7 +22,7 @@ sys.path.append(str(ROOT))
 
 PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 PARSER.add_argument("--runs", type=int, default=50)
-PARSER.add_argument("--left-mib", type=int, default=600, help="what the run that is to fail finds free")
+PARSER.add_argument("--left-mib", type=int, default=600, help="free memory for the run that must fail")
 OPTIONS = PARSER.parse_args()
 
 import comfy.sample
@@ -55,8 +55,10 @@ def sample(model: ModelPatcher, seed: int, shape: tuple[int, ...], prompts: list
 
 
 def taken() -> dict[str, int]:
-    """Bytes: of the device by all programs, and of system memory by this process and the worker for themselves. Ray's
-    store of objects lies in memory that both share, of a size that is given to it."""
+    """Return the bytes used of the device by all programs, and of system memory by this process and by the worker.
+
+    Ray's object store is not included: it is shared memory of a fixed size.
+    """
     free, total = torch.cuda.mem_get_info()
     return {
         "device": total - free,
@@ -66,7 +68,7 @@ def taken() -> dict[str, int]:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Memory of a process that no file and no other process has, as Linux tells it."""
+    """Return the bytes of a process that are in no file and no other process, as Linux reports them."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
 
@@ -85,12 +87,12 @@ def main() -> int:
             first = result if first is None else first
             history.append(taken())
         grown = _report(history)
-        told = _fail(model, prompts)
+        failed = _fail(model, prompts)
         again = sample(model, 0, SHAPE, prompts)
         difference = ((again - first).norm() / first.norm()).item()
         print(f"after that, the first run again: relative L2 {difference:.1e}")
         active_session.close()
-    return int(grown or not told or difference > 1e-2)
+    return int(grown or not failed or difference > 1e-2)
 
 
 def _report(history: list[dict[str, int]]) -> bool:
@@ -107,7 +109,7 @@ def _report(history: list[dict[str, int]]) -> bool:
 
 
 def _fail(model: ModelPatcher, prompts: list) -> bool:
-    """Fill the device, and have a run fail. Returns whether it did, and was told as what it is."""
+    """Fill the device, and return whether a run then fails with an error of memory."""
     active_session.running().run(WorkerService.free)
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - (OPTIONS.left_mib << 20), dtype=torch.uint8, device="cuda")

@@ -1,10 +1,10 @@
-"""What one rank's exchange costs on the GPU besides the link, and what attention of its heads costs in parts.
+"""The cost of one rank's exchange on the GPU besides the link, and of attention to its heads in chunks.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/exchange.py --json exchange.json
 
-`pack` is q, k and v into the buffer that is sent, `place` the copy of what comes back; `floor` moves the same bytes by
-one contiguous copy each. `attention` is of all heads of the rank, lying as they arrive; `apart` the same with q, k and
-v contiguous, and `in 2`, `in 4` as many calls of fewer heads each.
+`pack` copies q, k and v into the buffer that is sent, `place` copies what comes back; `floor` moves the same bytes by
+one contiguous copy each. `attention` is to all heads of the rank in the layout in which they arrive; `apart` the same
+with q, k and v contiguous; `in 2` and `in 4` are as many calls of fewer heads each.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import median
 from full_size import versions
+from measure import median
 
 from raylight.attention.kernels import kernel
 from raylight.parallel.exchange_layout import head_chunks, pack_heads, place_heads, unpack_heads

@@ -1,5 +1,6 @@
-"""Models at full size with random weights that are made on the GPU by their names: nothing to download, the same in
-every process, and a rank can make its own rows of any of them.
+"""Models at full size with random weights, generated on the GPU by name.
+
+Nothing is downloaded, the weights are the same in every process, and a rank can generate the rows of its shard.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ comfy_args.cpu = not torch.cuda.is_available()  # before ComfyUI's modules choos
 
 @dataclass(frozen=True)
 class FullSize:
-    """A family of `raylight.dev.zoo` with the widths of the real model, a latent and the shapes of its texts."""
+    """A family of `raylight.dev.zoo` with the widths of the real model, the shape of its latent and of its texts."""
 
     title: str
     family: str
@@ -72,7 +73,7 @@ SIZES = {
 
 
 def skeleton(name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """ComfyUI's model of that size on `meta`; with `layers`, so many of each kind instead of all."""
+    """Return ComfyUI's model of that size on `meta`; with `layers`, this many of each kind instead of all."""
     import comfy.supported_models
 
     from raylight.dev.zoo import families
@@ -88,7 +89,7 @@ def skeleton(name: str, layers: int | None = None, dtype: torch.dtype = torch.bf
 
 
 def build(name: str, device: torch.device, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The same with its weights, on a device."""
+    """Return the model of `skeleton` with its weights, on a device."""
     model = skeleton(name, layers, dtype)
     weights = RandomWeights(model.diffusion_model, device)
     fill(model.diffusion_model, weights, device)
@@ -97,7 +98,7 @@ def build(name: str, device: torch.device, layers: int | None = None, dtype: tor
 
 
 def fill(diffusion_model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put weights in the place of parameters, and buffers on the device."""
+    """Replace the parameters by `weights`, and move buffers to the device."""
     for name in list(dict(diffusion_model.named_parameters())):
         owner, _, leaf = name.rpartition(".")
         setattr(diffusion_model.get_submodule(owner), leaf, nn.Parameter(weights[name], requires_grad=False))
@@ -107,7 +108,7 @@ def fill(diffusion_model: nn.Module, weights: Mapping[str, Tensor], device: torc
 
 
 class RandomWeights(Mapping):
-    """Weights of a model by name, made when they are asked for: matrices scaled by their fan-in, as in the zoo."""
+    """Weights of a model by name, generated on access: matrices scaled by their fan-in, as in the zoo."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._like = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in model.named_parameters()}
@@ -130,7 +131,7 @@ class RandomWeights(Mapping):
 
 
 def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Arguments of `BaseModel.apply_model`."""
+    """Return the arguments of `BaseModel.apply_model`."""
     size, generator = SIZES[name], torch.Generator(device).manual_seed(0)
     made = {
         key: torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -140,7 +141,7 @@ def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
 
 
 def write_checkpoint(name: str, path: Path, device: torch.device, layers: int | None = None) -> int:
-    """A file of that model as ComfyUI's loader takes it; returns its bytes."""
+    """Write a file of that model for ComfyUI's loader, and return its bytes."""
     from safetensors.torch import save_file
 
     model = skeleton(name, layers).diffusion_model
@@ -149,13 +150,8 @@ def write_checkpoint(name: str, path: Path, device: torch.device, layers: int | 
     return path.stat().st_size
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def versions() -> dict[str, str]:
-    """The hardware and what it runs, for the file of results."""
+    """Return the hardware and software, for the file of results."""
     from comfyui_version import __version__ as comfyui
 
     found = {"torch": torch.__version__, "ComfyUI": comfyui}

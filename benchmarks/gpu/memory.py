@@ -1,12 +1,13 @@
-"""GPU memory with whole, split and offloaded weights, and how much of the copy from the host is hidden.
+"""GPU memory with replicated, sharded and offloaded weights, and how much of the copy from the host is hidden.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/memory.py --layers 8 --json memory.json
 
-Ranks share one GPU, over gloo: their memory is as on GPUs of their own, but that gloo, unlike NCCL, takes one block for
-a copy of its own; their times say nothing. `weights` are there between forwards; `more` is the peak in one, beyond
-these; `in blocks` the latter less the peak of whole weights on as many ranks, which is what gathering takes.
-Offloading is timed with one rank on NCCL, from which FSDP2 gathers nothing, so nothing starts ahead: `hidden` is the
-share of the copy that no forward waits for.
+All ranks use one GPU, over gloo: their memory is as on separate GPUs, but gloo, unlike NCCL, uses one block for a copy;
+their times mean nothing. `weights` is the memory between forwards; `more` the peak in a forward beyond that; `in
+blocks` is `more` less that of replicated weights on as many ranks, which is the memory of gathering.
+
+Offloading is timed with one rank on NCCL, where FSDP2 gathers nothing, so nothing starts ahead: `hidden` is the share
+of the copy that no forward waits for.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import SIZES, RandomWeights, fill, inputs, skeleton, synchronize, versions
-from one_share import between, mark
+from full_size import SIZES, RandomWeights, fill, inputs, skeleton, versions
+from measure import between, mark, synchronize
 
 from raylight.dev.local_ranks import run_ranks, values
 
-REPLICATED, SHARDED, OFFLOADED = "replicated", "split", "split, offloaded"
+REPLICATED, SHARDED, OFFLOADED = "replicated", "sharded", "sharded, offloaded"
 
 
 def device_of(device_type: str) -> torch.device:
@@ -34,8 +35,8 @@ def device_of(device_type: str) -> torch.device:
 
 
 def model_on(name: str, layers: int | None, weights_are: str, device: torch.device) -> tuple[Any, dict, int]:
-    """The model with its tokens split over all ranks and its weights as said, the options to call it with, and the
-    bytes of a block."""
+    """Return the model with its tokens split over all ranks and its weights placed as `weights_are` says, the options
+    to call it with, and the bytes of a block."""
     import torch.distributed as dist
 
     from raylight.attention.kernels import kernel
@@ -59,7 +60,7 @@ def model_on(name: str, layers: int | None, weights_are: str, device: torch.devi
 
 
 def peak(rank: int, world: int, name: str, layers: int | None, weights_are: str, device_type: str) -> dict[str, float]:
-    """Bytes of one rank: of weights between forwards, and at most more in one."""
+    """Return one rank's bytes of weights between forwards, of its peak beyond these, and of a block."""
     device = device_of(device_type)
     with torch.no_grad():
         model, options, block = model_on(name, layers, weights_are, device)
@@ -77,7 +78,7 @@ def peak(rank: int, world: int, name: str, layers: int | None, weights_are: str,
 
 
 def offloading(rank: int, world: int, name: str, layers: int | None, repeats: int, device_type: str) -> dict[str, Any]:
-    """Seconds of a forward with the weights of one rank whole, in its own shards and offloaded, and of copying them."""
+    """Return the seconds of a forward with replicated, sharded and offloaded weights of one rank, and of copying."""
     device = device_of(device_type)
     found: dict[str, Any] = {}
     with torch.no_grad():
@@ -103,7 +104,7 @@ def offloading(rank: int, world: int, name: str, layers: int | None, repeats: in
 
 
 def copying(model: Any, device: torch.device) -> float:
-    """Seconds to copy all shards from the host, one after the other, with nothing beside it."""
+    """Return the seconds to copy all shards from the host, one after another, and nothing else."""
     from torch.distributed.tensor import DTensor
 
     shards = [p.to_local() for p in model.diffusion_model.parameters() if isinstance(p, DTensor)]
@@ -133,7 +134,7 @@ def main() -> None:
         f"{'ranks':>5} {'weights are':<18} {'weights':>8} {'more':>8} {'sum':>8} {'in blocks':>9}"
     )
     for world in options.ranks:
-        whole = 0.0
+        replicated = 0.0
         for weights_are in (REPLICATED, SHARDED, OFFLOADED):
             if world == 1 and weights_are != REPLICATED:
                 continue
@@ -150,8 +151,8 @@ def main() -> None:
                 )
             )
             most = max(ranks, key=lambda one: one["weights"] + one["more"])
-            whole = whole or most["more"]
-            blocks = f"{(most['more'] - whole) / most['block']:9.2f}" if weights_are != REPLICATED else ""
+            replicated = replicated or most["more"]
+            blocks = f"{(most['more'] - replicated) / most['block']:9.2f}" if weights_are != REPLICATED else ""
             print(
                 f"{world:>5} {weights_are:<18} {most['weights'] / 1e9:8.2f} {most['more'] / 1e9:8.2f} "
                 f"{(most['weights'] + most['more']) / 1e9:8.2f} {blocks}",
@@ -171,8 +172,8 @@ def main() -> None:
         )
     )[0]
     print(
-        f"\none rank, seconds of a forward: whole {found[REPLICATED]:.3f}, in shards {found[SHARDED]:.3f}, offloaded "
-        f"{found[OFFLOADED]:.3f}; the copy alone {found['copy']:.3f}, of which {found['hidden']:.1%} is hidden"
+        f"\none rank, seconds of a forward: replicated {found[REPLICATED]:.3f}, sharded {found[SHARDED]:.3f}, "
+        f"offloaded {found[OFFLOADED]:.3f}; copying {found['copy']:.3f}, of which {found['hidden']:.1%} is hidden"
     )
     figures["offloading"] = found
     if options.json:

@@ -1,14 +1,14 @@
-"""Everything for several GPUs of one machine, one rank each, over NCCL: results, seconds per step, memory, speed-up.
+"""Results, seconds per step, memory and speed-up on several GPUs of one machine, one rank each, over NCCL.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/multi.py --json multi.json
 
-finds the GPUs and runs 1, 2, 4 and 8 ranks as far as there are so many. `L2` is to the result of one rank with stock
-attention, of the same random weights; `link` is the share of the step in which the GPU runs kernels of NCCL, by the
-profiler, hidden or not; `bare` that in which it runs nothing else. `predicted` compares with the file that
-prediction.py wrote, for the link named by --link.
+finds the GPUs and runs 1, 2, 4 and 8 ranks, as far as there are as many GPUs. `L2` is the error against one rank with
+the same random weights; `link` the share of the step in which the GPU runs NCCL's kernels, by the profiler, hidden or
+not; `bare` that in which it runs nothing else. `predicted` is from the file that prediction.py wrote, for the link
+named by --link.
 
-With --device cpu, or --share-gpu (all ranks on one GPU, rings staged through the CPU), ranks meet over gloo: to try the
-program, as times then say nothing.
+With --device cpu, or --share-gpu (all ranks on one GPU, rings staged through the CPU), ranks use gloo: this is to try
+the program, since times mean nothing then.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import SIZES, RandomWeights, fill, inputs, skeleton, synchronize, versions
-from one_share import between, mark
+from full_size import SIZES, RandomWeights, fill, inputs, skeleton, versions
+from measure import between, mark, relative, synchronize
 from torch import Tensor
 
 from raylight.dev.local_ranks import run_ranks, values
@@ -36,7 +36,7 @@ LARGEST_DIFFERENCE = 0.05  # from the prediction
 
 @dataclass(frozen=True)
 class Way:
-    """Degrees of the mesh, and whether weights are split over all ranks."""
+    """Degrees of the mesh, and whether weights are sharded over all ranks."""
 
     name: str
     ulysses: int = 1
@@ -46,7 +46,7 @@ class Way:
 
 
 def ways(world: int) -> list[Way]:
-    """What is run on so many ranks. The batch axis has two rows, positive and negative prompt, as with CFG."""
+    """Return what is run on `world` ranks. The batch axis has two rows, positive and negative prompt, as with CFG."""
     if world == 1:
         return [Way("one GPU")]
     found = [
@@ -63,7 +63,7 @@ def ways(world: int) -> list[Way]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every rank is told."""
+    """What every rank runs."""
 
     size: str
     layers: int | None
@@ -74,7 +74,7 @@ class Setting:
 
 
 def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]:
-    """This rank's step: seconds, peak bytes, the shares of communication, and the result of rank 0."""
+    """Return this rank's seconds of each step, peak bytes, shares of communication, and the result on rank 0."""
     device = torch.device(setting.device_type, 0 if setting.shared_gpu else rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -107,7 +107,7 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
 
 
 def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> Any:
-    """A function that does one step on this rank."""
+    """Return a function that does one step on this rank."""
     from staged_ring import StagedThroughCpuHybrid
 
     from raylight.attention.kernels import kernel
@@ -130,7 +130,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
     else:
         fill(diffusion_model, weights, device)
     given = inputs(setting.size, device)
-    rows = 2 if setting.cfg else 1
+    total = 2 if setting.cfg else 1
     if setting.cfg:
         given = {
             name: torch.cat([value, value.flip(-1) if name == "c_crossattn" else value])
@@ -138,18 +138,18 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
         }
     axis = BatchAxis(mesh.get_group("batch"))
 
-    def part(of: Rows) -> Tensor:
-        return model.apply_model(**of.of(given), transformer_options=dict(options["transformer_options"]))
+    def call(rows: Rows) -> Tensor:
+        return model.apply_model(**rows.of(given), transformer_options=dict(options["transformer_options"]))
 
     def forward() -> Tensor:
         # With one row and a batch axis, as FSDP alone has it, every rank does the same work.
-        return axis.call(part, rows) if axis.can_split(rows) else part(Rows(0, rows, rows))
+        return axis.call(call, total) if axis.can_split(total) else call(Rows(0, total, total))
 
     return forward
 
 
 def communication(forward: Any, device: torch.device) -> tuple[float, float]:
-    """The shares of a step in which kernels of NCCL run, and in which no other does."""
+    """Return the shares of a step in which NCCL's kernels run, and in which no other kernel does."""
     if device.type != "cuda":
         forward()
         return 0.0, 0.0
@@ -169,7 +169,7 @@ def communication(forward: Any, device: torch.device) -> tuple[float, float]:
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of spans."""
+    """Return the length of the union of spans."""
     length, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         length += max(0.0, end - max(start, reached))
@@ -178,7 +178,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def run(world: int, way: Way, setting: Setting, timeout_s: float) -> dict[str, Any]:
-    """One row of the table: the slowest rank's median, the largest peak, the mean shares."""
+    """Return one row of the table: the slowest rank's median, the largest peak, the mean shares."""
     over_gloo = setting.shared_gpu or setting.device_type == "cpu"
     ranks = values(
         run_ranks(
@@ -201,7 +201,7 @@ def run(world: int, way: Way, setting: Setting, timeout_s: float) -> dict[str, A
 
 
 def report(size: str, worlds: list[int], options: argparse.Namespace, predicted: dict[str, Any]) -> dict[str, Any]:
-    """Measure and print the table of one size; what missed its goal is in `missed`."""
+    """Measure and print the table of one size. Return its figures, with missed goals in `missed`."""
     figures: dict[str, Any] = {"missed": []}
     expected: dict[bool, Tensor] = {}
     alone: dict[bool, float] = {}
@@ -226,20 +226,20 @@ def report(size: str, worlds: list[int], options: argparse.Namespace, predicted:
             expected.setdefault(cfg, result)
             alone.setdefault(cfg, row["seconds"])
             seconds[world, way.name] = row["seconds"]
-            error = ((result - expected[cfg]).norm() / expected[cfg].norm()).item()
+            error = relative(result, expected[cfg])
             speed_up = alone[cfg] / row["seconds"]
             promised = predicted.get(f"{size} {world}", {}).get("predicted_s", {}).get(options.link)
-            told = "" if promised is None or way.name != "Ulysses" else f"{promised:9.4f}"
+            forecast = "" if promised is None or way.name != "Ulysses" else f"{promised:9.4f}"
             print(
                 f"{world:>4} {way.name:<20} {row['seconds']:>9.4f} {speed_up:>8.2f}x {speed_up / world:>10.1%} "
-                f"{row['peak_bytes'] / 1e9:>8.2f} {row['link']:>6.1%} {row['bare']:>6.1%} {error:>8.1e} {told}",
+                f"{row['peak_bytes'] / 1e9:>8.2f} {row['link']:>6.1%} {row['bare']:>6.1%} {error:>8.1e} {forecast}",
                 flush=True,
             )
             figures[f"{world} {way.name}"] = row | {"speed_up": speed_up, "relative_l2": error}
             where = f"{world} GPUs, {way.name}"
             if error > LARGEST:
                 figures["missed"].append(f"{where}: relative L2 {error:.1e}, goal {LARGEST:g}")
-            if told and abs(row["seconds"] / promised - 1) > LARGEST_DIFFERENCE:
+            if forecast and abs(row["seconds"] / promised - 1) > LARGEST_DIFFERENCE:
                 figures["missed"].append(f"{where}: {row['seconds'] / promised - 1:+.1%} of what was predicted")
             if size == "wan-720p" and way.name == "Ulysses" and speed_up < GOALS.get(world, 0):
                 figures["missed"].append(f"{where}: {speed_up:.2f}x, goal {GOALS[world]}x")

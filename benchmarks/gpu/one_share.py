@@ -1,12 +1,11 @@
-"""What one of N ranks does in a step, without the others: its tokens through all blocks, its heads over all tokens.
+"""A step of one of N ranks, without the others: its tokens through all blocks, its heads over all tokens.
 
-The exchange is Raylight's own, but for the collective: what the other ranks would send is made up of this rank's own,
-of the right size, and the bytes are counted.
+The exchange is Raylight's own but for the collective: what others would send is copied from this rank's tensors, in
+the right size, and the bytes are counted.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from full_size import synchronize
+from measure import between, mark, synchronize
 from torch import Tensor
 
 from raylight.attention.kernels import kernel
@@ -29,15 +28,15 @@ _DONE = SimpleNamespace(wait=lambda: True)
 
 @dataclass
 class Call:
-    """One exchanged attention call, by its parts: bytes that come to this rank and go back, seconds of attention."""
+    """One exchanged attention call, by chunk: bytes received before and after attention, and its seconds."""
 
     arriving: list[int] = field(default_factory=list)
     returning: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def waits(self, bytes_per_second: float) -> float:
-        """Seconds in which a GPU only waits for this call's exchange: one thing travels at a time, each beside the
-        attention that does not need it."""
+        """Return the seconds in which a GPU only waits for this call's exchange. The link sends one chunk at a time,
+        while attention runs that does not need it."""
         link = computed = 0.0
         arrived, ended = [], []
         for size in self.arriving:
@@ -52,7 +51,7 @@ class Call:
 
 
 class OneShare(UlyssesAttention):
-    """Ulysses of rank 0 of `degree`, without the others."""
+    """Ulysses of rank 0 of `degree`, without the other ranks."""
 
     def __init__(self, degree: int, large_bytes: int, chunks: int) -> None:
         self._group, self._rank, self._degree = None, 0, degree
@@ -74,7 +73,7 @@ class OneShare(UlyssesAttention):
         return super().__call__(timed, *arguments)
 
     def finish(self) -> None:
-        """Read the clocks. The device must be idle."""
+        """Set the seconds of all calls. The device must be idle."""
         for call, events in zip(self.calls, self._events, strict=True):
             call.seconds = [between(start, end) for start, end in events]
 
@@ -111,8 +110,8 @@ class OneGather:
 
 @dataclass(frozen=True)
 class Share:
-    """One step of one rank of `degree`: seconds, bytes that it gathers at the end, its attention calls, and the peak of
-    its memory beyond the weights of the whole model."""
+    """One step of one rank of `degree`: its seconds, bytes of all-gathers, attention calls, and the peak of its memory
+    beyond the replicated weights, in bytes."""
 
     degree: int
     seconds: float
@@ -125,15 +124,15 @@ class Share:
         return self.gathered + sum(sum(call.arriving) + sum(call.returning) for call in self.calls)
 
     def predicted(self, gigabytes_per_second: float) -> float:
-        """Seconds of a step of `degree` GPUs that are linked so."""
+        """Return the predicted seconds of a step on `degree` GPUs with a link of this bandwidth."""
         speed = gigabytes_per_second * 1e9
         return self.seconds + self.gathered / speed + sum(call.waits(speed) for call in self.calls)
 
 
-def share_of(model: Any, inputs: dict[str, Tensor], degree: int, attention: str, large: int, parts: int) -> Share:
-    """Do one step of the share of rank 0 of `degree`."""
+def share_of(model: Any, inputs: dict[str, Tensor], degree: int, attention: str, large: int, chunks: int) -> Share:
+    """Do one step of rank 0 of `degree`."""
     device = inputs["x"].device
-    share, gather = OneShare(degree, large, parts), OneGather()
+    share, gather = OneShare(degree, large, chunks), OneGather()
     group = SequenceGroup(share, degree=degree)
     split = ComfySequenceParallel(model.diffusion_model, plan_for(model.diffusion_model), group)
     options: dict[str, Any] = {}
@@ -152,15 +151,3 @@ def share_of(model: Any, inputs: dict[str, Tensor], degree: int, attention: str,
     split.remove()
     peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
     return Share(degree, between(start, end), gather.nbytes, share.calls, peak)
-
-
-def mark(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(start: Any, end: Any) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3

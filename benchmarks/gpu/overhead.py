@@ -1,11 +1,11 @@
-"""What Raylight costs beside stock ComfyUI, per step of a model at full size, at world size 1.
+"""The cost of Raylight beside stock ComfyUI, per step of a model at full size, with one worker.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/overhead.py --folder /dev/shm --json overhead.json
 
-Three ways, taken in turns on one GPU, which holds the model twice: stock ComfyUI in one process; the worker's own loop,
-to which the drop-in MODEL hands the whole run; the loop in ComfyUI, with each forward sent to the worker. A step is the
-difference between a run of several steps and a run of one. The model has random weights, which are written to a file
-in --folder (28 GB) and read from there by both.
+Three ways, in turn on one GPU, which holds the model twice: stock ComfyUI in one process; the run on the worker, as the
+drop-in MODEL sends it; the sampling loop in ComfyUI, with each forward sent to the worker. A step is the difference
+between a run of several steps and a run of one. The model has random weights, which are written to a file in --folder
+(28 GB) and read from there by both.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def sample(model: Any, way: str, name: str, seed: int, steps: int) -> Tensor:
 
     sampler = comfy.samplers.sampler_object("euler")
     if way == DROP_IN:
-        sampler.held = threading.Lock()  # which no other process can have
+        sampler.held = threading.Lock()  # it cannot be serialized, which keeps the loop in ComfyUI
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     latent = torch.zeros(SIZES[name].latent)
     return comfy.sample.sample_custom(
@@ -70,14 +70,14 @@ def prompt(name: str) -> list[Any]:
 
 
 def measure(models: dict[str, Any], name: str, steps: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """Of each way the seconds of a step, and the relative L2 to ComfyUI's result."""
+    """Return, for each way, the seconds of a step and the relative L2 to ComfyUI's result."""
     taken: dict[str, list[float]] = {way: [] for way in models}
     latents: dict[str, Tensor] = {}
     for way, model in models.items():
         timed(model, way, name, 0, 1)  # loads and warms up
     for turn in range(1, repeats + 1):
         for way, model in models.items():
-            # Other noise each time: of latents that come again nothing would be sent.
+            # New noise each time: latents that were sent before would not be sent again.
             once, _ = timed(model, way, name, 2 * turn, 1)
             often, latents[way] = timed(model, way, name, 2 * turn + 1, steps)
             taken[way].append((often - once) / (steps - 1))
@@ -94,7 +94,7 @@ def measure(models: dict[str, Any], name: str, steps: int, repeats: int) -> dict
 
 def timed(model: Any, way: str, name: str, seed: int, steps: int) -> tuple[float, Tensor]:
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what this process keeps, the worker lacks
+        torch.cuda.empty_cache()  # the worker needs the memory that this process keeps
     began = time.perf_counter()
     result = sample(model, way, name, seed, steps).float().cpu()
     return time.perf_counter() - began, result

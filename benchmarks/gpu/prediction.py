@@ -1,8 +1,8 @@
 """The time of a step on N GPUs, predicted from one GPU. A prediction, not a measurement of N GPUs.
 
 One rank's exact share (its tokens, its heads) is timed on this GPU; the bytes of its collectives take the time that a
-link of a given bandwidth takes, beside attention where Raylight has them travel beside it. With FSDP the weights of
-each block are gathered while the block before it computes.
+link of a given bandwidth takes, beside attention where Raylight overlaps them. With FSDP the weights of each block are
+gathered while the block before it computes.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/prediction.py --json prediction.json
 """
@@ -25,8 +25,8 @@ LINKS = {"NVLink": 450.0, "PCIe 4 x16": 25.0, "PCIe 3 x8": 6.0}  # GB/s one way
 
 
 def with_shards(share: Share, blocks: int, block_bytes: int, gigabytes_per_second: float) -> float:
-    """Seconds of a step where weights are split as well: a block's gather that takes longer than the block before it
-    is waited for, and the link is one."""
+    """Return the seconds of a step with sharded weights: a block waits for a gather that takes longer than the block
+    before it, over the same link."""
     seconds = share.predicted(gigabytes_per_second)
     gather = block_bytes * (1 - 1 / share.degree) / gigabytes_per_second / 1e9
     exchanged = share.received / gigabytes_per_second / 1e9

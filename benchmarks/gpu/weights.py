@@ -1,13 +1,13 @@
-"""Split weights on a GPU against stock ComfyUI there: every format, with and without offload and LoRAs.
+"""Sharded weights on a GPU against stock ComfyUI there: every format, with and without offload and LoRAs.
 
-All ranks share one GPU, over gloo, so one card is enough; times therefore say nothing, and are not printed.
+All ranks use one GPU, over gloo, so one card is enough; times mean nothing then, and are not printed.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/weights.py --ranks 1 2 --json weights.json
 
-The model is Wan at eight heads. `whole`, `LoRA`: relative L2 to ComfyUI's result, without LoRAs and with two of them,
-of every kind; `effect`: how much they change it. `removed`, `moved`: the result is to the last bit what it was, after
-the LoRAs are taken away, and after the weights went to the CPU and back. `share`: of the weights, on each rank. The
-memory is that of blocks of Wan 14B; gloo, unlike NCCL, takes one block of it for a copy of its own.
+The model is Wan with eight heads. `plain`, `LoRA`: relative L2 to ComfyUI's result, without LoRAs and with two of them,
+of every kind; `effect`: how much they change it. `removed`, `moved`: the result is bitwise what it was, after the LoRAs
+are removed, and after the weights went to the CPU and back. `share`: of the weights, on each rank. The memory is that
+of blocks of Wan 14B; gloo, unlike NCCL, uses one block of it for a copy.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import relative
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dict[str, dict[str, Any]]:
-    """Each checkpoint, split over `world` ranks of one GPU."""
+    """Compare each checkpoint, sharded over `world` ranks of one GPU."""
     import comfy.model_management
     import comfy.sd
     from loras import KINDS, lora_for
@@ -91,9 +92,9 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
             patcher.load(device)
             moved = patcher.model.apply_model(**inputs()).float()
         results[form] = {
-            "whole": _relative(first, expected),
-            "lora": _relative(of_patched, expected_patched),
-            "effect": _relative(expected_patched, expected),
+            "plain": relative(first, expected),
+            "lora": relative(of_patched, expected_patched),
+            "effect": relative(expected_patched, expected),
             "removed": torch.equal(removed, first),
             "moved": torch.equal(moved, first),
             "share": report.bytes / report.model_bytes,
@@ -103,7 +104,7 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
 
 
 def peak(rank: int, world: int, path: Path, offload: bool) -> dict[str, float]:
-    """GPU memory of one rank with blocks of Wan 14B, in blocks: between forwards, and more in one."""
+    """Return one rank's GPU memory with blocks of Wan 14B, in blocks: between forwards, and the peak beyond that."""
     from raylight.host.checkpoint import load_mapped
     from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.worker.sharded_patcher import build_sharded
@@ -121,7 +122,7 @@ def peak(rank: int, world: int, path: Path, offload: bool) -> dict[str, float]:
 
 
 def write_large(path: Path) -> None:
-    """Blocks of Wan 14B in bf16."""
+    """Write blocks of Wan 14B in bf16."""
     import comfy.ldm.wan.model
     import comfy.ops
     from safetensors.torch import save_file
@@ -147,10 +148,6 @@ def write_large(path: Path) -> None:
         },
         path,
     )
-
-
-def _relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def _write(folder: Path) -> dict[str, Path]:
@@ -195,16 +192,16 @@ def main() -> None:
                     f"\n{setup}: {memory['between']:.2f} blocks on the GPU between forwards, {memory['more']:.2f} "
                     f"more in one"
                 )
-                print(f"{'':<20} {'whole':>8} {'LoRA':>8} {'effect':>8} {'removed':>8} {'moved':>6} {'share':>6}")
+                print(f"{'':<20} {'plain':>8} {'LoRA':>8} {'effect':>8} {'removed':>8} {'moved':>6} {'share':>6}")
                 for form in paths:
                     ranks = [rank[form] for rank in forms]
                     if "refused" in ranks[0]:
                         print(f"{form:<20} not run by ComfyUI itself here: {ranks[0]['refused']}")
                         continue
-                    worst = {key: max(rank[key] for rank in ranks) for key in ("whole", "lora", "effect", "share")}
+                    worst = {key: max(rank[key] for rank in ranks) for key in ("plain", "lora", "effect", "share")}
                     exact = {key: all(rank[key] for rank in ranks) for key in ("removed", "moved")}
                     print(
-                        f"{form:<20} {worst['whole']:8.1e} {worst['lora']:8.1e} {worst['effect']:8.1e} "
+                        f"{form:<20} {worst['plain']:8.1e} {worst['lora']:8.1e} {worst['effect']:8.1e} "
                         f"{exact['removed']!s:>8} {exact['moved']!s:>6} {worst['share']:6.3f}"
                     )
                     figures[f"{setup}, {form}"] = worst | exact | memory
