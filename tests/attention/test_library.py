@@ -1,6 +1,6 @@
-"""Attention of libraries: how they are called, and what is said where they cannot be.
+"""Attention of libraries: how they are called, and the errors when they cannot be.
 
-The libraries need a GPU; here stand-ins with their signatures are called, and on a GPU each kernel is tried when it is
+The libraries need a GPU; fakes with their signatures are called here, and on a GPU each kernel tests itself when it is
 chosen.
 """
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, S, H, D), as the libraries take it."""
+    """Attend with tensors (B, S, H, D), as the libraries do."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return plain_kernel(q, k, v, None, scale).transpose(1, 2), (q @ k.transpose(-1, -2) * scale).logsumexp(-1)
 

@@ -1,4 +1,4 @@
-"""Rows of a batch: what each rank gets of arguments, and that the work is really dealt out."""
+"""Batch rows: which rows of arguments each rank gets, and that each rank computes only its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""yunchang and xfuser: the same result as ours where they can do a call, and clear refusals where they cannot."""
+"""yunchang and xfuser: the same result as ours for calls that they support, and clear errors for those they do not."""
 
 from __future__ import annotations
 

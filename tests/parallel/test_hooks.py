@@ -1,4 +1,4 @@
-"""What a plan and a model must have in common, and calls that would be silently wrong."""
+"""Hooks: what a plan and a model must have in common, and attention that bypasses Raylight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Passing(torch.nn.Module):
 
 
 class Forgetful(torch.nn.Module):
-    """Leaves out the block at which tokens are gathered."""
+    """A model that skips the block at which tokens are gathered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,57 +79,6 @@ def test_rejects_tokens_before_a_gather_that_no_input_introduces() -> None:
         dataclasses.replace(TOY_PLAN, outputs={"head": Gather("img", after=("audio",))})
 
 
-def test_rejects_attention_that_no_plan_covers() -> None:
-    tokens = TokenState(0, 2)
-    tokens.shard(torch.zeros(1, 6, 4), Stream("x"))
-    attention = SequenceAttention(tokens, None)
-    with pytest.raises(RuntimeError, match="does not say over which tokens"):
-        attention(plain_kernel, *(torch.zeros(1, 2, 3, 4) for _ in range(3)), None, None)
-
-
-def test_rejects_attention_over_other_tokens_than_planned() -> None:
-    tokens = TokenState(0, 2)
-    tokens.shard(torch.zeros(1, 6, 4), Stream("x"))
-    tokens.push(SelfAttention(("x",)))
-    attention = SequenceAttention(tokens, None)
-    with pytest.raises(RuntimeError, match="6 queries on rank 0 where the plan expects 3"):
-        attention(plain_kernel, *(torch.zeros(1, 2, 6, 4) for _ in range(3)), None, None)
-
-
-def test_attention_before_the_split_is_left_alone() -> None:
-    q = torch.randn(1, 2, 5, 4)
-    attention = SequenceAttention(TokenState(0, 2), None)
-    assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
-
-
-def test_a_rank_without_tokens_takes_part_in_the_exchange(caplog: pytest.LogCaptureFixture) -> None:
-    tokens, exchanged = TokenState(0, 2), []
-    tokens.shard(torch.zeros(1, 1, 4), Stream("x"))
-    tokens.push(SelfAttention(("x",)))
-
-    def strategy(kernel, q, k, v, lengths, mask, scale):
-        exchanged.append((lengths, *(t.shape[2] for t in (q, k, v))))
-        return q
-
-    attention = SequenceAttention(tokens, strategy)
-    placeholder = torch.randn(1, 2, 1, 4)
-    with caplog.at_level("INFO"):
-        for _ in range(2):
-            out = attention(plain_kernel, placeholder, placeholder, placeholder, None, None)
-            assert torch.equal(out, torch.zeros_like(placeholder))
-    assert exchanged == [([0, 1], 0, 0, 0)] * 2
-    assert caplog.messages == ["a sequence has fewer tokens (1) than workers (2)"]
-
-
-def test_attention_in_a_module_that_runs_whole_is_left_alone() -> None:
-    tokens = TokenState(0, 2)
-    tokens.shard(torch.zeros(1, 6, 4), Stream("x"))
-    tokens.push(GatherAround("x"))
-    q = torch.randn(1, 2, 6, 4)
-    attention = SequenceAttention(tokens, None)
-    assert torch.equal(attention(plain_kernel, q, q, q, None, None), plain_kernel(q, q, q, None, None))
-
-
 def test_rejects_a_model_whose_tokens_stay_split() -> None:
     plan = dataclasses.replace(
         TOY_PLAN, inputs={"blocks.0": {"img": Stream("img")}}, attention={}, outputs={"blocks.1": Gather("img")}
@@ -141,7 +90,7 @@ def test_rejects_a_model_whose_tokens_stay_split() -> None:
 
 
 class Block(torch.nn.Module):
-    """One attention call, which `attention` makes of tokens (B, S, D) and the options."""
+    """A block with one attention call, `attention(x, options)` of tokens (B, S, D)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,12 +124,12 @@ def through_options(x: torch.Tensor, options: dict) -> torch.Tensor:
 
 
 def without_options(x: torch.Tensor, _: dict) -> torch.Tensor:
-    """What a node may put in: attention over the tokens that it sees."""
+    """Attend only to the tokens that are given, as attention of a node may."""
     return plain_kernel(*(heads_of(x) for _ in range(3)), None, None).transpose(1, 2).flatten(2)
 
 
 def run_block(attention, degree: int = 2, calls=1, full=None) -> list[int]:
-    """Run rank 0 of a model with this attention in its block, and of which tokens each exchange was told."""
+    """Run rank 0 of a model with this attention in its block. Return the number of tokens of each exchange."""
     seen: list[int] = []
 
     def strategy(kernel, q, k, v, lengths, mask, scale):
@@ -210,7 +159,7 @@ def test_fewer_calls_than_planned_end_the_run() -> None:
         run_block(through_options, calls=lambda block: 2 if isinstance(block, Block) else 1)
 
 
-def test_attention_of_whole_tokens_reaches_raylight_anyhow() -> None:
+def test_attention_to_full_tokens_is_no_bypass() -> None:
     assert run_block(without_options, degree=1) == []
 
     def called(tokens: TokenState, x: torch.Tensor, options: dict) -> torch.Tensor:
@@ -231,7 +180,7 @@ def test_attention_of_whole_tokens_reaches_raylight_anyhow() -> None:
         run_block(None, full=beside)
 
 
-def test_a_module_that_runs_whole_needs_no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_with_gathered_tokens_needs_no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = OneBlock(), TokenState(0, 2)
     model.block.attention = without_options
     plan = SequencePlan("test.OneBlock", {"": {"x": Stream("x")}, "block": {"x": GatherAround("x")}}, {}, {})

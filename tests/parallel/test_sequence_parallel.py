@@ -1,4 +1,4 @@
-"""Split against whole, on real gloo ranks."""
+"""A split model against the same model in one process, on real gloo ranks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from raylight.parallel.partition import partition
 
 
 @functools.cache
-def toy_reports(world: int, ring: int = 1, name: str = "", parts: int = 1) -> list[dict]:
-    return values(run_ranks(world, split_toy, ring, name, parts))
+def toy_reports(world: int, ring: int = 1, name: str = "", chunks: int = 1) -> list[dict]:
+    return values(run_ranks(world, split_toy, ring, name, chunks))
 
 
 def queries(case: Case, world: int, rank: int) -> int:
-    """Tokens in a rank's tensors: a placeholder for a stream with too few."""
+    """Return the number of tokens in a rank's tensors, with a placeholder for a stream with too few."""
     return max(partition(case.txt, world)[rank], 1) + max(partition(case.img, world)[rank], 1)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_split_equals_whole(world: int, name: str) -> None:
+def test_ulysses_equals_one_process(world: int, name: str) -> None:
     case = CASES[name]
     for rank, report in enumerate(toy_reports(world)):
         error, largest_query, exchanged, fewest_heads = report[name]
@@ -36,23 +36,23 @@ def test_split_equals_whole(world: int, name: str) -> None:
         assert fewest_heads == partition(case.heads, world)[rank]
 
 
-@pytest.mark.parametrize(("world", "parts"), [(2, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize(("world", "chunks"), [(2, 2), (3, 2), (2, 3)])
 @pytest.mark.parametrize("name", CASES)
-def test_exchange_in_parts(world: int, parts: int, name: str) -> None:
+def test_an_exchange_in_chunks_equals_one_process(world: int, chunks: int, name: str) -> None:
     case = CASES[name]
-    for rank, report in enumerate(toy_reports(world, parts=parts)):
+    for rank, report in enumerate(toy_reports(world, chunks=chunks)):
         error, _, exchanged, fewest_heads = report[name]
         assert error <= 1e-5
         assert exchanged == 4
         mine = partition(case.heads, world)[rank]
-        assert fewest_heads == mine // min(parts, min(partition(case.heads, world)))
+        assert fewest_heads == mine // min(chunks, min(partition(case.heads, world)))
 
 
 @pytest.mark.parametrize(
     ("world", "ring", "kernel"), [(2, 2, "TORCH"), (3, 3, "TORCH_FLASH"), (4, 2, "TORCH_FLASH"), (4, 2, "TORCH")]
 )
 @pytest.mark.parametrize("name", CASES)
-def test_ring_and_hybrid_equal_whole(world: int, ring: int, kernel: str, name: str) -> None:
+def test_ring_and_hybrid_equal_one_process(world: int, ring: int, kernel: str, name: str) -> None:
     case = CASES[name]
     for rank, report in enumerate(toy_reports(world, ring, kernel)):
         error, largest_query, exchanged, _ = report[name]

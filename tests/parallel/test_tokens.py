@@ -1,4 +1,4 @@
-"""Token bookkeeping of one rank, without processes."""
+"""The token state of one rank, without processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def state(rank: int, degree: int, **streams: int) -> TokenState:
     return tokens
 
 
-def test_a_stream_is_cut_once_and_then_left_alone() -> None:
+def test_a_stream_is_sharded_once_and_then_left_alone() -> None:
     tokens = TokenState(1, 3)
     whole = torch.arange(7.0).view(1, 7, 1)
     part = tokens.shard(whole, Stream("x"))
@@ -87,7 +87,7 @@ def test_masks_are_put_in_the_order_of_gathered_tokens() -> None:
 
 
 def short(rank: int) -> TokenState:
-    """Ten image tokens and then a text of one, on three ranks."""
+    """Return the state of ten image tokens and then one text token, on three ranks."""
     return state(rank, 3, img=10, txt=1)
 
 
@@ -141,7 +141,7 @@ def test_a_prefix_of_a_short_stream() -> None:
         assert tokens.sizes("prompt") == (0, 0, 1)
 
 
-def test_a_short_stream_that_has_left_goes_to_the_same_ranks_again() -> None:
+def test_a_gathered_short_stream_goes_to_the_same_ranks_again() -> None:
     tokens = state(0, 2, txt=1)
     assert tokens.sizes("txt") == (0, 1)
     tokens.shard(torch.zeros(1, 1, 1), Stream("img"))
@@ -154,8 +154,8 @@ def test_a_short_stream_that_has_left_goes_to_the_same_ranks_again() -> None:
 def test_rejects_an_argument_by_its_reason() -> None:
     tokens = TokenState(0, 2)
     assert tokens.shard(None, Unsupported("no")) is None
-    with pytest.raises(ValueError, match="cannot be split over workers here: it counts whole rows"):
-        tokens.shard(torch.zeros(1), Unsupported("it counts whole rows"))
+    with pytest.raises(ValueError, match="cannot be split over workers here: it counts tokens"):
+        tokens.shard(torch.zeros(1), Unsupported("it counts tokens"))
 
 
 def test_rejects_a_table_that_does_not_fit() -> None:
@@ -183,18 +183,18 @@ def test_a_stream_may_be_an_entry_of_a_tuple() -> None:
     assert same is audio
 
 
-def test_a_stream_that_has_left_is_cut_again() -> None:
+def test_a_gathered_stream_is_sharded_again() -> None:
     tokens, whole = TokenState(1, 2), torch.randn(1, 5, 2)
     first = tokens.shard(whole, Stream("x"))
     assert tokens.shard(first, Stream("x")) is first, "it is local already"
     tokens.mark_gathered("x")
-    assert tokens.shard(whole, Aligned(("x",))) is whole, "nothing is cut where the stream is whole"
+    assert tokens.shard(whole, Aligned(("x",))) is whole, "nothing is sharded while the stream is full"
     assert torch.equal(tokens.shard(whole, Stream("x")), first)
     tokens.mark_gathered("x")
     assert tokens.shard(torch.randn(1, 9, 2), Stream("x")).shape == (1, 4, 2), "and may have another length"
 
 
-def test_a_whole_stream_met_twice_is_cut_twice() -> None:
+def test_a_full_stream_met_twice_is_sharded_twice() -> None:
     tokens, whole = TokenState(0, 2), torch.randn(1, 6, 2)
     assert torch.equal(tokens.shard(whole, Stream("x")), tokens.shard(whole, Stream("x")))
 

@@ -1,4 +1,4 @@
-"""What a rank of a batch axis computes and gets back."""
+"""The ranks' work in tests of batch parallelism."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from raylight.parallel.batch import BatchAxis, Rows
 
 
 def doubled(rank: int, world: int, totals: list[int]) -> list[tuple[int, bool, bool]]:
-    """For each batch: the rows that this rank computed, whether its result is that of all rows, also in a list."""
+    """Return, for each batch, the rows computed by this rank, and whether each result in a list is that of all rows."""
     axis, report = BatchAxis(dist.group.WORLD), []
     for total in totals:
         whole, seen = torch.arange(total * 6.0).view(total, 2, 3), []

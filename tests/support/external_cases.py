@@ -1,4 +1,4 @@
-"""Our split attention, yunchang's and xfuser's, on the same inputs."""
+"""Sequence attention of Raylight, yunchang and xfuser, on the same inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _errors(
 
 
 def against_yunchang(rank: int, world: int) -> dict[str, tuple[Errors, int]]:
-    """For each case the largest errors, and how many calls yunchang has done."""
+    """Return, for each case, the largest errors and how many calls yunchang has done."""
     mesh = build_mesh(MeshShape(ulysses=world), torch.device("cpu"))
     groups = mesh.get_group("ulysses"), mesh.get_group("ring")
     ours = HybridAttention(*groups)
@@ -59,7 +59,7 @@ def against_yunchang(rank: int, world: int) -> dict[str, tuple[Errors, int]]:
 
 
 def against_xfuser(rank: int, world: int) -> Errors:
-    """xfuser's USP has no state without a GPU: it is given what its own initialisation would set."""
+    """Return the largest errors. xfuser's USP does not initialize without a GPU, so its state is set here."""
     import xfuser.core.distributed.runtime_state as runtime_state
     from xfuser.core.distributed.attention_backend import AttentionBackendType
     from xfuser.model_executor.layers import usp

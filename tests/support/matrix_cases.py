@@ -1,4 +1,4 @@
-"""One family on ranks: ComfyUI's own `apply_model` against the split one, in the same process."""
+"""ComfyUI's own `apply_model` of a family against the split model's, in the same processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Calls = Mapping[str, Callable[[Draw], dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one rank measured in one call. `heads` are those of the exchanged attention calls on this rank, of `of`."""
+    """One rank's measurement of one call. `heads`, of all `of`, are those of exchanged attention calls on this rank."""
 
     error: float
     std: float
@@ -56,9 +56,9 @@ def compare(
     shapes: dict[str, MeshShape],
     calls_of: Callable[[Family], Calls] = attrgetter("calls"),
 ) -> dict[tuple[str, str, str], Comparison]:
-    """Every call of the named families on each of these meshes of `world` ranks, by family, call and mesh.
+    """Compare every call of the named families on each of these meshes of `world` ranks, by family, call and mesh.
 
-    Each rank builds a family once, and rank 0 computes for all what the model gives whole, before it is split.
+    Each rank builds a family once, and rank 0 computes the expected output for all before the model is split.
     """
     meshes = {name: build_mesh(shape, torch.device("cpu")) for name, shape in shapes.items()}
     results = {}
@@ -71,7 +71,7 @@ def compare(
         dist.broadcast_object_list(untouched)
         for call, expected in untouched[0].items():
             for mesh_name, mesh in meshes.items():
-                # A failure is told by the test of this call; one before any exchange harms no other call.
+                # The test of this call reports a failure; one before any exchange affects no other call.
                 found = (
                     expected
                     if isinstance(expected, str)
@@ -84,7 +84,7 @@ def compare(
 
 
 def _attempt(measure: Callable[[], T]) -> T | str:
-    """What it gives, or the traceback of what it raised."""
+    """Return the result of `measure`, or the traceback of what it raised."""
     try:
         with torch.inference_mode():
             return measure()
@@ -93,7 +93,7 @@ def _attempt(measure: Callable[[], T]) -> T | str:
 
 
 def _untouched(model: torch.nn.Module, make: Any) -> torch.Tensor:
-    """What the model gives whole, in this process."""
+    """Return the output of the model that is not split."""
     inputs = make(Draw(3))
     options = inputs.pop("transformer_options", {})
     expected = model.apply_model(**copied(inputs), transformer_options=dict(options))
@@ -123,7 +123,7 @@ def _compare(model: torch.nn.Module, make: Any, mesh: Any, expected: torch.Tenso
 
 
 class Split:
-    """A diffusion model of `heads` attention heads that is split as a worker splits it; `counts` what is exchanged."""
+    """A diffusion model of `heads` attention heads, split as a worker splits it; `counts` are of its exchanges."""
 
     def __init__(self, model: torch.nn.Module, mesh: Any) -> None:
         plan = plan_for(model)
@@ -133,7 +133,7 @@ class Split:
         self.remove = self._parallel.remove
 
     def options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The transformer options for a call."""
+        """Return the transformer options for a call."""
         model_options = {"transformer_options": dict(options)}
         self._parallel.install(model_options, kernel("TORCH"))
         return model_options["transformer_options"]

@@ -1,4 +1,4 @@
-"""Calls of the families in which a stream has one token: a text, and for some the picture."""
+"""Calls of the families in which a stream has one token: the text, and for some the image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LATENTS = {
 
 
 def calls_of(family: Family) -> Calls:
-    """The calls with one token that this family has."""
+    """Return the calls of this family with a stream of one token."""
     calls = one_token(family)
     if family.name in _LATENTS:
         calls[PICTURE] = _with_latent(calls[NAME], _LATENTS[family.name])

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of sequence parallelism. Importable by name, because ranks are spawned."""
+"""The ranks' work in tests of sequence parallelism. Importable by name, because ranks are spawned."""
 
 from __future__ import annotations
 
@@ -78,12 +78,13 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
 
 
 def split_toy(
-    rank: int, world: int, ring: int = 1, kernel_name: str = "", parts: int = 1
+    rank: int, world: int, ring: int = 1, kernel_name: str = "", chunks: int = 1
 ) -> dict[str, tuple[float, int, int, int]]:
-    """For each case: the largest error in units of the output's deviation, tokens attended, calls exchanged, heads.
+    """Return, for each case, the largest error in standard deviations of the output, the largest number of queries, the
+    number of exchanged calls, and the smallest number of heads.
 
-    `ring` ranks in the ring and the rest in Ulysses; `kernel_name` is the kernel, plain arithmetic where it is empty.
-    With more than one of `parts` every exchange goes in parts, as large ones do.
+    `ring` ranks are in the ring, the rest in Ulysses. `kernel_name`: the kernel; `plain_kernel` if it is empty. With
+    several `chunks`, every exchange is made in chunks, as large ones are.
     """
     mesh = build_mesh(MeshShape(ring=ring, ulysses=world // ring), torch.device("cpu"))
     group = sequence_axis(mesh).get_group()
@@ -111,8 +112,8 @@ def split_toy(
         expected = model(**copies, attend=plain_kernel)
 
         strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
-        if parts > 1:
-            strategy = UlyssesAttention(mesh.get_group("ulysses"), large_bytes=0, chunks=parts)
+        if chunks > 1:
+            strategy = UlyssesAttention(mesh.get_group("ulysses"), large_bytes=0, chunks=chunks)
         counted = CountingStrategy(strategy)
         split = SequenceParallel(model, TOY_PLAN, SequenceGroup.of(group, counted))
         kernel = CountingKernel(kernel_named(kernel_name) if kernel_name else plain_kernel)
@@ -131,7 +132,7 @@ def split_toy(
 
 
 def uneven_collectives(rank: int, world: int) -> bool:
-    """All-gather and exchange of pieces of different sizes give every rank the right rows."""
+    """Check that an all-gather and an exchange of uneven sizes give every rank the right elements."""
     sizes = partition(world + 1, world)
     start = sum(sizes[:rank])
     whole = torch.arange((world + 1) * 6.0).view(2, world + 1, 3)
@@ -149,12 +150,12 @@ def uneven_collectives(rank: int, world: int) -> bool:
 
 
 def votes(rank: int, world: int) -> tuple[bool, bool, int]:
-    """One rank's wish is known to all, and the smallest number too."""
+    """Return whether one rank's flag, and no flag, reach all ranks, and the smallest number."""
     return any_rank(rank == world - 1), any_rank(False), smallest(100 - rank)
 
 
 def one_rank_fails(rank: int, world: int, how: str) -> None:
-    """Rank 1 fails inside a forward; the others are in an exchange with it."""
+    """Fail on rank 1 inside a forward, while the others are in an exchange with it."""
     if rank == 1:
         if how == "dies":
             os._exit(3)

@@ -1,5 +1,5 @@
-"""A small two-stream transformer with everything that a plan can say: joint, cross and grouped attention, masks,
-tables aligned with tokens, modulation per frame."""
+"""A small two-stream transformer with joint, cross and grouped attention, masks, tables aligned with tokens, and
+modulation per frame."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 
 
 def plain_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """(B, H, S, D), written out, with grouped queries: nothing of it is shared with the code under test."""
+    """Attend with q (B, H, S, D), k and v (B, HKV, S, D), by definition: no code is shared with what is tested."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:

@@ -30,7 +30,7 @@ CALLS = [(family.name, call) for family in families().values() for call in famil
 
 @functools.cache
 def measured(world: int) -> list[dict[tuple[str, str, str], Comparison]]:
-    """All meshes of that size at once: the ranks start once, and the model is whole once."""
+    """Measure all meshes of a size at once: ranks start once, and models are built and run in one process once."""
     shapes = {name: shape for name, shape in MESHES.items() if shape.world_size == world}
     return values(run_ranks(world, compare, tuple(families()), shapes, timeout_s=1500))
 

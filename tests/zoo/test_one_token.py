@@ -1,4 +1,4 @@
-"""The parity matrix for prompts, and pictures, of fewer tokens than ranks: a stream of one token in every family."""
+"""The parity matrix for prompts and images of fewer tokens than ranks: a stream of one token in every family."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALLS = [(family.name, call) for family in families().values() for call in calls
 
 @functools.cache
 def measured(world: int) -> list[dict[tuple[str, str, str], Comparison]]:
-    """All families on all meshes of that size at once: the ranks start once."""
+    """Measure all families on all meshes of a size at once: ranks start once."""
     shapes = {name: shape for name, shape in MESHES.items() if shape.world_size == world}
     return values(run_ranks(world, compare, tuple(families()), shapes, calls_of, timeout_s=1500))
 

@@ -1,4 +1,4 @@
-"""Every family with its weights split by FSDP2, alone and together with its tokens, against the whole model."""
+"""Every family with its weights sharded by FSDP2, with and without split tokens, against ComfyUI in one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES = [
 
 @functools.cache
 def measured(world: int) -> list[dict[Case, Sharded]]:
-    """All cases on as many ranks at once, which start once."""
+    """Measure all cases of a number of ranks at once: ranks start once."""
     cases = tuple((name, *how) for name, ranks, *how in CASES if ranks == world)
     return values(run_ranks(world, compare_sharded, cases, timeout_s=1500))
 
