@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raylight.attention.kernels import kernel
 from raylight.parallel import hooks
-from raylight.parallel.sequence_group import SequenceGroup
+from raylight.parallel.sequence_parallel import SequenceGroup
 from raylight.parallel.ulysses import UlyssesAttention
 from raylight.plans import plan_for
 from raylight.worker.sequence_parallel import ComfySequenceParallel

@@ -1,15 +1,71 @@
-"""Sequence parallelism of one model, in the manner of context parallelism in diffusers."""
+"""Sequence parallelism of one model: the group of ranks that splits its tokens, and the hooks by which it does.
+
+The shape is that of context parallelism in diffusers: one call applies it, and its result removes it.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from .hooks import SequenceHooks
+from .mesh import outer_axis, sequence_axis, world_axis
 from .plan import SequencePlan
-from .sequence_attention import SequenceAttention
-from .sequence_group import SequenceGroup
+from .ring import HybridAttention
+from .sequence_attention import Kernel, SequenceAttention, Strategy
 from .tokens import TokenState
+from .ulysses import UlyssesAttention
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceGroup:
+    """Rank `rank` of the `degree` ranks of `group`, and the strategy by which their attention exchanges tokens.
+
+    With a degree of 1, each rank computes full sequences by itself.
+    """
+
+    strategy: Strategy
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    degree: int = 1
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, strategy: Strategy) -> SequenceGroup:
+        """Return the sequence group of all ranks of `group`."""
+        return cls(strategy, group, dist.get_rank(group), dist.get_world_size(group))
+
+    @classmethod
+    def single_rank(cls) -> SequenceGroup:
+        """Return a group of this rank alone, which keeps full tokens."""
+        return cls(lambda kernel, q, k, v, _, mask, scale: kernel(q, k, v, mask, scale))
+
+
+class SequenceGroups:
+    """The sequence groups of one mesh, for a model with `heads` attention heads."""
+
+    def __init__(self, mesh: DeviceMesh, heads: int) -> None:
+        """Create the process groups. Collective."""
+        self._heads = heads
+        self._sequence, self._world = sequence_axis(mesh).get_group(), world_axis(mesh).get_group()
+        self._ulysses, self._outer = mesh.get_group("ulysses"), outer_axis(mesh).get_group()
+
+    def sequence(self, strategy: Strategy) -> SequenceGroup:
+        """Return the ranks that the mesh's degrees assign to one sequence, exchanging by `strategy`."""
+        return SequenceGroup.of(self._sequence, strategy)
+
+    def all_ranks(self, kernel: Kernel) -> SequenceGroup | None:
+        """Return all ranks as one group: Ulysses if the model has enough heads, else Ulysses within each Ulysses group
+        and the ring between these. None if `kernel` has no log-sum-exp, which the ring needs.
+        """
+        if self._heads >= dist.get_world_size(self._world):
+            return SequenceGroup.of(self._world, UlyssesAttention(self._world))
+        if hasattr(kernel, "with_lse"):
+            return SequenceGroup.of(self._world, HybridAttention(self._ulysses, self._outer))
+        return None
 
 
 class SequenceParallel:

@@ -12,8 +12,7 @@ from raylight.parallel.mesh import sequence_axis
 from raylight.parallel.plan import SequencePlan
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_attention import Kernel, Strategy
-from raylight.parallel.sequence_group import SequenceGroup
-from raylight.parallel.sequence_parallel import SequenceParallel
+from raylight.parallel.sequence_parallel import SequenceGroup, SequenceParallel
 
 from . import transformer_options
 

@@ -15,8 +15,7 @@ from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
 from raylight.parallel.partition import partition
 from raylight.parallel.process_group import any_rank, smallest
 from raylight.parallel.ring import HybridAttention
-from raylight.parallel.sequence_group import SequenceGroup
-from raylight.parallel.sequence_parallel import SequenceParallel
+from raylight.parallel.sequence_parallel import SequenceGroup, SequenceParallel
 from raylight.parallel.ulysses import UlyssesAttention
 
 
