@@ -69,16 +69,6 @@ def test_an_argument_may_go_into_kwargs() -> None:
     SequenceHooks(model, TOY_PLAN, TokenState(0, 2)).remove()
 
 
-def test_rejects_a_stream_that_no_input_introduces() -> None:
-    with pytest.raises(ValueError, match=r"streams that no input introduces: \['audio'\]"):
-        dataclasses.replace(TOY_PLAN, attention={"blocks.*": SelfAttention(("audio",))})
-
-
-def test_rejects_tokens_before_a_gather_that_no_input_introduces() -> None:
-    with pytest.raises(ValueError, match=r"streams that no input introduces: \['audio'\]"):
-        dataclasses.replace(TOY_PLAN, outputs={"head": Gather("img", after=("audio",))})
-
-
 def test_rejects_a_model_whose_tokens_stay_split() -> None:
     plan = dataclasses.replace(
         TOY_PLAN, inputs={"blocks.0": {"img": Stream("img")}}, attention={}, outputs={"blocks.1": Gather("img")}
