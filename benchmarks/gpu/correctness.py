@@ -113,16 +113,20 @@ def stock(
     dtype, computes_in = FORMS.get(form, (torch.float32, None))
     model = family.build(dtype=dtype, computes_in=computes_in)
     patcher = comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu"))
-    for tensors, strength in loras(model) if patched else ():
+    for tensors, strength in loras(shapes_of(model)) if patched else ():
         patcher, _ = comfy.sd.load_lora_for_models(patcher, None, dict(tensors), strength, 0)
     patcher.patch_model(device)
     return patcher.model.apply_model(**given, transformer_options=options or {}).float()
 
 
-def loras(model: Any) -> tuple[tuple[dict[str, Tensor], float], ...]:
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def loras(shapes: dict[str, tuple[int, ...]]) -> tuple[tuple[dict[str, Tensor], float], ...]:
+    """Return two LoRAs with strengths, one of them with layers of every kind, for weights of these shapes."""
     from loras import KINDS, lora_for
 
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     # ComfyUI's BOFT wants float32, in which it patches on GPUs without fast float16 only.
     return (lora_for(shapes, ["lora"], 1), 0.8), (lora_for(shapes, [k for k in KINDS if k != "boft"], 2), -0.6)
 
@@ -145,9 +149,9 @@ def parallel(family: Any, form: str, way: Way, given: dict[str, Tensor], device:
     mesh = build_mesh(MeshShape(world // (ring * ulysses), ring, ulysses), device)
     dtype, computes_in = FORMS[form]
     model = family.build(dtype=dtype, computes_in=computes_in)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = shapes_of(model)
     mapped = MappedModel(model, {}, device, comfy.lora.model_lora_keys_unet(model, {}), shapes)
-    patches = loras(model) if way.patched else ()
+    patches = loras(shapes) if way.patched else ()
     options: dict[str, Any] = {"transformer_options": {}}
     if ring * ulysses > 1:
         strategy = StagedThroughCpuHybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))

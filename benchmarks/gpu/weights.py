@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from correctness import loras, shapes_of
+from full_size import write_checkpoint
 from measure import relative
 from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "support"), os.environ["COMFYUI_PATH"]]
-sys.path.append(str(ROOT))
 
 from raylight.dev.local_ranks import run_ranks, values
 
@@ -47,7 +43,6 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
     """Compare each checkpoint, sharded over `world` ranks of one GPU."""
     import comfy.model_management
     import comfy.sd
-    from loras import KINDS, lora_for
 
     from raylight.host.checkpoint import load_mapped
     from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
@@ -67,10 +62,8 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
             except (ValueError, RuntimeError) as error:  # a kernel that this GPU or PyTorch does not have
                 results[form] = {"refused": str(error).splitlines()[0]}
                 continue
-            shapes = {name: tuple(parameter.shape) for name, parameter in stock.model.named_parameters()}
-            # ComfyUI's BOFT wants float32, in which it patches on GPUs without fast float16 only.
-            loras = (lora_for(shapes, ["lora"], 1), 0.8), (lora_for(shapes, [k for k in KINDS if k != "boft"], 2), -0.6)
-            for tensors, strength in loras:
+            patches = loras(shapes_of(stock.model))
+            for tensors, strength in patches:
                 stock, _ = comfy.sd.load_lora_for_models(stock, None, dict(tensors), strength, 0)
             comfy.model_management.load_models_gpu([stock])
             expected_patched = stock.model.apply_model(**inputs()).float()
@@ -81,7 +74,7 @@ def compare(rank: int, world: int, paths: dict[str, Path], offload: bool) -> dic
             patcher, report = build_sharded(mapped, mesh, offload)
             first = patcher.model.apply_model(**inputs()).float()
             patched = patcher.clone()
-            for index, (tensors, strength) in enumerate(loras):
+            for index, (tensors, strength) in enumerate(patches):
                 fitted = lora.fit_lora(f"LoRA {index}", tensors, mapped.lora_keys, lora.WeightShapes(mapped.shapes))
                 patched.add_patches(fitted.patches, strength)
             patched.load(device)
@@ -121,43 +114,14 @@ def peak(rank: int, world: int, path: Path, offload: bool) -> dict[str, float]:
         return {"between": before / block, "more": (torch.cuda.max_memory_allocated() - before) / block}
 
 
-def write_large(path: Path) -> None:
-    """Write blocks of Wan 14B in bf16."""
-    import comfy.ldm.wan.model
-    import comfy.ops
-    from safetensors.torch import save_file
-
-    model = comfy.ldm.wan.model.WanModel(
-        model_type="t2v",
-        in_dim=16,
-        out_dim=16,
-        dim=5120,
-        ffn_dim=13824,
-        freq_dim=256,
-        text_dim=4096,
-        num_heads=40,
-        num_layers=LARGE_LAYERS,
-        dtype=torch.bfloat16,
-        device="meta",
-        operations=comfy.ops.disable_weight_init,
-    )
-    save_file(
-        {
-            name: torch.randn(p.shape, dtype=torch.bfloat16, device="cuda").mul_(0.01).cpu()
-            for name, p in model.state_dict().items()
-        },
-        path,
-    )
-
-
 def _write(folder: Path) -> dict[str, Path]:
     from quantised import FORMATS, quantise
     from safetensors.torch import load_file, save_file
 
-    from raylight.dev.demo.tiny import write_checkpoint
+    from raylight.dev.demo import tiny
 
     source = folder / "float32.safetensors"
-    write_checkpoint(source, "wan-t2v", heads=HEADS, layers=3)
+    tiny.write_checkpoint(source, "wan-t2v", heads=HEADS, layers=3)
     paths = {form: folder / f"{index}.safetensors" for index, form in enumerate(("bf16", "fp8", *FORMATS))}
     tensors = load_file(source)
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, paths["bf16"])
@@ -182,7 +146,7 @@ def main() -> None:
             if options.forms is None or form in options.forms
         }
         large = Path(temporary) / "large.safetensors"
-        write_large(large)
+        write_checkpoint("wan-480p", large, torch.device("cuda"), LARGE_LAYERS)
         for world in options.ranks:
             for offload in (False, True):
                 setup = f"{world} rank{'s' * (world > 1)}{', offloaded' * offload}"
