@@ -27,7 +27,7 @@ def test_memory_that_runs_out(server: FaultServer, reference: torch.Tensor) -> N
     server.wait_for_phase("step")
     before = server.workers()
     message = server.fails(prompt, r"rank 1 .* ran out of memory while step \d of 4: .*allocate")
-    assert re.search(r"It held wan.safetensors \(whole, 0.0\d GB on cpu", message)
+    assert re.search(r"It held wan.safetensors \(replicated, 0.0\d GB on cpu", message)
     assert "switch FSDP on" in message and "a smaller size" in message
     server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
