@@ -21,7 +21,7 @@ def load_parallel(recipe: ModelRecipe, mesh: DeviceMesh, device: torch.device) -
 
     To be called in `mode_of(recipe.sharding)`.
 
-    Raises ValueError for a file that is no such model, and for a model without a plan or with too few heads.
+    Raises ValueError: for a file that is no such model, and for a model without a plan or with too few heads.
     """
     # First the model as ComfyUI builds it, with weights still in the file: no rank ever holds more than it keeps.
     mapped = loading.map_file(recipe)
