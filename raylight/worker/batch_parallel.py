@@ -80,7 +80,7 @@ class BatchParallel:
         if not self._independent:
             self._log(total, splits)
         group = self._sequence if splits or self._independent or self._all_ranks is None else self._all_ranks
-        if group is not None:
+        if group is not None and self._split is not None:
             self._split.use(group)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
