@@ -16,7 +16,7 @@ For the life of the process:
   (`route_unhooked_calls`): ComfyUI's `optimized_attention_override` is one of these options.
 
 Not here, as it is not ComfyUI's: methods of model instances that Raylight has built for itself (`driver.weightless`,
-`worker.parallel_model`); and the command line and folders that `settings` gives to ComfyUI in a worker.
+`worker.batch_parallel`); and the command line and folders that `settings` gives to ComfyUI in a worker.
 """
 
 from __future__ import annotations
