@@ -108,8 +108,8 @@ def _self_test(candidate: NamedKernel, device: torch.device, dtype: torch.dtype)
         expected, expected_lse = torch_kernels.reference_attention(q.float(), k.float(), v.float(), None, None)
         try:
             pairs = [(candidate(q, k, v, None, None), expected)]
-            if hasattr(candidate, "with_lse"):
-                pairs += zip(candidate.with_lse(q, k, v, None, None), (expected, expected_lse), strict=True)
+            if (with_lse := getattr(candidate, "with_lse", None)) is not None:
+                pairs += zip(with_lse(q, k, v, None, None), (expected, expected_lse), strict=True)
         except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as failure:
             return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
         error = max(error, *((actual.float() - true).abs().max().item() for actual, true in pairs))

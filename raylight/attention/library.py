@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -125,14 +125,18 @@ class LibraryKernelWithLse(LibraryKernel):
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial:
         """As `__call__`. Return the output, and the lse (B, H, Sq), float32, of the scores."""
-        return self._run(q, k, v, scale) if mask is None else self._masked.with_lse(q, k, v, mask, scale)
+        if mask is not None:
+            return self._masked.with_lse(q, k, v, mask, scale)
+        out, lse = self._run(q, k, v, scale)
+        assert lse is not None, "a library that returns no lse has the class without it"
+        return out, lse
 
 
 def _yunchang(member: str, batched: bool = True) -> Callable[[], Function]:
     def function() -> Function:
         from yunchang.kernels import AttnType, select_flash_attn_impl
 
-        forward = select_flash_attn_impl(AttnType[member], stage="fwd-only")
+        forward = cast("Callable[..., Partial]", select_flash_attn_impl(AttnType[member], stage="fwd-only"))
 
         def call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
             return forward(
@@ -152,7 +156,7 @@ def _yunchang(member: str, batched: bool = True) -> Callable[[], Function]:
             return call
 
         def one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-            results = [call(*(t[i : i + 1] for t in (q, k, v)), scale) for i in range(q.shape[0])]
+            results = [call(q[i : i + 1], k[i : i + 1], v[i : i + 1], scale) for i in range(q.shape[0])]
             outs, lses = zip(*results, strict=True)
             return torch.cat(outs), torch.cat(lses)
 
@@ -163,8 +167,7 @@ def _yunchang(member: str, batched: bool = True) -> Callable[[], Function]:
 
 def _sage(name: str, **options: Any) -> Callable[[], Function]:
     def function() -> Function:
-        import sageattention
-
+        sageattention = importlib.import_module("sageattention")
         attention = getattr(sageattention, name, None) or sageattention.sageattn
         returns_lse = sage_has_lse()
 

@@ -29,11 +29,11 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
 
     A query whose keys are all masked gets zeros, and an lse of -inf.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     outs, lses = [], []
     for start in range(0, q.shape[2], QUERY_CHUNK):
         chunk = slice(start, start + QUERY_CHUNK)
-        scores = (q[:, :, chunk] @ k.transpose(-1, -2)).float() * scale  # (B, H, chunk, Sk)
+        scores = (q[:, :, chunk] @ k.transpose(-1, -2)).float() * factor  # (B, H, chunk, Sk)
         if mask is not None:
             bias = mask if mask.shape[-2] == 1 else mask[..., chunk, :]
             scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias

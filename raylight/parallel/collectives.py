@@ -25,10 +25,11 @@ def start_exchange(
     beat()
     received = sent.new_empty(sum(receive_counts))
     work = dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts), group=group, async_op=True)
+    assert work is not None, "an exchange without its end to wait for"
     return received, work
 
 
-def all_gather(local: Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup) -> Tensor:
+def all_gather(local: Tensor, sizes: Sequence[int], dim: int, group: dist.ProcessGroup | None) -> Tensor:
     """Concatenate the ranks' shards along `dim`, where rank r has size `sizes[r]`. Collective.
 
     (..., sizes[rank], ...) -> (..., sum(sizes), ...), contiguous, of the same dtype. Shorter shards are sent padded to

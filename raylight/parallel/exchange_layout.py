@@ -138,7 +138,7 @@ def _copy(to: Tensor, source: Tensor) -> None:
 
 
 def _in_words(tensor: Tensor, words: int) -> bool:
-    return (
+    return bool(
         tensor.stride(-1) == 1
         and tensor.shape[-1] % words == 0
         and tensor.storage_offset() % words == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -79,7 +79,8 @@ class ExternalAttention:
         """
         from yunchang.globals import PROCESS_GROUP
 
-        PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = ulysses, ring
+        groups = cast("Any", PROCESS_GROUP)
+        groups.ULYSSES_PG, groups.RING_PG = ulysses, ring
         self._name, self._ours = name, ours
         self._ulysses = dist.get_world_size(ulysses)
         self._ranks = self._ulysses * dist.get_world_size(ring)
@@ -98,24 +99,25 @@ class ExternalAttention:
         scale: float | None,
     ) -> Tensor:
         """As `Strategy`."""
-        reason = self._unsupported(kernel, q, k, v, lengths, mask)
+        name = getattr(kernel, "name", "")
+        reason = self._unsupported(name, q, k, v, lengths, mask)
         if reason is not None:
             if reason not in self._logged:
                 self._logged.add(reason)
                 logger.info("attention: %s does not support %s; raylight does these calls", self._name, reason)
             return self._ours(kernel, q, k, v, lengths, mask, scale)
         self.calls += 1
-        attention = self._layer(kernel.name, q.device)
+        attention = self._layer(name, q.device)
         # (B, H, S_LOCAL, D) -> (B, S_LOCAL, H, D)
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
         out = attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale)
         return out.transpose(1, 2)
 
     def _unsupported(
-        self, kernel: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: Tensor | None
+        self, kernel: str, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: Tensor | None
     ) -> str | None:
         """Return what the library does not support of a call, or None."""
-        if getattr(kernel, "name", None) not in _KERNELS:
+        if kernel not in _KERNELS:
             return "this kernel"
         if mask is not None:
             return "masks"

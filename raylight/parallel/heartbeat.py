@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -57,15 +58,17 @@ def begun() -> Tally | None:
         return {}
     try:
         return {
-            (name, str(dist.get_process_group_ranks(group)), str(device)): group._get_backend(
-                device
-            )._get_sequence_number_for_group()
+            (name, str(dist.get_process_group_ranks(group)), str(device)): _sequence_number(group, device)
             for group, name in dict(distributed_c10d._world.pg_names).items()
             if isinstance(group, dist.ProcessGroup)
             for device in group._device_types
         }
     except (AttributeError, RuntimeError):
         return None
+
+
+def _sequence_number(group: Any, device: Any) -> int:
+    return group._get_backend(device)._get_sequence_number_for_group()
 
 
 def agree(tallies: list[Tally | None]) -> bool:

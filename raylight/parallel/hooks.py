@@ -8,11 +8,11 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class SequenceHooks:
             handle.remove()
         self._handles.clear()
 
-    def _split_inputs(self, module: nn.Module, path: str, rules: dict[str | int, Input]) -> None:
+    def _split_inputs(self, module: nn.Module, path: str, rules: Mapping[str | int, Input]) -> None:
         positions = _parameter_positions(module, path, rules, self._plan)
         # Streams first: what is aligned with them needs their sizes.
         ordered = sorted(rules.items(), key=lambda item: not isinstance(item[1], Stream))
@@ -108,13 +108,16 @@ class SequenceHooks:
         kinds: tuple[SelfAttention | CrossAttention | FullAttention, ...] = ()
         if not isinstance(attention, GatherAround):
             kinds = tuple(_of_module(kind, module) for kind in alternatives(attention))
-        rule = attention if not kinds else kinds if isinstance(attention, tuple) else kinds[0]
+        rule = attention if not kinds else cast("Attention", kinds) if isinstance(attention, tuple) else kinds[0]
 
         def leave(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
             made = self._tokens.pop().calls
             for kind in kinds:
-                if isinstance(kind, SelfAttention) and made.get(kind, 0) < kind.calls and self._are_sharded(kind):
-                    raise RuntimeError(_bypassed(module, made.get(kind, 0), kind.calls))
+                if not isinstance(kind, SelfAttention) or not self._are_sharded(kind):
+                    continue
+                expected = cast("int", kind.calls)  # resolved by `_of_module`
+                if made.get(kind, 0) < expected:
+                    raise RuntimeError(_bypassed(module, made.get(kind, 0), expected))
 
         self._handles.append(module.register_forward_pre_hook(lambda *_: self._tokens.push(rule)))
         self._handles.append(module.register_forward_hook(leave))
@@ -164,7 +167,7 @@ def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Mod
     names = [name for name, _ in model.named_modules()]
     if ".-1" in path:
         parent = path.partition(".-1")[0]
-        path = path.replace(".-1", f".{len(model.get_submodule(parent)) - 1}", 1)
+        path = path.replace(".-1", f".{len(list(model.get_submodule(parent).children())) - 1}", 1)
     expression = re.compile(re.escape(path).replace(r"\*", r"\d+"))
     found = [model.get_submodule(name) for name in names if expression.fullmatch(name)]
     if not found and f"{path.partition('.*')[0]}" not in names:
@@ -192,7 +195,7 @@ def _bypassed(module: nn.Module, made: int, expected: int) -> str:
 
 
 def _parameter_positions(
-    module: nn.Module, path: str, rules: dict[str | int, Input], plan: SequencePlan
+    module: nn.Module, path: str, rules: Mapping[str | int, Input], plan: SequencePlan
 ) -> dict[str | int, int]:
     signature = inspect.signature(module.forward).parameters
     parameters = list(signature)

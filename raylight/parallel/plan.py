@@ -39,9 +39,11 @@ class TokenLayout(Protocol):
 
     def total(self, streams: Sequence[str]) -> int:
         """Return the number of tokens of `streams` on all ranks together."""
+        ...
 
     def spans(self, streams: Sequence[str], rank: int) -> list[tuple[int, int]]:
         """Return `(start, stop)` of `rank`'s tokens of each stream, counted over the concatenated full streams."""
+        ...
 
     def shard(self, value: Any, rule: Input) -> Any:
         """Return this rank's shard of an argument."""
@@ -169,7 +171,7 @@ class SelfAttention:
     """
 
     streams: tuple[str, ...]
-    mask: Callable[[Any, int, Tensor], Tensor | None] | None = None
+    mask: Callable[..., Tensor | None] | None = None
     calls: int | Callable[[Any], int] = 1
 
 

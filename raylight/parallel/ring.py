@@ -11,24 +11,17 @@ rank whose keys and values are being attended to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylight.attention.torch_kernels import Partial, merge
+from raylight.attention.torch_kernels import LseFunction, Partial, merge
 
 from .heartbeat import beat
 from .partition import offsets
 from .sequence_attention import Kernel
 from .ulysses import CHUNKS, UlyssesAttention
-
-
-class LseKernel(Kernel, Protocol):
-    """A kernel that can also return the log-sum-exp of its scores: (B, H, Sq), float32."""
-
-    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Partial: ...
 
 
 class RingAttention:
@@ -41,7 +34,7 @@ class RingAttention:
 
     def __call__(
         self,
-        kernel: LseKernel,
+        kernel: Kernel,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -57,7 +50,8 @@ class RingAttention:
         """
         if self._degree == 1:
             return kernel(q, k, v, mask, scale)
-        if not hasattr(kernel, "with_lse"):
+        with_lse: LseFunction | None = getattr(kernel, "with_lse", None)
+        if with_lse is None:
             raise ValueError(
                 "this attention backend does not return a log-sum-exp, so it cannot be used with ring_degree > 1: "
                 "choose one of the TORCH backends, or a ring_degree of 1"
@@ -66,23 +60,21 @@ class RingAttention:
         if mask is not None and mask.shape[-2] > 1:
             mask = mask.narrow(-2, starts[self._rank], lengths[self._rank])  # (.., S, S) -> (.., S_LOCAL, S)
         block = torch.stack([k, v])  # two (B, HKV, S_LOCAL, D) -> (2, B, HKV, S_LOCAL, D)
-        out = lse = None
+        merged: Partial | None = None
         for step in range(self._degree):
             source = (self._rank - step) % self._degree  # the rank that block comes from
-            next_block, requests = self._pass_on(block, lengths, source) if step < self._degree - 1 else (None, [])
+            next_block, requests = self._pass_on(block, lengths, source) if step < self._degree - 1 else (block, [])
             if lengths[self._rank] and lengths[source]:
                 # (.., S_LOCAL|1, S) -> (.., S_LOCAL|1, S_SOURCE)
                 block_mask = None if mask is None else mask.narrow(-1, starts[source], lengths[source])
                 # q (B, H, S_LOCAL, D), block (2, B, HKV, S_SOURCE, D) -> (B, H, S_LOCAL, D), (B, H, S_LOCAL)
-                block_out, block_lse = kernel.with_lse(q, block[0], block[1], block_mask, scale)
-                if out is None:
-                    out, lse = block_out.float(), block_lse.float()
-                else:
-                    out, lse = merge(out, lse, block_out, block_lse.float())
+                block_out, block_lse = with_lse(q, block[0], block[1], block_mask, scale)
+                block_lse = block_lse.float()
+                merged = merge(*merged, block_out, block_lse) if merged else (block_out.float(), block_lse)
             for request in requests:
                 request.wait()
             block = next_block
-        return torch.empty_like(q) if out is None else out.to(q.dtype)
+        return torch.empty_like(q) if merged is None else merged[0].to(q.dtype)
 
     def _pass_on(self, block: Tensor, lengths: Sequence[int], source: int) -> tuple[Tensor, list[dist.Work]]:
         """Start sending `block` (2, B, HKV, S_SOURCE, D) to the next rank, and receiving one from the previous rank.
@@ -116,7 +108,7 @@ class HybridAttention:
 
     def __call__(
         self,
-        kernel: LseKernel,
+        kernel: Kernel,
         q: Tensor,
         k: Tensor,
         v: Tensor,

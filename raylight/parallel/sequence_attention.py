@@ -104,14 +104,16 @@ class SequenceAttention:
             if mask is not None:
                 mask = mask.index_select(-1, to_streams)
                 mask = mask if mask.shape[-2] == 1 else mask.index_select(-2, to_streams)
-            out = kernel(*(t.index_select(2, to_streams) for t in (q, k, v)), mask, scale)
+            q, k, v = (t.index_select(2, to_streams) for t in (q, k, v))
+            out = kernel(q, k, v, mask, scale)
             return out.index_select(2, to_ranks)
 
         return ordered
 
     def _rule_of(self, scope: Attention, q: Tensor, k: Tensor) -> SelfAttention | CrossAttention:
         """Return the rule of this call, checked against its queries and keys."""
-        expected = {rule: self._tokens.local_length(rule.streams) for rule in alternatives(scope)}
+        rules = [rule for rule in alternatives(scope) if not isinstance(rule, FullAttention)]
+        expected = {rule: self._tokens.local_length(rule.streams) for rule in rules}
         found = next((rule for rule, length in expected.items() if length == q.shape[2]), None)
         if found is None:
             tokens = " or ".join(f"{length} tokens of {rule.streams}" for rule, length in expected.items())

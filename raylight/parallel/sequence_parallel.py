@@ -41,7 +41,7 @@ class SequenceGroup:
     @classmethod
     def single_rank(cls) -> SequenceGroup:
         """Return a group of this rank alone, which keeps full tokens."""
-        return cls(lambda kernel, q, k, v, _, mask, scale: kernel(q, k, v, mask, scale))
+        return cls(lambda kernel, q, k, v, lengths, mask, scale: kernel(q, k, v, mask, scale))
 
 
 class SequenceGroups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -161,7 +161,7 @@ class TokenState:
         around = next((scope for scope in reversed(self._scopes) if not isinstance(scope.rule, FullAttention)), None)
         if around is not None and not isinstance(around.rule, GatherAround):
             around.calls.update(
-                {kind: kind.calls for kind in alternatives(around.rule) if isinstance(kind, SelfAttention)}
+                {kind: cast("int", kind.calls) for kind in alternatives(around.rule) if isinstance(kind, SelfAttention)}
             )
 
     def shard(self, value: Any, rule: Input) -> Any:
@@ -182,7 +182,7 @@ class TokenState:
                 return self.local_length((rule.name,))
             case Stream(index=None):
                 return self._shard_stream(value, rule)
-            case Stream(index=index):
+            case Stream(index=int(index)):
                 return (*value[:index], self._shard_stream(value[index], rule), *value[index + 1 :])
             case Control():
                 return {name: LocalResiduals(items, self, rule.stream) for name, items in value.items()}

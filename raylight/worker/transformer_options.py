@@ -44,7 +44,7 @@ def install_override(
             # SD3 passes v with separate heads already. (B, S, H * D) -> (B, H, S, D)
             q, k, v = (t.reshape(*t.shape[:2], -1, width).transpose(1, 2) for t in (q, k, v))
 
-        def chained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: float | None) -> Tensor:
+        def chained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
             given = {"mask": mask, "attn_precision": attn_precision, **rest}
             return present(func, q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, **given)
 
