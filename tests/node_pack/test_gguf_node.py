@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import folder_paths
+import own_pack
 import pytest
 
 import nodes as comfy_nodes
 from raylight.host import gguf
 
-ROOT = Path(__file__).resolve().parents[2]
-PACK = ROOT / "tests" / "support" / "gguf_pack"
+PACK = own_pack.ROOT / "tests" / "support" / "gguf_pack"
 
 
 @pytest.fixture(scope="module")
 def loader() -> Any:
-    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
-    return comfy_nodes.NODE_CLASS_MAPPINGS["RayUNETLoader"]
+    return own_pack.load()["RayUNETLoader"]
 
 
 @pytest.fixture

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from pathlib import Path
 from typing import Any
 
+import own_pack
 import pytest
+from own_pack import ROOT
 
 import nodes as comfy_nodes
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def ours() -> dict[str, Any]:
     """The schemas of this pack's nodes by id."""
-    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
     found = {
         name: node
-        for name, node in comfy_nodes.NODE_CLASS_MAPPINGS.items()
+        for name, node in own_pack.load().items()
         if getattr(node, "RELATIVE_PYTHON_MODULE", None) == f"custom_nodes.{ROOT.name}"
     }
     assert len(found) >= 14

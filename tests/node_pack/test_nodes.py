@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from pathlib import Path
 from typing import Any
 
+import own_pack
 import pytest
-
-import nodes as comfy_nodes
-
-ROOT = Path(__file__).resolve().parents[2]
 
 _EACH = [
     "add_noise",
@@ -123,8 +118,7 @@ GOOD: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def pack() -> dict[str, Any]:
-    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
-    return comfy_nodes.NODE_CLASS_MAPPINGS
+    return own_pack.load()
 
 
 def declared(node: Any) -> dict[str, tuple]:

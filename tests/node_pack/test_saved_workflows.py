@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import execution
 import folder_paths
+import own_pack
 import pytest
 import saved
 from definitions import widgets_of
-
-import nodes as comfy_nodes
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +24,7 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
             (files / folder / name).touch()
             paths, endings = folder_paths.folder_names_and_paths[folder]
             patch.setitem(folder_paths.folder_names_and_paths, folder, ([*paths, str(files / folder)], endings))
-        asyncio.run(comfy_nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-        assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
-        yield comfy_nodes.NODE_CLASS_MAPPINGS
+        yield own_pack.load_beside_stock_nodes()
 
 
 def opened(workflow: dict[str, Any], definitions: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import own_pack
 import pytest
 from definitions import inputs_of, is_widget, widgets_of
 from newest import of_the_newest
 from PIL import Image
 
-import nodes as comfy_nodes
 from raylight.dev.workflows.__main__ import FOLDER, text
 from raylight.dev.workflows.signatures import SIGNATURES
 from raylight.dev.workflows.table import TEMPLATES
 from raylight.dev.workflows.template import Mode, Template
 from raylight.dev.workflows.thumbnail import MOST_BYTES
 
-ROOT = Path(__file__).resolve().parents[2]
 OF_FRONTEND = {"MarkdownNote"}
 KINDS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
 # Not in any of ComfyUI's own templates.
@@ -32,9 +30,7 @@ each_template = pytest.mark.parametrize("template", TEMPLATES, ids=lambda templa
 
 @pytest.fixture(scope="module")
 def definitions() -> dict[str, Any]:
-    asyncio.run(comfy_nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
-    return comfy_nodes.NODE_CLASS_MAPPINGS
+    return own_pack.load_beside_stock_nodes()
 
 
 @of_the_newest

@@ -11,10 +11,10 @@ from typing import Any
 
 import execution
 import folder_paths
+import own_pack
 import pytest
 from newest import of_the_newest
 
-import nodes as comfy_nodes
 from raylight.dev.demo.comfy_server import ComfyServer
 from raylight.dev.demo.graphs import Graph
 from raylight.dev.workflows.table import TEMPLATES
@@ -63,8 +63,7 @@ def prompts(server: ComfyServer) -> dict[str, Graph]:
 @pytest.fixture(scope="module")
 def definitions() -> None:
     """Load all nodes into this process, for ComfyUI's own validation."""
-    asyncio.run(comfy_nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-    assert asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
+    own_pack.load_beside_stock_nodes()
 
 
 @pytest.mark.usefixtures("definitions")
