@@ -22,8 +22,8 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         for folder, name in folders.items():
             (files / folder).mkdir()
             (files / folder / name).touch()
-            paths, endings = folder_paths.folder_names_and_paths[folder]
-            patch.setitem(folder_paths.folder_names_and_paths, folder, ([*paths, str(files / folder)], endings))
+            paths, extensions = folder_paths.folder_names_and_paths[folder]
+            patch.setitem(folder_paths.folder_names_and_paths, folder, ([*paths, str(files / folder)], extensions))
         yield own_pack.load_beside_stock_nodes()
 
 

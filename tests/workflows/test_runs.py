@@ -75,9 +75,9 @@ def test_prompt_is_valid(
     notes = sum(node["type"] == "MarkdownNote" for node in template.to_json()["nodes"])
     assert len(prompt) == len(template.to_json()["nodes"]) - notes
     for folder in FOLDERS:
-        paths, endings = folder_paths.folder_names_and_paths[folder]
+        paths, extensions = folder_paths.folder_names_and_paths[folder]
         (tmp_path / folder).mkdir()
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, ([str(tmp_path / folder), *paths], endings))
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, ([str(tmp_path / folder), *paths], extensions))
     for item in asked(prompt):
         (tmp_path / item.folder / item.name).touch()
     valid, error, _, node_errors = asyncio.run(execution.validate_prompt("template", prompt, None))
