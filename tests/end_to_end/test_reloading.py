@@ -96,7 +96,7 @@ def test_functions_around_weights_in_turn(stays_here: bool, stock: ModelPatcher,
 def test_what_changes_no_weights_loads_nothing(stock: ModelPatcher) -> None:
     on_worker = stock.clone()
     for one in (stock.clone(), computing_in(stock, "default")):
-        patcher_state.put_on(on_worker, patcher_state.of_run(one), REPLICATED)
+        patcher_state.apply_state(on_worker, patcher_state.of_run(one), REPLICATED)
         assert on_worker.patches_uuid == stock.patches_uuid
 
 
