@@ -46,6 +46,7 @@ def show(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
 
 
 def workers_input(*, optional: bool) -> io.Input:
+    """Return the input for the workers of an initializer."""
     default = " Without it: one worker per GPU." if optional else ""
     return RayActorsInit.Input(
         "ray_actors_init", optional=optional, tooltip=f"The workers, from a Ray Initializer.{default}"
@@ -53,10 +54,12 @@ def workers_input(*, optional: bool) -> io.Input:
 
 
 def model_input() -> io.Input:
+    """Return the input for a model on workers."""
     return RayActors.Input("ray_actors", tooltip="The model on its workers, from a Ray loader.")
 
 
 def seed_input() -> io.Input:
+    """Return the input for the seed of the noise."""
     return io.Int.Input(
         "noise_seed",
         default=0,
@@ -68,11 +71,13 @@ def seed_input() -> io.Input:
 
 
 def cfg_input() -> io.Input:
+    """Return the input for the guidance scale."""
     tooltip = "How closely to follow the prompt. At 1 the negative prompt is not computed."
     return io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
 
 
 def prompt_inputs() -> list[io.Input]:
+    """Return the inputs for the positive and the negative prompt."""
     return [
         io.Conditioning.Input("positive", tooltip="The prompt: what to show."),
         io.Conditioning.Input("negative", tooltip="The negative prompt: what to leave out."),
@@ -80,6 +85,7 @@ def prompt_inputs() -> list[io.Input]:
 
 
 def latent_input() -> io.Input:
+    """Return the input for the latent to denoise."""
     return io.Latent.Input("latent_image", tooltip="The latent to denoise.")
 
 

@@ -71,7 +71,8 @@ def ways(world: int) -> list[Way]:
 
 def setup(device_type: str) -> torch.device:
     """Return this rank's device, after a first call of ComfyUI's attention: on Hopper cuDNN computes the first call,
-    whatever ComfyUI asks for, and no other."""
+    whatever ComfyUI asks for, and no other.
+    """
     import comfy.ops
 
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")

@@ -36,7 +36,8 @@ def device_of(device_type: str) -> torch.device:
 
 def model_on(name: str, layers: int | None, weights_are: str, device: torch.device) -> tuple[Any, dict, int]:
     """Return the model with its tokens split over all ranks and its weights placed as `weights_are` says, the options
-    to call it with, and the bytes of a block."""
+    to call it with, and the bytes of a block.
+    """
     import torch.distributed as dist
 
     from raylight.attention.kernels import kernel

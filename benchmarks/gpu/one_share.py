@@ -36,7 +36,8 @@ class Call:
 
     def waits(self, bytes_per_second: float) -> float:
         """Return the seconds in which a GPU only waits for this call's exchange. The link sends one chunk at a time,
-        while attention runs that does not need it."""
+        while attention runs that does not need it.
+        """
         link = computed = 0.0
         arrived, ended = [], []
         for size in self.arriving:
@@ -111,7 +112,8 @@ class OneGather:
 @dataclass(frozen=True)
 class Share:
     """One step of one rank of `degree`: its seconds, bytes of all-gathers, attention calls, and the peak of its memory
-    beyond the replicated weights, in bytes."""
+    beyond the replicated weights, in bytes.
+    """
 
     degree: int
     seconds: float

@@ -26,7 +26,8 @@ LINKS = {"NVLink": 450.0, "PCIe 4 x16": 25.0, "PCIe 3 x8": 6.0}  # GB/s one way
 
 def with_shards(share: Share, blocks: int, block_bytes: int, gigabytes_per_second: float) -> float:
     """Return the seconds of a step with sharded weights: a block waits for a gather that takes longer than the block
-    before it, over the same link."""
+    before it, over the same link.
+    """
     seconds = share.predicted(gigabytes_per_second)
     gather = block_bytes * (1 - 1 / share.degree) / gigabytes_per_second / 1e9
     exchanged = share.received / gigabytes_per_second / 1e9

@@ -84,7 +84,8 @@ def _has_lse(name: str) -> bool:
 
 def _best(device: torch.device) -> TorchKernel:
     """Return the fastest exact kernel that works on this device, by rule and not by timing, so that the same seed on
-    the same GPU gives the same image."""
+    the same GPU gives the same image.
+    """
     if device.type != "cuda":
         return TorchKernel("TORCH")
     capability = torch.cuda.get_device_capability(device)
@@ -100,7 +101,8 @@ def _best(device: torch.device) -> TorchKernel:
 
 def _self_test(candidate: NamedKernel, device: torch.device, dtype: torch.dtype) -> str | None:
     """Compare small calls of a kernel, with and without a log-sum-exp, with the reference. Return what is wrong, or
-    None."""
+    None.
+    """
     generator = torch.Generator(device).manual_seed(0)
     error = 0.0
     for tokens in _TEST_TOKENS:

@@ -75,7 +75,8 @@ def ksampler(
     denoise: float = 1.0,
 ) -> dict[str, Any]:
     """Sample as ComfyUI's KSampler (Advanced), with a noise node's noise and its seed for the sampler. Return a
-    LATENT."""
+    LATENT.
+    """
     ray_actors = ray_actors.clone()  # ComfyUI keeps a run's state on the patcher, and another run may begin within it
     samples = comfy.sample.fix_empty_latent_channels(
         ray_actors,
@@ -115,7 +116,8 @@ def ksampler(
 
 def guided_by(guider: Any, model: RemotePatcher) -> Any:
     """Return a guider that samples `model`: the guider itself if its own model is on workers already, else a copy with
-    the patches of its model."""
+    the patches of its model.
+    """
     if isinstance(guider.model_patcher, RemotePatcher):
         return guider
     patcher = model.clone()

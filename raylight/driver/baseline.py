@@ -148,7 +148,8 @@ def _differences(path: str, kept: _ModuleState, module: nn.Module) -> Iterator[C
 
 def _is_made_alike(kind: type, other: type) -> bool:
     """Return whether classes of two models have the same code: ComfyUI creates those of quantised layers for each
-    model, and a GGUF pack is imported once for ComfyUI and once for Raylight, which derives its own class of layer."""
+    model, and a GGUF pack is imported once for ComfyUI and once for Raylight, which derives its own class of layer.
+    """
     if other.__module__.startswith("raylight."):
         other = other.__bases__[0]
     return kind.__qualname__ == other.__qualname__ and _file(kind) is not None and _file(kind) == _file(other)

@@ -62,7 +62,8 @@ class _RunThread(threading.Thread, Generic[T]):
 
     def wait_for_result(self, pending: PendingRun) -> RunResult | None:
         """Stop until `advance` brings the result. Called in this thread; at once None for any but the first sampling of
-        the run."""
+        the run.
+        """
         if self.pending is not None:
             return None
         self.pending = pending
@@ -134,6 +135,7 @@ def _results(pending: Sequence[PendingRun]) -> Sequence[RunResult | None]:
 
 def join_batch(pending: PendingRun) -> RunResult | None:
     """Wait for the batch that the calling run is in, and return the run's result; None where it is to be done by
-    itself."""
+    itself.
+    """
     thread = threading.current_thread()
     return thread.wait_for_result(pending) if isinstance(thread, _RunThread) else None

@@ -67,7 +67,8 @@ def export(model: ModelPatcher) -> tuple[ModelRecipe, MemoryFile]:
 
 def gguf_folder(base: BaseModel) -> str:
     """Return the folder of the GGUF pack whose tensors a model has, "" if none. Raises ValueError for a pack that
-    workers cannot use."""
+    workers cannot use.
+    """
     value = _ggml_weight(base)
     if value is None:
         return ""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 def one_file_of(tensors: Sequence[Tensor]) -> str | None:
     """Return the one file that all these tensors map; None if there is none, if there are several, or if it was
-    replaced since."""
+    replaced since.
+    """
     maps = _maps()
     starts = [start for start, _, _ in maps]
     found = None
@@ -60,7 +61,8 @@ _MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) .*/")
 
 def are_written(weights: Iterable[Tensor]) -> bool:
     """Return whether any of these tensors is in a mapping of a file that was written to. False on other systems than
-    Linux."""
+    Linux.
+    """
     places = sorted(weight.data_ptr() for weight in weights)
     return any(bisect_left(places, start) < bisect_left(places, stop) for start, stop in _written_mappings())
 

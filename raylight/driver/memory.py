@@ -41,7 +41,8 @@ def register(free: Callable[[], None]) -> None:
 
 def make_room(missing: int) -> None:
     """Ask ComfyUI to unload its models until `missing` more bytes are free. Does nothing if `missing` <= 0, so that the
-    text encoder and the VAE stay loaded while all fits."""
+    text encoder and the VAE stay loaded while all fits.
+    """
     if missing <= 0:
         return
     keep = [] if _registered is None else _loaded(_registered)

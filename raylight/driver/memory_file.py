@@ -25,7 +25,8 @@ class MemoryFile:
 
     def __init__(self, name: str, nbytes: int) -> None:
         """Open the file. Raises ValueError if neither memory nor the temporary folder has room for it, or if the system
-        is not Linux."""
+        is not Linux.
+        """
         if not os.path.isdir(f"/proc/{os.getpid()}/fd"):
             raise ValueError("workers can share weights that are in no file only on Linux")
         self.nbytes = nbytes
@@ -86,7 +87,8 @@ class MemoryFile:
 
     def close(self) -> None:
         """Close the file; its room is free when no process maps it any more. Happens too when this object is garbage
-        collected, and may be repeated."""
+        collected, and may be repeated.
+        """
         self._close()
 
 

@@ -1,5 +1,6 @@
 """What nodes have changed on a model object in this process whose weights are on workers: sent with a run, or refused
-with the name of the node."""
+with the name of the node.
+"""
 
 from __future__ import annotations
 

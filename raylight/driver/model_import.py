@@ -48,7 +48,8 @@ _files_in_use: weakref.WeakKeyDictionary[BaseModel, MemoryFile] = weakref.WeakKe
 
 def recipe_of(model: ModelPatcher, workers: WorkerConfig) -> ModelRecipe:
     """Return how workers get the same weights; export them if no file has them. Raises ValueError for a model that
-    cannot be sent to workers."""
+    cannot be sent to workers.
+    """
     if isinstance(model, RemotePatcher):
         old = model.recipe
         if old.export is None:
@@ -153,7 +154,8 @@ def _keep_file(base: BaseModel, remote: RemotePatcher) -> None:
 
 def copy_state_from(model: ModelPatcher, remote: RemotePatcher) -> None:
     """Give `remote` the patches, options and wrappers of `model`; what refers to `model` in them refers to `remote` on
-    the workers."""
+    the workers.
+    """
     if remote.recipe.export is not None:
         _keep_file(model.model, remote)
     source = model.clone()

@@ -18,7 +18,8 @@ def model_job(
     session: Session, patcher: RemotePatcher, changes: Sequence[Change], full_tokens_for: str = ""
 ) -> ModelJob:
     """Describe the model of a patcher as it is now, with what nodes have changed on the model itself. `full_tokens_for`
-    is as in `Inside`, for code that is not there yet. Raises ValueError for patches of weights that cannot be sent."""
+    is as in `Inside`, for code that is not there yet. Raises ValueError for patches of weights that cannot be sent.
+    """
     patches = None
     written, content = written_weights.of(patcher.model)
     if patcher.patches or written:

@@ -68,7 +68,8 @@ def default_worker_count() -> int:
 @dataclass(frozen=True, slots=True)
 class Degrees:
     """Degrees of parallelism, whose product is the number of workers. `chosen` names the inputs that were left to
-    Raylight."""
+    Raylight.
+    """
 
     ulysses: int
     ring: int = 1
@@ -146,7 +147,8 @@ def _check_ranges(workers: int, ulysses: int, ring: int, cfg: int, dp: int) -> N
 
 def _settle(workers: int, ulysses: int, ring: int, cfg: int, dp: int, *, automatic: bool = False) -> Degrees:
     """Fill in the degrees that are AUTOMATIC; `automatic` says that the number of workers was. Raises ValueError naming
-    the product that is wrong, and what would fit."""
+    the product that is wrong, and what would fit.
+    """
     chosen = ("GPU",) if automatic else ()
     gpu = f"GPU = {workers}" + (" (all that are there)" if automatic else "")
     if ulysses == AUTOMATIC:
@@ -220,7 +222,8 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[WorkerConfig, Degrees]:
 
 def all_workers() -> WorkerConfig:
     """Return one worker for each GPU of this machine, or CPU_WORKERS, which split the tokens. Raises as
-    `device_type`."""
+    `device_type`.
+    """
     degrees = Degrees(default_worker_count(), chosen=("GPU", "ulysses_degree"))
     logger.info("no Ray initializer: %s", degrees)
     return WorkerConfig(SessionConfig(degrees.mesh, device_type()), kernels.AUTO)

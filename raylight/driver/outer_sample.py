@@ -37,7 +37,8 @@ _may_move = False
 
 class MoveToWorkers(BaseException):
     """Ends a run in this process that the workers have to do as a whole. Not an Exception, so that no handler of errors
-    stops it. `full_tokens_for` is as in `Inside`."""
+    stops it. `full_tokens_for` is as in `Inside`.
+    """
 
     def __init__(self, full_tokens_for: str) -> None:
         self.full_tokens_for = full_tokens_for
@@ -105,7 +106,8 @@ def run_on_workers(executor: Any, *arguments: Any, **named: Any) -> Tensor:
 
 def _changes(patcher: RemotePatcher) -> list[Change]:
     """Return the changes on the model itself, and note which weights were written to. Raises NotSerializableError where
-    the sampling loop was changed."""
+    the sampling loop was changed.
+    """
     for first in replaced_in_loop():
         raise NotSerializableError(
             f"code of another node pack takes the place of {first.place} ({node_name_of(first.value)})"
@@ -117,7 +119,8 @@ def _changes(patcher: RemotePatcher) -> list[Change]:
 
 def _content(patcher: RemotePatcher, run: tuple[Any, ...]) -> tuple[SerializedObject, str]:
     """Serialize a run without code of node packs if possible, else with it and the reason why: such a run goes to the
-    workers only if that code needs full tokens. Raises NotSerializableError."""
+    workers only if that code needs full tokens. Raises NotSerializableError.
+    """
     content = (patcher_state.of_run(patcher), *run)
     try:
         return serialize(content, patcher, foreign_code=False), ""

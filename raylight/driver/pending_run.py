@@ -44,7 +44,8 @@ class PendingRun:
 
     def conclude(self, result: RunResult) -> Tensor:
         """Return the latent of the run, (B, C, [T,] H, W) or packed, on the CPU. Leave the random generators as if the
-        run had been done in this process."""
+        run had been done in this process.
+        """
         if result.last is not None:
             self._call_back(result.last)
         set_random_state(result.random)

@@ -21,7 +21,8 @@ _FIRST = "raylight_patcher"
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
     """A MODEL for every node of ComfyUI. It has no weights, so nothing is loaded or moved here. It keeps the patches,
-    objects and options that nodes add; they are sent to the workers with each run."""
+    objects and options that nodes add; they are sent to the workers with each run.
+    """
 
     workers: WorkerConfig
     recipe: ModelRecipe
@@ -32,7 +33,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         cls, base: BaseModel, workers: WorkerConfig, recipe: ModelRecipe, outer_sample: Callable[..., Tensor]
     ) -> RemotePatcher:
         """Return a patcher of a model of `weightless.build`, whose weights are on these workers. `outer_sample` is the
-        wrapper of ComfyUI that samples it."""
+        wrapper of ComfyUI that samples it.
+        """
         if not hasattr(base, _FIRST):
             first = cls(
                 base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(), size=1

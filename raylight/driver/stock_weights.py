@@ -28,7 +28,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 @contextmanager
 def unpatched(model: ModelPatcher) -> Iterator[BaseModel]:
     """Undo the patches that ComfyUI has applied to the model's weights and objects, for a while. Nothing is moved or
-    copied: ComfyUI keeps what patches replace."""
+    copied: ComfyUI keeps what patches replace.
+    """
     base = model.model
     with model.use_ejected():
         # Objects first, as one of them may contain a patched weight.
@@ -107,7 +108,8 @@ def digests(base: BaseModel) -> dict[str, bytes]:
 
 def weights_differ(model: ModelPatcher, base: BaseModel) -> list[str]:
     """Return the names of weights of the diffusion model that differ, without patches, from what ComfyUI makes of those
-    of `base`, which are still in their file; also of weights that only one of the two has."""
+    of `base`, which are still in their file; also of weights that only one of the two has.
+    """
     theirs = weights(base)
     with unpatched(model) as stock:
         ours = weights(stock)

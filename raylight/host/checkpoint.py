@@ -106,7 +106,8 @@ def build_from_loader(load: Callable[[dict[str, Any]], Any], model_options: dict
 
 class _AssigningPatcher(comfy.model_patcher.ModelPatcher):
     """Have ComfyUI's loader assign the file's tensors rather than copy them, and keep the dtypes that the model was
-    built with."""
+    built with.
+    """
 
     def __init__(self, model: BaseModel, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
@@ -150,7 +151,8 @@ class _WithoutMemory(TorchFunctionMode):
 @contextmanager
 def _lazy_conversion() -> Iterator[list[str]]:
     """Keep in the file what ComfyUI concatenates when it converts diffusers' names. Yields a list of the tensors that
-    the conversion has no place for, which ComfyUI does not log."""
+    the conversion has no place for, which ComfyUI does not log.
+    """
     unused: list[str] = []
 
     def lazy(convert: Any) -> Any:
@@ -195,7 +197,8 @@ def _check_size(found: Mapping[str, Tensor], unused: Collection[str], detected: 
 
 def _check_scales(found: Mapping[str, Tensor], unused: Collection[str], loaded: Callable[[str], Tensor | None]) -> None:
     """Raise ValueError if 8-bit weights of the tensors `found` in a file were loaded without their scales, which would
-    give noise. `loaded` maps a name in the file to what the model has of it."""
+    give noise. `loaded` maps a name in the file to what the model has of it.
+    """
     lost = [name for name in unused if _is_lost_scale(found, name, loaded)]
     if lost:
         raise ValueError(

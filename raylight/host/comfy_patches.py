@@ -54,7 +54,8 @@ def replaced(module: ModuleType, name: str, replace: Callable[[Any], Any]) -> It
 @contextmanager
 def replaced_on(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Within it the attribute `name` of a Python module, class or object is `value`; one that `owner` did not have
-    itself is deleted afterwards. `name` may be `__class__`."""
+    itself is deleted afterwards. `name` may be `__class__`.
+    """
     before = type(owner) if name == "__class__" else vars(owner).get(name, _MISSING)
     setattr(owner, name, value)
     try:

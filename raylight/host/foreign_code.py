@@ -69,7 +69,8 @@ def is_foreign_function(value: Any) -> bool:
 
 def is_foreign(value: Any) -> bool:
     """Return whether it is a callable of a node pack other than this one: a function, also as a property, method or
-    partial, or an object of a class that was written there."""
+    partial, or an object of a class that was written there.
+    """
     for _ in range(_WRAPPINGS):
         if isinstance(value, property):
             value = value.fget
@@ -132,7 +133,8 @@ def _replaced_in_class(kind: type) -> list[tuple[str, Any]]:
 @functools.lru_cache(maxsize=256)
 def _names_of(module: str) -> frozenset[str]:
     """Return all names that the source of a Python module uses: ComfyUI's code does not call others, which packs add
-    (samplers above all)."""
+    (samplers above all).
+    """
     source = Path(sys.modules[module].__file__ or "")
     names: set[str] = set()
     codes = [compile(source.read_bytes(), str(source), "exec", dont_inherit=True)]
@@ -157,7 +159,8 @@ def _with_bases(classes: tuple[type, ...]) -> tuple[type, ...]:
 @functools.lru_cache(maxsize=64)
 def _called_by(classes: tuple[type, ...]) -> tuple[str, ...]:
     """Return the Python modules of ComfyUI's models that define these classes, and those that they use, directly or
-    not."""
+    not.
+    """
     own = {kind.__module__: None for kind in _with_bases(classes) if _is_of_models(kind.__module__)}
     rest = list(own)
     while rest:

@@ -135,7 +135,8 @@ class GgmlTensors:
 
     def with_patches(self, value: Any, patches: Patches) -> Tensor:
         """Return another tensor of the same bytes (moving one does not move the other) with these patches and no
-        others; `value` itself if it is not quantised."""
+        others; `value` itself if it is not quantised.
+        """
         if not self.is_quantised(value):
             return value
         return self._pack.tensor(
@@ -225,7 +226,8 @@ def _dequantise_outside_of_layers(mapped: MappedModel, pack: GgufPack) -> None:
 
 def _check_patches(pack: GgufPack, ggml: GgmlTensors, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError if a layer of the pack does not apply a patch to one row of a weight: a version that takes
-    patches in another way would silently leave LoRAs out."""
+    patches in another way would silently leave LoRAs out.
+    """
     weight: Any = next(
         (
             value

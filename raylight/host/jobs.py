@@ -22,7 +22,8 @@ METHODS = ("preprocess_text_embeds",)
 class Inside:
     """What nodes' code inside a diffusion model needs. `full_tokens_for` names the node whose code needs the full
     tokens, "" if none does; `watched` are paths of modules, from the diffusion model, that must not be called with
-    sharded tokens; `by_token` are paths of modules that must treat each token on its own."""
+    sharded tokens; `by_token` are paths of modules that must treat each token on its own.
+    """
 
     full_tokens_for: str = ""
     watched: tuple[str, ...] = ()
@@ -33,7 +34,8 @@ class Inside:
 class ModelJob:
     """The model that a job is for. `patches` are patches of weights by nodes besides the LoRAs of the recipe: a
     SerializedObject by ComfyUI's `patches_uuid`, fetched by a worker that does not have them applied. `inside` is what
-    code of nodes inside of it needs."""
+    code of nodes inside of it needs.
+    """
 
     recipe: ModelRecipe
     attention: str
@@ -72,7 +74,8 @@ class RunJob:
 @dataclass(frozen=True, slots=True)
 class ForwardJob:
     """One call of a method of the diffusion model. `call` has its arguments, whose tensors are in `tensors`, the first
-    of `latent_shape`; `extras` is what nodes have set on the model and in its options, as a SerializedObject."""
+    of `latent_shape`; `extras` is what nodes have set on the model and in its options, as a SerializedObject.
+    """
 
     model: ModelJob
     method: str
@@ -85,7 +88,8 @@ class ForwardJob:
 @dataclass(frozen=True, slots=True)
 class NeedsBytes:
     """Refusal of a request: the fullest GPU lacks `missing` bytes that ComfyUI may be able to free. All ranks return
-    the same one."""
+    the same one.
+    """
 
     missing: int
 
@@ -94,7 +98,8 @@ class NeedsBytes:
 class StepDone:
     """Step `step` (from 0) of `total` has ended. `x0` and `x`, (B, C, [T,] H, W) or packed, are as ComfyUI gives them
     to a callback, on the CPU; or `x0` is the first frame of the first image, (1, C, [1,] H, W) float32, and `x` None;
-    or both are None."""
+    or both are None.
+    """
 
     step: int
     total: int
@@ -105,7 +110,8 @@ class StepDone:
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """The latent of a run, (B, C, [T,] H, W) or packed, on the CPU; `last` is its last step with full x0 and x, if
-    these were not sent before."""
+    these were not sent before.
+    """
 
     samples: Tensor
     random: RandomState
@@ -125,7 +131,8 @@ class HeldModel:
 @dataclass(frozen=True, slots=True)
 class RankMemory:
     """The memory of one rank: bytes of its process on the host, and of its GPU if it has one: free, in total, and used
-    by PyTorch for tensors."""
+    by PyTorch for tensors.
+    """
 
     process_bytes: int
     free_bytes: int

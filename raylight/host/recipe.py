@@ -56,7 +56,8 @@ class LoraRecipe:
 @dataclass(frozen=True, slots=True)
 class Export:
     """A model that was written from the memory of ComfyUI's process: its name for users, and a pickled
-    `exported.Blueprint`."""
+    `exported.Blueprint`.
+    """
 
     name: str
     blueprint: bytes
@@ -130,6 +131,7 @@ class ModelRecipe:
 
 
 def is_gguf(path: str) -> bool:
+    """Return whether a path is one of a GGUF file, by its extension."""
     return path.lower().endswith(GGUF)
 
 
@@ -146,7 +148,8 @@ def needs_pack(path: str) -> str:
 class WorkerConfig:
     """The workers that a graph asks for. `attention` names their attention kernel and `strategy` the sequence-parallel
     strategy around it. With `free_memory_after` they move the model out of GPU memory after each run. `sharding` is
-    REPLICATED, SHARDED or OFFLOADED."""
+    REPLICATED, SHARDED or OFFLOADED.
+    """
 
     config: SessionConfig
     attention: str

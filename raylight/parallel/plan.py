@@ -122,7 +122,8 @@ class Converted:
 @dataclass(frozen=True, slots=True)
 class Gathered:
     """The argument is the sharded `stream`, which is all-gathered along `dim` for this module only. The module's output
-    is not sharded."""
+    is not sharded.
+    """
 
     stream: str
     dim: int = 1
@@ -141,7 +142,8 @@ class GatherAround:
 @dataclass(frozen=True, slots=True)
 class Control:
     """The argument is a dict of lists of residuals (B, tokens, width), which the model adds to the first tokens of
-    `stream` between its blocks. Each residual is sharded when the model takes it from the list."""
+    `stream` between its blocks. Each residual is sharded when the model takes it from the list.
+    """
 
     stream: str
 

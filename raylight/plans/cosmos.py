@@ -8,6 +8,7 @@ PER_FRAME = Aligned(VIDEO, expand=True)
 
 
 def predict2(model: str) -> SequencePlan:
+    """Return the plan of a model with the blocks of Cosmos Predict 2."""
     modulation = {"adaln_lora_B_T_3D": PER_FRAME}
     return SequencePlan(
         model=model,

@@ -1,5 +1,6 @@
 """HiDream: joint attention over image and text tokens. Every block gets different text, so text is gathered between
-blocks."""
+blocks.
+"""
 
 from raylight.parallel.plan import Aligned, Gather, SelfAttention, SequencePlan, Stream
 

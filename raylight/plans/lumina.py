@@ -4,10 +4,12 @@ from raylight.parallel.plan import Aligned, Gather, Input, SelfAttention, Sequen
 
 
 def layer(stream: str) -> dict[str, Input]:
+    """Return the rules of a block whose tokens are `stream`."""
     return {"x": Stream(stream), "freqs_cis": Aligned((stream,)), "timestep_zero_index": TokenRanges((stream,))}
 
 
 def lumina(model: str, inputs: dict, outputs: dict) -> SequencePlan:
+    """Return the plan of a model of the Lumina family, which differ in what is around the blocks."""
     return SequencePlan(
         model=f"comfy.ldm.lumina.model.{model}",
         inputs={"noise_refiner.*": layer("img"), "layers.*": layer("tokens"), **inputs},

@@ -6,6 +6,7 @@ JOINT = ("txt", "img")
 
 
 def layer(*streams: str) -> dict[str, Input]:
+    """Return the rule of what is aligned with the tokens of a block: its position table."""
     return {"image_rotary_emb": Aligned(streams)}
 
 

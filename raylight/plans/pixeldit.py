@@ -1,10 +1,12 @@
 """PixelDiT and PiD: joint attention over text and patch tokens. Every rank does all of the few blocks over pixels,
-which pack patches into the batch."""
+which pack patches into the batch.
+"""
 
 from raylight.parallel.plan import Aligned, FullAttention, Gather, SelfAttention, SequencePlan, Stream
 
 
 def pixeldit(model: str, gathered: str) -> SequencePlan:
+    """Return the plan of a PixelDiT, whose tokens are gathered after the module `gathered`."""
     return SequencePlan(
         model=f"comfy.ldm.pixeldit.{model}",
         inputs={

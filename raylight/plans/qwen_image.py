@@ -1,5 +1,6 @@
 """Qwen Image, Edit and Layered, and Mage-Flow, which has the same blocks: joint attention over text and image tokens,
-both split."""
+both split.
+"""
 
 from dataclasses import replace
 

@@ -1,5 +1,6 @@
 """TripoSplat: latent tokens in the refiner, then latent, condition and camera tokens together. Position
-embeddings are computed from the tokens, beside each block."""
+embeddings are computed from the tokens, beside each block.
+"""
 
 from raylight.parallel.plan import Gather, SelfAttention, SequencePlan, Stream
 

@@ -70,7 +70,8 @@ def reset(model: nn.Module) -> bool:
 
 def _is_at_rest(model: nn.Module) -> bool:
     """Return whether no module is within a forward or has begun to gather, by FSDP2's private state. False if this
-    version has other names for it."""
+    version has other names for it.
+    """
     unknown = object()
     for module in model.modules():
         if not isinstance(module, FSDPModule):
@@ -94,7 +95,8 @@ def _groups(state: Any) -> Iterator[Any]:
 @dataclass(frozen=True, slots=True)
 class ShardReport:
     """How many units there are, and the bytes of this rank's shards, of the tensors that every rank holds in full, and
-    of the full model."""
+    of the full model.
+    """
 
     units: int
     sharded_bytes: int

@@ -28,7 +28,8 @@ _STOCK = "wrappers"
 
 class BatchParallel:
     """A model's forwards on a mesh with a batch axis. Each forward decides, by its batch and the same on all ranks,
-    whether its batch rows or only its tokens are split."""
+    whether its batch rows or only its tokens are split.
+    """
 
     def __init__(self, model: nn.Module, batch: BatchAxis, split: SequenceParallel | None) -> None:
         """Replace `model.forward`. `split` is the model's sequence parallelism, None if its tokens are never split."""

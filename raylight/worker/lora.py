@@ -81,7 +81,8 @@ class WeightShapes:
 
     def zero_patch(self, key: str, region: Region = None) -> Any:
         """Return a patch that changes nothing. In place of a misfit, as ComfyUI rounds a quantised weight again if it
-        has any patch."""
+        has any patch.
+        """
         shape = list(self._shapes[key])
         if region is not None:
             shape[region[0]] = region[2]

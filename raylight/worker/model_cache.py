@@ -115,7 +115,8 @@ class ModelCache:
 
     def make_room_on_device(self, needed: int, used: CachedModel | None = None) -> None:
         """Move models other than `used` to the CPU, the least recently used first, until the GPU has `needed` bytes
-        free beside what sampling takes. Collective."""
+        free beside what sampling takes. Collective.
+        """
         if self._device.type == "cpu":
             return
         needed += int(comfy.model_management.minimum_inference_memory())
@@ -131,7 +132,8 @@ class ModelCache:
 
     def shortfall(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]] = ()) -> int:
         """Return how many bytes the fullest GPU lacks for a model, and for sampling one latent at a time of these
-        shapes, after the workers have freed all that they can; at most 0 where all fits. Collective."""
+        shapes, after the workers have freed all that they can; at most 0 where all fits. Collective.
+        """
         if self._device.type == "cpu":
             return 0
         found = self._models.get(recipe.without_loras)

@@ -22,7 +22,8 @@ from .parallel_model import ParallelModel
 
 class ModelForward:
     """Calls of the diffusion model. Between them a rank keeps tensors that are sent again, and what nodes have set on
-    the model."""
+    the model.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -93,7 +93,8 @@ class ModelSnapshot:
 
     def find_state(self) -> str:
         """Return the path of an attribute in which code keeps state between forwards, "" if there is none: a container,
-        or a value that changes with each forward. To be called after each forward."""
+        or a value that changes with each forward. To be called after each forward.
+        """
         left = {
             f"{path}.{name}".lstrip("."): value
             for path, module, _, attributes, _ in self._kept

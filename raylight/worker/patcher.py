@@ -46,7 +46,8 @@ def mode_of(sharding: str) -> Iterator[None]:
 
 def in_own_mode(method: Method) -> Method:
     """Run a patcher's method that touches weights in the mode of its `sharding`: ComfyUI makes room for one model by
-    moving others, in whatever mode the first one is."""
+    moving others, in whatever mode the first one is.
+    """
 
     @functools.wraps(method)
     def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,7 +165,8 @@ class GgufPatcher(ReplicatedPatcher):
 
 def build_replicated(mapped: MappedModel, offload_device: torch.device) -> tuple[ReplicatedPatcher, int]:
     """Return a patcher of a mapped model with all weights, and how many bytes of them are this rank's own memory:
-    those that need another dtype than in the file, and those that the file has in several tensors, are copied."""
+    those that need another dtype than in the file, and those that the file has in several tensors, are copied.
+    """
     diffusion_model, ggml = mapped.model.diffusion_model, mapped.ggml
     own_bytes = 0
     for name, parameter in list(diffusion_model.named_parameters()):

@@ -106,7 +106,8 @@ class ModelService(WorkerService):
 
     def _refusal(self, recipe: ModelRecipe, *latent_shapes: tuple[int, ...]) -> NeedsBytes | None:
         """Return what ComfyUI should free for a model, and for sampling latents of these shapes; None if nothing is
-        missing. Collective."""
+        missing. Collective.
+        """
         missing = self._models.shortfall(recipe, latent_shapes)
         return NeedsBytes(missing) if missing > 0 else None
 

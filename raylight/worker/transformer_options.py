@@ -38,7 +38,7 @@ def install_override(
         skip_output_reshape: bool = False,
         **rest: Any,
     ) -> Tensor:
-        """q (B, S, H * D), or (B, H, S, D) with `skip_reshape`; returns (B, S, H * D) or (B, H, S, D) likewise."""
+        """Q (B, S, H * D), or (B, H, S, D) with `skip_reshape`; returns (B, S, H * D) or (B, H, S, D) likewise."""
         if not skip_reshape:
             width = q.shape[-1] // heads
             # SD3 passes v with separate heads already. (B, S, H * D) -> (B, H, S, D)

@@ -123,7 +123,7 @@ def test_a_library_that_is_wrong_here_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_flash_attention_through_yunchang(tmp_path: Path) -> None:
-    """yunchang's adapter, with a flash_attn that only has the function that it calls."""
+    """Yunchang's adapter, with a flash_attn that only has the function that it calls."""
     package = tmp_path / "flash_attn"
     package.mkdir()
     (package / "__init__.py").write_text("__version__ = '2.8.0'\ndef flash_attn_func(): pass\n")

@@ -77,7 +77,8 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
 @pytest.fixture
 def compare(report_parity: Callable[[str], None], request: pytest.FixtureRequest) -> Compare:
     """Call it with what workers made, what ComfyUI made, and what that was: asserts that they are equal, but for
-    rounding."""
+    rounding.
+    """
 
     def assert_same(actual: Tensor, wanted: Tensor, what: str, largest: float = gpu_cases.HALF) -> None:
         found = gpu_cases.error(actual, wanted)

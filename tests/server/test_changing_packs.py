@@ -1,5 +1,6 @@
 """Nodes of other packs that change the inside of a model, on a real server: the image of stock ComfyUI, or a refusal
-that names what is wrong; never another image."""
+that names what is wrong; never another image.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 def graph(change: str | None, way: str, file: str | None = None) -> Graph:
     """A change after the loader of a file. `way` is stock, drop-in, behind (Parallelize right after the loader) or end
-    (Parallelize after the change)."""
+    (Parallelize after the change).
+    """
     made = copy.deepcopy(stock(replace(JOB, model=f"{file or 'wan'}.safetensors")))
     if way != "stock":
         made["workers"] = WORKERS

@@ -1,5 +1,6 @@
 """Model files and LoRAs in their usual forms, on a real server: stock's image by every way of Raylight, with one
-warning, or a refusal after which the same workers go on."""
+warning, or a refusal after which the same workers go on.
+"""
 
 from __future__ import annotations
 

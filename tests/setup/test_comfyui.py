@@ -94,7 +94,7 @@ def test_version(tmp_path: Path) -> None:
 def test_pinned() -> None:
     assert comfyui.pinned("0.24") == comfyui.pinned("0.24.0") == "0.24.0"
     assert comfyui.pinned("0.30") == comfyui.DEFAULT_VERSION == list(comfyui.PINNED)[-1]
-    assert list(comfyui.PINNED)[0] == MINIMUM, "the oldest release that is tested is the oldest that is promised"
+    assert next(iter(comfyui.PINNED)) == MINIMUM, "the oldest release that is tested is the oldest that is promised"
 
 
 @pytest.mark.parametrize("name", ["0.2", "0", "", "0.25", "/my/ComfyUI"])

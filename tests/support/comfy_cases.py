@@ -24,7 +24,8 @@ from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, RayModel
 @dataclass(frozen=True)
 class ParityCase:
     """One sampling run. `shape` is the latent's; `extras` names what the conditioning carries besides text; `tokens`
-    are those of the positive and of the negative prompt."""
+    are those of the positive and of the negative prompt.
+    """
 
     family: str
     shape: tuple[int, ...]

@@ -25,7 +25,8 @@ class CountingKernel:
 
 class CountingStrategy:
     """A strategy that counts its `calls`, the largest share of all tokens that a rank had in one, and the `heads` of
-    its kernel."""
+    its kernel.
+    """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner

@@ -152,7 +152,8 @@ def sample(
     steps: int = STEPS,
 ) -> tuple[Tensor, list[Tensor]]:
     """As SamplerCustomAdvanced samples: the latent, and what each step showed. With `stays_here` the sampler holds
-    something that no other process can have."""
+    something that no other process can have.
+    """
     kind = comfy.samplers.sampler_object(sampler)
     if stays_here or held is not None:
         kind.held = held or threading.Lock()

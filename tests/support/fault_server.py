@@ -67,7 +67,8 @@ class FaultServer(ComfyServer):
 
     def submit(self, graph: Graph) -> str:
         """Queue a graph. If the queue is empty, first wait until workers report no phase of an earlier run: a test that
-        waits for a phase means its own prompt's."""
+        waits for a phase means its own prompt's.
+        """
         if not (queue := self.queue()).running and not queue.pending:
             self.wait_until(lambda: set(self.phases().values()) <= {STARTING, IDLE})
         return super().submit(graph)

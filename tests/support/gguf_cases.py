@@ -33,7 +33,8 @@ Loras = tuple[tuple[dict[str, Tensor], float], ...]
 class Compared:
     """What one rank measured, in standard deviations of ComfyUI's output: the difference from it without and with two
     LoRAs, their effect, and after other LoRAs, after removal, after leaving the device and after coming to it in two
-    parts the difference from weights that never were otherwise. `own` counts the bytes that are this rank's alone."""
+    parts the difference from weights that never were otherwise. `own` counts the bytes that are this rank's alone.
+    """
 
     error: float
     patched: float
@@ -59,7 +60,8 @@ def two_loras(shapes: dict[str, tuple[int, ...]]) -> Loras:
 
 def compare_gguf(rank: int, world: int, path: Path, modes: tuple[str, ...], like: Path) -> dict[str, Compared]:
     """A Wan file in each of the modes, held by `world` ranks, against ComfyUI with the file `like`, which has the same
-    weights. It is gone before LoRAs change."""
+    weights. It is gone before LoRAs change.
+    """
     mesh = world_axis(build_mesh(MeshShape(batch=world), CPU))
     with torch.no_grad():
         expected = _expected(like)

@@ -61,7 +61,8 @@ def latent(
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """The latent that a sampler makes, float32 on the CPU. With `stays_here` the sampler holds what no other process
-    can have, so that its loop stays in this one. `on_step` is called after each step with its number from 0."""
+    can have, so that its loop stays in this one. `on_step` is called after each step with its number from 0.
+    """
     sampler = comfy.samplers.sampler_object("euler")
     if stays_here:
         sampler.held = threading.Lock()

@@ -53,7 +53,8 @@ def compare_loaded(rank: int, world: int, paths: tuple[Path, ...], offload: bool
 class Patched:
     """What one rank measured of LoRAs on split weights, in standard deviations of ComfyUI's output: the difference from
     ComfyUI with two LoRAs, their effect, and after other strengths and after removal the difference from weights that
-    never were otherwise."""
+    never were otherwise.
+    """
 
     error: float
     effect: float

@@ -25,7 +25,8 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 def moved_in_inference_mode(rank: int, world: int, path: Path) -> list[int]:
     """For shards that move and those that stay: how many weights are of inference mode after they were patched and
-    moved by a run in it."""
+    moved by a run in it.
+    """
     mesh = world_axis(build_mesh(MeshShape(), CPU))
     found = []
     for offload in (False, True):

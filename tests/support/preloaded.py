@@ -9,4 +9,4 @@ import pytest
 import sharded_cases
 import split_cases
 
-__all__ = ["gguf_cases", "loaded_cases", "external_cases", "pytest", "sharded_cases", "split_cases"]
+__all__ = ["external_cases", "gguf_cases", "loaded_cases", "pytest", "sharded_cases", "split_cases"]

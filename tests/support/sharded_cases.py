@@ -35,7 +35,8 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Sharded:
     """What one rank measured. `blocks` are the model's; `gathers` the all-gathers of one forward, where only weights
-    are gathered; `effect` how much the LoRAs change the result, as a share of its standard deviation."""
+    are gathered; `effect` how much the LoRAs change the result, as a share of its standard deviation.
+    """
 
     error: float = 1.0
     report: fsdp.ShardReport | None = None

@@ -1,5 +1,6 @@
 """A small two-stream transformer with joint, cross and grouped attention, masks, tables aligned with tokens, and
-modulation per frame."""
+modulation per frame.
+"""
 
 from __future__ import annotations
 

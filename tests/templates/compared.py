@@ -30,7 +30,8 @@ _VIDEOS = (".mp4", ".webm", ".mkv")
 @dataclass(frozen=True, slots=True)
 class File:
     """A file that a node wrote: the number of frames that a player shows, their (width, height), and whether all have
-    one color."""
+    one color.
+    """
 
     frames: int
     size: tuple[int, int]
@@ -88,7 +89,8 @@ def compare(node: str, actual: list[torch.Tensor] | File, expected: list[torch.T
 
 def hold_together(outputs: Sequence[Output]) -> None:
     """Compare files with encoder inputs of the same run. Raises AssertionError: a file has not the frames of any of
-    them."""
+    them.
+    """
     given = {
         (len(part), part.shape[2], part.shape[1])
         for node, parts in outputs

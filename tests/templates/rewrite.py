@@ -84,7 +84,8 @@ def _upstream(graph: Graph, node: str) -> Iterator[str]:
 
 def probed(graph: Graph, description: Mapping[str, Any], prefix: str) -> Graph:
     """Add a probe to every latent that a sampler returns, every decoded picture, and every input of a node that makes
-    files or videos of pictures."""
+    files or videos of pictures.
+    """
     graph = copy.deepcopy(graph)
     for node, entry in list(graph.items()):
         info = description.get(entry["class_type"], {})

@@ -1,6 +1,7 @@
 """Weights are touched in one mode, whoever touches them.
 
-The CPU by its number is used as a GPU: PyTorch copies what is moved there, into the same parameter."""
+The CPU by its number is used as a GPU: PyTorch copies what is moved there, into the same parameter.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """The parity matrix: every family, every situation, on 2 to 4 ranks of Ulysses, ring and both, against ComfyUI in one
-process."""
+process.
+"""
 
 from __future__ import annotations
 

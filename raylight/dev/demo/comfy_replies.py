@@ -92,7 +92,7 @@ def refusal(request: Request, response: HTTPError) -> ComfyError:
 
 
 def raise_unless_success(history: History) -> None:
-    """Raises PromptFailed or PromptInterrupted: the prompt did not succeed; with ComfyUI's own text."""
+    """Raise PromptFailed or PromptInterrupted, with ComfyUI's own text, if the prompt did not succeed."""
     if (details := history.message("execution_error")) is not None:
         raise PromptFailed(
             f"node {details.get('node_id')} ({details.get('node_type')}) raised {details.get('exception_type')}: "

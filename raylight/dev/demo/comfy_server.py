@@ -185,7 +185,8 @@ class ComfyServer:
 
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Cancel the running prompt, or only this one if it runs. Returns at once; the prompt ends when its node
-        checks."""
+        checks.
+        """
         self._post("/interrupt", {} if prompt_id is None else {"prompt_id": prompt_id})
 
     def free(self) -> None:
@@ -253,7 +254,8 @@ class ComfyServer:
 
     def _request(self, request: urllib.request.Request) -> dict[str, Any]:
         """Send a request. Raises ComfyError: the process has ended. Raises ConnectionError: it runs but does not
-        answer."""
+        answer.
+        """
         code = None if self._process is None else self._process.exit_code()
         if self._process is None or code is not None:
             raise ComfyError(f"ComfyUI is not running (exit code {code}). Its log:\n{self.log_tail()}")

@@ -179,7 +179,7 @@ def _blocks(canvas: Canvas, top: float, bottom: float, rows: int = 5) -> None:
 
 
 def _node(canvas: Canvas, box: tuple[float, float, float, float], title: str, color: Color) -> None:
-    left, top, right, bottom = box
+    left, top, right, _ = box
     canvas.box(box, fill=(44, 46, 58), outline=(98, 102, 128), radius=9)
     canvas.box((left, top, right, top + 30), fill=color, radius=9)
     canvas.box((left, top + 16, right, top + 30), fill=color, radius=1)

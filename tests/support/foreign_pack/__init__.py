@@ -1,5 +1,6 @@
 """A node pack of somebody else, as far as Raylight goes: a loader, a sampler, patches of a transformer's inside, and a
-weight that is set in place."""
+weight that is set in place.
+"""
 
 import threading
 
