@@ -26,9 +26,9 @@ def test_a_worker_killed_in_a_step(depth: str, sharding: str, path: Path, expect
         if step == 1:
             os.kill(active_session.running().places[LAST].pid, signal.SIGKILL)
 
-    with pytest.raises(WorkerError, match=rf"rank {LAST} .* died while (step|beginning to forward)") as told:
+    with pytest.raises(WorkerError, match=rf"rank {LAST} .* died while (step|beginning to forward)") as error:
         latent(model, DEPTHS[depth], LONG, steps=60, on_step=kill)
-    assert told.value.kind == DIED
+    assert error.value.kind == DIED
     compare(latent(model, DEPTHS[depth]), expected, "the run after it")
 
 
@@ -39,7 +39,7 @@ def test_a_full_gpu(sharding: str, path: Path, expected: Tensor, compare) -> Non
     torch.cuda.empty_cache()
     with little_room(500):
         for _ in range(2):  # workers that start on a full GPU, too
-            with pytest.raises(WorkerError, match=r"ran out of memory") as told:
+            with pytest.raises(WorkerError, match=r"ran out of memory") as error:
                 latent(model, shape=HUGE)
-            assert told.value.kind == OUT_OF_MEMORY
+            assert error.value.kind == OUT_OF_MEMORY
     compare(latent(model), expected, "the run after it")

@@ -78,7 +78,7 @@ def test_an_error_that_all_workers_meet_costs_none(
     with pytest.raises(RuntimeError, match="this node has failed"):
         latent(changed(pack, "Failing", model))
     compare(latent(model), expected, "the run after it")
-    if sharding == REPLICATED or hasattr(FSDPModule, "reset_iter_state"):  # else split weights are loaded anew
+    if sharding == REPLICATED or hasattr(FSDPModule, "reset_iter_state"):  # else sharded weights are loaded again
         assert worker_pids() == pids
 
 
