@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from . import models, notes, parts
+from .elements import Output
 from .models import DiffusionFile
 from .template import Mode, Template
-from .workflow import Output, Workflow
+from .workflow import Workflow
 
 _TEXT = (models.CLIP_L, models.T5)
 _GLASSHOUSE = (

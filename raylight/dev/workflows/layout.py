@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .workflow import Group, Node
+from .elements import Group, Node
 
 BLUE, GREEN = "#3f789e", "#3f8a5c"
 Box = tuple[int, int, int, int]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import layout, notes
+from .elements import Output
 from .models import DiffusionFile, ModelFile
-from .workflow import Output, Workflow
+from .workflow import Workflow
 
 BAD_VIDEO = (
     "overexposed, static, blurred details, subtitles, painting, still picture, worst quality, low quality, "

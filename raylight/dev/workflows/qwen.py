@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from . import models, notes, parts
+from .elements import Output
 from .template import Mode, Template
-from .workflow import Output, Workflow
+from .workflow import Workflow
 
 _SHOP = (
     "A small bookshop at a street corner on a rainy evening, warm light in the windows, a hand-painted sign reads "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from . import models, notes, parts
+from .elements import Output
 from .models import DiffusionFile
 from .template import Mode, Template
-from .workflow import Output, Workflow
+from .workflow import Workflow
 
 _FOX = "a fox moving quickly in a beautiful winter scenery, nature, trees, mountains, daytime, tracking camera"
 _LIGHTHOUSE = (
