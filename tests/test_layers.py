@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "nodes": {"driver", "host", "attention", "parallel"},
     "driver": ENGINE,
     "worker": ENGINE,
-    "host": {"cluster", "plans", "parallel", "sharding"},
+    "host": {"cluster", "parallel", "sharding"},
     "cluster": {"parallel"},
     "plans": {"parallel"},
     "sharding": {"parallel"},
