@@ -64,7 +64,7 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
     """
 
     sharding = REPLICATED
-    weights: Any
+    weights: Any = None
 
     def clone(self, *args: Any, **kwargs: Any) -> RankPatcher:
         other: Any = super().clone(*args, **kwargs)
