@@ -124,7 +124,8 @@ class RayRuntime:
     def _begin_start(self, config: SessionConfig) -> BackgroundCall:
         self._foreign_ids = orphan_guard.child_process_ids()
         _bind_to_loopback(config.is_local)
-        self._variables = ray_environment.prepare(config.is_local, torch.version.hip is not None)
+        saved = ray_environment.prepare(config.is_local, torch.version.hip is not None)
+        self._variables = saved | self._variables  # what was there first counts
         start = self._start_local if config.is_local else _join_cluster
         self._start_call, self._is_starting = BackgroundCall(lambda: start(config), stays=True), True
         return self._start_call

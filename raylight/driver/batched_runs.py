@@ -44,7 +44,7 @@ class _RunThread(threading.Thread, Generic[T]):
         self._batch_ended = False
         self._may_go_on, self._has_stopped = threading.Semaphore(0), threading.Semaphore(0)
         # A new thread has PyTorch's defaults, and does not know which node ComfyUI is running.
-        self._context = contextvars.copy_context()
+        self._node_context = contextvars.copy_context()  # Thread has a `_context` of its own from Python 3.14 on
         self._inference, self._grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
 
@@ -84,7 +84,7 @@ class _RunThread(threading.Thread, Generic[T]):
                 logger.warning("a run of a batch that failed has not ended within %.0f s", _UNWIND_S)
 
     def run(self) -> None:
-        self._context.run(self._work)
+        self._node_context.run(self._work)
 
     def _work(self) -> None:
         try:
