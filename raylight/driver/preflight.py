@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 MINIMUM = "0.24.0"
 """The oldest release that the tests run on; `requires-comfyui` in pyproject.toml says the same to the registry."""
 
@@ -34,8 +36,6 @@ def running() -> str:
 def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
-
-logger = logging.getLogger(__name__)
 
 REQUIRED = ("ray", "safetensors")
 _REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"

@@ -20,6 +20,8 @@ from raylight.host.worker_service import WorkerService
 
 from . import memory
 
+logger = logging.getLogger(__name__)
+
 R = TypeVar("R")
 _RESTART = "The workers restart with the next prompt"
 
@@ -58,9 +60,6 @@ def _for_memory(config: SessionConfig, sharding: str | None) -> list[str]:
     found.append("a smaller size, fewer frames or a smaller batch")
     found.append("a file with smaller weights (fp8, GGUF)")
     return found
-
-
-logger = logging.getLogger(__name__)
 
 
 def service_spec() -> ServiceSpec:

@@ -9,7 +9,7 @@ from typing import Any
 
 from compared import ENCODED, IMAGE, LATENT
 
-from raylight.dev.demo.graphs import Graph
+from raylight.dev.demo.graphs import Graph, initializer
 
 SIDE, FRAMES, STEPS, MEGAPIXELS = 96, 9, 4, 0.01
 _STEPS = ("steps", "start_at_step", "end_at_step")
@@ -124,25 +124,7 @@ def _inputs(info: Mapping[str, Any]) -> dict[str, str]:
 def on_workers(graph: Graph, workers: int = 2) -> Graph:
     """Return the prompt with only its loaders of diffusion models replaced."""
     graph = copy.deepcopy(graph)
-    graph["ray workers"] = {
-        "class_type": "RayInitializer",
-        "inputs": {
-            "ray_cluster_address": "local",
-            "ray_cluster_namespace": "default",
-            "GPU": workers,
-            "ulysses_degree": workers,
-            "ring_degree": 1,
-            "cfg_degree": 1,
-            "dp_degree": 1,
-            "sync_ulysses": False,
-            "clear_vram_after_sampling": False,
-            "FSDP": False,
-            "FSDP_CPU_OFFLOAD": False,
-            "XFuser_attention": "TORCH",
-            "skip_comm_test": False,
-            "use_mmap": False,
-        },
-    }
+    graph["ray workers"] = initializer(workers, XFuser_attention="TORCH")
     for node, entry in list(graph.items()):
         if entry["class_type"] == "UNETLoader":
             entry["class_type"] = "RayModelLoader"

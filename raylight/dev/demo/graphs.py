@@ -46,8 +46,8 @@ def stock(job: Sampling, prefix: str = "stock") -> Graph:
     }
 
 
-def on_workers(job: Sampling, workers: int, prefix: str = "raylight", **initializer: Any) -> Graph:
-    """Return the same graph on `workers` workers; other arguments replace inputs of the Ray initializer."""
+def initializer(workers: int, **inputs: Any) -> dict[str, Any]:
+    """Return a Ray initializer for `workers` workers that split the tokens; `inputs` replace others of its inputs."""
     settings = {
         "ray_cluster_address": "local",
         "ray_cluster_namespace": "default",
@@ -64,8 +64,13 @@ def on_workers(job: Sampling, workers: int, prefix: str = "raylight", **initiali
         "skip_comm_test": False,
         "use_mmap": False,
     }
+    return {"class_type": "RayInitializer", "inputs": settings | inputs}
+
+
+def on_workers(job: Sampling, workers: int, prefix: str = "raylight", **inputs: Any) -> Graph:
+    """Return the same graph on `workers` workers; other arguments replace inputs of the Ray initializer."""
     return _common(job, prefix) | {
-        "workers": {"class_type": "RayInitializer", "inputs": settings | initializer},
+        "workers": initializer(workers, **inputs),
         "model": {
             "class_type": "RayUNETLoader",
             "inputs": {"unet_name": job.model, "weight_dtype": "default", "ray_actors_init": ["workers", 0]},
