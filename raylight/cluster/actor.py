@@ -92,6 +92,11 @@ class Run:
         if self.rank == 0:
             self._events.put(event)
 
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether this rank was asked to cancel. Others may not have been yet."""
+        return self._cancel.is_set()
+
     def check_cancelled(self) -> None:
         """Raise RunCancelled on all ranks if one was asked to cancel. Collective."""
         if any_rank(self._cancel.is_set()):

@@ -108,6 +108,17 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """Rank 0 has read `done_bytes` of the `total_bytes` that it reads of the weights of the model `name`. Some of them
+    stay in the file if the GPU has no room for all.
+    """
+
+    name: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """The latent of a run, (B, C, [T,] H, W) or packed, on the CPU; `last` is its last step with full x0 and x, if
     these were not sent before.
