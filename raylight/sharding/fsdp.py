@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from raylight.parallel.heartbeat import cancellation_point
 
 from .assign import set_parameter, set_tensor
+from .file_weight import FileWeight
 from .rows import ByteAllGather, rows_of
 
 SMALLEST_UNIT = 0.002  # of the model's weights: below it an all-gather of its own costs more than it saves
@@ -134,7 +135,7 @@ def shard(
     for name, parameter in list(model.named_parameters()):
         value = torch.empty_like(parameter, device="meta")
         if name in replicated:
-            value = _copy(weights[name][...], parameter.dtype, device)
+            value = FileWeight.of(weights[name], parameter.dtype).read(device)
         set_parameter(model, name, value)
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, buffer.detach().to(device))  # a buffer can be made of a parameter, in PixArt
@@ -193,8 +194,9 @@ def _fill(
         if not isinstance(parameter, DTensor):
             continue
         cancellation_point()
-        rows = weights[name][rows_of(parameter.shape[0], mesh.size(), mesh.get_local_rank())]
-        local = _copy(rows, parameter.dtype, device)
+        rows = rows_of(parameter.shape[0], mesh.size(), mesh.get_local_rank())
+        # A copy in any case: a view of the file would change, or fault, with the file.
+        local = FileWeight.of(weights[name], parameter.dtype).rows(rows.start, rows.stop).read(device)
         full = DTensor.from_local(
             local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
@@ -203,11 +205,6 @@ def _fill(
         set_parameter(model, name, full)
         sharded_bytes += local.nbytes
     return sharded_bytes
-
-
-def _copy(source: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a copy in any case: a view of the file would change, or fault, with the file."""
-    return torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
 
 
 def _prefetch(model: nn.Module, blocks: list[nn.Module], stream: torch.cuda.Stream | None) -> None:

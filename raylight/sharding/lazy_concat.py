@@ -62,6 +62,11 @@ class LazyConcat(Tensor):
         return rows
 
     @property
+    def pieces(self) -> list[tuple[int, Tensor]]:
+        """What was assigned, in this order, and the rows here where it begins; it may have more rows than there are."""
+        return [(at - self._start, piece) for at, piece in self._pieces]
+
+    @property
     def is_complete(self) -> bool:
         """Return whether every row was assigned."""
         covered = torch.zeros(self.shape[0], dtype=torch.bool)
