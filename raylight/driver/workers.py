@@ -14,7 +14,7 @@ from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import DIED, HUNG, OUT_OF_MEMORY, RunCancelled
 from raylight.cluster.session import Session
 from raylight.host import settings
-from raylight.host.jobs import NeedsBytes
+from raylight.host.jobs import LoadProgress, NeedsBytes
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 from raylight.host.worker_service import WorkerService
 
@@ -105,7 +105,7 @@ def ask_all(
         return session.run_all(
             verb,
             *arguments,
-            on_event=on_event,
+            on_event=lambda event: None if isinstance(event, LoadProgress) else on_event(event),
             wants_cancel=comfy.model_management.processing_interrupted,
             remedies=functools.partial(remedies, session.config, None if about is None else about.sharding),
         )
