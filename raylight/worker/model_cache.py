@@ -19,6 +19,7 @@ from raylight.host.log_messages import gb, warn_on_first_rank
 from raylight.host.pickling import deserialize
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe
 from raylight.parallel.process_group import smallest
+from raylight.sharding import staged_read
 
 from . import lora
 from .lora import WeightShapes
@@ -164,6 +165,7 @@ class ModelCache:
         """Release all models."""
         for model in self.all():
             self.drop(model)
+        staged_read.release()
 
     @staticmethod
     def _forget_as_loaded(model: CachedModel) -> None:

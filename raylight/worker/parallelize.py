@@ -12,7 +12,7 @@ from raylight.parallel.mesh import world_axis
 
 from .model_cache import CachedModel
 from .parallel_model import ParallelModel
-from .patcher import build_replicated
+from .replicated_patcher import build_replicated
 from .sharded_patcher import build_sharded
 
 

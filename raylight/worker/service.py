@@ -14,7 +14,7 @@ from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import sequence_axis
 from raylight.sharding.fsdp import reset
 
-from . import model_cache
+from . import load_progress, model_cache
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
 from .parallelize import load_parallel
@@ -36,7 +36,7 @@ class ModelService(WorkerService):
         """Load a model with its LoRAs."""
         if may_refuse and (refusal := self._refusal(recipe)):
             return refusal
-        with mode_of(recipe.sharding):
+        with mode_of(recipe.sharding), load_progress.for_run(run, recipe):
             model = self._load(run, recipe)
             run.enter("reading LoRAs")
             model.patched(recipe.loras)
@@ -48,7 +48,8 @@ class ModelService(WorkerService):
         if may_refuse and (refusal := self._refusal(first.model.recipe, *[job.latent_shape for job in jobs])):
             return refusal
         self._forward.clear()  # a run must not find on the model what single forwards have left there
-        with mode_of(first.model.recipe.sharding):
+        recipe = first.model.recipe
+        with mode_of(recipe.sharding), load_progress.for_run(run, recipe):
             model, patcher = self._prepare(run, first.model)
             results = self._sample_all(run, model, patcher, jobs)
             run.enter("sending the result")
@@ -79,7 +80,8 @@ class ModelService(WorkerService):
         """Call a method of the diffusion model once."""
         if may_refuse and (refusal := self._refusal(job.model.recipe, *filter(None, [job.latent_shape]))):
             return refusal
-        with mode_of(job.model.recipe.sharding):
+        recipe = job.model.recipe
+        with mode_of(recipe.sharding), load_progress.for_run(run, recipe):
             model, patcher = self._prepare(run, job.model)
             run.enter("step (one forward of the model)")
             output = self._forward.call(patcher, job, model.parallel)
@@ -124,13 +126,15 @@ class ModelService(WorkerService):
         model = self._models.get(recipe)
         if model is None:
             run.enter(f"loading {recipe.name}")
+            shard_bytes = recipe.size // self._context.world_size
             if recipe.sharding != REPLICATED:
-                shard_bytes = recipe.size // self._context.world_size
                 self._models.make_room_on_host(shard_bytes)
                 if recipe.sharding == SHARDED:
                     self._models.make_room_on_device(shard_bytes)
             try:
-                model = load_parallel(recipe.without_loras, self._context.mesh, self._context.device)
+                # Ranks agree on a cancel at every shard that they read; replicated weights are only mapped here.
+                with load_progress.reported(lambda: shard_bytes, may_stop=False):
+                    model = load_parallel(recipe.without_loras, self._context.mesh, self._context.device)
             except BaseException:
                 self._models.sweep()  # what was read already
                 raise

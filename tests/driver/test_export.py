@@ -37,7 +37,7 @@ from raylight.host.loading import map_file
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 from raylight.host.settings import PACK_ROOT
 from raylight.parallel.mesh import MeshShape
-from raylight.worker.patcher import build_replicated
+from raylight.worker.replicated_patcher import build_replicated
 
 pytestmark = pytest.mark.slow
 WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")

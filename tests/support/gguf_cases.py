@@ -23,7 +23,8 @@ from raylight.host.checkpoint import MappedModel
 from raylight.host.gguf import load_gguf, open_pack
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.worker import lora
-from raylight.worker.patcher import RankPatcher, build_replicated
+from raylight.worker.patcher import RankPatcher
+from raylight.worker.replicated_patcher import build_replicated
 from raylight.worker.sharded_patcher import build_sharded
 
 Loras = tuple[tuple[dict[str, Tensor], float], ...]

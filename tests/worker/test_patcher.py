@@ -19,7 +19,8 @@ from mode_cases import moved_in_inference_mode, patches_for
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.host.checkpoint import MappedModel, load_mapped
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED
-from raylight.worker.patcher import build_replicated, mode_of
+from raylight.worker.patcher import mode_of
+from raylight.worker.replicated_patcher import build_replicated
 from raylight.worker.service import ModelService
 
 CPU, GPU = torch.device("cpu"), torch.device("cpu", 0)
