@@ -210,6 +210,11 @@ class Session:
         return self._watchdog.phases
 
     @property
+    def busy(self) -> bool:
+        """Whether a verb is being called: another call would wait for its end, for ever if made by its events."""
+        return self._running.locked()
+
+    @property
     def alive(self) -> bool:
         """Whether the workers can be called."""
         return not self._closed and ray.is_initialized() and self._watchdog.failure is None
