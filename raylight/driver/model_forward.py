@@ -19,7 +19,7 @@ from raylight.host.patcher_state import OPTIONS, OVERRIDE, Change, bind_argument
 from raylight.host.pickling import NotSerializableError, serialize
 from raylight.host.worker_service import WorkerService
 
-from . import model_changes
+from . import memory, model_changes
 from .model_job import model_job
 from .outer_sample import move_to_workers
 from .remote_model import RemotePatcher
@@ -106,6 +106,7 @@ def _send(
             answer = ask_with_room(channel.session, WorkerService.forward, job, patcher.recipe)[0]
             channel.is_new = False
         else:
+            memory.note_use(channel.session)
             answer = ask(channel.session, WorkerService.forward, job, False, about=patcher.recipe)
     except BaseException:
         _channel = None  # what the workers have of this stream is not known any more

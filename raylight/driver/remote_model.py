@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -12,7 +12,7 @@ from comfy.model_base import BaseModel
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from raylight.host.comfy_patches import replaced_on
+from raylight.host.comfy_patches import replaced, replaced_on
 from raylight.host.jobs import KEY
 from raylight.host.recipe import ModelRecipe, WorkerConfig
 
@@ -115,8 +115,27 @@ def _no_weights(patcher: RemotePatcher, remedy: str) -> str:
 
 
 def _prepare(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Have ComfyUI free no memory before a run: a PREPARE_SAMPLING wrapper."""
+    """Have ComfyUI free no memory before a run, unless other models are needed too: a PREPARE_SAMPLING wrapper. What
+    the run takes, the workers ask for.
+    """
     if not isinstance(model, RemotePatcher):
         return executor(model, *args, **kwargs)
-    with replaced_on(model.model, "memory_required", lambda *_, **__: 0):
+    with (
+        replaced_on(model.model, "memory_required", lambda *_, **__: 0),
+        replaced(comfy.model_management, "load_models_gpu", _load_without_freeing),
+    ):
         return executor(model, *args, **kwargs)
+
+
+def _load_without_freeing(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ComfyUI's function that loads models, for which models without weights need no room at all. ComfyUI would
+    free what one step takes at least.
+    """
+
+    def inner(models: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        if not all(isinstance(model, RemotePatcher) for model in models):
+            return load(models, *args, **kwargs)
+        with replaced(comfy.model_management, "free_memory", lambda _: lambda *_, **__: []):
+            return load(models, *args, **kwargs)
+
+    return inner

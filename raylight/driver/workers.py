@@ -1,4 +1,4 @@
-"""The workers, as ComfyUI's process uses them: start them, call them, and have them free their memory."""
+"""The workers, as ComfyUI's process uses them: start them and call them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from raylight.cluster.session import Session
 from raylight.host import settings
 from raylight.host.jobs import LoadProgress, NeedsBytes
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
-from raylight.host.worker_service import WorkerService
 
 from . import memory
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
+_REFUSALS = 2
 _RESTART = "The workers restart with the next prompt"
 
 
@@ -81,7 +81,7 @@ def open_session(workers: WorkerConfig) -> Session:
         )
     except RunCancelled:
         _interrupt()
-    memory.register(free)
+    memory.register(found)
     return found
 
 
@@ -120,33 +120,26 @@ def ask_with_room(
     about: ModelRecipe,
     on_event: Callable[[Any], None] = lambda _: None,
 ) -> dict[int, R]:
-    """Call a verb that may refuse `job` because GPU memory is short. If it does, have ComfyUI free its own memory and
-    send the job once more, not to be refused.
+    """Call a verb that may refuse `job` because GPU memory is short. If it does, have ComfyUI free what is missing on
+    the GPUs that it shares with workers, and send the job again: it may be refused once to load the model and once to
+    sample. What is missing on other GPUs the workers find themselves, or do without.
 
-    Workers share the GPUs with ComfyUI, and neither sees what the other could free. Raises what `ask_all` raises.
+    Raises what `ask_all` raises.
     """
-    may_refuse = session.config.device_type == "cuda"
-    answers = ask_all(session, verb, job, may_refuse, about=about, on_event=on_event)
-    if isinstance(answers[0], NeedsBytes):
-        memory.make_room(answers[0].missing)
-        answers = ask_all(session, verb, job, False, about=about, on_event=on_event)
-    return {rank: answer for rank, answer in answers.items() if not isinstance(answer, NeedsBytes)}
+    refusals_left = _REFUSALS if session.config.device_type == "cuda" else 0
+    try:
+        while True:
+            answers = ask_all(session, verb, job, refusals_left > 0, about=about, on_event=on_event)
+            refusals = {rank: answer for rank, answer in answers.items() if isinstance(answer, NeedsBytes)}
+            if not refusals:
+                return {rank: answer for rank, answer in answers.items() if not isinstance(answer, NeedsBytes)}
+            freed = memory.make_room(session, refusals)
+            refusals_left = refusals_left - 1 if freed else 0
+    finally:
+        memory.note_use(session)  # a cancelled run, too; not before a refusal is answered, which changes nothing
 
 
 def _interrupt() -> NoReturn:
     """End the prompt as ComfyUI does when the user cancels it."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     raise comfy.model_management.InterruptProcessingException() from None
-
-
-def free() -> None:
-    """Have the workers, if there are any, release their models."""
-    running = active_session.running()
-    if running is None:
-        return
-    try:
-        running.run(WorkerService.free)
-    except (Exception, RunCancelled) as error:
-        logger.warning("the workers could not free their memory: %s", error)
-    else:
-        logger.info("the workers have released their models")

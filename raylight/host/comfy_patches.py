@@ -7,8 +7,8 @@ For as long as a `with` block (`replaced`, `replaced_on`), after which the origi
   their file.
 - Functions of ComfyUI's models, their classes and Python modules that node packs have replaced in ComfyUI's process:
   replaced in the workers too, for one run (`patcher_state.changed`).
-- `memory_required` of a model whose weights are on the workers, while ComfyUI makes room for it: it needs none
-  (`driver.remote_model`).
+- `memory_required` of a model whose weights are on the workers, and `comfy.model_management.load_models_gpu` and
+  `free_memory`, while ComfyUI makes room for it: it needs none (`driver.remote_model`).
 
 For the life of the process:
 

@@ -87,11 +87,23 @@ class ForwardJob:
 
 @dataclass(frozen=True, slots=True)
 class NeedsBytes:
-    """Refusal of a request: the fullest GPU lacks `missing` bytes that ComfyUI may be able to free. All ranks return
-    the same one.
+    """Refusal of a request, by all ranks, because GPU memory is short on at least one. This rank's GPU lacks `missing`
+    bytes, 0 if none. Models other than that of the request hold `movable` bytes there, which the rank can move away.
     """
 
     missing: int
+    movable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GivenBack:
+    """What a rank has given back of its GPU: `freed` bytes. Its weights still take `held` bytes of the GPU that
+    `gpu_identity` calls `gpu`, "" on the CPU.
+    """
+
+    freed: int
+    held: int
+    gpu: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,13 @@ PACK_ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, slots=True)
 class HostSettings:
-    """The parsed command line and the model folders of the ComfyUI that started the workers."""
+    """The parsed command line and the model folders of the ComfyUI that started the workers, and the `gpu_identity` of
+    the GPU that it uses itself.
+    """
 
     arguments: dict[str, Any]
     model_folders: dict[str, tuple[tuple[str, ...], frozenset[str]]] = field(default_factory=dict)
+    gpu: str = ""
 
 
 def comfy_root() -> str:
@@ -37,14 +40,17 @@ def python_path() -> tuple[str, ...]:
 
 def capture() -> HostSettings:
     """Return the settings of this process."""
+    import comfy.model_management
     import folder_paths
     from comfy.cli_args import args
+
+    from .gpu_identity import gpu_identity
 
     folders = {
         name: (tuple(os.path.abspath(path) for path in paths), frozenset(extensions))
         for name, (paths, extensions) in folder_paths.folder_names_and_paths.items()
     }
-    return HostSettings(dict(vars(args)), folders)
+    return HostSettings(dict(vars(args)), folders, gpu_identity(comfy.model_management.get_torch_device()))
 
 
 def apply(settings: HostSettings, device_type: str) -> None:

@@ -9,7 +9,7 @@ from raylight.cluster.actor import Run
 from raylight.cluster.config import Service
 from raylight.cluster.serialization import SerializedObject
 
-from .jobs import ForwardJob, NeedsBytes, RankMemory, RunJob, RunResult
+from .jobs import ForwardJob, GivenBack, NeedsBytes, RankMemory, RunJob, RunResult
 from .recipe import ModelRecipe
 
 
@@ -17,7 +17,8 @@ class WorkerService(Service, Protocol):
     """The models of one rank. Every verb is called on all ranks with the same arguments.
 
     `run` is given by the worker, not by the caller. Verbs marked collective exchange data between the ranks.
-    With `may_refuse` a verb returns NeedsBytes, on all ranks, and does nothing if GPU memory is short for the job.
+    With `may_refuse` a verb returns NeedsBytes, on all ranks, if GPU memory is short: to load the model, or, when that
+    is done, to sample.
     Any of them may raise OutOfMemory; RunCancelled passes where the run was cancelled.
     """
 
@@ -48,6 +49,15 @@ class WorkerService(Service, Protocol):
     @abstractmethod
     def free(self, run: Run) -> None:
         """Unload every model."""
+
+    @abstractmethod
+    def give_back(self, run: Run, wanted: dict[int, int]) -> GivenBack:
+        """Give back GPU memory on the ranks that `wanted` names: what is not in use, and weights, those of the least
+        recently used model first, until it is as many bytes as `wanted` has for the rank. Models stay, and come back to
+        the GPU when they are used.
+
+        Collective.
+        """
 
     @abstractmethod
     def memory(self, run: Run) -> RankMemory:

@@ -18,4 +18,4 @@ def open_service(context: RankContext, settings: host_settings.HostSettings) -> 
     # Only now: ComfyUI picks devices and dtypes when it is imported.
     from .service import ModelService
 
-    return ModelService(context)
+    return ModelService(context, settings.gpu)

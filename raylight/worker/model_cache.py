@@ -5,20 +5,21 @@ from __future__ import annotations
 import gc
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
 import psutil
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from raylight.cluster.object_store import ObjectHandle
-from raylight.host.jobs import HeldModel, RankMemory
+from raylight.host.jobs import HeldModel, NeedsBytes, RankMemory
 from raylight.host.log_messages import gb, warn_on_first_rank
 from raylight.host.pickling import deserialize
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe
-from raylight.parallel.process_group import smallest
+from raylight.parallel.process_group import any_rank, smallest
 from raylight.sharding import staged_read
 
 from . import lora
@@ -101,6 +102,10 @@ class ModelCache:
             self._drop_gone()
         return found
 
+    def holds(self, recipe: ModelRecipe) -> bool:
+        """Return whether the model of a recipe is held, with whatever LoRAs."""
+        return recipe.without_loras in self._models
+
     def add(self, model: CachedModel) -> None:
         """Hold a model, as the most recently used one."""
         self._models[model.recipe.without_loras] = model
@@ -114,39 +119,101 @@ class ModelCache:
         while self._models and not self._fits_on_host(needed):
             self._drop_for_want_of_memory(next(iter(self._models.values())))
 
-    def make_room_on_device(self, needed: int, used: CachedModel | None = None) -> None:
-        """Move models other than `used` to the CPU, the least recently used first, until the GPU has `needed` bytes
-        free beside what sampling takes. Collective.
+    def needed(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]] = ()) -> int:
+        """Return how many bytes of this rank's GPU have to be free to load what is missing of a model, and to sample
+        one latent at a time of these shapes.
         """
-        if self._device.type == "cpu":
-            return
-        needed += int(comfy.model_management.minimum_inference_memory())
-        for other in [model for model in self._models.values() if model is not used]:
-            if other.patcher.get_free_memory(self._device) >= needed:
-                return
-            if not self._fits_on_host(other.host_bytes):
-                self._drop_for_want_of_memory(other)
-            elif other.patcher.loaded_size() > 0:
-                logger.info("%s is moved to the CPU to make room for another model", other.recipe.name)
-                self._forget_as_loaded(other)
-                other.patcher.detach()
-
-    def shortfall(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]] = ()) -> int:
-        """Return how many bytes the fullest GPU lacks for a model, and for sampling one latent at a time of these
-        shapes, after the workers have freed all that they can; at most 0 where all fits. Collective.
-        """
-        if self._device.type == "cpu":
-            return 0
-        found = self._models.get(recipe.without_loras)
         needed = comfy.model_management.minimum_inference_memory()
+        found = self._models.get(recipe.without_loras)
         if found is None:
             needed += {REPLICATED: recipe.size, SHARDED: recipe.size // self._world_size, OFFLOADED: 0}[recipe.sharding]
         else:
             needed += found.patcher.model_size() - found.patcher.loaded_size()
-            needed += int(max((found.patcher.model.memory_required(list(shape)) for shape in latent_shapes), default=0))
-        movable = sum(other.patcher.loaded_size() for other in self._models.values() if other is not found)
+            needed += max((found.patcher.model.memory_required(list(shape)) for shape in latent_shapes), default=0)
+        return int(needed)
+
+    def refusal(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]] = ()) -> NeedsBytes | None:
+        """Return what this rank's GPU lacks for a model, as `needed`; None if no GPU lacks anything. Collective."""
+        if self._device.type == "cpu":
+            return None
+        missing = self._lacking(recipe, latent_shapes)
+        if not any_rank(missing > 0):
+            return None
+        movable = sum(other.patcher.loaded_size() for other in self._others(recipe))
+        return NeedsBytes(max(0, missing), movable)
+
+    def make_room_on_device(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]] = ()) -> None:
+        """Move weights of other models to the CPU, those of the least recently used first, until each rank has `needed`
+        bytes free. Collective.
+        """
+        if self._device.type == "cuda":
+            self._move_away(self._others(recipe), lambda: self._lacking(recipe, latent_shapes))
+
+    def give_back(self, wanted: int | None) -> int:
+        """Give back to other programs what is not in use of this rank's GPU, and move weights to the CPU, those of the
+        least recently used model first, until that is `wanted` bytes. That may differ by rank; None for a rank that is
+        not asked. Return how many bytes that was. Collective.
+        """
+        if self._device.type == "cpu":
+            return 0
+        before = torch.cuda.memory_reserved(self._device)
+
+        def freed() -> int:
+            if wanted is not None:
+                self.free_unused()
+            return before - torch.cuda.memory_reserved(self._device)
+
+        self._move_away(self.all(), lambda: 0 if wanted is None else wanted - freed())
+        return freed()
+
+    def _lacking(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]]) -> int:
+        """Return how many bytes this rank's GPU lacks; less than 0 where some are left."""
         free: Any = comfy.model_management.get_free_memory(self._device)
-        return -smallest(int(free + movable - needed))
+        return self.needed(recipe, latent_shapes) - int(free)
+
+    def _others(self, recipe: ModelRecipe) -> list[CachedModel]:
+        used = self._models.get(recipe.without_loras)
+        return [model for model in self.all() if model is not used]
+
+    def _move_away(self, models: Sequence[CachedModel], lacking: Callable[[], int]) -> None:
+        """Move weights of models to the CPU, in this order, until no rank is lacking bytes. Collective."""
+        for model in models:
+            missing = lacking()
+            if not any_rank(missing > 0):
+                return
+            if model.recipe.sharding == REPLICATED:
+                self._move_in_part(model, missing, lacking)
+            elif not any_rank(model.patcher.loaded_size() > 0):
+                continue
+            elif model.recipe.sharding == SHARDED and not self._fits_on_host(model.host_bytes):
+                self._drop_for_want_of_memory(model)
+            else:
+                logger.info("%s is moved to the CPU to make room", model.recipe.name)
+                self._forget_as_loaded(model)
+                model.patcher.detach()
+
+    def _move_in_part(self, model: CachedModel, missing: int, lacking: Callable[[], int]) -> None:
+        """Move as much of a replicated model to the CPU as this rank is lacking, whatever other ranks do: the weights
+        are in the file, and come back with the next use.
+        """
+        before = left = model.patcher.loaded_size()
+        while missing > 0 and left > 0:
+            patcher = self._loaded_patcher(model)
+            if missing < left:
+                patcher.partially_unload(patcher.offload_device, missing)
+            if patcher.loaded_size() >= left:  # asked for all, or of its parts none can leave alone
+                self._forget_as_loaded(model)
+                patcher.detach()
+            left, missing = model.patcher.loaded_size(), lacking()
+        if left < before:
+            moved, of = gb(before - left), gb(before)
+            logger.info("%s of %s of %s are moved to the CPU to make room", moved, of, model.recipe.name)
+
+    @staticmethod
+    def _loaded_patcher(model: CachedModel) -> ModelPatcher:
+        """Return the patcher whose LoRAs and patches the weights on the device have."""
+        loaded = (one.model for one in comfy.model_management.current_loaded_models)
+        return next((one for one in loaded if one is not None and one.is_clone(model.patcher)), model.patcher)
 
     def drop(self, model: CachedModel) -> None:
         """Release a model and its memory."""
@@ -160,6 +227,13 @@ class ModelCache:
         """Free the memory of released objects."""
         gc.collect()  # hooks, and FSDP's states, refer to the modules that hold them
         comfy.model_management.soft_empty_cache()
+
+    @staticmethod
+    def free_unused() -> None:
+        """Give GPU memory that no tensor uses, and ComfyUI's buffers for weights in system memory, to other programs,
+        which see it as taken until then.
+        """
+        comfy.model_management.reset_cast_buffers()
 
     def clear(self) -> None:
         """Release all models."""

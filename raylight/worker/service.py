@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import comfy.model_management
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
-from raylight.host.jobs import ForwardJob, ModelJob, NeedsBytes, RankMemory, RunJob, RunResult
+from raylight.host.gpu_identity import gpu_identity
+from raylight.host.jobs import ForwardJob, GivenBack, ModelJob, NeedsBytes, RankMemory, RunJob, RunResult
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import sequence_axis
@@ -27,14 +29,17 @@ logger = logging.getLogger(__name__)
 class ModelService(WorkerService):
     """The models of one rank. Its verbs are documented in `WorkerService`."""
 
-    def __init__(self, context: RankContext) -> None:
+    def __init__(self, context: RankContext, comfyui_gpu: str = "") -> None:
+        """Open the service. `comfyui_gpu` is the `gpu_identity` of the GPU that ComfyUI uses itself."""
         self._context = context
+        self._gpu = gpu_identity(context.device)
+        self._beside_comfyui = self._gpu != "" and self._gpu == comfyui_gpu
         self._models = ModelCache(context.device, context.world_size)
         self._forward = ModelForward(context.device)
 
     def load(self, run: Run, recipe: ModelRecipe, may_refuse: bool = False) -> NeedsBytes | None:
         """Load a model with its LoRAs."""
-        if may_refuse and (refusal := self._refusal(recipe)):
+        if may_refuse and (refusal := self._refusal_to_load(recipe)):
             return refusal
         with mode_of(recipe.sharding), load_progress.for_run(run, recipe):
             model = self._load(run, recipe)
@@ -45,17 +50,22 @@ class ModelService(WorkerService):
     def sample(self, run: Run, jobs: tuple[RunJob, ...], may_refuse: bool = False) -> dict[int, RunResult] | NeedsBytes:
         """Do complete runs of one model."""
         first = jobs[0]
-        if may_refuse and (refusal := self._refusal(first.model.recipe, *[job.latent_shape for job in jobs])):
+        recipe, shapes = first.model.recipe, [job.latent_shape for job in jobs]
+        if may_refuse and (refusal := self._refusal_to_load(recipe)):
             return refusal
         self._forward.clear()  # a run must not find on the model what single forwards have left there
-        recipe = first.model.recipe
         with mode_of(recipe.sharding), load_progress.for_run(run, recipe):
-            model, patcher = self._prepare(run, first.model)
+            model = self._load(run, recipe)
+            if may_refuse and (refusal := self._models.refusal(recipe, shapes)):
+                return refusal
+            patcher = self._prepare(run, model, first.model, shapes)
             results = self._sample_all(run, model, patcher, jobs)
             run.enter("sending the result")
             if first.free_memory_after:
                 comfy.model_management.unload_all_models()
                 comfy.model_management.soft_empty_cache()
+        if self._beside_comfyui:  # whose nodes may need it now, and not all of them ask
+            self._models.free_unused()
         return results if sequence_axis(self._context.mesh).get_local_rank() == 0 else {}
 
     def _sample_all(
@@ -78,11 +88,14 @@ class ModelService(WorkerService):
 
     def forward(self, run: Run, job: ForwardJob, may_refuse: bool = False) -> SerializedObject | NeedsBytes | None:
         """Call a method of the diffusion model once."""
-        if may_refuse and (refusal := self._refusal(job.model.recipe, *filter(None, [job.latent_shape]))):
+        recipe, shapes = job.model.recipe, [job.latent_shape] if job.latent_shape else []
+        if may_refuse and (refusal := self._refusal_to_load(recipe)):
             return refusal
-        recipe = job.model.recipe
         with mode_of(recipe.sharding), load_progress.for_run(run, recipe):
-            model, patcher = self._prepare(run, job.model)
+            model = self._load(run, recipe)
+            if may_refuse and (refusal := self._models.refusal(recipe, shapes)):
+                return refusal
+            patcher = self._prepare(run, model, job.model, shapes)
             run.enter("step (one forward of the model)")
             output = self._forward.call(patcher, job, model.parallel)
         return answer(output) if run.rank == 0 else None
@@ -91,6 +104,12 @@ class ModelService(WorkerService):
         """Unload every model."""
         self._forward.clear()
         self._models.clear()
+
+    def give_back(self, run: Run, wanted: dict[int, int]) -> GivenBack:
+        """Give back GPU memory, of each rank as much as `wanted` has for it."""
+        run.enter("giving GPU memory back to ComfyUI")
+        freed = self._models.give_back(wanted.get(run.rank))
+        return GivenBack(freed, sum(model.patcher.loaded_size() for model in self._models.all()), self._gpu)
 
     def inventory(self) -> str:
         """Return in words what this rank holds in memory."""
@@ -106,20 +125,24 @@ class ModelService(WorkerService):
         """Return how much memory this rank uses, and its models."""
         return model_cache.memory(self._context.device, self._models.all())
 
-    def _refusal(self, recipe: ModelRecipe, *latent_shapes: tuple[int, ...]) -> NeedsBytes | None:
-        """Return what ComfyUI should free for a model, and for sampling latents of these shapes; None if nothing is
-        missing. Collective.
+    def _refusal_to_load(self, recipe: ModelRecipe) -> NeedsBytes | None:
+        """Return what this rank's GPU lacks to load a model whose weights go there at once: others go there when they
+        sample, and it would be early to free memory for them. None if no GPU lacks anything. Collective.
         """
-        missing = self._models.shortfall(recipe, latent_shapes)
-        return NeedsBytes(missing) if missing > 0 else None
+        if recipe.sharding != SHARDED or self._models.holds(recipe):
+            return None
+        return self._models.refusal(recipe)
 
-    def _prepare(self, run: Run, job: ModelJob) -> tuple[CachedModel, RankPatcher]:
-        """Return the model of a job, and a patcher for this job alone; make room for it on the device."""
-        model = self._load(run, job.recipe)
+    def _prepare(
+        self, run: Run, model: CachedModel, job: ModelJob, latent_shapes: Sequence[tuple[int, ...]]
+    ) -> RankPatcher:
+        """Return a patcher of a job's model for this job alone; make room on the device for it, and to sample latents
+        of these shapes.
+        """
         run.enter(f"applying LoRAs and patches to {job.recipe.name}")
         patcher = model.patched(job.recipe.loras, job.patches).clone()
-        self._models.make_room_on_device(patcher.model_size() - patcher.loaded_size(), model)
-        return model, patcher
+        self._models.make_room_on_device(job.recipe, latent_shapes)
+        return patcher
 
     def _load(self, run: Run, recipe: ModelRecipe) -> CachedModel:
         """Return the model of a recipe, from the cache if it is there."""
@@ -128,9 +151,9 @@ class ModelService(WorkerService):
             run.enter(f"loading {recipe.name}")
             shard_bytes = recipe.size // self._context.world_size
             if recipe.sharding != REPLICATED:
-                self._models.make_room_on_host(shard_bytes)
+                self._models.make_room_on_host(recipe.size // self._context.world_size)
                 if recipe.sharding == SHARDED:
-                    self._models.make_room_on_device(shard_bytes)
+                    self._models.make_room_on_device(recipe)
             try:
                 # Ranks agree on a cancel at every shard that they read; replicated weights are only mapped here.
                 with load_progress.reported(lambda: shard_bytes, may_stop=False):

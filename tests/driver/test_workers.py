@@ -38,7 +38,7 @@ RECIPE = ModelRecipe("/models/a.safetensors", "default", FileStamp(1))
 
 
 class FakeSession:
-    """Two ranks, whose fullest GPU lacks `missing` bytes."""
+    """Two ranks, of which one lacks `missing` bytes."""
 
     def __init__(self, device_type: str, missing: int) -> None:
         self.config = SimpleNamespace(device_type=device_type)
@@ -48,19 +48,32 @@ class FakeSession:
     def run_all(self, verb: Any, job: Any, may_refuse: bool, **_: Any) -> dict[int, Any]:
         self.calls.append((verb, job, may_refuse))
         refuses = may_refuse and self.missing > 0
-        return {rank: NeedsBytes(self.missing) if refuses else f"{job} by {rank}" for rank in range(2)}
+        return {rank: NeedsBytes(rank * self.missing) if refuses else f"{job} by {rank}" for rank in range(2)}
 
 
 @pytest.mark.parametrize(
     ("device_type", "missing", "freed", "asked"),
-    [("cpu", 5, [], [False]), ("cuda", 0, [], [True]), ("cuda", 5, [5], [True, False])],
+    [
+        ("cpu", 5, [], [False]),
+        ("cuda", 0, [], [True]),
+        ("cuda", 5, [0], [True, False]),  # what would be freed by asking again?
+        ("cuda", 5, [1, 1], [True, True, False]),
+        ("cuda", 5, [5], [True, True]),
+    ],
 )
 def test_comfyui_frees_memory_only_where_workers_lack_it(
     device_type: str, missing: int, freed: list[int], asked: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[int] = []
-    monkeypatch.setattr(memory, "make_room", made.append)
     session = FakeSession(device_type, missing)
+    frees = iter(freed)
+
+    def make_room(_: Any, needs: dict[int, NeedsBytes]) -> bool:
+        assert needs == {0: NeedsBytes(0), 1: NeedsBytes(session.missing)}
+        found = next(frees)
+        session.missing -= found
+        return found > 0
+
+    monkeypatch.setattr(memory, "make_room", make_room)
     assert ask_with_room(session, WorkerService.sample, "a job", RECIPE) == {0: "a job by 0", 1: "a job by 1"}
-    assert made == freed
     assert session.calls == [(WorkerService.sample, "a job", may_refuse) for may_refuse in asked]
+    assert next(frees, None) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -43,9 +43,6 @@ class Patcher:
     def loaded_size(self) -> int:
         return self.size if self.on_gpu else 0
 
-    def get_free_memory(self, _: torch.device) -> int:
-        return self.machine.gpu
-
     def detach(self) -> None:
         self.on_gpu = False
         self.machine.gpu += self.size
@@ -60,6 +57,7 @@ class Patcher:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(gpu=4 * GB, host=100 * GB)
     monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: GB)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: machine.gpu)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=machine.host, total=100 * GB))
     return machine
 
@@ -82,20 +80,21 @@ def test_the_least_recently_used_go_to_the_cpu_until_the_model_fits(machine: Mac
     models, _ = three(machine, "cuda")
     new = resident(machine, "d", 12 * GB, on_gpu=False)
     models.add(new)
-    models.make_room_on_device(12 * GB, new)
+    models.make_room_on_device(new.recipe)
     assert machine.moved == ["b", "c"]
     assert [model.recipe.name for model in models.all()] == ["b", "c", "a", "d"]
 
 
 def test_room_for_a_model_that_is_yet_to_come(machine: Machine) -> None:
     models, _ = three(machine, "cuda")
-    models.make_room_on_device(6 * GB)
+    models.make_room_on_device(resident(machine, "d", 12 * GB).recipe)  # of which each of two ranks loads half
     assert machine.moved == ["b"]
 
 
 def test_what_fits_moves_nothing(machine: Machine) -> None:
     models, entries = three(machine, "cuda")
-    models.make_room_on_device(0, entries[0])
+    entries[0].patcher.model = SimpleNamespace(memory_required=lambda shape: shape[0] * GB)
+    models.make_room_on_device(entries[0].recipe, [(3,)])
     assert machine.moved == []
 
 
@@ -104,7 +103,7 @@ def test_without_host_memory_models_are_dropped_instead(machine: Machine) -> Non
     machine.host = 12 * GB  # 10 % stay free
     new = resident(machine, "d", 6 * GB, on_gpu=False)
     models.add(new)
-    models.make_room_on_device(6 * GB, new)
+    models.make_room_on_device(new.recipe)
     assert "b" not in [model.recipe.name for model in models.all()]
     assert machine.moved == []
 
@@ -132,34 +131,45 @@ def test_a_model_that_the_file_has_needs_no_room(machine: Machine) -> None:
     assert len(models.all()) == 3
 
 
-@pytest.fixture
-def alone(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """The machine for one rank, without a process group."""
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda _: machine.gpu)
-    monkeypatch.setattr(model_cache, "smallest", lambda value: value)
-    return machine
-
-
-def test_shortfall_counts_weights_sampling_and_what_can_be_moved(alone: Machine) -> None:
-    models, (first, *_) = three(alone, "cuda")
+def test_a_refusal_counts_weights_sampling_and_what_can_be_moved(machine: Machine) -> None:
+    models, (first, *_) = three(machine, "cuda")
     first.patcher.model = SimpleNamespace(memory_required=lambda shape: shape[0] * GB)
-    fits = 1 * GB - 4 * GB - 12 * GB  # for sampling, less what is free and what the other two take
-    assert models.shortfall(first.recipe) == fits
-    assert models.shortfall(first.recipe, [(2,), (20,)]) == fits + 20 * GB
-    new = resident(alone, "d", 60 * GB).recipe  # of which each of two ranks loads half
-    assert models.shortfall(new) == 1 * GB + 30 * GB - 4 * GB - 18 * GB
-    assert three(alone, "cpu")[0].shortfall(new) == 0
+    assert models.refusal(first.recipe) is None
+    assert models.refusal(first.recipe, [(3,), (1,)]) is None
+    assert models.refusal(first.recipe, [(2,), (20,)]) == NeedsBytes(17 * GB, movable=12 * GB)
+    new = resident(machine, "d", 60 * GB).recipe  # of which each of two ranks loads half
+    assert models.refusal(new) == NeedsBytes(27 * GB, movable=18 * GB)
+    assert three(machine, "cpu")[0].refusal(new) is None
+
+
+def test_a_rank_that_lacks_nothing_refuses_for_one_that_does(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_cache, "any_rank", lambda _: True)
+    models, (first, *_) = three(machine, "cuda")
+    assert models.refusal(first.recipe) == NeedsBytes(0, movable=12 * GB)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_refuses_a_job_once_where_memory_is_short(device: str, alone: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_a_job_once_where_memory_is_short(
+    device: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raylight.worker.service.gpu_identity", lambda _: "")
     service = ModelService(SimpleNamespace(device=torch.device(device), world_size=2))
     done: list[str] = []
     held = SimpleNamespace(patched=lambda _: done.append("loaded"))
     monkeypatch.setattr(service, "_load", lambda *_: held)
-    recipe = resident(alone, "d", 60 * GB).recipe
+    recipe = resident(machine, "d", 60 * GB).recipe
     expected = NeedsBytes(27 * GB) if device == "cuda" else None
     run = SimpleNamespace(enter=lambda _: None)
     assert service.load(run, recipe, may_refuse=True) == expected
     assert done == ([] if expected else ["loaded"])
     assert service.load(run, recipe, may_refuse=False) is None and done[-1] == "loaded"
+
+
+def test_loading_asks_for_nothing_if_weights_stay_in_the_file(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raylight.worker.service.gpu_identity", lambda _: "")
+    service = ModelService(SimpleNamespace(device=torch.device("cuda"), world_size=2))
+    monkeypatch.setattr(service, "_load", lambda *_: SimpleNamespace(patched=lambda _: None))
+    recipe = replace(resident(machine, "d", 60 * GB).recipe, sharding="replicated")
+    assert service.load(SimpleNamespace(enter=lambda _: None), recipe, may_refuse=True) is None

@@ -79,7 +79,7 @@ def test_sharded_weights_stay_out_of_inference_mode(path: Path) -> None:
 @pytest.mark.parametrize("sharding", [REPLICATED, SHARDED, OFFLOADED])
 def test_all_of_a_job_is_done_in_the_mode_of_its_model(sharding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = SimpleNamespace(sharding=sharding, without_loras=None, loras=())
-    job = SimpleNamespace(model=SimpleNamespace(recipe=recipe, patches=None))
+    job = SimpleNamespace(model=SimpleNamespace(recipe=recipe, patches=None), latent_shape=None)
     seen: list[tuple[bool, bool]] = []
 
     def hold(*_: object) -> None:
