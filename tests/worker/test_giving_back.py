@@ -14,8 +14,10 @@ import pytest
 import torch
 from comfy.model_management import current_loaded_models, load_models_gpu
 from comfy_cases import CASES, checkpoint
+from giving_back_cases import sizes_after_each
 from mode_cases import patches_for
 
+from raylight.dev.local_ranks import run_ranks, values
 from raylight.host.checkpoint import load_mapped
 from raylight.host.recipe import REPLICATED, FileStamp, ModelRecipe
 from raylight.worker.model_cache import CachedModel, ModelCache
@@ -120,3 +122,11 @@ def test_with_a_lora(models: ModelCache, path: Path) -> None:
     models.give_back(model.patcher.model_size() // 3)
     use(model.patcher)
     assert torch.equal(result(model), plain)
+
+
+def test_a_rank_gives_back_whole_weights_alone_and_shards_with_the_others(path: Path) -> None:
+    wanted = [{0: 0.0}, {0: 0.3}, {0: 0.0, 1: 0.0}, {1: 2.0}]
+    first, second = values(run_ranks(2, sizes_after_each, path, wanted, timeout_s=120))
+    assert first[0] == second[0] == second[1] == second[2] == (1.0, 1.0)
+    assert 0.5 < first[1][0] <= 0.7 and first[1] == first[2] and first[1][1] == 1.0
+    assert first[3] == (first[1][0], 0.0) and second[3] == (0.0, 0.0)
