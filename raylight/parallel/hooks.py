@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import all_gather
@@ -50,12 +51,12 @@ class SequenceHooks:
         heads, degree = attrgetter(plan.heads)(model), ulysses_degree or tokens.degree
         if heads < degree:
             raise ValueError(
-                f"{type(model).__name__} has {heads} attention heads, too few for ulysses_degree = {degree}: "
+                f"{_class_name(model)} has {heads} attention heads, too few for ulysses_degree = {degree}: "
                 f"choose at most {heads}"
             )
         reason = plan.refused(model)
         if reason is not None:
-            raise ValueError(f"this {type(model).__name__} cannot be split over workers: {reason}")
+            raise ValueError(f"this {_class_name(model)} cannot be split over workers: {reason}")
         self._handles.append(model.register_forward_pre_hook(lambda *_: tokens.begin()))
         for path, rules in plan.inputs.items():
             for module in matching(model, path, plan):
@@ -157,6 +158,12 @@ class SequenceHooks:
         if sharded:
             raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {sorted(sharded)}")
         self._tokens.begin()  # frees what was kept for this forward
+
+
+def _class_name(model: nn.Module) -> str:
+    """Return the name of a model's class, without the one that FSDP2 puts before it."""
+    own = type(model)
+    return own.__bases__[-1].__name__ if issubclass(own, FSDPModule) else own.__name__
 
 
 def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Module]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("batch", "ring", "ulysses")
@@ -36,6 +38,40 @@ class MeshShape:
 def build_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
     """Create the mesh over all ranks of the default process group. Collective."""
     return init_device_mesh(device.type, (shape.batch, shape.ring, shape.ulysses), mesh_dim_names=AXES)
+
+
+class Meshes:
+    """The meshes of one world that were used last, so that going back to one is instant.
+
+    At most `limit`: on GPUs each group that has communicated keeps some memory.
+    """
+
+    def __init__(self, device: torch.device, limit: int = 4) -> None:
+        self._device, self._limit = device, limit
+        self._meshes: OrderedDict[MeshShape, DeviceMesh] = OrderedDict()
+
+    def of(self, shape: MeshShape) -> DeviceMesh:
+        """Return the mesh of a shape, with all its axes. Collective.
+
+        The mesh that was not used for longest may be ended by this: nothing may communicate over it any more.
+        """
+        if shape not in self._meshes:
+            while len(self._meshes) >= self._limit:
+                _end(self._meshes.popitem(last=False)[1])
+            mesh = self._meshes[shape] = build_mesh(shape, self._device)
+            for axis in (world_axis, outer_axis, sequence_axis):
+                axis(mesh)
+        self._meshes.move_to_end(shape)
+        return self._meshes[shape]
+
+
+def _end(mesh: DeviceMesh) -> None:
+    """End the process groups of a mesh, except that of the world. Collective."""
+    groups = [mesh.get_group(axis) for axis in AXES]
+    groups += [axis(mesh).get_group() for axis in (world_axis, outer_axis, sequence_axis)]
+    for group in dict.fromkeys(groups):
+        if group != dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def world_axis(mesh: DeviceMesh) -> DeviceMesh:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from raylight.host.patcher_state import OPTIONS, bind_arguments, run_with_wrappers
 from raylight.parallel.batch import BatchAxis, Rows
@@ -41,11 +42,21 @@ class BatchParallel:
         self._latest: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._logged: set[str] = set()
         self._own = model.forward
+        self._replaced = vars(model).get("forward")  # of this one model, where its class has another
         model.forward = functools.wraps(self._own)(functools.partial(self._forward))
+        self._handle: RemovableHandle | None = None
 
     def finalize_hooks(self) -> None:
         """Register the hook that decides, before all others. Call it last, when the model has its other hooks."""
-        self._model.register_forward_pre_hook(self._decide, prepend=True, with_kwargs=True)
+        self._handle = self._model.register_forward_pre_hook(self._decide, prepend=True, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Remove the hook, and give the model its own forward again."""
+        if self._handle is not None:
+            self._handle.remove()
+        del self._model.forward
+        if self._replaced is not None:
+            self._model.forward = self._replaced
 
     def use(self, sequence: SequenceGroup, all_ranks: SequenceGroup | None) -> None:
         """Split tokens over `sequence` in forwards that split their batch, and over `all_ranks` in the others."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
@@ -20,6 +20,7 @@ from raylight.host.jobs import Inside, ModelJob
 from raylight.parallel.batch import BatchAxis
 from raylight.parallel.external_strategies import OURS, ExternalAttention
 from raylight.parallel.mesh import sequence_axis
+from raylight.parallel.plan import SequencePlan
 from raylight.parallel.process_group import among
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_attention import Strategy
@@ -33,6 +34,20 @@ from .sequence_parallel import ComfySequenceParallel, apply_sequence_parallel
 logger = logging.getLogger(__name__)
 
 
+def _once(model: nn.Module, config: str) -> Callable[[], SequencePlan]:
+    """Look up the plan of a model now. Return a function that returns it, or raises that there is none."""
+    try:
+        plan = plan_for(model, config)
+    except ValueError as error:
+        message = str(error)
+
+        def refuse() -> SequencePlan:
+            raise ValueError(message)
+
+        return refuse
+    return lambda: plan
+
+
 class ParallelModel:
     """How the ranks compute one model together: by sequence, by batch, or both."""
 
@@ -42,26 +57,51 @@ class ParallelModel:
 
         Raises ValueError: when tokens must be split and the model has no plan, or cannot be split by it.
         """
-        self._mesh, self._device = mesh, device
-        sequence, batch = sequence_axis(mesh), BatchAxis(mesh.get_group("batch"))
+        self._model, self._device = base.diffusion_model, device
+        self._find_plan = _once(self._model, type(base.model_config).__name__)
         self._groups: SequenceGroups | None = None
         self._split: ComfySequenceParallel | None = None
         self._batch: BatchParallel | None = None
+        self._mesh = mesh
+        self._is_arranged = False
+        self._install()
+
+    def arrange(self, mesh: DeviceMesh) -> None:
+        """Compute the model on another mesh of the same ranks from now on; its weights stay. Collective.
+
+        Does nothing if it is on that mesh. Raises ValueError: as the constructor. The model must then be arranged
+        again before it is used.
+        """
+        if self._is_arranged and mesh is self._mesh:
+            return
+        self.remove()
+        self._mesh = mesh
+        self._install()
+        self.finalize_hooks()
+
+    def remove(self) -> None:
+        """Remove all hooks, which leaves the model as it was, apart from its weights."""
+        self._is_arranged = False
+        if self._batch is not None:
+            self._batch.remove()
+        if self._split is not None:
+            self._split.remove()
+        self._groups = self._split = self._batch = None
+
+    def _install(self) -> None:
+        sequence, batch = sequence_axis(self._mesh), BatchAxis(self._mesh.get_group("batch"))
         try:
             if sequence.size() > 1 or batch.degree > 1:
-                self._split_tokens(base)
+                plan = self._find_plan()
+                self._split = apply_sequence_parallel(self._model, plan, self._mesh)
+                self._groups = SequenceGroups(self._mesh, attrgetter(plan.heads)(self._model))
         except ValueError as error:
             if sequence.size() > 1:
                 raise
             logger.info("%s: workers can only split its batch", error)
         if batch.degree > 1:
-            self._batch = BatchParallel(base.diffusion_model, batch, self._split)
-
-    def _split_tokens(self, base: BaseModel) -> None:
-        model = base.diffusion_model
-        plan = plan_for(model, type(base.model_config).__name__)
-        self._split = apply_sequence_parallel(model, plan, self._mesh)
-        self._groups = SequenceGroups(self._mesh, attrgetter(plan.heads)(model))
+            self._batch = BatchParallel(self._model, batch, self._split)
+        self._is_arranged = True
 
     def finalize_hooks(self) -> None:
         """Install the hook of batch parallelism. Call it when the model's weights are in place, with their hooks."""

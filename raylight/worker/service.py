@@ -31,7 +31,7 @@ class ModelService(WorkerService):
 
     def __init__(self, context: RankContext, comfyui_gpu: str = "") -> None:
         """Open the service. `comfyui_gpu` is the `gpu_identity` of the GPU that ComfyUI uses itself."""
-        self._context = context
+        self._context = context  # its mesh changes when the workers are arranged anew
         self._gpu = gpu_identity(context.device)
         self._beside_comfyui = self._gpu != "" and self._gpu == comfyui_gpu
         self._models = ModelCache(context.device, context.world_size)
@@ -145,13 +145,15 @@ class ModelService(WorkerService):
         return patcher
 
     def _load(self, run: Run, recipe: ModelRecipe) -> CachedModel:
-        """Return the model of a recipe, from the cache if it is there."""
+        """Return the model of a recipe on the mesh of this moment, from the cache if it is there."""
         model = self._models.get(recipe)
+        if model is not None:
+            model.parallel.arrange(self._context.mesh)
         if model is None:
             run.enter(f"loading {recipe.name}")
             shard_bytes = recipe.size // self._context.world_size
             if recipe.sharding != REPLICATED:
-                self._models.make_room_on_host(recipe.size // self._context.world_size)
+                self._models.make_room_on_host(shard_bytes)
                 if recipe.sharding == SHARDED:
                     self._models.make_room_on_device(recipe)
             try:
