@@ -1,7 +1,11 @@
-"""The one session of this process. GPUs have one owner, so a new configuration replaces the old one."""
+"""The one session of this process. GPUs have one owner, so a new configuration replaces the old one.
+
+Workers start in a thread. `begin` returns at once, and `session` waits for them.
+"""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable
@@ -10,11 +14,32 @@ from .config import ServiceSpec, SessionConfig
 from .diagnosis import Remedies, no_remedies
 from .ray_runtime import RUNTIME
 from .session import Session
+from .starting import Start
 
 logger = logging.getLogger(__name__)
 
-_lock = threading.Lock()
+_EXIT_S = 5.0
+
+_lock = threading.Lock()  # held while workers are changed or waited for
 _session: Session | None = None
+_start: Start | None = None  # of the next session
+_exits = False
+
+
+def begin(config: SessionConfig, service: ServiceSpec, remedies: Remedies = no_remedies) -> None:
+    """Start workers of this configuration in the background, unless they run or start already.
+
+    Replaces workers of another configuration, and a start that has failed. Does nothing while another thread waits for
+    workers. An error is raised by `session`.
+    """
+    if _lock.acquire(blocking=False):
+        try:
+            if _start is None or _start.error is None or _start.config != config:
+                _ensure(config, service, remedies)
+            else:
+                _replace(config, service, remedies)
+        finally:
+            _lock.release()
 
 
 def session(
@@ -22,46 +47,97 @@ def session(
     service: ServiceSpec,
     wants_cancel: Callable[[], bool] = lambda: False,
     remedies: Remedies = no_remedies,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> Session:
-    """Return the running session if it has this configuration, else start a new one. Raises as `Session`."""
-    global _session
+    """Return the running session if it has this configuration or can take it, else wait for a new one.
+
+    `on_progress` gets what the start is doing, in this thread. Raises as `Session` and `Session.reshape`, what a start
+    in the background has raised once. Raises RunCancelled: when cancelled; the start goes on.
+    """
+    global _session, _start
     with _lock:
-        if _session is not None and (_session.config != config or not _session.alive):
-            if _session.alive:
-                logger.info("the workers restart: their configuration has changed")
-            _stop(_session, config)
-            _session = None
-        if _session is None:
-            _session = Session(config, service, wants_cancel, remedies)
+        _ensure(config, service, remedies)
+        if _start is not None:
+            try:
+                _session = _start.wait(wants_cancel, on_progress)
+            finally:
+                if _start.ended:
+                    _start = None
+        assert _session is not None, "it has started"
+        if _session.config != config:
+            _session.reshape(config, remedies, wants_cancel)
         return _session
 
 
 def running() -> Session | None:
     """Return the running session, if any. Does not wait for one that is starting."""
-    found = _session
+    start = _start
+    found = _session if start is None else start.session
     return found if found is not None and found.alive else None
 
 
 def close(keep_ray: bool = False) -> None:
     """End the running session, and Ray too unless `keep_ray`. A Ray of another pack stays."""
-    global _session
+    global _session, _start
     with _lock:
+        if _start is not None:
+            _start.cancel()
+            _start.settle()
+            _session, _start = _start.session or _session, None
         if _session is not None:
-            _stop(_session, _session.config if keep_ray else None)
+            _session.close()
+            keep_ray = keep_ray and RUNTIME.serves(_session.config, _session.config)
             _session = None
-        elif not keep_ray:
+        if not keep_ray:
             RUNTIME.disconnect()
 
 
-def _stop(old: Session, successor: SessionConfig | None) -> None:
-    old.close()
-    keeps_ray = (
-        successor is not None
-        and old.config.is_local
-        and successor.is_local
-        and successor.namespace == old.config.namespace
-        and successor.object_store_bytes == old.config.object_store_bytes
-        and RUNTIME.has_room(successor)
-    )
-    if not keeps_ray:
-        RUNTIME.disconnect()
+def _ensure(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> None:
+    """Have a session that can take a configuration, or a start of one. The caller holds the lock."""
+    global _session, _start
+    if _start is not None and _start.session is not None:
+        _session, _start = _start.session, None
+    if _start is not None:
+        if _start.config != config:
+            _replace(config, service, remedies)
+    elif _session is None or not _session.alive or not _session.can_become(config):
+        if _session is not None and _session.alive:
+            logger.info("the workers restart: their configuration has changed")
+        _replace(config, service, remedies)
+
+
+def _replace(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> None:
+    global _session, _start
+    if _start is None and _session is None:
+        atexit.unregister(_exit)
+        atexit.register(_exit)  # before Ray's own: a call after that would start another Ray
+    if _start is not None:
+        _start.cancel()
+    _start = Start(config, service, remedies, _start, _session, _restart)
+    _session = None
+
+
+def _restart(failed: Session) -> None:
+    """Start new workers in the place of those that a failure has ended.
+
+    Not where they had done nothing yet: then it would go on like that for ever.
+    """
+    if not failed.has_worked or _exits or not threading.main_thread().is_alive():
+        return
+    if _lock.acquire(blocking=False):
+        try:
+            if _session is failed:
+                logger.info("new workers start in the background")
+                _replace(failed.config, failed.service, failed.remedies)
+        finally:
+            _lock.release()
+
+
+def _exit() -> None:
+    """End a start that goes on when this process exits."""
+    global _exits
+    _exits = True
+    start = _start
+    if start is not None:
+        start.cancel()
+        start.settle(_EXIT_S)

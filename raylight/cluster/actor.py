@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +22,14 @@ import ray
 import torch
 
 from raylight.parallel import bandwidth, heartbeat
-from raylight.parallel.mesh import MeshShape, build_mesh
+from raylight.parallel.mesh import Meshes, MeshShape
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
 
 from . import ray_environment, status
 from .config import ServiceSpec
 from .errors import NCCL_BYTES, OutOfMemory, RunCancelled, is_out_of_memory, may_be_out_of_memory
-from .status import IDLE, Report, Status
+from .quick_imports import quick_imports
+from .status import IDLE, STARTING, Report, Status
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Progress:
 
 @dataclass(slots=True)
 class RankContext:
-    """The rank, device and mesh that a service is opened for."""
+    """The rank, device and mesh that a service is opened for. The mesh is another one after a `reshape`."""
 
     rank: int
     world_size: int
@@ -108,57 +109,95 @@ _COLLECT_S = 10.0
 
 
 class RankActor:
-    """One rank, in a process of its own."""
+    """One rank, in a process of its own.
 
-    def __init__(self, rank: int, world_size: int, device_type: str, log_level: int) -> None:
+    To start it, the session calls `prepare`, and beside it `place`, `open_store` on rank 0, `join` and
+    `measure_links`; then `open`.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, device_type: str, log_level: int, environment: Mapping[str, str]
+    ) -> None:
+        """`environment` are variables of this rank alone, which choose its GPU."""
+        os.environ.update(environment)
         self._rank = rank
         self._status = Status()
         faulthandler.enable(2)  # a crash leaves its stack in the file of this worker's output
         status.report_logs(self._status, rank, log_level)
         self._world_size = world_size
         self._device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
+        self._gpu: int | None = None
+        if device_type == "cuda":
+            self._gpu = ray_environment.machine_gpu_index(os.environ, torch.version.hip is not None)
+            torch.cuda.is_available()  # CUDA reads once which GPUs there are
+        else:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
         self._store: Any = None
         self._service: Any = None  # a Service
+        self._meshes: Meshes | None = None
+        self._context: RankContext | None = None
         self._collected_at = time.monotonic()
         self._beats_before = 0
 
+    def prepare(self, service: ServiceSpec) -> None:
+        """Do what the service needs before it can be opened."""
+        with self._explain_out_of_memory(), status.brief_logs(), quick_imports():
+            service.prepare(self._device.type)
+
+    @ray.method(concurrency_group="control")
     def place(self) -> Place:
         """Return where this rank runs. Raises RuntimeError: when it needs a GPU and sees none."""
-        device, gpu = self._device.type, None
+        device = self._device.type
         if device == "cuda":
             if not torch.cuda.is_available():
                 raise RuntimeError(f"the worker of rank {self._rank} sees no GPU")
             device = torch.cuda.get_device_name(0)
-            gpu = ray_environment.machine_gpu_index(os.environ, torch.version.hip is not None)
-        return Place(self._rank, ray.util.get_node_ip_address(), os.getpid(), device, gpu)
+        return Place(self._rank, ray.util.get_node_ip_address(), os.getpid(), device, self._gpu)
 
+    @ray.method(concurrency_group="control")
     def open_store(self, host: str, timeout_s: float) -> Rendezvous:
         """Open the store at which the ranks meet. For rank 0."""
         self._store, rendezvous = host_store(host, self._world_size, timeout_s)
         return rendezvous
 
-    def join(self, rendezvous: Rendezvous, mesh: MeshShape, service: ServiceSpec) -> None:
-        """Join the process group and open the service. Collective."""
+    @ray.method(concurrency_group="control")
+    def join(self, rendezvous: Rendezvous) -> None:
+        """Join the process group. Collective."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._world_size))
         with self._explain_out_of_memory():
             join_world(rendezvous, self._rank, self._device, self._store)
-            context = RankContext(self._rank, self._world_size, self._device, build_mesh(mesh, self._device))
-            with status.brief_logs():
-                self._service = service.open(context)
-        self._status.enter(IDLE)
 
+    @ray.method(concurrency_group="control")
     def measure_links(self) -> bandwidth.Links:
-        """Measure the links between the ranks. Collective."""
+        """Measure the links between the ranks. Collective: no other collective may run beside it."""
         self._status.enter("measuring the links between the workers")
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread
         with self._explain_out_of_memory():
             measured = bandwidth.measure(self._device)
-        self._status.enter(IDLE)
+        self._status.enter(STARTING)
         return measured
+
+    def open(self, mesh: MeshShape, service: ServiceSpec) -> None:
+        """Open the service. Collective."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        with self._explain_out_of_memory(), status.brief_logs(), quick_imports():
+            self._meshes = Meshes(self._device)
+            self._context = RankContext(self._rank, self._world_size, self._device, self._meshes.of(mesh))
+            self._service = service.open(self._context)
+        self._status.enter(IDLE)
+
+    def reshape(self, mesh: MeshShape) -> None:
+        """Have the following runs use another mesh of the same ranks. Collective."""
+        assert self._meshes is not None and self._context is not None, "the service is open"
+        self._status.enter("arranging the workers in another mesh")
+        with self._explain_out_of_memory():
+            self._context.mesh = self._meshes.of(mesh)
+        self._status.enter(IDLE)
 
     def run(self, run_id: str, verb: str, *args: Any) -> Any:
         """Call the service's `verb(run, *args)`. Return its result, or `Cancelled`.

@@ -52,13 +52,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class WaitOptions:
-    """Events, cancellation and time limit of a wait."""
+    """Events, cancellation and time limit of a wait. `on_result` gets the number of ranks that have ended well."""
 
     watchdog: Watchdog
     on_event: Callable[[Any], None] = lambda _: None
     wants_cancel: Callable[[], bool] = lambda: False
     cancel: Callable[[], None] = lambda: None
     timeout_s: float = math.inf
+    on_result: Callable[[int], None] = lambda _: None
 
 
 def wait_for_all(refs: Mapping[int, ray.ObjectRef], options: WaitOptions, stream: Any = None) -> Outcome:
@@ -80,6 +81,7 @@ def wait_for_all(refs: Mapping[int, ray.ObjectRef], options: WaitOptions, stream
             rank = pending.pop(item)
             try:
                 outcome.results[rank] = ray.get(item)
+                options.on_result(len(outcome.results))
             except RayError as error:
                 outcome.errors[rank] = error
                 grace_s = REFUSAL_GRACE_S if isinstance(cause_of(error), ValueError) else GRACE_S

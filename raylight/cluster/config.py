@@ -33,18 +33,29 @@ class Service(Protocol):
 class ServiceSpec:
     """The service that each worker opens when it has joined the process group.
 
-    `factory(context, settings)` returns a `Service`. It is named "module:function", and imported by workers only:
-    `python_path` lists the folders in which they search for the module, in order.
+    `factory(context, settings)` returns a `Service`. `preparation(device_type, settings)` does what takes long and
+    needs no other rank, such as imports. Both are named "module:function", and imported by workers only: `python_path`
+    lists the folders in which they search for the modules, in order.
     """
 
     factory: str
     settings: Any
     python_path: tuple[str, ...]
+    preparation: str | None = None
+
+    def prepare(self, device_type: str) -> None:
+        """Do what `open` would otherwise have to do first."""
+        if self.preparation is not None:
+            _imported(self.preparation)(device_type, self.settings)
 
     def open(self, context: Any) -> Service:
-        """Import the module of `factory` and return the service of the rank that `context` describes."""
-        module, function = self.factory.split(":")
-        return getattr(importlib.import_module(module), function)(context, self.settings)
+        """Return the service of the rank that `context` describes."""
+        return _imported(self.factory)(context, self.settings)
+
+
+def _imported(name: str) -> Any:
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 @dataclass(frozen=True, slots=True)

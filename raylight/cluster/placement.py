@@ -17,7 +17,7 @@ from .ray_environment import user_variables
 from .ray_runtime import loopback_interface
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-_LOCAL_S, _POLL_S = 30.0, 0.5
+_LOCAL_S, _POLL_S = 30.0, 0.1
 
 
 def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> PlacementGroup:
@@ -55,8 +55,8 @@ def _counts(resources: Mapping[str, float], names: Iterable[str]) -> str:
     return " and ".join(f"{count} {name}{'' if count == '1' else 's'}" for name, count in counts.items())
 
 
-def environment(config: SessionConfig, service: ServiceSpec, rank: int) -> dict[str, str]:
-    """Return the environment variables of a rank's process."""
+def environment(config: SessionConfig, service: ServiceSpec) -> dict[str, str]:
+    """Return the environment variables that all ranks' processes start with."""
     path = [*service.python_path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
     for name in ALLOCATOR_VARIABLES:
@@ -67,6 +67,12 @@ def environment(config: SessionConfig, service: ServiceSpec, rank: int) -> dict[
     interface = loopback_interface() if config.is_local else None
     if interface is not None:
         variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    if config.gpu_select:
-        variables |= ray_environment.select_gpu(config.gpu_select[rank], os.environ, torch.version.hip is not None)
-    return variables
+    # As Ray sets it for an actor, which is too late where PyTorch was imported before.
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} | variables
+
+
+def gpu_environment(config: SessionConfig, rank: int) -> dict[str, str]:
+    """Return the environment variables by which a rank sees its GPU only, none if Ray sets them."""
+    if not config.gpu_select:
+        return {}
+    return ray_environment.select_gpu(config.gpu_select[rank], os.environ, torch.version.hip is not None)

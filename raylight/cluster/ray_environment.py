@@ -7,7 +7,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,6 +171,8 @@ _NOT_REPORTED = {
     TOKEN_PATH,
     *_DEFAULTS,
 }
+# By default Ray starts a process for each CPU at once, and ours, of which no two are alike, are none of them.
+_LOCAL = {"RAY_prestart_worker_first_driver": "0", "RAY_preload_python_modules": "raylight.cluster.preload"}
 _MAX_CHARACTERS = 120  # of a variable's value in a message
 
 
@@ -207,6 +210,22 @@ def restore(before: Mapping[str, str | None]) -> None:
             os.environ[name] = value
     if TOKEN in before:
         _reload_token()
+
+
+@contextmanager
+def inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have a local Ray that is started within this context, and its workers, inherit `variables`.
+
+    They are in this process's environment meanwhile. A worker then starts at once: for variables of its own, Ray would
+    first have to start an agent that prepares environments.
+    """
+    values = _LOCAL | dict(variables)
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        restore(before)
 
 
 def user_variables(environ: Mapping[str, str] = os.environ) -> str:

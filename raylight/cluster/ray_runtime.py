@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import psutil
 import ray
@@ -34,14 +34,17 @@ class RayRuntime:
         self._is_starting = False
         self._shutdown_call: BackgroundCall | None = None  # a broken Ray takes seconds to shut down
         self._variables: dict[str, str | None] = {}  # of the environment, before the start
+        self._inherited: dict[str, str] | None = None  # by the local Ray's workers
         self._folder: ray_environment.RayFolder | None = None
         self._guard: subprocess.Popen | None = None
         self._foreign_ids: frozenset[str] = frozenset()  # children that ComfyUI and other packs started before
         self._ray_ids: frozenset[str] = frozenset()
         self._required: dict[str, psutil.Process] = {}
 
-    def connect(self, config: SessionConfig, wants_cancel: Callable[[], bool]) -> None:
+    def connect(self, config: SessionConfig, environment: Mapping[str, str], wants_cancel: Callable[[], bool]) -> None:
         """Start or join Ray for a session; keep a Ray that is already up in this process.
+
+        Workers of a local Ray that is started now inherit the variables of `environment`.
 
         Raises ConnectionError: when the cluster at `config.address` does not answer. Raises RuntimeError: when Ray
         does not start here. Raises RunCancelled: when cancelled; the start goes on, and the next call waits for it.
@@ -51,7 +54,7 @@ class RayRuntime:
         if call is None:
             if ray.is_initialized():
                 return
-            call = self._begin_start(config)
+            call = self._begin_start(config, dict(environment))
         try:
             call.wait(config.start_timeout_s, "the start of Ray", wants_cancel)
         except ConnectionError:
@@ -111,38 +114,56 @@ class RayRuntime:
             self._shutdown_call = BackgroundCall(ray.shutdown)
         self._reset()
 
-    def has_room(self, config: SessionConfig) -> bool:
+    def serves(self, old: SessionConfig, config: SessionConfig) -> bool:
+        """Return whether the local Ray of an old session, which has ended, can be that of a new one."""
+        alike = (
+            old.is_local
+            and config.is_local
+            and (old.namespace, old.object_store_bytes) == (config.namespace, config.object_store_bytes)
+        )
+        return alike and self._has_room(config)
+
+    def _has_room(self, config: SessionConfig) -> bool:
         """Return whether the local Ray is up and was started with enough CPUs for a session."""
         is_up = ray.is_initialized() and self._shutdown_call is None and self.lost() is None
         return is_up and ray.cluster_resources().get("CPU", 0) >= config.world_size
+
+    def provides(self, environment: Mapping[str, str]) -> bool:
+        """Return whether workers start with these variables by themselves."""
+        return self._inherited == environment
 
     @property
     def log_folder(self) -> str | None:
         """The folder with the logs of the local Ray's processes."""
         return None if self._folder is None else os.path.join(self._folder.path, "session_latest", "logs")
 
-    def _begin_start(self, config: SessionConfig) -> BackgroundCall:
+    def _begin_start(self, config: SessionConfig, environment: dict[str, str]) -> BackgroundCall:
         self._foreign_ids = orphan_guard.child_process_ids()
         _bind_to_loopback(config.is_local)
         saved = ray_environment.prepare(config.is_local, torch.version.hip is not None)
         self._variables = saved | self._variables  # what was there first counts
-        start = self._start_local if config.is_local else _join_cluster
-        self._start_call, self._is_starting = BackgroundCall(lambda: start(config), stays=True), True
+        if config.is_local:
+            self._inherited = environment
+            start = BackgroundCall(lambda: self._start_local(config, environment), stays=True)
+        else:
+            start = BackgroundCall(lambda: _join_cluster(config), stays=True)
+        self._start_call, self._is_starting = start, True
         return self._start_call
 
-    def _start_local(self, config: SessionConfig) -> None:
+    def _start_local(self, config: SessionConfig, environment: dict[str, str]) -> None:
         logger.info("starting Ray on this machine for %d workers", config.world_size)
         self._folder = ray_environment.make_folder()
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            namespace=config.namespace,
-            num_cpus=max(config.world_size, os.cpu_count() or 1),
-            object_store_memory=config.object_store_bytes,
-            log_to_driver=False,  # workers report their logs themselves, see status.py
-            logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
-            _temp_dir=self._folder.path,
-        )
+        with ray_environment.inherited(environment):
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                namespace=config.namespace,
+                num_cpus=max(config.world_size, os.cpu_count() or 1),
+                object_store_memory=config.object_store_bytes,
+                log_to_driver=False,  # workers report their logs themselves, see status.py
+                logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
+                _temp_dir=self._folder.path,
+            )
 
     def _reason(self, error: BaseException) -> str:
         """Return why Ray has not started, with a remedy where one is known."""
@@ -171,7 +192,7 @@ class RayRuntime:
 
     def _reset(self) -> None:
         """Forget the Ray that has ended, and release what was kept for it."""
-        self._is_starting, self._ray_ids, self._required = False, frozenset(), {}
+        self._is_starting, self._ray_ids, self._required, self._inherited = False, frozenset(), {}, None
         if self._start_call is not None:
             self._start_call.release()
             self._start_call = None

@@ -47,15 +47,19 @@ class Session:
         service: ServiceSpec,
         wants_cancel: Callable[[], bool] = lambda: False,
         remedies: Remedies = no_remedies,
+        on_ready: Callable[[int], None] = lambda _: None,
+        on_failure: Callable[[Session], None] = lambda _: None,
     ) -> None:
         """Start the workers. If that fails, no worker is left.
 
-        `remedies` are added to failures. Raises ConnectionError, RuntimeError, WorkerError or RunCancelled.
+        `remedies` are added to failures. `on_ready` gets the number of workers that are ready, and `on_failure` this
+        session when a failure has ended it. Raises ConnectionError, RuntimeError, WorkerError or RunCancelled.
         """
-        self.config = config
+        self.config, self.service, self.remedies = config, service, remedies
         self.places: dict[int, Place] = {}
         self.shared = ObjectCache(_SHARED_OBJECTS, self._put)
-        self._remedies = remedies
+        self.has_worked = False  # some run has ended well
+        self._after_failure = on_failure
         self._actors: list[Any] = []
         self._group: Any = None
         self._watchdog = Watchdog(config, self._on_failure)
@@ -66,14 +70,12 @@ class Session:
         options = WaitOptions(
             self._watchdog, wants_cancel=wants_cancel, cancel=_raise_cancelled, timeout_s=config.start_timeout_s
         )
+        environment = placement.environment(config, service)
         try:
-            RUNTIME.connect(config, wants_cancel)
+            RUNTIME.connect(config, environment, wants_cancel)
             self._group = placement.reserve(config, wants_cancel)
-            self._create_actors(service)
-            self._find_places(options)
-            self._join_world(service, options)
-            if config.check_links and config.world_size > 1 and self.links is None:
-                self._check_links(replace(options, timeout_s=bandwidth_check.TIMEOUT_S))
+            self._create_actors({} if RUNTIME.provides(environment) else environment)
+            self._open_services(options, on_ready)
         except BaseException:
             self.close()
             raise
@@ -81,9 +83,10 @@ class Session:
         seconds, places = time.monotonic() - started, "; ".join(map(str, self.places.values()))
         logger.info("%d workers ready in %.1f s: %s", config.world_size, seconds, places)
 
-    def _create_actors(self, service: ServiceSpec) -> None:
-        """Have Ray start the workers' processes, and watch them."""
+    def _create_actors(self, environment: dict[str, str]) -> None:
+        """Have Ray start the workers' processes with these variables besides Ray's own, and watch them."""
         config = self.config
+        runtime_env = {"runtime_env": {"env_vars": environment}} if environment else {}
         groups = {"control": 2, "watch": 1}
         actor = ray.remote(max_restarts=0, concurrency_groups=groups)(RankActor)  # pyright: ignore[reportCallIssue]
         for rank in range(config.world_size):
@@ -91,25 +94,37 @@ class Session:
                 num_cpus=1,
                 num_gpus=1 if config.device_type == "cuda" and not config.gpu_select else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-                runtime_env={"env_vars": placement.environment(config, service, rank)},
+                **runtime_env,
             )
-            log_level = logging.getLogger().level
-            self._actors.append(options.remote(rank, config.world_size, config.device_type, log_level))
+            log_level, of_rank = logging.getLogger().level, placement.gpu_environment(config, rank)
+            self._actors.append(options.remote(rank, config.world_size, config.device_type, log_level, of_rank))
         self._watchdog.start(self._actors)
+
+    def _open_services(self, options: WaitOptions, on_ready: Callable[[int], None]) -> None:
+        """Have the ranks prepare for the service, and meanwhile meet and try their links; then open it on each."""
+        prepared = {rank: actor.prepare.remote(self.service) for rank, actor in enumerate(self._actors)}
+        self._find_places(options)
+        self._join_world(options)
+        self._check_links(options)
+        self._results(prepared, replace(options, on_result=on_ready))
+        self._on_each(lambda actor: actor.open.remote(self.config.mesh, self.service), options)
 
     def _find_places(self, options: WaitOptions) -> None:
         """Wait until the workers' processes run, and note where."""
         self.places = dict(sorted(self._on_each(lambda actor: actor.place.remote(), options).items()))
         self._watchdog.set_places(self.places)
 
-    def _join_world(self, service: ServiceSpec, options: WaitOptions) -> None:
-        """Have the ranks form a process group, and open the service on each."""
+    def _join_world(self, options: WaitOptions) -> None:
+        """Have the ranks form a process group."""
         host, timeout_s = self.places[0].host, self.config.collective_timeout_s
         store = self._on_each(lambda actor: actor.open_store.remote(host, timeout_s), options, self._actors[:1])[0]
-        self._on_each(lambda actor: actor.join.remote(store, self.config.mesh, service), options)
+        self._on_each(lambda actor: actor.join.remote(store), options)
 
     def _check_links(self, options: WaitOptions) -> None:
-        """Measure the links between the workers."""
+        """Measure the links between the workers, unless they are known or it is not wanted."""
+        if not self.config.check_links or self.config.world_size == 1 or self.links is not None:
+            return
+        options = replace(options, timeout_s=bandwidth_check.TIMEOUT_S)
         try:
             links = self._on_each(lambda actor: actor.measure_links.remote(), options, remedies=no_remedies)[0]
         except WorkerError as error:
@@ -119,8 +134,45 @@ class Session:
                     f"the workers started, but cannot exchange data: {message} On NVIDIA GPUs, "
                     f"{bandwidth_check.REMEDY}."
                 )
-            raise worker_error(message, error.kind, self._remedies) from error
+            raise worker_error(message, error.kind, self.remedies) from error
         bandwidth_check.keep(self.places, links)
+
+    def can_become(self, config: SessionConfig) -> bool:
+        """Return whether the same workers can have this configuration: another mesh, or other limits of time."""
+        own = self.config
+        return config.world_size == own.world_size and own == replace(
+            config,
+            mesh=own.mesh,
+            check_links=own.check_links,
+            start_timeout_s=own.start_timeout_s,
+            heartbeat_timeout_s=own.heartbeat_timeout_s,
+            stall_timeout_s=own.stall_timeout_s,
+        )
+
+    def reshape(self, config: SessionConfig, remedies: Remedies, wants_cancel: Callable[[], bool]) -> None:
+        """Give the workers another configuration, which they can have by `can_become`.
+
+        Their processes, models and groups of other meshes stay. A failure ends them. Raises WorkerError; RunCancelled
+        when cancelled, which ends them too.
+        """
+        options = WaitOptions(
+            self._watchdog, wants_cancel=wants_cancel, cancel=_raise_cancelled, timeout_s=config.start_timeout_s
+        )
+        began, mesh = time.monotonic(), config.mesh
+        with self._running:
+            try:
+                if mesh != self.config.mesh:
+                    self._on_each(lambda actor: actor.reshape.remote(mesh), options)
+                self.config, self.remedies = config, remedies
+                self._watchdog.config = config
+                self._check_links(options)
+            except BaseException:
+                self.close()  # some ranks may have the other mesh
+                raise
+        logger.info(
+            "the workers are arranged as batch %d x ring %d x Ulysses %d, in %.2f s",
+            *(mesh.batch, mesh.ring, mesh.ulysses, time.monotonic() - began),
+        )
 
     @property
     def links(self) -> Links | None:
@@ -145,7 +197,7 @@ class Session:
         in this thread. `remedies` replace those of the session. A failure ends the workers, unless all ranks met the
         same error at the same place; so does a cancel that they do not react to. Raises as `results_or_raise`.
         """
-        remedies = remedies or self._remedies
+        remedies = remedies or self.remedies
         if not self.alive:
             raise worker_error("the workers have ended: run the prompt again", RAY_LOST, remedies)
         run_id = uuid.uuid4().hex
@@ -163,10 +215,11 @@ class Session:
             outcome = wait_for_all(refs, WaitOptions(self._watchdog, on_event, wants_cancel, cancel), stream)
             states = WorkerStates(self.places) if outcome.is_clean else self._states(f"beginning to {verb.__name__}")
             stay = outcome.is_clean or self._can_continue(outcome)
+        self.has_worked = self.has_worked or (outcome.is_clean and outcome.interruption is None)
         if not stay:
             # A rank that failed alone leaves the others in a collective that never ends.
-            logger.warning("ending the workers; they restart with the next prompt")
-            self.close()
+            logger.warning("ending the workers")
+            self._end_after_failure(outcome.failure)
         return results_or_raise(outcome, states, remedies, stay)
 
     def _can_continue(self, outcome: Outcome) -> bool:
@@ -202,7 +255,12 @@ class Session:
     ) -> dict[int, Any]:
         """Call all actors, or the first ones. Return the results by rank."""
         refs = {rank: call(actor) for rank, actor in enumerate(self._actors if actors is None else actors)}
-        return results_or_raise(wait_for_all(refs, options), self._states(), remedies or self._remedies)
+        return self._results(refs, options, remedies)
+
+    def _results(
+        self, refs: dict[int, ray.ObjectRef], options: WaitOptions, remedies: Remedies | None = None
+    ) -> dict[int, Any]:
+        return results_or_raise(wait_for_all(refs, options), self._states(), remedies or self.remedies)
 
     @property
     def phases(self) -> dict[int, str]:
@@ -256,10 +314,16 @@ class Session:
             return
         try:
             if self._ready and not self._closed:
-                logger.error("%s", to_error(failure, self._states(), self._remedies))
-                self.close()
+                logger.error("%s", to_error(failure, self._states(), self.remedies))
+                self._end_after_failure(failure)
         finally:
             self._running.release()
+
+    def _end_after_failure(self, failure: Failure | None) -> None:
+        """Close the session. If Ray works on, tell the one who asked to be told."""
+        self.close()
+        if failure is None or failure.kind != RAY_LOST:
+            self._after_failure(self)
 
     def _states(self, idle: str = IDLE) -> WorkerStates:
         """Return what is known of the ranks now. `idle` is the phase of those that have not reported a new one yet."""

@@ -41,7 +41,7 @@ class Watchdog:
 
     def __init__(self, config: SessionConfig, on_failure: Callable[[Failure], None]) -> None:
         self.failure: Failure | None = None
-        self._config = config
+        self.config = config
         self._on_failure = on_failure
         self._actors: Sequence[Any] = ()
         self._places: dict[int, Place] = {}
@@ -131,7 +131,7 @@ class Watchdog:
         return self._stopped() or self._silent() or self._stalled()
 
     def _ray_lost(self) -> Failure | None:
-        lost = RUNTIME.lost() if self._config.is_local else None
+        lost = RUNTIME.lost() if self.config.is_local else None
         if lost is None:
             return None
         return Failure(RAY_LOST, None, f"Ray's process {lost} has ended, without which workers cannot run")
@@ -151,7 +151,7 @@ class Watchdog:
 
     def _stopped(self) -> Failure | None:
         """Find a rank of this machine whose process is stopped, as by SIGSTOP."""
-        for rank, place in self._places.items() if self._config.is_local else ():
+        for rank, place in self._places.items() if self.config.is_local else ():
             try:
                 stopped = psutil.Process(place.pid).status() == psutil.STATUS_STOPPED
             except psutil.Error:
@@ -164,7 +164,7 @@ class Watchdog:
 
     def _silent(self) -> Failure | None:
         """Find a rank that sends no reports."""
-        limit_s = self._config.heartbeat_timeout_s
+        limit_s = self.config.heartbeat_timeout_s
         for rank, reported_at in self._reported_at.items():
             if time.monotonic() - reported_at > limit_s:
                 return Failure(HUNG, rank, f"its process has not answered for {limit_s:g} s")
@@ -172,7 +172,7 @@ class Watchdog:
 
     def _stalled(self) -> Failure | None:
         """If no rank makes progress, find the one with the fewest heartbeats: the others are waiting for it."""
-        limit_s, now = self._config.stall_timeout_s, time.monotonic()
+        limit_s, now = self.config.stall_timeout_s, time.monotonic()
         if len(self._progress_at) < len(self._actors) or any(now - at <= limit_s for at in self._progress_at.values()):
             return None
         rank = min(self._reports, key=lambda rank: self._reports[rank].beats)

@@ -64,7 +64,8 @@ def _for_memory(config: SessionConfig, sharding: str | None) -> list[str]:
 
 def service_spec() -> ServiceSpec:
     """Describe what workers of this ComfyUI run."""
-    return ServiceSpec("raylight.worker.boot:open_service", settings.capture(), settings.python_path())
+    boot = "raylight.worker.boot"
+    return ServiceSpec(f"{boot}:open_service", settings.capture(), settings.python_path(), f"{boot}:prepare")
 
 
 def open_session(workers: WorkerConfig) -> Session:

@@ -1,7 +1,8 @@
-"""The entry point of a worker: set up ComfyUI, then open the service."""
+"""The entry points of a worker: set up ComfyUI, and open the service."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from raylight.host import settings as host_settings
@@ -12,10 +13,15 @@ if TYPE_CHECKING:
     from .service import ModelService
 
 
-def open_service(context: RankContext, settings: host_settings.HostSettings) -> ModelService:
-    """Set up ComfyUI in this worker, and return the service."""
-    host_settings.apply(settings, context.device.type)
+def prepare(device_type: str, settings: host_settings.HostSettings) -> None:
+    """Set up ComfyUI in this worker, and import what the service needs of it."""
+    host_settings.apply(settings, device_type)
     # Only now: ComfyUI picks devices and dtypes when it is imported.
+    importlib.import_module("raylight.worker.service")
+
+
+def open_service(context: RankContext, _: host_settings.HostSettings) -> ModelService:
+    """Return the service of this worker, which is prepared."""
     from .service import ModelService
 
     return ModelService(context, settings.gpu)
