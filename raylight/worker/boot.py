@@ -20,7 +20,7 @@ def prepare(device_type: str, settings: host_settings.HostSettings) -> None:
     importlib.import_module("raylight.worker.service")
 
 
-def open_service(context: RankContext, _: host_settings.HostSettings) -> ModelService:
+def open_service(context: RankContext, settings: host_settings.HostSettings) -> ModelService:
     """Return the service of this worker, which is prepared."""
     from .service import ModelService
 
