@@ -6,6 +6,7 @@ Zhao et al., 2023, "PyTorch FSDP"; the idea is ZeRO-3 (Rajbhandari et al., 2020)
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from raylight.parallel.heartbeat import cancellation_point
 
 from .assign import set_parameter, set_tensor
 from .file_weight import FileWeight
+from .pinned import PinnedBuffer
 from .rows import ByteAllGather, rows_of
 
 SMALLEST_UNIT = 0.002  # of the model's weights: below it an all-gather of its own costs more than it saves
@@ -189,22 +191,27 @@ def _fill(
     model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device, offload: bool
 ) -> int:
     """Read this rank's rows of each sharded parameter; return their bytes."""
-    sharded_bytes = 0
-    for name, parameter in list(model.named_parameters()):
-        if not isinstance(parameter, DTensor):
-            continue
+    sharded = {name: one for name, one in model.named_parameters() if isinstance(one, DTensor)}
+    rows = {name: rows_of(one.shape[0], mesh.size(), mesh.get_local_rank()) for name, one in sharded.items()}
+    sizes = [math.prod(one.shape[1:]) * one.itemsize * _length(rows[name]) for name, one in sharded.items()]
+    pinned = PinnedBuffer(sizes) if offload and device.type == "cuda" else None
+    for name, parameter in sharded.items():
         cancellation_point()
-        rows = rows_of(parameter.shape[0], mesh.size(), mesh.get_local_rank())
-        # A copy in any case: a view of the file would change, or fault, with the file.
-        local = FileWeight.of(weights[name], parameter.dtype).rows(rows.start, rows.stop).read(device)
-        full = DTensor.from_local(
-            local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )
-        if offload:
-            full = full.cpu()  # by way of the device, where a DTensor of this mesh begins
-        set_parameter(model, name, full)
-        sharded_bytes += local.nbytes
-    return sharded_bytes
+        # A copy in any case: a view of the file would change, or fault, with the file. By way of the device, which
+        # converts it.
+        weight = FileWeight.of(weights[name], parameter.dtype)
+        local = weight.rows(rows[name].start, rows[name].stop).read(device)
+        if pinned is not None:
+            local = pinned.take(local).copy_(local, non_blocking=True)
+        # Not by `DTensor.from_local`, which would move it to the device of the mesh.
+        set_parameter(model, name, DTensor(local, parameter._spec, requires_grad=False))
+    if pinned is not None:
+        torch.cuda.synchronize(device)  # copies to the host end before others begin from it
+    return sum(sizes)
+
+
+def _length(rows: slice) -> int:
+    return rows.stop - rows.start
 
 
 def _prefetch(model: nn.Module, blocks: list[nn.Module], stream: torch.cuda.Stream | None) -> None:
