@@ -33,13 +33,17 @@ def known(places: Iterable[Place]) -> Links | None:
     return _known.get(key_of(places))
 
 
-def keep(places: Mapping[int, Place], links: Links) -> None:
-    """Keep measured links, and log a warning for slow ones. Raises RuntimeError: when data arrived corrupted."""
+def check_exact(links: Links) -> None:
+    """Raise RuntimeError if data arrived corrupted."""
     if not links.exact:
         raise RuntimeError(
             f"data between the workers' GPUs arrives corrupted, as happens if the system's settings (IOMMU, ACS) break "
             f"direct transfers between GPUs: {REMEDY}"
         )
+
+
+def keep(places: Mapping[int, Place], links: Links) -> None:
+    """Keep measured links, and log a warning for slow ones."""
     _known[key_of(places.values())] = links
     if warning := _warning(places, links):
         logger.warning("%s", warning)

@@ -105,8 +105,9 @@ class Session:
         prepared = {rank: actor.prepare.remote(self.service) for rank, actor in enumerate(self._actors)}
         self._find_places(options)
         self._join_world(options)
-        self._check_links(options)
+        self._check_links(options, keep=False)
         self._results(prepared, replace(options, on_result=on_ready))
+        self._check_links(options)
         self._on_each(lambda actor: actor.open.remote(self.config.mesh, self.service), options)
 
     def _find_places(self, options: WaitOptions) -> None:
@@ -120,8 +121,12 @@ class Session:
         store = self._on_each(lambda actor: actor.open_store.remote(host, timeout_s), options, self._actors[:1])[0]
         self._on_each(lambda actor: actor.join.remote(store), options)
 
-    def _check_links(self, options: WaitOptions) -> None:
-        """Measure the links between the workers, unless they are known or it is not wanted."""
+    def _check_links(self, options: WaitOptions, keep: bool = True) -> None:
+        """Measure the links between the workers, unless they are known or it is not wanted.
+
+        Without `keep` only open them and check that they work: beside imports, which hold Python's lock, every link
+        looks slow. To measure open links takes no time.
+        """
         if not self.config.check_links or self.config.world_size == 1 or self.links is not None:
             return
         options = replace(options, timeout_s=bandwidth_check.TIMEOUT_S)
@@ -135,7 +140,9 @@ class Session:
                     f"{bandwidth_check.REMEDY}."
                 )
             raise worker_error(message, error.kind, self.remedies) from error
-        bandwidth_check.keep(self.places, links)
+        bandwidth_check.check_exact(links)
+        if keep:
+            bandwidth_check.keep(self.places, links)
 
     def can_become(self, config: SessionConfig) -> bool:
         """Return whether the same workers can have this configuration: another mesh, or other limits of time."""
