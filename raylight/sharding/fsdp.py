@@ -6,7 +6,6 @@ Zhao et al., 2023, "PyTorch FSDP"; the idea is ZeRO-3 (Rajbhandari et al., 2020)
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,8 @@ from raylight.parallel.heartbeat import cancellation_point
 from .assign import set_parameter, set_tensor
 from .file_weight import FileWeight
 from .pinned import PinnedBuffer
-from .rows import ByteAllGather, rows_of
+from .rows import ByteAllGather
+from .shards import own_rows
 
 SMALLEST_UNIT = 0.002  # of the model's weights: below it an all-gather of its own costs more than it saves
 
@@ -97,14 +97,15 @@ def _groups(state: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """How many units there are, and the bytes of this rank's shards, of the tensors that every rank holds in full, and
-    of the full model.
+    """How many units there are, and the bytes of this rank's shards, of the tensors that every rank holds in full, of
+    the full model, and of what is in this rank's system memory when no weight is on a GPU.
     """
 
     units: int
     sharded_bytes: int
     replicated_bytes: int
     model_bytes: int
+    host_bytes: int
 
     @property
     def bytes(self) -> int:
@@ -155,14 +156,12 @@ def shard(
     for module in (*blocks.values(), model):
         _gather_as_bytes(module)
     replicated_bytes = sum(parameter.nbytes for parameter in ignored)
-    return ShardReport(len(blocks) + 1, sharded_bytes, replicated_bytes, model_bytes)
+    host_bytes = replicated_bytes + (sharded_bytes if offload or device.type == "cpu" else 0)
+    return ShardReport(len(blocks) + 1, sharded_bytes, replicated_bytes, model_bytes, host_bytes)
 
 
-def move(model: nn.Module, device: torch.device, offload: bool) -> None:
-    """Move a sharded model to a device; with `offload` only what is replicated: shards never leave the host."""
-    if not offload:
-        model.to(device)
-        return
+def move(model: nn.Module, device: torch.device) -> None:
+    """Move what is replicated of a sharded model to a device."""
     for name, parameter in list(model.named_parameters()):
         if not isinstance(parameter, DTensor):
             set_parameter(model, name, parameter.to(device))
@@ -191,27 +190,21 @@ def _fill(
     model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device, offload: bool
 ) -> int:
     """Read this rank's rows of each sharded parameter; return their bytes."""
-    sharded = {name: one for name, one in model.named_parameters() if isinstance(one, DTensor)}
-    rows = {name: rows_of(one.shape[0], mesh.size(), mesh.get_local_rank()) for name, one in sharded.items()}
-    sizes = [math.prod(one.shape[1:]) * one.itemsize * _length(rows[name]) for name, one in sharded.items()]
-    pinned = PinnedBuffer(sizes) if offload and device.type == "cuda" else None
-    for name, parameter in sharded.items():
+    rows = own_rows(model, weights, mesh)
+    pinned = PinnedBuffer([one.nbytes for one in rows.values()]) if offload and device.type == "cuda" else None
+    for name, weight in rows.items():
         cancellation_point()
+        parameter: Any = model.get_parameter(name)
         # A copy in any case: a view of the file would change, or fault, with the file. By way of the device, which
         # converts it.
-        weight = FileWeight.of(weights[name], parameter.dtype)
-        local = weight.rows(rows[name].start, rows[name].stop).read(device)
+        local = weight.read(device)
         if pinned is not None:
             local = pinned.take(local).copy_(local, non_blocking=True)
         # Not by `DTensor.from_local`, which would move it to the device of the mesh.
         set_parameter(model, name, DTensor(local, parameter._spec, requires_grad=False))
     if pinned is not None:
         torch.cuda.synchronize(device)  # copies to the host end before others begin from it
-    return sum(sizes)
-
-
-def _length(rows: slice) -> int:
-    return rows.stop - rows.start
+    return sum(one.nbytes for one in rows.values())
 
 
 def _prefetch(model: nn.Module, blocks: list[nn.Module], stream: torch.cuda.Stream | None) -> None:

@@ -34,7 +34,7 @@ def load_parallel(recipe: ModelRecipe, mesh: DeviceMesh, device: torch.device) -
             patcher, host_bytes = build_replicated(mapped, comfy.model_management.unet_offload_device())
         else:
             patcher, report = build_sharded(mapped, world_axis(mesh), recipe.sharding == OFFLOADED)
-            host_bytes = report.bytes
+            host_bytes = report.host_bytes
     # The batch hook last, so that it runs before all others: it decides which group of ranks they work for.
     parallel.finalize_hooks()
     return CachedModel(recipe, patcher, parallel, mapped.lora_keys, mapped.shapes, host_bytes)

@@ -7,16 +7,22 @@ from dataclasses import dataclass
 
 import comfy.model_management
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.host.checkpoint import MappedModel
 from raylight.host.jobs import METHODS
 from raylight.host.recipe import SHARDED
+from raylight.parallel.heartbeat import cancellation_point
+from raylight.parallel.process_group import any_rank
 from raylight.sharding.assign import set_parameter
 from raylight.sharding.fsdp import ShardReport, move, shard
+from raylight.sharding.shards import Shards, own_rows
 from raylight.sharding.subclass_weights import flatten_tensor, flatten_weights
 
+from . import load_progress
+from .load_progress import ReadingStopped
 from .patcher import RankPatcher, in_own_mode
 from .sharded_patches import ShardPatches
 
@@ -25,17 +31,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ShardedWeights:
-    """The patches on a model's shards, and whether the shards stay in host memory."""
+    """A model's shards, the patches on them, the group of all ranks, and whether shards stay in host memory."""
 
+    shards: Shards
     patches: ShardPatches
+    group: dist.ProcessGroup
     offloaded: bool
 
 
 class ShardedPatcher(RankPatcher):
     """A patcher of shards: either all of them are on the device, or none.
 
-    Shards keep their patches when they leave the device. They change when a clone with other patches is loaded; loading
-    is collective then.
+    When they leave the device, the file has them. Loading is collective.
     """
 
     sharding = SHARDED
@@ -59,12 +66,14 @@ class ShardedPatcher(RankPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        """Move the shards to the device and patch them.
+        """Bring the shards to the device and patch them. Collective.
 
-        Raises ValueError: for a patch that sharded weights cannot have.
+        Raises ValueError: for a patch that sharded weights cannot have. Raises RunCancelled: if a rank was asked to
+        cancel while shards were read.
         """
         if device_to is not None:
-            move(self.model, device_to, self.weights.offloaded)
+            self._read_released()
+            move(self.model, device_to)
         self.model.device = device_to
         self.model.model_lowvram = False
         self.model.model_loaded_weight_memory = self.model_size()
@@ -73,12 +82,15 @@ class ShardedPatcher(RankPatcher):
 
     @in_own_mode
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
-        """Restore objects and hooks; move the shards away, with their patches."""
+        """Restore objects and hooks; give the memory of the shards back, without their patches."""
         super().unpatch_model(None, unpatch_weights=False)
         if unpatch_weights:
             self.unpatch_hooks()
             if device_to is not None:
-                move(self.model, device_to, self.weights.offloaded)
+                if device_to != self.load_device and not self.weights.offloaded:
+                    self.weights.shards.release()
+                    self.weights.patches.revert()
+                move(self.model, device_to)
                 self.model.device = device_to
             self.model.model_loaded_weight_memory = 0
             self.model.current_weight_patches_uuid = None
@@ -88,6 +100,20 @@ class ShardedPatcher(RankPatcher):
     ) -> int:
         """Return 0: a rank alone cannot unload shards that the others gather from it."""
         return 0
+
+    def _read_released(self) -> None:
+        """Read shards that have left the device, on whichever ranks they have."""
+        weights = self.weights
+        if not any_rank(weights.shards.released, weights.group):
+            return
+        weights.patches.revert()  # on the other ranks too: to patch them again is collective
+        try:
+            with load_progress.reported(lambda: weights.shards.bytes_to_read, may_stop=True):
+                weights.shards.read()
+        except ReadingStopped:
+            cancellation_point()
+            raise
+        cancellation_point()
 
 
 def build_sharded(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple[ShardedPatcher, ShardReport]:
@@ -111,7 +137,8 @@ def build_sharded(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple
     size = report.replicated_bytes + shard_bytes
     patcher = ShardedPatcher(model, mapped.load_device, comfy.model_management.unet_offload_device(), size=size)
     patches = ShardPatches(model.diffusion_model, mesh, mapped.load_device, _patch_dtype(mapped))
-    patcher.weights = ShardedWeights(patches, offload)
+    shards = Shards(model.diffusion_model, own_rows(model.diffusion_model, weights, mesh))
+    patcher.weights = ShardedWeights(shards, patches, mesh.get_group(), offload)
     patcher.load(mapped.load_device)  # the shards are there already: ComfyUI need not make room for them
     return patcher, report
 

@@ -120,6 +120,15 @@ class ShardPatches:
             self._write(name, self._patched(name, of_weight))
         self._version = version
 
+    def revert(self) -> None:
+        """Let weights that have memory be those of the file; others are read from there. `apply` will patch all."""
+        for name, before in self._before.items():
+            for key, local in self._local(name).items():
+                if local.untyped_storage().nbytes():
+                    local.copy_(before[key])
+        self._before.clear()
+        self._version = None
+
     def _patched(self, name: str, patches: list[Patch]) -> Components:
         """Return this rank's shards of a patched weight, by component."""
         module, leaf = self._module_of(name)

@@ -52,14 +52,15 @@ def compare_loaded(rank: int, world: int, paths: tuple[Path, ...], offload: bool
 @dataclass(frozen=True)
 class Patched:
     """What one rank measured of LoRAs on split weights, in standard deviations of ComfyUI's output: the difference from
-    ComfyUI with two LoRAs, their effect, and after other strengths and after removal the difference from weights that
-    never were otherwise.
+    ComfyUI with two LoRAs, their effect, and after other strengths, after removal and after shards have left their
+    device the difference from weights that never were otherwise.
     """
 
     error: float
     effect: float
     changed: float
     removed: float
+    back: float
 
 
 PatchedCase = tuple[Path, str, tuple[str, ...]]  # a Wan checkpoint, a dtype or "default", kinds of LoRAs
@@ -105,11 +106,17 @@ def _compare_patched(rank: int, mesh, path: Path, dtype: str, kinds: tuple[str, 
     both = result(*held, (first, 0.8), (second, -0.6))
     changed = result(*held, (second, 0.3))
     removed = result(*held)
+    result(*held, (first, 0.8))
+    if rank == 0:  # each rank makes room as it needs it
+        held[1].unpatch_model(torch.device("cpu", 0))  # as a device where they are not loaded
+        assert held[1].weights.shards.released
+    back = result(*held, (first, 0.8), (second, -0.6))
+    assert not held[1].weights.shards.released
     deviation = expected.std()
     return Patched(
         *(
             ((one - other).abs().max() / deviation).item()
-            for one, other in ((both, expected), (expected, base), (changed, fresh), (removed, untouched))
+            for one, other in ((both, expected), (expected, base), (changed, fresh), (removed, untouched), (back, both))
         )
     )
 

@@ -44,6 +44,6 @@ def run_sharded(rank: int, world: int, offload: bool) -> tuple[list[list], int]:
     text = torch.ones(2, 6)
     with torch.no_grad():
         outputs = [net.prepare(text), net(net.prepare(text))]
-        move(net, CPU, offload)
+        move(net, CPU)
         outputs.append(net(net.prepare(text)))
     return [output.tolist() for output in outputs], report.sharded_bytes

@@ -46,3 +46,4 @@ def test_lora(world: int, form: str, dtype: str, kinds: tuple[str, ...], measure
         assert rank.error <= (1e-4 if dtype == "default" and form == "plain" else 0.02 if dtype == "bfloat16" else 0.0)
         assert rank.changed == 0.0
         assert rank.removed == 0.0
+        assert rank.back == 0.0

@@ -27,7 +27,7 @@ def test_hooks_come_before_weights_and_the_batch_hook_last(sharding: str, monkey
     monkeypatch.setattr(parallelize, "world_axis", lambda _: "axis")
     monkeypatch.setattr(parallelize, "ParallelModel", noted("hooks", parallel))
     monkeypatch.setattr(parallelize, "build_replicated", noted(REPLICATED, ("patcher", 1)))
-    report = SimpleNamespace(bytes=2)
+    report = SimpleNamespace(host_bytes=2)
     sharded = {offload: noted(name, ("patcher", report)) for offload, name in ((False, SHARDED), (True, OFFLOADED))}
     monkeypatch.setattr(parallelize, "build_sharded", lambda *arguments: sharded[arguments[-1]]())
     recipe = ModelRecipe("/models/a.safetensors", "default", FileStamp(1), sharding)
