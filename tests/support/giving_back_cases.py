@@ -16,7 +16,8 @@ from raylight.host.checkpoint import load_mapped
 from raylight.host.recipe import REPLICATED, SHARDED, FileStamp, ModelRecipe
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.worker.model_cache import CachedModel, ModelCache
-from raylight.worker.patcher import build_replicated, mode_of
+from raylight.worker.patcher import mode_of
+from raylight.worker.replicated_patcher import build_replicated
 from raylight.worker.sharded_patcher import build_sharded
 
 CPU, GPU = torch.device("cpu"), torch.device("cpu", 0)
@@ -51,7 +52,7 @@ def sizes_after_each(rank: int, world: int, path: Path, wanted: list[dict[int, f
 def _whole(path: Path) -> CachedModel:
     with mode_of(REPLICATED):
         mapped = load_mapped(str(path), {})
-        patcher, own_bytes = build_replicated(mapped, CPU)
+        patcher, own_bytes = build_replicated(mapped, CPU, in_file=True)
         patcher.load(GPU, full_load=True)
     return CachedModel(ModelRecipe("whole", "default", FileStamp(1)), patcher, None, {}, {}, own_bytes)
 

@@ -21,7 +21,8 @@ from raylight.dev.local_ranks import run_ranks, values
 from raylight.host.checkpoint import load_mapped
 from raylight.host.recipe import REPLICATED, FileStamp, ModelRecipe
 from raylight.worker.model_cache import CachedModel, ModelCache
-from raylight.worker.patcher import RankPatcher, build_replicated, mode_of
+from raylight.worker.patcher import RankPatcher, mode_of
+from raylight.worker.replicated_patcher import build_replicated
 
 CPU, GPU = torch.device("cpu"), torch.device("cpu", 0)
 FREE = 1 << 40
@@ -51,7 +52,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelCache]:
 def held(models: ModelCache, path: Path, name: str) -> CachedModel:
     """A model on the GPU, without the parts of a worker that memory does not concern."""
     mapped = load_mapped(str(path), {})
-    patcher, own_bytes = build_replicated(mapped, CPU)
+    patcher, own_bytes = build_replicated(mapped, CPU, in_file=True)
     patcher.load_device = GPU
     model = CachedModel(
         ModelRecipe(name, "default", FileStamp(1)), patcher, None, mapped.lora_keys, mapped.shapes, own_bytes
