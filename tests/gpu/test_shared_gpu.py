@@ -16,8 +16,9 @@ from raylight.driver import memory
 from raylight.host.recipe import REPLICATED, SHARDED
 
 MIB = 1 << 20
-# More than what is asked for leaves: whole layers, and ComfyUI keeps buffers for those that come back on use.
-SLACK = 256 * MIB
+# More than what is asked for leaves: whole layers, and ComfyUI keeps buffers for those that come back on use. And a
+# little less, where PyTorch has some left.
+LESS, MORE = 64 * MIB, 384 * MIB
 
 
 @pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
@@ -40,7 +41,8 @@ def test_each_takes_from_the_others_what_is_missing(sharding: str, folder: Path,
             assert encoder.patcher.loaded_size() == encoder.patcher.model_size()
             after = held()
             if sharding == REPLICATED:
-                assert missing <= full[rank] - after[rank] <= missing + SLACK
+                given = full[rank] - after[rank]
+                assert missing - LESS <= given <= missing + MORE, f"{given / 1e6:.0f} of {missing / 1e6:.0f} MB"
                 assert {**after, rank: 0} == {**full, rank: 0}, "memory of other GPUs does not help"
             else:
                 assert not any(after.values())
@@ -51,7 +53,7 @@ def test_each_takes_from_the_others_what_is_missing(sharding: str, folder: Path,
                 compare(latent(model), expected, turn)
                 gone = encoder.patcher.model_size() - encoder.patcher.loaded_size()
                 assert held() == full
-                assert lacking - 64 * MIB <= gone <= lacking + SLACK, f"{gone / 1e6:.0f} of {lacking / 1e6:.0f} MB"
+                assert lacking - LESS <= gone <= lacking + MORE, f"{gone / 1e6:.0f} of {lacking / 1e6:.0f} MB"
 
             compare(decoder.decode(latents), image, "decoded")
             assert held() == full, "the encoder was used before the workers"
