@@ -2,8 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import older_prompts
+from .derived import derived_nodes
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayLoraLoader, RayModelLoader, RayParallelizeModel, RayUNETLoader
+from .older_forms import older_nodes
 from .parallel_samplers import DPConditioningList, DPKSamplerAdvanced, DPLatentList, DPNoiseList, UnifiedParallelSampler
 from .samplers import XFuserKSamplerAdvanced, XFuserSamplerCustom, XFuserSamplerCustomAdvanced
 from .workers import RayKill, RaylightStatus
@@ -11,6 +14,9 @@ from .workers import RayKill, RaylightStatus
 
 class RaylightExtension(ComfyExtension):
     """The pack's list of nodes."""
+
+    async def on_load(self) -> None:
+        older_prompts.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -30,6 +36,8 @@ class RaylightExtension(ComfyExtension):
             DPLatentList,
             RaylightStatus,
             RayKill,
+            *older_nodes(),
+            *derived_nodes(),
         ]
 
 

@@ -15,6 +15,7 @@ CATEGORY = "Raylight"
 RayActorsInit = io.Custom("RAY_ACTORS_INIT")
 RayActors = io.Custom("RAY_ACTORS")
 RayLora = io.Custom("RAY_LORA")
+RayGuider = io.Custom("RAY_GUIDER")
 
 
 def driver() -> ModuleType:

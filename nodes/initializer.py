@@ -86,6 +86,8 @@ def _inputs() -> dict[str, io.Input]:
 class _Initializer(io.ComfyNode):
     @classmethod
     def _schema(cls, node_id: str, display_name: str, aliases: list[str], inputs: list[io.Input]) -> io.Schema:
+        for one in inputs:
+            one.optional = True  # prompts of older forms lack some, which then have their defaults
         return io.Schema(
             node_id=node_id,
             display_name=display_name,
@@ -111,7 +113,8 @@ class _Initializer(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        workers, degrees = workers_from(inputs)
+        defaults = {one.id: getattr(one, "default", None) for one in cls.define_schema().inputs}
+        workers, degrees = workers_from(defaults | inputs)
         return io.NodeOutput(workers, ui=show(cls, str(degrees)))
 
 

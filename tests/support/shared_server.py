@@ -32,7 +32,8 @@ class SharedServer(ComfyServer):
         write_prompt(prompts / "positive", random_prompt(9, 4096, seed=1))
         write_prompt(prompts / "negative", random_prompt(6, 4096, seed=2))
         shutil.copytree(SUPPORT / "foreign_pack", packs / "foreign_pack")
-        paths = {"diffusion_models": self.models, "loras": self.models, "datasets": prompts, "custom_nodes": packs}
+        paths = dict.fromkeys(("diffusion_models", "loras", "vae"), self.models)
+        paths |= {"datasets": prompts, "custom_nodes": packs}
         super().__init__(work, model_paths=paths, extra_args=["--preview-method", "latent2rgb"])
 
     def add_lora(self, name: str, kinds: Iterable[str], seed: int) -> None:
