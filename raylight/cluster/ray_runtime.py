@@ -6,15 +6,16 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import psutil
 import ray
 import torch
 from ray._private import ray_constants
 
-from . import orphan_guard, ray_environment
+from . import fork_server, orphan_guard, ray_environment
 from .config import SessionConfig
+from .fork_server import ForkServer
 from .timeouts import BackgroundCall, with_timeout
 
 logger = logging.getLogger(__name__)
@@ -35,16 +36,24 @@ class RayRuntime:
         self._shutdown_call: BackgroundCall | None = None  # a broken Ray takes seconds to shut down
         self._variables: dict[str, str | None] = {}  # of the environment, before the start
         self._inherited: dict[str, str] | None = None  # by the local Ray's workers
+        self._fork_server: ForkServer | None = None
         self._folder: ray_environment.RayFolder | None = None
         self._guard: subprocess.Popen | None = None
         self._foreign_ids: frozenset[str] = frozenset()  # children that ComfyUI and other packs started before
         self._ray_ids: frozenset[str] = frozenset()
         self._required: dict[str, psutil.Process] = {}
 
-    def connect(self, config: SessionConfig, environment: Mapping[str, str], wants_cancel: Callable[[], bool]) -> None:
+    def connect(
+        self,
+        config: SessionConfig,
+        environment: Mapping[str, str],
+        wants_cancel: Callable[[], bool],
+        forked_imports: Sequence[str] = (),
+    ) -> None:
         """Start or join Ray for a session; keep a Ray that is already up in this process.
 
-        Workers of a local Ray that is started now inherit the variables of `environment`.
+        Workers of a local Ray that is started now inherit the variables of `environment`, and may be forked from a
+        process that has imported `forked_imports`.
 
         Raises ConnectionError: when the cluster at `config.address` does not answer. Raises RuntimeError: when Ray
         does not start here. Raises RunCancelled: when cancelled; the start goes on, and the next call waits for it.
@@ -54,7 +63,7 @@ class RayRuntime:
         if call is None:
             if ray.is_initialized():
                 return
-            call = self._begin_start(config, dict(environment))
+            call = self._begin_start(config, dict(environment), forked_imports)
         try:
             call.wait(config.start_timeout_s, "the start of Ray", wants_cancel)
         except ConnectionError:
@@ -137,22 +146,25 @@ class RayRuntime:
         """The folder with the logs of the local Ray's processes."""
         return None if self._folder is None else os.path.join(self._folder.path, "session_latest", "logs")
 
-    def _begin_start(self, config: SessionConfig, environment: dict[str, str]) -> BackgroundCall:
+    def _begin_start(
+        self, config: SessionConfig, environment: dict[str, str], forked_imports: Sequence[str]
+    ) -> BackgroundCall:
         self._foreign_ids = orphan_guard.child_process_ids()
         _bind_to_loopback(config.is_local)
         saved = ray_environment.prepare(config.is_local, torch.version.hip is not None)
         self._variables = saved | self._variables  # what was there first counts
         if config.is_local:
             self._inherited = environment
-            start = BackgroundCall(lambda: self._start_local(config, environment), stays=True)
+            start = BackgroundCall(lambda: self._start_local(config, environment, forked_imports), stays=True)
         else:
             start = BackgroundCall(lambda: _join_cluster(config), stays=True)
         self._start_call, self._is_starting = start, True
         return self._start_call
 
-    def _start_local(self, config: SessionConfig, environment: dict[str, str]) -> None:
+    def _start_local(self, config: SessionConfig, environment: dict[str, str], forked_imports: Sequence[str]) -> None:
         logger.info("starting Ray on this machine for %d workers", config.world_size)
         self._folder = ray_environment.make_folder()
+        self._start_fork_server(forked_imports)
         with ray_environment.inherited(environment):
             ray.init(
                 address="local",
@@ -164,6 +176,21 @@ class RayRuntime:
                 logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
                 _temp_dir=self._folder.path,
             )
+
+    def _start_fork_server(self, modules: Sequence[str]) -> None:
+        """Start the process that workers are forked from, beside Ray, if this system can have it."""
+        if not modules or not fork_server.is_supported():
+            return
+        assert self._folder is not None
+        try:
+            self._fork_server = ForkServer(os.path.join(self._folder.owned[0], "forks"), modules)
+        except OSError as error:
+            logger.info("workers start without a process to fork them from: %s", error)
+
+    @property
+    def worker_command(self) -> str | None:
+        """The command by which Ray is to start workers here, None for its own."""
+        return None if self._fork_server is None else self._fork_server.command
 
     def _reason(self, error: BaseException) -> str:
         """Return why Ray has not started, with a remedy where one is known."""
@@ -199,6 +226,9 @@ class RayRuntime:
         if self._guard is not None:
             self._guard.communicate(timeout=30)  # closes its standard input, so it exits
             self._guard = None
+        if self._fork_server is not None:
+            self._fork_server.close()
+            self._fork_server = None
         if self._folder is not None:
             self._folder.remove()
             self._folder = None

@@ -72,7 +72,7 @@ class Session:
         )
         environment = placement.environment(config, service)
         try:
-            RUNTIME.connect(config, environment, wants_cancel)
+            RUNTIME.connect(config, environment, wants_cancel, service.forked_imports)
             self._group = placement.reserve(config, wants_cancel)
             self._create_actors({} if RUNTIME.provides(environment) else environment)
             self._open_services(options, on_ready)
@@ -86,7 +86,9 @@ class Session:
     def _create_actors(self, environment: dict[str, str]) -> None:
         """Have Ray start the workers' processes with these variables besides Ray's own, and watch them."""
         config = self.config
-        runtime_env = {"runtime_env": {"env_vars": environment}} if environment else {}
+        runtime_env: dict[str, Any] = {"env_vars": environment} if environment else {}
+        if config.is_local and RUNTIME.worker_command is not None:
+            runtime_env["py_executable"] = RUNTIME.worker_command
         groups = {"control": 2, "watch": 1}
         actor = ray.remote(max_restarts=0, concurrency_groups=groups)(RankActor)  # pyright: ignore[reportCallIssue]
         for rank in range(config.world_size):
@@ -94,7 +96,7 @@ class Session:
                 num_cpus=1,
                 num_gpus=1 if config.device_type == "cuda" and not config.gpu_select else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-                **runtime_env,
+                **({"runtime_env": runtime_env} if runtime_env else {}),
             )
             log_level, of_rank = logging.getLogger().level, placement.gpu_environment(config, rank)
             self._actors.append(options.remote(rank, config.world_size, config.device_type, log_level, of_rank))

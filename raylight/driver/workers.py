@@ -65,7 +65,9 @@ def _for_memory(config: SessionConfig, sharding: str | None) -> list[str]:
 def service_spec() -> ServiceSpec:
     """Describe what workers of this ComfyUI run."""
     boot = "raylight.worker.boot"
-    return ServiceSpec(f"{boot}:open_service", settings.capture(), settings.python_path(), f"{boot}:prepare")
+    return ServiceSpec(
+        f"{boot}:open_service", settings.capture(), settings.python_path(), f"{boot}:prepare", settings.LIBRARIES
+    )
 
 
 def open_session(workers: WorkerConfig) -> Session:

@@ -12,6 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Libraries that the import of ComfyUI and of Raylight's workers takes most of its time for. None of them starts CUDA or
+# a thread. One that is not there is left out.
+LIBRARIES = tuple(
+    """
+    torch torch.distributed.fsdp torch.distributed.tensor torch.distributed.device_mesh torch._dynamo numpy
+    comfy_kitchen torchvision torchaudio torchsde transformers tokenizers huggingface_hub safetensors.torch
+    scipy.integrate scipy.interpolate scipy.optimize scipy.stats einops PIL.Image psutil tqdm yaml av
+    """.split()
+)
 PACK_ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -1,0 +1,168 @@
+"""A process that imports what every worker imports, and forks workers, which then start without imports.
+
+Imports are most of a worker's start: PyTorch, its compiler and ComfyUI's other libraries are some thousands of files.
+They are imported once, while Ray starts. Workers share that memory too, until they write to it.
+
+Ray starts a worker by the command `command` (`py_executable` of a runtime environment), which runs `fork_client.py`.
+That asks this process for a fork, which takes on the command line, environment, folder and files of the client. If this
+process is gone, the client becomes the worker itself, as without it.
+
+This process imports nothing of Raylight or Ray, and no module that starts CUDA or threads: neither would work in a
+fork. It ends when its standard input is closed, or by itself if a module has done that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_BACKLOG = 128
+_REQUEST_BYTES = 1 << 20
+_STANDARD_FILES = 3
+_GPU_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
+_END_S = 5.0
+# Libraries of linear algebra start threads when they are loaded.
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+# Without it the question whether there is a GPU would start CUDA.
+_NO_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+class ForkServer:
+    """The process, as seen from the one that starts it."""
+
+    def __init__(self, path: str, modules: Sequence[str]) -> None:
+        """Start it, to listen at the socket `path` from now on and to fork when it has imported `modules`.
+
+        Raises OSError: when there can be no such socket, or no process.
+        """
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(_BACKLOG)
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(listener.fileno()), *modules],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, **_ONE_THREAD, **_NO_CUDA},
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
+        client = Path(__file__).with_name("fork_client.py")
+        # Without `site` and the environment, whose packages can take long to start.
+        self.command = shlex.join([sys.executable, "-S", "-E", str(client), path])
+
+    def close(self) -> None:
+        """End the process. Workers that it has forked go on."""
+        try:
+            self._process.communicate(timeout=_END_S)  # closes its standard input
+        except subprocess.TimeoutExpired:  # within an import
+            self._process.kill()
+            self._process.communicate()
+
+
+def is_supported() -> bool:
+    """Return whether workers can be forked on this system, and started by another command in this version of Ray."""
+    if sys.platform != "linux":
+        return False
+    try:
+        from ray._private.runtime_env.py_executable import PyExecutablePlugin  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _serve(listener: socket.socket) -> None:
+    """Fork for each client, until standard input is closed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Ray looks after workers; the system may forget them
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError, ValueError):
+            request, files = _receive(client)
+            try:
+                if not _has_gone(client) and os.fork() == 0:
+                    listener.close()
+                    client.close()
+                    _become(request, files)
+                    return
+                client.sendall(b"forked")
+            finally:
+                for file in files:
+                    os.close(file)
+
+
+def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Return a client's command line, environment and folder, and its standard files."""
+    data, files, _, _ = socket.recv_fds(client, _REQUEST_BYTES, _STANDARD_FILES)
+    while not data.endswith(b"\n"):
+        more = client.recv(_REQUEST_BYTES)
+        if not more:
+            raise ValueError("the client has gone")
+        data += more
+    return json.loads(data), files
+
+
+def _has_gone(client: socket.socket) -> bool:
+    """Return whether a client has waited for too long, and become a worker itself."""
+    client.setblocking(False)
+    try:
+        return client.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    finally:
+        client.setblocking(True)
+
+
+def _become(request: dict[str, Any], files: Sequence[int]) -> None:
+    """Be the worker that a client was to be."""
+    os.setsid()  # Ray ends a worker with its group of processes
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    script = request["arguments"][0]
+    first = [os.path.dirname(script), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:] = [*first, *(path for path in sys.path if path not in first)]
+    sys.argv[:] = request["arguments"]
+    gc.enable()
+    runpy.run_path(script, run_name="__main__")
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Import what is there of some modules, without output; a worker imports the others itself."""
+    gc.disable()  # it takes two fifths of the time of imports
+    for module in modules:
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+    gc.freeze()  # a collection would write to the memory that workers share
+
+
+def _can_fork() -> bool:
+    """Return whether a fork of this process can use CUDA and threads."""
+    with os.scandir("/proc/self/fd") as entries:
+        files = [os.readlink(entry.path) for entry in entries if os.path.islink(entry.path)]
+    return len(os.listdir("/proc/self/task")) == 1 and not any(name.startswith(_GPU_FILES) for name in files)
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose modules have names of others
+    _import(sys.argv[2:])
+    if _can_fork():
+        _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,146 @@
+"""Processes forked from one that has made their imports, by themselves and as workers of Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from echo_service import EchoService
+
+from raylight.cluster import active_session, fork_server
+from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.cluster.fork_server import ForkServer
+from raylight.cluster.ray_runtime import RUNTIME
+from raylight.parallel.mesh import MeshShape
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICE = ServiceSpec(
+    "echo_service:open_service",
+    "settings",
+    (str(ROOT), str(ROOT / "tests" / "support")),
+    forked_imports=("torch", "no_such_module"),
+)
+WAIT_S = 60
+
+pytestmark = pytest.mark.skipif(not fork_server.is_supported(), reason="needs Linux and Ray with py_executable")
+
+SCRIPT = """
+import json, os, sys
+print(json.dumps({
+    "parent": os.getppid(), "arguments": sys.argv[1:], "folder": os.getcwd(), "variable": os.environ.get("A_VARIABLE"),
+    "others": "ANOTHER" in os.environ, "name": __name__, "imported": sorted({"wave"} & set(sys.modules)),
+    "path": sys.path, "leads": os.getsid(0) == os.getpid(),
+}))
+print("an error", file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "a script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
+    monkeypatch.setenv("ANOTHER", "1")
+    made = ForkServer(str(tmp_path / "s"), ["wave", "no_such_module"])
+    monkeypatch.delenv("ANOTHER")
+    yield made
+    made.close()
+
+
+def run(server: ForkServer, script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*shlex.split(server.command), str(script), *arguments],
+        env={**os.environ, **environment},
+        cwd=script.parent,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+
+
+def test_a_fork_is_the_process_that_was_asked_for(server: ForkServer, script: Path) -> None:
+    done = run(server, script, "--an", "argument with spaces", A_VARIABLE="a value", PYTHONPATH="/a/folder")
+    found = json.loads(done.stdout)
+    assert found["parent"] == server._process.pid and found["imported"] == ["wave"]
+    assert found["arguments"] == ["--an", "argument with spaces"] and found["name"] == "__main__"
+    assert found["folder"] == str(script.parent) and found["variable"] == "a value" and not found["others"]
+    assert found["path"][:2] == [str(script.parent), "/a/folder"]
+    assert str(ROOT / "raylight" / "cluster") not in found["path"], "its modules have names of others"
+    assert found["leads"], "who ends the group of one worker would end all"
+    assert done.stderr == "an error\n"
+
+
+def test_without_the_server_the_client_runs_the_script(server: ForkServer, script: Path) -> None:
+    server.close()
+    assert server._process.returncode == 0
+    found = json.loads(run(server, script, "x").stdout)
+    assert found["parent"] == os.getpid() and found["arguments"] == ["x"]
+
+
+@pytest.mark.parametrize(
+    "harm", ["import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start()", "exit(3)"]
+)
+def test_a_module_that_cannot_be_forked(
+    harm: str, tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "harmful.py").write_text(harm)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    server = ForkServer(str(tmp_path / "s"), ["harmful"])
+    assert json.loads(run(server, script).stdout)["parent"] == os.getpid()
+    server._process.wait(WAIT_S)
+    server.close()
+
+
+def test_workers_of_ray_are_forked() -> None:
+    config = SessionConfig(MeshShape(ulysses=2), "cpu")
+
+    def parents() -> set[int]:
+        session = active_session.session(config, SERVICE)
+        assert session.run(EchoService.count, 1) == ("rank 0 of 2", "settings", 1)
+        return {psutil.Process(place.pid).ppid() for place in session.places.values()}
+
+    try:
+        active_session.close()
+        assert parents() == {RUNTIME._fork_server._process.pid}
+        active_session.close(keep_ray=True)
+        server = psutil.Process(RUNTIME._fork_server._process.pid)
+        assert parents() == {server.pid}, "the end of workers has ended it too"
+
+        active_session.close(keep_ray=True)
+        server.kill()
+        assert server.pid not in parents()
+    finally:
+        active_session.close()
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_service_without_imports_has_no_such_process() -> None:
+    try:
+        active_session.close()
+        session = active_session.session(
+            SessionConfig(MeshShape(ulysses=1), "cpu"), replace(SERVICE, forked_imports=())
+        )
+        assert RUNTIME.worker_command is None and session.alive
+    finally:
+        active_session.close()
+
+
+def test_comfyuis_libraries_can_be_forked(tmp_path: Path, script: Path) -> None:
+    """None of those that are named starts a thread or CUDA."""
+    from raylight.host.settings import LIBRARIES
+
+    server = ForkServer(str(tmp_path / "s"), LIBRARIES)
+    found = json.loads(run(server, script).stdout)
+    assert found["parent"] == server._process.pid, "it has ended by itself"
+    server.close()
