@@ -168,8 +168,9 @@ class ReplicatedPatcher(RankPatcher):
         )
 
     def _elsewhere(self, device: torch.device) -> list[str]:
-        """Return the keys of weights that are not on a device."""
-        return [key for key in self.weights.tensors if comfy.utils.get_attr(self.model, key).device != device]
+        """Return the keys of weights that are not on a device, but for those of modules that a node has replaced."""
+        found = dict(self.model.named_parameters(remove_duplicate=False))
+        return [key for key in self.weights.tensors if key in found and found[key].device != device]
 
 
 class GgufPatcher(ReplicatedPatcher):

@@ -11,7 +11,7 @@ from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
 from raylight.host.gpu_identity import gpu_identity
 from raylight.host.jobs import ForwardJob, GivenBack, ModelJob, NeedsBytes, RankMemory, RunJob, RunResult
-from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import sequence_axis
 from raylight.sharding.fsdp import reset
@@ -152,10 +152,10 @@ class ModelService(WorkerService):
         if model is None:
             run.enter(f"loading {recipe.name}")
             shard_bytes = recipe.size // self._context.world_size
-            if recipe.sharding != REPLICATED:
+            if recipe.sharding == OFFLOADED or (recipe.sharding == SHARDED and self._context.device.type == "cpu"):
                 self._models.make_room_on_host(shard_bytes)
-                if recipe.sharding == SHARDED:
-                    self._models.make_room_on_device(recipe)
+            if recipe.sharding == SHARDED:
+                self._models.make_room_on_device(recipe)
             try:
                 # Ranks agree on a cancel at every shard that they read; replicated weights are only mapped here.
                 with load_progress.reported(lambda: shard_bytes, may_stop=False):
