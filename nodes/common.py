@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
 from types import ModuleType
 
 import comfy.samplers
 from comfy_api.latest import io, ui
+from comfy_execution.utils import get_executing_context
 
 from raylight.driver import preflight
+from raylight.host.recipe import WorkerConfig
+
+logger = logging.getLogger(__name__)
 
 CATEGORY = "Raylight"
 
@@ -31,6 +37,26 @@ def driver() -> ModuleType:
             raise
         raise RuntimeError(preflight.advice([error.name])) from error
     return api
+
+
+def begin_workers(workers: WorkerConfig) -> None:
+    """Start workers while ComfyUI goes on with other nodes. Does nothing outside of a prompt.
+
+    The node that needs them waits for them, and tells what went wrong.
+    """
+    if get_executing_context() is None:
+        return
+    if f"{preflight.__package__}.api" in sys.modules:
+        driver().begin(workers, replace=True)
+    else:  # to import it takes seconds
+        threading.Thread(target=_begin_first, args=(workers,), name="raylight-begin", daemon=True).start()
+
+
+def _begin_first(workers: WorkerConfig) -> None:
+    try:
+        driver().begin(workers, replace=False)
+    except Exception as error:  # the loader meets it too
+        logger.debug("the workers were not started early: %s", error)
 
 
 def show(node: type[io.ComfyNode], text: str) -> ui.PreviewText:

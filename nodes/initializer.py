@@ -11,7 +11,7 @@ from raylight.attention import kernels
 from raylight.driver.options import AUTOMATIC, MOST, check_product, workers_from
 from raylight.parallel import external_strategies
 
-from .common import CATEGORY, RayActorsInit, show
+from .common import CATEGORY, RayActorsInit, begin_workers, show
 
 
 def _inputs() -> dict[str, io.Input]:
@@ -112,9 +112,11 @@ class _Initializer(io.ComfyNode):
         return check_product(GPU, ulysses_degree, ring_degree, cfg_degree, dp_degree)
 
     @classmethod
-    def execute(cls, **inputs: Any) -> io.NodeOutput:
+    async def execute(cls, **inputs: Any) -> io.NodeOutput:
+        # ComfyUI executes asynchronous nodes first: workers start while text encoder and VAE are loaded.
         defaults = {one.id: getattr(one, "default", None) for one in cls.define_schema().inputs}
         workers, degrees = workers_from(defaults | inputs)
+        begin_workers(workers)
         return io.NodeOutput(workers, ui=show(cls, str(degrees)))
 
 
@@ -122,7 +124,7 @@ class RayInitializer(_Initializer):
     """Choose the workers, one per GPU, and how they split the work.
 
     By default all GPUs of this machine split the tokens of one image or video. The node shows what was chosen.
-    Workers start when a model is loaded on them, and stay for the next prompt.
+    Workers start at once, while ComfyUI loads what else the prompt needs, and stay for the next prompt.
     """
 
     @classmethod

@@ -26,18 +26,19 @@ _start: Start | None = None  # of the next session
 _exits = False
 
 
-def begin(config: SessionConfig, service: ServiceSpec, remedies: Remedies = no_remedies) -> None:
+def begin(config: SessionConfig, service: ServiceSpec, remedies: Remedies = no_remedies, replace: bool = True) -> None:
     """Start workers of this configuration in the background, unless they run or start already.
 
-    Replaces workers of another configuration, and a start that has failed. Does nothing while another thread waits for
-    workers. An error is raised by `session`.
+    Does nothing while another thread waits for workers, nor, without `replace`, where there are any. An error is raised
+    by `session`; one of an earlier start is forgotten.
     """
+    global _start
     if _lock.acquire(blocking=False):
         try:
-            if _start is None or _start.error is None or _start.config != config:
+            if _start is not None and _start.error is not None:
+                _start = None
+            if replace or (_start is None and running() is None):
                 _ensure(config, service, remedies)
-            else:
-                _replace(config, service, remedies)
         finally:
             _lock.release()
 

@@ -22,9 +22,9 @@ from .model_import import copy_state_from, recipe_of
 from .outer_sample import run_on_workers
 from .remote_model import RemotePatcher
 from .status import overview
-from .workers import ask_with_room, open_session
+from .workers import ask_with_room, begin, open_session
 
-__all__ = ["end_workers", "guided_by", "ksampler", "load", "overview", "parallelize", "run_batched"]
+__all__ = ["begin", "end_workers", "guided_by", "ksampler", "load", "overview", "parallelize", "run_batched"]
 
 
 def load(model: RayModel) -> RemotePatcher:

@@ -17,13 +17,13 @@ from raylight.host import settings
 from raylight.host.jobs import LoadProgress, NeedsBytes
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 
-from . import memory
+from . import memory, progress
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 _REFUSALS = 2
-_RESTART = "The workers restart with the next prompt"
+_RESTART = "The workers restart by themselves"
 
 
 def remedies(config: SessionConfig, sharding: str | None, kind: str) -> str:
@@ -70,8 +70,18 @@ def service_spec() -> ServiceSpec:
     )
 
 
+def begin(workers: WorkerConfig, replace: bool) -> None:
+    """Start the workers in the background, unless they run or start already; with `replace`, in the place of others.
+
+    An error is raised by `open_session`.
+    """
+    active_session.begin(
+        workers.config, service_spec(), functools.partial(remedies, workers.config, workers.sharding), replace
+    )
+
+
 def open_session(workers: WorkerConfig) -> Session:
-    """Return the workers' session; start it if it is not running.
+    """Return the workers' session; start it if it is not running, and say so on the executing node.
 
     Raises what `active_session.session` raises, errors with a remedy, and ComfyUI's interrupt when the user cancels.
     """
@@ -81,6 +91,7 @@ def open_session(workers: WorkerConfig) -> Session:
             service_spec(),
             comfy.model_management.processing_interrupted,
             functools.partial(remedies, workers.config, workers.sharding),
+            progress.show_text,
         )
     except RunCancelled:
         _interrupt()
@@ -102,18 +113,29 @@ def ask_all(
 ) -> dict[int, R]:
     """Call a verb of `WorkerService` on all workers, for the model `about`, and return the results by rank.
 
-    Raises what `Session.run_all` raises, errors with a remedy, and ComfyUI's interrupt when the user cancels.
+    The progress of loading goes to the executing node, other events to `on_event`. Raises what `Session.run_all`
+    raises, errors with a remedy, and ComfyUI's interrupt when the user cancels.
     """
+    loading = progress.Loading()
+
+    def listen(event: Any) -> None:
+        if isinstance(event, LoadProgress):
+            loading.show(event)
+        else:
+            on_event(event)
+
     try:
-        return session.run_all(
+        results = session.run_all(
             verb,
             *arguments,
-            on_event=lambda event: None if isinstance(event, LoadProgress) else on_event(event),
+            on_event=listen,
             wants_cancel=comfy.model_management.processing_interrupted,
             remedies=functools.partial(remedies, session.config, None if about is None else about.sharding),
         )
     except RunCancelled:
         _interrupt()
+    loading.end()
+    return results
 
 
 def ask_with_room(

@@ -87,7 +87,7 @@ def test_the_defaults_are_automatic_and_shown(pack: dict[str, Any], node_id: str
     node = pack[node_id]
     defaults = {i.id: i.default if i.default is not None else i.options[0] for i in node.GET_SCHEMA().inputs}
     assert (defaults["GPU"], defaults["ulysses_degree"]) == (0, 0)
-    output = node.execute(**defaults)
+    output = asyncio.run(node.execute(**defaults))
     assert output.result[0].config.world_size == output.result[0].config.mesh.ulysses
     assert "GPU and ulysses_degree chosen automatically" in output.ui.as_dict()["text"][0]
     assert "unique_id" in node.INPUT_TYPES()["hidden"]

@@ -45,7 +45,8 @@ async def at_the_graph():
     workers = nodes.NODE_CLASS_MAPPINGS["RayInitializer"]
     values = {{i.id: i.options[0] if i.default is None else i.default for i in workers.GET_SCHEMA().inputs}}
     try:
-        nodes.NODE_CLASS_MAPPINGS["RayParallelizeModel"].execute(object(), workers.execute(**values).result[0])
+        chosen = (await workers.execute(**values)).result[0]
+        nodes.NODE_CLASS_MAPPINGS["RayParallelizeModel"].execute(object(), chosen)
     except RuntimeError as error:
         return str(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
@@ -141,6 +142,11 @@ def test_everything_has_help(pack: dict[str, Any], node_id: str) -> None:
     assert [o.id for o in schema.outputs if not o.tooltip] == []
 
 
+def executed(initializer: Any, **inputs: Any) -> Any:
+    """Return the workers that an initializer describes."""
+    return asyncio.run(initializer.execute(**inputs)).result[0]
+
+
 @pytest.mark.smoke
 def test_link_types(pack: dict[str, Any]) -> None:
     assert pack["RayInitializer"].RETURN_TYPES == ["RAY_ACTORS_INIT"]
@@ -185,7 +191,7 @@ def test_rejects(pack: dict[str, Any], node_id: str, change: dict[str, Any], mes
     if judged.keys() & change.keys():
         assert re.search(message, node.validate_inputs(**judged)), "known before anything runs"
     with pytest.raises(ValueError, match=message):
-        node.execute(**known)
+        executed(node, **known)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +205,7 @@ def test_rejects(pack: dict[str, Any], node_id: str, change: dict[str, Any], mes
 )
 def test_rejects_gpu_select(pack: dict[str, Any], text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pack["RayInitializerAdvanced"].execute(**(GOOD | {"GPU_SELECT": text}))
+        executed(pack["RayInitializerAdvanced"], **(GOOD | {"GPU_SELECT": text}))
 
 
 def test_accepts(pack: dict[str, Any]) -> None:
@@ -209,19 +215,19 @@ def test_accepts(pack: dict[str, Any]) -> None:
     assert node.validate_inputs(GPU=None, **degrees) is True
     assert node.validate_inputs(GPU=12, **(degrees | {"cfg_degree": 2, "dp_degree": 0})) is True
     known = {k: v for k, v in GOOD.items() if k in INPUTS["RayInitializer"]}
-    assert node.execute(**(known | {"dp_degree": 0})).result[0] == node.execute(**known).result[0]
-    mesh = node.execute(**(known | {"GPU": 12, "cfg_degree": 2, "dp_degree": 0})).result[0].config.mesh
+    assert executed(node, **(known | {"dp_degree": 0})) == executed(node, **known)
+    mesh = executed(node, **(known | {"GPU": 12, "cfg_degree": 2, "dp_degree": 0})).config.mesh
     assert (mesh.batch, mesh.ring, mesh.ulysses) == (6, 1, 2)
 
 
 def test_equal_inputs_give_equal_workers(pack: dict[str, Any]) -> None:
     node = pack["RayInitializer"]
-    first, second = (node.execute(**GOOD).result[0] for _ in range(2))
+    first, second = (executed(node, **GOOD) for _ in range(2))
     assert first == second
-    assert node.execute(**(GOOD | {"GPU": 1, "ulysses_degree": 1})).result[0] != first
+    assert executed(node, **(GOOD | {"GPU": 1, "ulysses_degree": 1})) != first
 
 
 def test_rejects_missing_model_file(pack: dict[str, Any]) -> None:
-    workers = pack["RayInitializer"].execute(**GOOD).result[0]
+    workers = executed(pack["RayInitializer"], **GOOD)
     with pytest.raises(FileNotFoundError, match=r"missing\.safetensors is not in .*diffusion_models"):
         pack["RayUNETLoader"].execute("missing.safetensors", "default", workers)

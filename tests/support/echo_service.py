@@ -38,6 +38,12 @@ class EchoService(Service):
             run.emit(step)
             run.check_cancelled()
 
+    def mesh_shape(self, run: Run) -> tuple[int, ...]:
+        """Return the degrees of the mesh, when all ranks have met over it."""
+        for axis in ("batch", "ring", "ulysses"):
+            dist.barrier(self.context.mesh.get_group(axis))
+        return tuple(self.context.mesh.shape)
+
     def same_object(self, run: Run, data: bytes) -> bool:
         """Return whether all ranks received the same bytes."""
         total = torch.tensor([sum(data[:1000])])

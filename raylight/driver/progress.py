@@ -1,0 +1,51 @@
+"""What the executing node shows while its workers start and read a model."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import comfy.utils
+from comfy_execution.utils import get_executing_context
+
+from raylight.host.jobs import LoadProgress
+
+
+def show_text(text: str) -> None:
+    """Write `text` on the node that ComfyUI executes in this thread, if it executes one and has a server."""
+    # Looked up, not imported: the module exists only where ComfyUI's server runs.
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    context = get_executing_context()
+    if server is not None and context is not None:
+        server.send_progress_text(text, context.node_id)
+
+
+class Loading:
+    """Shows on the executing node how much of a model was read, in words and on its bar."""
+
+    def __init__(self) -> None:
+        self._last: LoadProgress | None = None
+        self._bar: comfy.utils.ProgressBar | None = None
+        self._began = time.monotonic()
+
+    def show(self, progress: LoadProgress) -> None:
+        """Show how far the reading is."""
+        if self._last is None or self._bar is None or self._last.name != progress.name:
+            self._began = time.monotonic()
+            self._bar = comfy.utils.ProgressBar(progress.total_bytes)
+        self._last = progress
+        show_text(text_of(progress))
+        if progress.done_bytes < progress.total_bytes:  # a full bar would be that of the node
+            self._bar.update_absolute(progress.done_bytes)
+
+    def end(self) -> None:
+        """Say that the model is there, if any progress was shown."""
+        if self._last is not None:
+            size, seconds = self._last.total_bytes / 1e9, time.monotonic() - self._began
+            show_text(f"{self._last.name} is loaded: {size:.1f} GB in {seconds:.1f} s")
+
+
+def text_of(progress: LoadProgress) -> str:
+    """Return the words for a progress."""
+    done, total = progress.done_bytes, progress.total_bytes
+    return f"Loading {progress.name}: {100 * done // max(1, total)} % ({done / 1e9:.1f} of {total / 1e9:.1f} GB)"

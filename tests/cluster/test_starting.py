@@ -1,0 +1,138 @@
+"""Sessions that start in the background, and after a failure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from echo_service import EchoService
+
+from raylight.cluster import active_session
+from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.cluster.errors import RunCancelled, WorkerError
+from raylight.parallel.mesh import MeshShape
+
+ROOT = Path(__file__).resolve().parents[2]
+SEARCH = (str(ROOT), str(ROOT / "tests" / "support"))
+SERVICE = ServiceSpec("echo_service:open_service", "settings", SEARCH)
+BROKEN = ServiceSpec("echo_service:open_service", "settings", SEARCH, "echo_service:not_there")
+TWO, ANOTHER = SessionConfig(MeshShape(ulysses=2), "cpu"), SessionConfig(MeshShape(), "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_of_module():
+    yield
+    active_session.close()
+    assert not ray.is_initialized()
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.05)
+
+
+def workers() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.is_running() and child.name().startswith("ray::RankActor")]
+
+
+def test_a_start_in_the_background_is_the_one_that_is_waited_for() -> None:
+    active_session.close(keep_ray=True)
+    began = time.monotonic()
+    active_session.begin(TWO, SERVICE)
+    active_session.begin(TWO, SERVICE)
+    assert time.monotonic() - began < 1 and active_session.running() is None
+    shown: list[str] = []
+    session = active_session.session(TWO, SERVICE, on_progress=shown.append)
+    assert session.run(EchoService.count, 2)[2] == 2
+    assert shown[0].startswith("Starting workers") and shown[-1] == "Starting workers: 2 of 2 ready"
+    active_session.begin(TWO, SERVICE)
+    assert active_session.session(TWO, SERVICE) is session and len(workers()) == 2
+
+
+def test_the_last_that_is_wanted_wins() -> None:
+    active_session.begin(TWO, SERVICE)
+    active_session.begin(ANOTHER, SERVICE)
+    active_session.begin(ANOTHER, SERVICE, replace=False)
+    session = active_session.session(ANOTHER, SERVICE)
+    assert len(session.places) == 1 and [one.pid for one in workers()] == [session.places[0].pid]
+    active_session.begin(TWO, SERVICE, replace=False)
+    assert active_session.session(ANOTHER, SERVICE) is session
+
+
+def test_an_error_is_raised_once_where_it_is_waited_for() -> None:
+    active_session.close(keep_ray=True)
+    active_session.begin(TWO, BROKEN)
+    with pytest.raises(WorkerError, match="not_there"):
+        active_session.session(TWO, BROKEN)
+    wait_until(lambda: not workers(), 10)
+    assert active_session.session(TWO, SERVICE).run(EchoService.count, 1)[2] == 1
+
+
+def test_a_cancel_ends_the_wait_and_not_the_start() -> None:
+    active_session.close(keep_ray=True)
+    began = time.monotonic()
+    with pytest.raises(RunCancelled):
+        active_session.session(TWO, SERVICE, wants_cancel=lambda: time.monotonic() - began > 0.5)
+    assert time.monotonic() - began < 2
+    wait_until(active_session.running)
+    assert active_session.session(TWO, SERVICE) is active_session.running()
+
+
+def test_closing_ends_a_start() -> None:
+    active_session.close(keep_ray=True)
+    active_session.begin(TWO, SERVICE)
+    wait_until(workers)
+    active_session.close(keep_ray=True)
+    assert active_session.running() is None
+    wait_until(lambda: not workers(), 10)
+
+
+def test_new_workers_start_after_a_failure_of_workers_that_had_worked() -> None:
+    session = active_session.session(TWO, SERVICE)
+    with pytest.raises(WorkerError):
+        session.run(EchoService.die_alone)
+    time.sleep(1)
+    assert not workers(), "they had done nothing yet"
+    session = active_session.session(TWO, SERVICE)
+    session.run(EchoService.count, 1)
+    with pytest.raises(WorkerError):
+        session.run(EchoService.die_alone)
+    wait_until(active_session.running)
+    assert active_session.running() is not session
+    assert active_session.session(TWO, SERVICE).run(EchoService.count, 1)[2] == 1
+
+
+def test_new_workers_start_after_a_failure_between_runs() -> None:
+    session = active_session.session(TWO, SERVICE)
+    session.run(EchoService.count, 1)
+    psutil.Process(session.places[1].pid).kill()
+    wait_until(lambda: active_session.running() not in (None, session))
+    active_session.close(keep_ray=True)
+    time.sleep(1)
+    assert not workers(), "closing is no failure"
+
+
+def test_another_mesh_keeps_the_workers() -> None:
+    session = active_session.session(TWO, SERVICE)
+    places = dict(session.places)
+    for mesh in (MeshShape(batch=2), MeshShape(ring=2), MeshShape(ulysses=2)):
+        began = time.monotonic()
+        again = active_session.session(SessionConfig(mesh, "cpu", stall_timeout_s=77.0), SERVICE)
+        assert again is session and session.places == places and time.monotonic() - began < 2
+        assert session.run(EchoService.mesh_shape) == (mesh.batch, mesh.ring, mesh.ulysses)
+
+
+def test_a_rank_that_dies_while_the_mesh_changes() -> None:
+    session = active_session.session(TWO, SERVICE)
+    psutil.Process(session.places[1].pid).kill()
+    with pytest.raises(WorkerError, match="rank 1"):
+        session.reshape(SessionConfig(MeshShape(batch=2), "cpu"), lambda _: "", lambda: False)
+    assert not session.alive
+    assert active_session.session(TWO, SERVICE).run(EchoService.mesh_shape) == (1, 1, 2)
