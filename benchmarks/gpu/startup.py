@@ -15,9 +15,10 @@ moment at which ComfyUI would run the first node:
     killed      a run of one step after a rank was killed, from the next prompt on
     Ray up      workers ready where Ray runs already
 
-Memory is that of all workers beyond idle workers, over the file's size, by the kernel's kinds (proportional set size):
-anonymous, shared memory, and pages of files; `pinned` is what the CUDA driver has pinned and these kinds do not show,
-taken from what the machine cannot reclaim.
+Memory is that of all workers beyond workers that have done nothing yet, over the file's size, by the kernel's kinds
+(proportional set size): anonymous, shared memory, and pages of files; `pinned` is what the CUDA driver has pinned and
+these kinds do not show, taken from what the machine cannot reclaim. What is there without the model is not due to its
+weights: libraries that the first step has loaded.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def workers(ranks: int, way: str, path: str, options: argparse.Namespace) -> dic
     from raylight.cluster import active_session
     from raylight.cluster.config import SessionConfig
     from raylight.driver import api
+    from raylight.driver.workers import free as release_models
     from raylight.driver.workers import open_session
     from raylight.host import recipe
     from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
@@ -142,6 +144,8 @@ def workers(ranks: int, way: str, path: str, options: argparse.Namespace) -> dic
         recipe_of_file = ModelRecipe.of(path, "default", sharding)
         found["degrees"], _ = seconds_of(lambda: api.load(RayModel(other, recipe_of_file)))
         found["first after degrees"], _ = seconds_of(lambda: prompt(other))
+    release_models()
+    found["memory"]["without the model"] = memory.beyond()
     os.kill(open_session(other if ranks % 2 == 0 else usual).places[ranks - 1].pid, signal.SIGKILL)
     time.sleep(1)  # a person takes longer to queue another prompt
 

@@ -20,7 +20,7 @@ from raylight.parallel.heartbeat import beat
 
 SLOTS, SLOT_BYTES = 8, 16 << 20  # of pinned memory
 _SMALL_BYTES = 1 << 20  # below it more threads, or advice to the system, cost more than they save
-_THREADS = 4  # that fill a slot: one core copies slower than a GPU takes
+_THREADS = 8  # that fill a slot: one core copies slower than a GPU takes
 _ALIGNMENT = 64  # of what shares a slot
 _WILL_NEED = 3  # MADV_WILLNEED of Linux
 
