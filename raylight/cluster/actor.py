@@ -29,7 +29,7 @@ from . import ray_environment, status
 from .config import ServiceSpec
 from .errors import NCCL_BYTES, OutOfMemory, RunCancelled, is_out_of_memory, may_be_out_of_memory
 from .quick_imports import quick_imports
-from .status import IDLE, STARTING, Report, Status
+from .status import IDLE, Report, Status
 
 logger = logging.getLogger(__name__)
 
@@ -173,12 +173,13 @@ class RankActor:
     @ray.method(concurrency_group="control")
     def measure_links(self) -> bandwidth.Links:
         """Measure the links between the ranks. Collective: no other collective may run beside it."""
+        before = self._status.phase
         self._status.enter("measuring the links between the workers")
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # of this thread
         with self._explain_out_of_memory():
             measured = bandwidth.measure(self._device)
-        self._status.enter(STARTING)
+        self._status.enter(before)
         return measured
 
     def open(self, mesh: MeshShape, service: ServiceSpec) -> None:

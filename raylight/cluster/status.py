@@ -49,6 +49,11 @@ class Status:
         self._lines: deque[LogLine] = deque(maxlen=_MAX_LINES)
         self.run = ""
 
+    @property
+    def phase(self) -> str:
+        """What the rank is doing."""
+        return self._phase
+
     def enter(self, phase: str) -> None:
         """Set the phase; it must read well after "while"."""
         heartbeat.beat()
