@@ -46,10 +46,17 @@ def wan(folder: Path, seed: int = 0) -> Path:
     return path
 
 
-def on_workers(path: Path, sharding: str, *loras: tuple[Path, float], free_memory_after: bool = False) -> ModelPatcher:
+def on_workers(
+    path: Path,
+    sharding: str,
+    *loras: tuple[Path, float],
+    free_memory_after: bool = False,
+    mesh: MeshShape = WORKERS.config.mesh,
+) -> ModelPatcher:
     """The drop-in model of a file."""
     recipes = tuple(LoraRecipe.of(str(lora), strength) for lora, strength in loras)
-    workers = replace(WORKERS, free_memory_after=free_memory_after, sharding=sharding)
+    config = replace(WORKERS.config, mesh=mesh)
+    workers = replace(WORKERS, config=config, free_memory_after=free_memory_after, sharding=sharding)
     return api.load(RayModel(workers, ModelRecipe.of(str(path), "default", sharding, recipes)))
 
 
