@@ -109,7 +109,6 @@ def main() -> None:
     from raylight.cluster import active_session
     from raylight.cluster.config import SessionConfig
     from raylight.driver import api
-    from raylight.driver import workers as at_workers
     from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
     from raylight.parallel.mesh import MeshShape
 
@@ -124,7 +123,6 @@ def main() -> None:
         path, of_file = Path(folder) / "model.safetensors", None
         for name, count, turns in zip(options.sizes, steps, repeats, strict=True):
             if (SIZES[name].family, SIZES[name].widths) != of_file:
-                at_workers.free()
                 comfy.model_management.unload_all_models()
                 path.unlink(missing_ok=True)
                 write_checkpoint(name, path, torch.device(options.device), options.layers)

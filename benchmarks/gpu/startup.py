@@ -112,10 +112,10 @@ def workers(ranks: int, way: str, path: str, options: argparse.Namespace) -> dic
     from raylight.cluster import active_session
     from raylight.cluster.config import SessionConfig
     from raylight.driver import api
-    from raylight.driver.workers import free as release_models
     from raylight.driver.workers import open_session
     from raylight.host import recipe
     from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
+    from raylight.host.worker_service import WorkerService
     from raylight.parallel.mesh import MeshShape
 
     sharding = getattr(recipe, way.upper())
@@ -144,7 +144,7 @@ def workers(ranks: int, way: str, path: str, options: argparse.Namespace) -> dic
         recipe_of_file = ModelRecipe.of(path, "default", sharding)
         found["degrees"], _ = seconds_of(lambda: api.load(RayModel(other, recipe_of_file)))
         found["first after degrees"], _ = seconds_of(lambda: prompt(other))
-    release_models()
+    open_session(other if ranks % 2 == 0 else usual).run(WorkerService.free)
     found["memory"]["without the model"] = memory.beyond()
     os.kill(open_session(other if ranks % 2 == 0 else usual).places[ranks - 1].pid, signal.SIGKILL)
     time.sleep(1)  # a person takes longer to queue another prompt
