@@ -16,8 +16,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from raylight.parallel.heartbeat import beat
-
 SLOTS, SLOT_BYTES = 8, 16 << 20  # of pinned memory
 _SMALL_BYTES = 1 << 20  # below it more threads, or advice to the system, cost more than they save
 _THREADS = 8  # that fill a slot: one core copies slower than a GPU takes
@@ -84,7 +82,6 @@ def _reader(device: torch.device) -> _Reader:
 
 
 def _report(nbytes: int) -> None:
-    beat()
     if _listener is not None:
         _listener(nbytes)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from raylight.cluster.actor import Run
 from raylight.host.jobs import LoadProgress
+from raylight.host.log_messages import gb
 from raylight.host.recipe import ModelRecipe
 from raylight.sharding import staged_read
 
@@ -70,4 +71,6 @@ class _Report:
 
     def _emit(self, done: int) -> None:
         self._run.emit(LoadProgress(self._name, done, self._total))
+        # On every rank: one that reads for long is not stalled.
+        self._run.enter(f"reading {self._name} ({gb(done)} of {gb(self._total)})")
         self._emitted, self._emitted_at = True, time.monotonic()

@@ -137,7 +137,8 @@ def build_sharded(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple
     size = report.replicated_bytes + shard_bytes
     patcher = ShardedPatcher(model, mapped.load_device, comfy.model_management.unet_offload_device(), size=size)
     patches = ShardPatches(model.diffusion_model, mesh, mapped.load_device, _patch_dtype(mapped))
-    shards = Shards(model.diffusion_model, own_rows(model.diffusion_model, weights, mesh))
+    # Shards that stay in system memory need the file no more.
+    shards = Shards(model.diffusion_model, {} if offload else own_rows(model.diffusion_model, weights, mesh))
     patcher.weights = ShardedWeights(shards, patches, mesh.get_group(), offload)
     patcher.load(mapped.load_device)  # the shards are there already: ComfyUI need not make room for them
     return patcher, report

@@ -205,7 +205,9 @@ class Run:
 
     def __init__(self) -> None:
         self.events: list[LoadProgress] = []
+        self.phases: list[str] = []
         self.cancel_requested = False
+        self.enter = self.phases.append
 
     def emit(self, event: LoadProgress) -> None:
         self.events.append(event)
@@ -228,6 +230,7 @@ def test_progress_is_told_until_the_end(folder: Path, monkeypatch: pytest.Monkey
     assert {(event.name, event.total_bytes) for event in run.events} == {("flux", total)}
     done = [event.done_bytes for event in run.events]
     assert done == sorted(done) and done[0] < total and done[-1] == total
+    assert len(run.phases) == len(run.events) and run.phases[0].startswith("reading flux (0.0")
 
 
 @pytest.mark.parametrize("part", [2.0, 0.5])
