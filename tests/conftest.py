@@ -7,8 +7,8 @@ shared where it can be, because starts take most of the time on a small machine:
   `support/preloaded.py`, so they start in a fraction of a second. Still, let one call measure all cases of a module in
   the ranks (`functools.cache`, or a fixture of the module), and each test look at its part.
 - Ray's workers stay as long as their SessionConfig is the same, over modules too: 2 workers as
-  `SessionConfig(MeshShape(ulysses=2), "cpu")` are there already in tests/host. Another mesh costs 3 s for each worker,
-  so let the mesh change slowest among parameters. Do not close a session that you have not broken.
+  `SessionConfig(MeshShape(ulysses=2), "cpu")` are there already in tests/host. Another number of workers costs 3 s for
+  each, so let it change slowest among parameters. Do not close a session that you have not broken.
 - A ComfyUI server takes 10 s, and as long again for its first workers: `shared_server` below is there for all tests
   that send graphs. Tests that hurt workers have one of their own (faults/conftest.py), shared too.
 

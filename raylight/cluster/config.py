@@ -62,7 +62,7 @@ def _imported(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SessionConfig:
-    """Everything that requires new workers when it changes.
+    """What workers are started with. Another mesh of as many ranks, and other limits, do not require new ones.
 
     `address` is "local", or that of a running cluster. `gpu_select` are indices of this machine's GPUs, empty for any.
     `object_store_bytes` None leaves the size to Ray. `check_links`: measure the links between the workers before their

@@ -38,8 +38,9 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 90.0) -> None
 
 
 def workers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.is_running() and child.name().startswith("ray::RankActor")]
+    """Return the processes of this process's workers, and not of a ComfyUI server that other tests have started."""
+    raylets = [child for child in psutil.Process().children() if child.name().startswith("raylet")]
+    return [child for raylet in raylets for child in raylet.children() if child.name().startswith("ray::RankActor")]
 
 
 def test_a_start_in_the_background_is_the_one_that_is_waited_for() -> None:
