@@ -5,7 +5,10 @@ Nothing is downloaded, the weights are the same in every process, and a rank can
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import struct
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -47,6 +50,7 @@ FLUX = {
     "context_in_dim": 4096,
     "vec_in_dim": 768,
 }
+_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # in the header of a file
 LAYERS = ("num_layers", "depth", "depth_single_blocks")
 SIZES = {
     "wan-480p": FullSize(
@@ -111,11 +115,11 @@ class RandomWeights(Mapping):
     """Weights of a model by name, generated on access: matrices scaled by their fan-in, as in the zoo."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._like = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in model.named_parameters()}
+        self.like = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in model.named_parameters()}
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, dtype = self._like[name]
+        shape, dtype = self.like[name]
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(shape, generator=generator, device=self._device)
         if len(shape) >= 2:
@@ -124,10 +128,10 @@ class RandomWeights(Mapping):
         return (noise + 1 if "norm" in name and name.endswith(("weight", "scale")) else noise).to(dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._like)
+        return iter(self.like)
 
     def __len__(self) -> int:
-        return len(self._like)
+        return len(self.like)
 
 
 def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -141,12 +145,18 @@ def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
 
 
 def write_checkpoint(name: str, path: Path, device: torch.device, layers: int | None = None) -> int:
-    """Write a file of that model for ComfyUI's loader, and return its bytes."""
-    from safetensors.torch import save_file
-
-    model = skeleton(name, layers).diffusion_model
-    weights = RandomWeights(model, device)
-    save_file({key: weights[key].cpu() for key in weights}, path)
+    """Write a .safetensors file of that model for ComfyUI's loader, tensor by tensor, and return its bytes."""
+    weights = RandomWeights(skeleton(name, layers).diffusion_model, device)
+    header, offset = {}, 0
+    for key, (shape, dtype) in weights.like.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in weights:
+            file.write(weights[key].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return path.stat().st_size
 
 
