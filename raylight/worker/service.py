@@ -22,6 +22,7 @@ from .model_forward import ModelForward, answer
 from .parallelize import load_parallel
 from .patcher import RankPatcher, mode_of
 from .sampling import SamplingRun
+from .sharded_patcher import ShardedPatcher
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ class ModelService(WorkerService):
         run.enter(f"applying LoRAs and patches to {job.recipe.name}")
         patcher = model.patched(job.recipe.loras, job.patches).clone()
         self._models.make_room_on_device(job.recipe, latent_shapes)
+        if isinstance(patcher, ShardedPatcher):
+            patcher.read_released()
         return patcher
 
     def _load(self, run: Run, recipe: ModelRecipe) -> CachedModel:

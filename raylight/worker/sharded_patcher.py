@@ -42,7 +42,8 @@ class ShardedWeights:
 class ShardedPatcher(RankPatcher):
     """A patcher of shards: either all of them are on the device, or none.
 
-    When they leave the device, the file has them. Loading is collective.
+    When they leave the device, only the file has them. They change when a clone with other patches is loaded; loading
+    is collective then.
     """
 
     sharding = SHARDED
@@ -66,13 +67,12 @@ class ShardedPatcher(RankPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        """Bring the shards to the device and patch them. Collective.
+        """Bring the shards to the device and patch them. Collective if they have other patches.
 
-        Raises ValueError: for a patch that sharded weights cannot have. Raises RunCancelled: if a rank was asked to
-        cancel while shards were read.
+        Raises ValueError: for a patch that sharded weights cannot have.
         """
         if device_to is not None:
-            self._read_released()
+            self.weights.shards.read()  # none, unless they have left the device since `read_released`
             move(self.model, device_to)
         self.model.device = device_to
         self.model.model_lowvram = False
@@ -101,8 +101,13 @@ class ShardedPatcher(RankPatcher):
         """Return 0: a rank alone cannot unload shards that the others gather from it."""
         return 0
 
-    def _read_released(self) -> None:
-        """Read shards that have left the device, on whichever ranks they have."""
+    @in_own_mode
+    def read_released(self) -> None:
+        """Read shards that have left the device, on whichever ranks they have; before a run, in which not all ranks
+        load as often. Collective.
+
+        Raises RunCancelled: if a rank was asked to cancel.
+        """
         weights = self.weights
         if not any_rank(weights.shards.released, weights.group):
             return

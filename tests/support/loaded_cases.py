@@ -96,6 +96,7 @@ def _compare_patched(rank: int, mesh, path: Path, dtype: str, kinds: tuple[str, 
         for tensors, strength in loras:
             fitted = lora.fit_lora("lora", tensors, mapped.lora_keys, lora.WeightShapes(mapped.shapes))
             patcher.add_patches(fitted.patches, strength)
+        patcher.read_released()
         patcher.load(CPU)
         return patcher.model.apply_model(**wan_inputs())
 
