@@ -8,7 +8,7 @@ That asks this process for a fork, which takes on the command line, environment,
 process is gone, the client becomes the worker itself, as without it.
 
 This process imports nothing of Raylight or Ray, and no module that starts CUDA or threads: neither would work in a
-fork. It ends when its standard input is closed, or by itself if a module has done that.
+fork. It ends when its standard input is closed, or by itself if a module has done that; then it writes which.
 """
 
 from __future__ import annotations
@@ -54,23 +54,39 @@ class ForkServer:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(listener.fileno()), *modules],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, **_ONE_THREAD, **_NO_CUDA},
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
+        self._why = ""
         client = Path(__file__).with_name("fork_client.py")
         # Without `site` and the environment, whose packages can take long to start.
         self.command = shlex.join([sys.executable, "-S", "-E", str(client), path])
 
+    def why_ended(self) -> str | None:
+        """Return why the process has ended by itself, None if it runs."""
+        if self._process.poll() is None:
+            return None
+        if not self._why:
+            self._why = self._process.communicate()[0].decode(errors="replace").strip()
+            self._why = self._why or f"its process has ended (exit status {self._process.returncode})"
+        return self._why
+
     def close(self) -> None:
         """End the process. Workers that it has forked go on."""
+        if self.why_ended() is not None:
+            return
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
         try:
-            self._process.communicate(timeout=_END_S)  # closes its standard input
+            self._process.wait(_END_S)
         except subprocess.TimeoutExpired:  # within an import
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
+        self._process.stdout.close()
+        self._why = "it was ended"
 
 
 def is_supported() -> bool:
@@ -145,24 +161,38 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def _import(modules: Sequence[str]) -> None:
-    """Import what is there of some modules, without output; a worker imports the others itself."""
+def _import(modules: Sequence[str]) -> str:
+    """Import what is there of some modules; a worker imports the others itself. Return which of them has done what a
+    fork cannot have, "" if none has.
+    """
     gc.disable()  # it takes two fifths of the time of imports
     for module in modules:
         with contextlib.suppress(Exception):
             importlib.import_module(module)
+        if obstacle := _obstacle():
+            return f"the import of {module} {obstacle}"
     gc.freeze()  # a collection would write to the memory that workers share
+    return ""
 
 
-def _can_fork() -> bool:
-    """Return whether a fork of this process can use CUDA and threads."""
-    with os.scandir("/proc/self/fd") as entries:
-        files = [os.readlink(entry.path) for entry in entries if os.path.islink(entry.path)]
-    return len(os.listdir("/proc/self/task")) == 1 and not any(name.startswith(_GPU_FILES) for name in files)
+def _obstacle() -> str:
+    """Return what keeps a fork of this process from using CUDA and threads."""
+    if len(os.listdir("/proc/self/task")) > 1:
+        return "has started threads"
+    files = []
+    for file in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            files.append(os.readlink(f"/proc/self/fd/{file}"))
+    opened = next((name for name in files if name.startswith(_GPU_FILES)), "")
+    return f"has opened {opened}" if opened else ""
 
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose modules have names of others
-    _import(sys.argv[2:])
-    if _can_fork():
+    report = os.dup(1)
+    os.dup2(2, 1)  # what modules print is not for the one who reads the report
+    why = _import(sys.argv[2:])
+    os.write(report, why.encode())
+    os.close(report)  # not for forks
+    if not why:
         _serve(socket.socket(fileno=int(sys.argv[1])))

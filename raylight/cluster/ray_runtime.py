@@ -190,7 +190,12 @@ class RayRuntime:
     @property
     def worker_command(self) -> str | None:
         """The command by which Ray is to start workers here, None for its own."""
-        return None if self._fork_server is None else self._fork_server.command
+        if self._fork_server is None:
+            return None
+        if why := self._fork_server.why_ended():
+            logger.info("workers are started one by one, and not forked: %s", why)
+            return None
+        return self._fork_server.command
 
     def _reason(self, error: BaseException) -> str:
         """Return why Ray has not started, with a remedy where one is known."""

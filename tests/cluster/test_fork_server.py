@@ -89,16 +89,24 @@ def test_without_the_server_the_client_runs_the_script(server: ForkServer, scrip
 
 
 @pytest.mark.parametrize(
-    "harm", ["import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start()", "exit(3)"]
+    ("harm", "why"),
+    [
+        (
+            "import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start()",
+            "the import of harmful has started threads",
+        ),
+        ("exit(3)", "its process has ended (exit status 3)"),
+    ],
 )
 def test_a_module_that_cannot_be_forked(
-    harm: str, tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch
+    harm: str, why: str, tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "harmful.py").write_text(harm)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     server = ForkServer(str(tmp_path / "s"), ["harmful"])
     assert json.loads(run(server, script).stdout)["parent"] == os.getpid()
     server._process.wait(WAIT_S)
+    assert server.why_ended() == why
     server.close()
 
 
