@@ -199,21 +199,23 @@ class ModelCache:
         before = left = model.patcher.loaded_size()
         while missing > 0 and left > 0:
             patcher = self._loaded_patcher(model)
-            if missing < left:
+            if missing < left and patcher is not None:
                 patcher.partially_unload(patcher.offload_device, missing)
-            if patcher.loaded_size() >= left:  # asked for all, or of its parts none can leave alone
+            if model.patcher.loaded_size() >= left:  # asked for all, or of its parts none can leave alone
                 self._forget_as_loaded(model)
-                patcher.detach()
+                (patcher or model.patcher).detach()
             left, missing = model.patcher.loaded_size(), lacking()
         if left < before:
             moved, of = gb(before - left), gb(before)
             logger.info("%s of %s of %s are moved to the CPU to make room", moved, of, model.recipe.name)
 
     @staticmethod
-    def _loaded_patcher(model: CachedModel) -> ModelPatcher:
-        """Return the patcher whose LoRAs and patches the weights on the device have."""
+    def _loaded_patcher(model: CachedModel) -> ModelPatcher | None:
+        """Return the patcher whose LoRAs and patches the weights on the device have. None if it is not known, after a
+        cancel while they were read: the model can then leave as a whole only.
+        """
         loaded = (one.model for one in comfy.model_management.current_loaded_models)
-        return next((one for one in loaded if one is not None and one.is_clone(model.patcher)), model.patcher)
+        return next((one for one in loaded if one is not None and one.is_clone(model.patcher)), None)
 
     def drop(self, model: CachedModel) -> None:
         """Release a model and its memory."""

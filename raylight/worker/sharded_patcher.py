@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from raylight.cluster.errors import RunCancelled
 from raylight.host.checkpoint import MappedModel
 from raylight.host.jobs import METHODS
 from raylight.host.recipe import SHARDED
@@ -51,12 +53,19 @@ class ShardedPatcher(RankPatcher):
 
     @in_own_mode
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Move the shards to the device and patch them; return how many bytes that added there."""
+        """Move the shards to the device and patch them; return how many bytes that added there. Collective.
+
+        Raises as `load`.
+        """
         before = self.model.model_loaded_weight_memory
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(unpatch_weights=False)  # objects of the clone that was loaded before
             self.patch_model(load_weights=False)
-            self.load(device_to)
+            try:
+                self.load(device_to)
+            except RunCancelled:
+                self.detach()  # what was read, or patched, in part: nothing accounts for it
+                raise
         return self.model.model_loaded_weight_memory - before
 
     @in_own_mode
@@ -112,13 +121,13 @@ class ShardedPatcher(RankPatcher):
         if not any_rank(weights.shards.released, weights.group):
             return
         weights.patches.revert()  # on the other ranks too: to patch them again is collective
+        with load_progress.reported(lambda: weights.shards.bytes_to_read, may_stop=True), suppress(ReadingStopped):
+            weights.shards.read()
         try:
-            with load_progress.reported(lambda: weights.shards.bytes_to_read, may_stop=True):
-                weights.shards.read()
-        except ReadingStopped:
             cancellation_point()
+        except RunCancelled:
+            self.detach()  # what was read in part: nothing accounts for it
             raise
-        cancellation_point()
 
 
 def build_sharded(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple[ShardedPatcher, ShardReport]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -11,10 +12,16 @@ from comfy.cli_args import args
 args.cpu = not torch.cuda.is_available()  # before ComfyUI picks a device
 
 import comfy.model_management
+from torch import nn
+from torch.distributed.tensor import DTensor
 
+from raylight.cluster.errors import RunCancelled
 from raylight.host.checkpoint import load_mapped
 from raylight.host.recipe import REPLICATED, SHARDED, FileStamp, ModelRecipe
+from raylight.parallel.heartbeat import cancellation_checked_by
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+from raylight.parallel.process_group import among, any_rank, smallest
+from raylight.worker import load_progress
 from raylight.worker.model_cache import CachedModel, ModelCache
 from raylight.worker.patcher import mode_of
 from raylight.worker.replicated_patcher import build_replicated
@@ -49,11 +56,53 @@ def sizes_after_each(rank: int, world: int, path: Path, wanted: list[dict[int, f
     return found
 
 
+def agreed_after_loads(rank: int, world: int, path: Path) -> int:
+    """What ranks agree on, their number, after each has loaded a split model on its own as often as its number says."""
+    patcher = _split(path, world).patcher
+    alone = [dist.new_group([one]) for one in range(world)][rank]
+    with among(alone):
+        for _ in range(rank):
+            patcher.clone().partially_load(CPU)
+    return smallest(rank)
+
+
+def bytes_after_a_cancel(rank: int, world: int, path: Path) -> list[int]:
+    """Bytes of a split model's shards on this rank, from before it leaves its device until it is there again; the first
+    time, rank 1 is asked to cancel while they are read.
+    """
+    patcher = _split(path, world).patcher
+    patcher.offload_device = GPU
+    found = [_stored(patcher.model)]
+    patcher.detach()
+    found.append(_stored(patcher.model))
+    run = SimpleNamespace(cancel_requested=rank == 1)
+
+    def check() -> None:
+        if any_rank(run.cancel_requested):
+            raise RunCancelled
+
+    with load_progress.for_run(run, SimpleNamespace(name="split")), cancellation_checked_by(check):
+        try:
+            patcher.read_released()
+        except RunCancelled:
+            found.append(_stored(patcher.model) + patcher.loaded_size())
+        run.cancel_requested = False
+        patcher.read_released()
+        patcher.partially_load(CPU)
+    return [*found, _stored(patcher.model)]
+
+
+def _stored(model: nn.Module) -> int:
+    shards = (one.to_local() for one in model.parameters() if isinstance(one, DTensor))
+    return sum(shard.untyped_storage().nbytes() for shard in shards)
+
+
 def _whole(path: Path) -> CachedModel:
     with mode_of(REPLICATED):
         mapped = load_mapped(str(path), {})
         patcher, own_bytes = build_replicated(mapped, CPU, in_file=True)
-        patcher.load(GPU, full_load=True)
+        patcher.load_device = GPU
+        comfy.model_management.load_models_gpu([patcher])
     return CachedModel(ModelRecipe("whole", "default", FileStamp(1)), patcher, None, {}, {}, own_bytes)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from comfy.model_management import current_loaded_models, load_models_gpu
 from comfy_cases import CASES, checkpoint
-from giving_back_cases import sizes_after_each
+from giving_back_cases import agreed_after_loads, bytes_after_a_cancel, sizes_after_each
 from mode_cases import patches_for
 
 from raylight.dev.local_ranks import run_ranks, values
@@ -125,9 +125,32 @@ def test_with_a_lora(models: ModelCache, path: Path) -> None:
     assert torch.equal(result(model), plain)
 
 
+def test_as_a_whole_after_a_cancelled_load(models: ModelCache, path: Path) -> None:
+    model = held(models, path, "model")
+    with_lora = model.patcher.clone()
+    with_lora.add_patches(patches_for(model), 0.8)
+    use(with_lora)
+    before = result(model)
+    current_loaded_models.clear()  # where ComfyUI puts a model when it is loaded
+    models.give_back(model.patcher.model_size() // 3)
+    assert model.patcher.loaded_size() == 0
+    use(with_lora)
+    assert torch.equal(result(model), before)
+
+
 def test_a_rank_gives_back_whole_weights_alone_and_shards_with_the_others(path: Path) -> None:
     wanted = [{0: 0.0}, {0: 0.3}, {0: 0.0, 1: 0.0}, {1: 2.0}]
     first, second = values(run_ranks(2, sizes_after_each, path, wanted, timeout_s=120))
     assert first[0] == second[0] == second[1] == second[2] == (1.0, 1.0)
     assert 0.5 < first[1][0] <= 0.7 and first[1] == first[2] and first[1][1] == 1.0
     assert first[3] == (first[1][0], 0.0) and second[3] == (0.0, 0.0)
+
+
+def test_groups_with_runs_of_their_own_load_a_split_model_as_often_as_each_needs(path: Path) -> None:
+    assert values(run_ranks(2, agreed_after_loads, path, timeout_s=60)) == [0, 0]
+
+
+def test_shards_that_a_cancel_leaves_in_part_are_given_back(path: Path) -> None:
+    for before, away, cancelled, back in values(run_ranks(2, bytes_after_a_cancel, path, timeout_s=60)):
+        assert before == back > 0
+        assert away == cancelled == 0
