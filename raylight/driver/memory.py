@@ -2,7 +2,7 @@
 
 Both keep one rule: who needs memory of a GPU asks the other for what is missing there and no more, and what was used
 least recently goes first. To ComfyUI the workers' weights are one more model in its list of loaded models, which is in
-the order of last use. docs/memory.md tells the whole.
+the order of last use. docs/memory.md has the details.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class _Workers:
 
 
 class _NoWeights(comfy.model_patcher.ModelPatcher):
-    """A patcher that has no weights and tells the size of a rank's."""
+    """A patcher that has no weights, and has the size of a rank's."""
 
     def __init__(self, workers: _Workers, device: torch.device, rank: int | None) -> None:
         super().__init__(nn.Module(), device, torch.device("cpu"), size=1)

@@ -1,4 +1,4 @@
-"""Which GPU a device is, told alike by all processes."""
+"""Which GPU a device is, by a name that is the same in all processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def gpu_identity(device: torch.device) -> str:
-    """Return what tells the GPU of a device from all others, the same in each process that uses it; "" for a CPU.
+    """Return a name for the GPU of a device, the same in each process that uses it; "" for a CPU.
 
     An index will not do: a process counts the GPUs that it sees.
     """

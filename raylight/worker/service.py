@@ -32,7 +32,7 @@ class ModelService(WorkerService):
 
     def __init__(self, context: RankContext, comfyui_gpu: str = "") -> None:
         """Open the service. `comfyui_gpu` is the `gpu_identity` of the GPU that ComfyUI uses itself."""
-        self._context = context  # its mesh changes when the workers are arranged anew
+        self._context = context  # has another mesh after a reshape
         self._gpu = gpu_identity(context.device)
         self._beside_comfyui = self._gpu != "" and self._gpu == comfyui_gpu
         self._models = ModelCache(context.device, context.world_size)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from comfy.cli_args import args
 
 args.cpu = not torch.cuda.is_available()  # before ComfyUI picks a device
