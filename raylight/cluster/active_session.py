@@ -87,7 +87,7 @@ def close(keep_ray: bool = False) -> None:
             _session, _start = _start.session or _session, None
         if _session is not None:
             _session.close()
-            keep_ray = keep_ray and RUNTIME.serves(_session.config, _session.config)
+            keep_ray = keep_ray and RUNTIME.serves(_session.config)
             _session = None
         if not keep_ray:
             RUNTIME.disconnect()

@@ -36,6 +36,7 @@ class RayRuntime:
         self._shutdown_call: BackgroundCall | None = None  # a broken Ray takes seconds to shut down
         self._variables: dict[str, str | None] = {}  # of the environment, before the start
         self._inherited: dict[str, str] | None = None  # by the local Ray's workers
+        self._config: SessionConfig | None = None  # that Ray was started or joined for
         self._fork_server: ForkServer | None = None
         self._folder: ray_environment.RayFolder | None = None
         self._guard: subprocess.Popen | None = None
@@ -123,19 +124,23 @@ class RayRuntime:
             self._shutdown_call = BackgroundCall(ray.shutdown)
         self._reset()
 
-    def serves(self, old: SessionConfig, config: SessionConfig) -> bool:
-        """Return whether the local Ray of an old session, which has ended, can be that of a new one."""
-        alike = (
-            old.is_local
-            and config.is_local
-            and (old.namespace, old.object_store_bytes) == (config.namespace, config.object_store_bytes)
-        )
-        return alike and self._has_room(config)
+    def serves(self, config: SessionConfig) -> bool:
+        """Return whether a new session can have the Ray that runs or starts here, if any; earlier ones have ended.
 
-    def _has_room(self, config: SessionConfig) -> bool:
-        """Return whether the local Ray is up and was started with enough CPUs for a session."""
-        is_up = ray.is_initialized() and self._shutdown_call is None and self.lost() is None
-        return is_up and ray.cluster_resources().get("CPU", 0) >= config.world_size
+        A cluster is joined again by each session. To a Ray of another pack there is no choice.
+        """
+        own = self._config
+        if own is None:
+            return True
+        if (own.address, own.namespace, own.object_store_bytes) != (
+            config.address,
+            config.namespace,
+            config.object_store_bytes,
+        ):
+            return False
+        has_room = not own.is_local or config.world_size <= _cpus(own)
+        is_up = own.is_local and ray.is_initialized() and self._shutdown_call is None and self.lost() is None
+        return has_room and (self._is_starting or is_up)
 
     def provides(self, environment: Mapping[str, str]) -> bool:
         """Return whether workers start with these variables by themselves."""
@@ -149,6 +154,7 @@ class RayRuntime:
     def _begin_start(
         self, config: SessionConfig, environment: dict[str, str], forked_imports: Sequence[str]
     ) -> BackgroundCall:
+        self._config = config
         self._foreign_ids = orphan_guard.child_process_ids()
         _bind_to_loopback(config.is_local)
         saved = ray_environment.prepare(config.is_local, torch.version.hip is not None)
@@ -170,7 +176,7 @@ class RayRuntime:
                 address="local",
                 include_dashboard=False,
                 namespace=config.namespace,
-                num_cpus=max(config.world_size, os.cpu_count() or 1),
+                num_cpus=_cpus(config),
                 object_store_memory=config.object_store_bytes,
                 log_to_driver=False,  # workers report their logs themselves, see status.py
                 logging_level=logging.ERROR,  # its warnings at the start are about settings that are chosen here
@@ -224,7 +230,8 @@ class RayRuntime:
 
     def _reset(self) -> None:
         """Forget the Ray that has ended, and release what was kept for it."""
-        self._is_starting, self._ray_ids, self._required, self._inherited = False, frozenset(), {}, None
+        self._is_starting, self._ray_ids, self._required = False, frozenset(), {}
+        self._inherited = self._config = None
         if self._start_call is not None:
             self._start_call.release()
             self._start_call = None
@@ -246,6 +253,11 @@ class RayRuntime:
 
 
 RUNTIME = RayRuntime()
+
+
+def _cpus(config: SessionConfig) -> int:
+    """Return the number of CPUs that a local Ray is started with for a session."""
+    return max(config.world_size, os.cpu_count() or 1)
 
 
 def _join_cluster(config: SessionConfig) -> None:

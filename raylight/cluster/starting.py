@@ -82,8 +82,8 @@ class Start:
                 old = before.session or old
             if old is not None:
                 old.close()
-                if not RUNTIME.serves(old.config, self.config):
-                    RUNTIME.disconnect()
+            if not RUNTIME.serves(self.config):  # also one that a start has left which failed or was cancelled
+                RUNTIME.disconnect()
             self.session = Session(
                 self.config, self._service, self._cancelled.is_set, self._remedies, self._note, self._on_failure
             )

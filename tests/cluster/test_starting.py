@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,20 @@ def test_an_error_is_raised_once_where_it_is_waited_for() -> None:
         active_session.session(TWO, BROKEN)
     wait_until(lambda: not workers(), 10)
     assert active_session.session(TWO, SERVICE).run(EchoService.count, 1)[2] == 1
+
+
+def test_ray_of_a_start_that_failed_or_was_cancelled_is_not_that_of_another_configuration() -> None:
+    active_session.close()
+    with pytest.raises(WorkerError):
+        active_session.session(TWO, BROKEN)
+    assert ray.is_initialized()
+    active_session.session(replace(ANOTHER, namespace="one"), SERVICE)
+    assert ray.get_runtime_context().namespace == "one"
+    active_session.close()
+    active_session.begin(TWO, SERVICE)
+    active_session.session(replace(ANOTHER, namespace="other"), SERVICE)
+    assert ray.get_runtime_context().namespace == "other"
+    active_session.close()
 
 
 def test_a_cancel_ends_the_wait_and_not_the_start() -> None:
