@@ -26,14 +26,14 @@ class Loading:
     def __init__(self) -> None:
         self._last: LoadProgress | None = None
         self._bar: comfy.utils.ProgressBar | None = None
-        self._began = time.monotonic()
+        self._began = self._shown_at = time.monotonic()
 
     def show(self, progress: LoadProgress) -> None:
         """Show how far the reading is."""
         if self._last is None or self._bar is None or self._last.name != progress.name:
             self._began = time.monotonic()
             self._bar = comfy.utils.ProgressBar(progress.total_bytes)
-        self._last = progress
+        self._last, self._shown_at = progress, time.monotonic()
         show_text(text_of(progress))
         if progress.done_bytes < progress.total_bytes:  # a full bar would be that of the node
             self._bar.update_absolute(progress.done_bytes)
@@ -41,7 +41,8 @@ class Loading:
     def end(self) -> None:
         """Say that the model is there, if any progress was shown."""
         if self._last is not None:
-            size, seconds = self._last.total_bytes / 1e9, time.monotonic() - self._began
+            # Not until now: the job may have sampled since.
+            size, seconds = self._last.total_bytes / 1e9, self._shown_at - self._began
             show_text(f"{self._last.name} is loaded: {size:.1f} GB in {seconds:.1f} s")
 
 

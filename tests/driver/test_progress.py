@@ -58,6 +58,20 @@ def test_loading_is_shown_and_kept_from_the_listener(
     assert (4 * 10**9, 4 * 10**9) not in bar and bar[0] == (0, 4 * 10**9)
 
 
+def test_the_time_of_loading_is_not_that_of_sampling(
+    shown: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with CurrentNodeContext("prompt", "7"):
+        loading = progress.Loading()
+        for now[0], load in zip((1.0, 2.0, 5.0), LOADS, strict=True):
+            loading.show(load)
+        now[0] = 90.0
+        loading.end()
+    assert shown[-1][0] == "wan is loaded: 4.0 GB in 4.0 s"
+
+
 def test_nothing_is_shown_outside_of_a_prompt(shown: list[tuple[str, str]]) -> None:
     progress.show_text("unseen")
     workers.ask_all(LoadingSession(), WorkerService.sample)
