@@ -101,25 +101,40 @@ def is_supported() -> bool:
 
 
 def _serve(listener: socket.socket) -> None:
-    """Fork for each client, until standard input is closed."""
+    """Fork for each client, until standard input is closed; in a fork, until its worker ends.
+
+    What ends a worker is raised in its own process, as without a fork.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Ray looks after workers; the system may forget them
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
             return
         client, _ = listener.accept()
+        request = None
         with client, contextlib.suppress(OSError, ValueError):
-            request, files = _receive(client)
-            try:
-                if not _has_gone(client) and os.fork() == 0:
-                    listener.close()
-                    client.close()
-                    _become(request, files)
-                    return
-                client.sendall(b"forked")
-            finally:
-                for file in files:
-                    os.close(file)
+            request = _answer(client)
+        if request is not None:
+            listener.close()
+            _become(request)
+            return
+
+
+def _answer(client: socket.socket) -> dict[str, Any] | None:
+    """Fork for a client. Return its request in the fork, which has its standard files; None in this process."""
+    request, files = _receive(client)
+    try:
+        if _has_gone(client):
+            return None
+        if os.fork() == 0:
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+            return request
+        client.sendall(b"forked")
+        return None
+    finally:
+        for file in files:
+            os.close(file)
 
 
 def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -144,12 +159,10 @@ def _has_gone(client: socket.socket) -> bool:
         client.setblocking(True)
 
 
-def _become(request: dict[str, Any], files: Sequence[int]) -> None:
+def _become(request: dict[str, Any]) -> None:
     """Be the worker that a client was to be."""
     os.setsid()  # Ray ends a worker with its group of processes
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number, file in enumerate(files):
-        os.dup2(file, number)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

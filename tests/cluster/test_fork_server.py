@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,20 @@ def test_a_fork_is_the_process_that_was_asked_for(server: ForkServer, script: Pa
     assert str(ROOT / "raylight" / "cluster") not in found["path"], "its modules have names of others"
     assert found["leads"], "who ends the group of one worker would end all"
     assert done.stderr == "an error\n"
+
+
+def test_an_error_of_a_fork_is_its_own(server: ForkServer, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("import os; os.write(1, str(len(os.listdir('/proc/self/fd'))).encode()); open('/no/such/file')")
+    with (tmp_path / "errors").open("w+") as errors, (tmp_path / "output").open("w+") as output:
+        command = [*shlex.split(server.command), str(broken)]
+        subprocess.run(command, stdout=output, stderr=errors, timeout=WAIT_S, check=True)
+        deadline = time.monotonic() + 10
+        while "FileNotFoundError" not in (tmp_path / "errors").read_text():
+            assert time.monotonic() < deadline, (tmp_path / "errors").read_text()
+            time.sleep(0.05)
+    assert "ValueError" not in (tmp_path / "errors").read_text()
+    assert int((tmp_path / "output").read_text()) == 4, "its standard files and the folder that it lists"
 
 
 def test_without_the_server_the_client_runs_the_script(server: ForkServer, script: Path) -> None:
