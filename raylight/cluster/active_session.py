@@ -99,9 +99,9 @@ def _ensure(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> 
     if _start is not None and _start.session is not None:
         _session, _start = _start.session, None
     if _start is not None:
-        if _start.config != config:
+        if _start.config != config and (_start.error is not None or not _start.config.can_become(config)):
             _replace(config, service, remedies)
-    elif _session is None or not _session.alive or not _session.can_become(config):
+    elif _session is None or not _session.alive or not _session.config.can_become(config):
         if _session is not None and _session.alive:
             logger.info("the workers restart: their configuration has changed")
         _replace(config, service, remedies)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from raylight.parallel.mesh import MeshShape
@@ -97,6 +97,17 @@ class SessionConfig:
     def world_size(self) -> int:
         """The number of workers."""
         return self.mesh.world_size
+
+    def can_become(self, other: SessionConfig) -> bool:
+        """Return whether the same workers can have another configuration: another mesh, or other limits of time."""
+        return other.world_size == self.world_size and self == replace(
+            other,
+            mesh=self.mesh,
+            check_links=self.check_links,
+            start_timeout_s=self.start_timeout_s,
+            heartbeat_timeout_s=self.heartbeat_timeout_s,
+            stall_timeout_s=self.stall_timeout_s,
+        )
 
     @property
     def is_local(self) -> bool:

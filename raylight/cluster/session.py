@@ -146,20 +146,8 @@ class Session:
         if keep:
             bandwidth_check.keep(self.places, links)
 
-    def can_become(self, config: SessionConfig) -> bool:
-        """Return whether the same workers can have this configuration: another mesh, or other limits of time."""
-        own = self.config
-        return config.world_size == own.world_size and own == replace(
-            config,
-            mesh=own.mesh,
-            check_links=own.check_links,
-            start_timeout_s=own.start_timeout_s,
-            heartbeat_timeout_s=own.heartbeat_timeout_s,
-            stall_timeout_s=own.stall_timeout_s,
-        )
-
     def reshape(self, config: SessionConfig, remedies: Remedies, wants_cancel: Callable[[], bool]) -> None:
-        """Give the workers another configuration, which they can have by `can_become`.
+        """Give the workers another configuration, which they can have by `SessionConfig.can_become`.
 
         Their processes, models and groups of other meshes stay. A failure ends them. Raises WorkerError; RunCancelled
         when cancelled, which ends them too.

@@ -145,6 +145,18 @@ def test_another_mesh_keeps_the_workers() -> None:
         assert session.run(EchoService.mesh_shape) == (mesh.batch, mesh.ring, mesh.ulysses)
 
 
+def test_another_mesh_does_not_begin_a_start_again() -> None:
+    active_session.close(keep_ray=True)
+    active_session.begin(TWO, SERVICE)
+    wait_until(workers)
+    before = {one.pid for one in workers()}
+    another = replace(TWO, mesh=MeshShape(batch=2))
+    active_session.begin(another, SERVICE)
+    session = active_session.session(another, SERVICE)
+    assert before <= {place.pid for place in session.places.values()}
+    assert session.run(EchoService.mesh_shape) == (2, 1, 1)
+
+
 def test_a_rank_that_dies_while_the_mesh_changes() -> None:
     session = active_session.session(TWO, SERVICE)
     psutil.Process(session.places[1].pid).kill()
