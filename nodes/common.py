@@ -42,7 +42,7 @@ def driver() -> ModuleType:
 def begin_workers(workers: WorkerConfig) -> None:
     """Start workers while ComfyUI goes on with other nodes. Does nothing outside of a prompt.
 
-    The node that needs them waits for them, and tells what went wrong.
+    The node that needs them waits for them, and raises what went wrong.
     """
     if get_executing_context() is None:
         return

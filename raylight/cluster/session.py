@@ -317,7 +317,7 @@ class Session:
             self._running.release()
 
     def _end_after_failure(self, failure: Failure | None) -> None:
-        """Close the session. If Ray works on, tell the one who asked to be told."""
+        """Close the session. If Ray still works, call `on_failure`."""
         self.close()
         if failure is None or failure.kind != RAY_LOST:
             self._after_failure(self)
