@@ -135,10 +135,13 @@ def _restart(failed: Session) -> None:
 
 
 def _exit() -> None:
-    """End a start that goes on when this process exits."""
+    """End a start that goes on when this process exits, and the process that workers are forked from: the guard, which
+    removes Ray's files, waits for it.
+    """
     global _exits
     _exits = True
     start = _start
     if start is not None:
         start.cancel()
         start.settle(_EXIT_S)
+    RUNTIME.end_fork_server()

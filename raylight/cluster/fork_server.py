@@ -109,7 +109,7 @@ def _serve(listener: socket.socket) -> None:
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
-            return
+            os._exit(0)  # at once: to take apart what was imported takes a second
         client, _ = listener.accept()
         request = None
         with client, contextlib.suppress(OSError, ValueError):

@@ -193,6 +193,12 @@ class RayRuntime:
         except OSError as error:
             logger.info("workers start without a process to fork them from: %s", error)
 
+    def end_fork_server(self) -> None:
+        """End the process that workers are forked from, if there is one. Workers stay."""
+        if self._fork_server is not None:
+            self._fork_server.close()
+            self._fork_server = None
+
     @property
     def worker_command(self) -> str | None:
         """The command by which Ray is to start workers here, None for its own."""
@@ -238,9 +244,7 @@ class RayRuntime:
         if self._guard is not None:
             self._guard.communicate(timeout=30)  # closes its standard input, so it exits
             self._guard = None
-        if self._fork_server is not None:
-            self._fork_server.close()
-            self._fork_server = None
+        self.end_fork_server()
         if self._folder is not None:
             self._folder.remove()
             self._folder = None
