@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
 
 from raylight.driver import preflight
+from raylight.host.prompt_server import prompt_server
 from raylight.host.recipe import WorkerConfig
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,7 @@ def show(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
 
     The node's schema has to request `io.Hidden.unique_id`.
     """
-    # Looked up, not imported: the module exists only where ComfyUI's server runs.
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = prompt_server()
     unique_id = None if node.hidden is None else node.hidden.unique_id
     if server is not None and unique_id is not None:
         server.send_progress_text(text, unique_id)

@@ -6,10 +6,10 @@ ComfyUI makes True of any text at a BOOLEAN, so only here is it known that there
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 from raylight.attention import kernels
+from raylight.host.prompt_server import prompt_server
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ SWITCHES = ("sync_ulysses", "clear_vram_after_sampling", "FSDP", "FSDP_CPU_OFFLO
 
 def register() -> None:
     """Have ComfyUI's server hand each prompt to `put_right` first. Without a server there are no prompts."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = prompt_server()
     if server is not None:
         server.add_on_prompt_handler(_on_prompt)
 

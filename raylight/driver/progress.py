@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import comfy.utils
 from comfy_execution.utils import get_executing_context
 
 from raylight.host.jobs import LoadProgress
+from raylight.host.prompt_server import prompt_server
 
 
 def show_text(text: str) -> None:
     """Write `text` on the node that ComfyUI executes in this thread, if it executes one and has a server."""
-    # Looked up, not imported: the module exists only where ComfyUI's server runs.
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = prompt_server()
     context = get_executing_context()
     if server is not None and context is not None:
         server.send_progress_text(text, context.node_id)

@@ -11,6 +11,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from .patcher_state import Change
+from .prompt_server import prompt_server
 from .settings import PACK_ROOT
 
 # The Python modules of the sampling loop, as opposed to models.
@@ -239,6 +240,6 @@ def _display_name(node_id: str) -> str:
 
 def _running() -> frozenset[str]:
     """Return the kinds of nodes in the prompts that ComfyUI runs now; empty if this is no server."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = prompt_server()
     items = getattr(getattr(server, "prompt_queue", None), "currently_running", {})
     return frozenset(node.get("class_type", "") for item in list(items.values()) for node in item[2].values())
