@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ class ReplicatedPatcher(RankPatcher):
     weights: FileWeights
 
     @contextmanager
-    def _replacing_parameters(self) -> Iterator[None]:
+    def moving(self) -> Iterator[None]:
         # Otherwise `Module.to` would give a `FileWeight` the memory of what it was moved to.
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -95,9 +95,6 @@ class ReplicatedPatcher(RankPatcher):
             yield
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(before)
-
-    def moving(self) -> AbstractContextManager[None]:
-        return self._replacing_parameters()
 
     @in_own_mode
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
