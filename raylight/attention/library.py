@@ -1,7 +1,6 @@
-"""Attention of optional libraries: what each needs, and how it is called.
+"""Attention of optional libraries: what each needs, and the kernels that call it.
 
-flash-attn, FlashInfer and AITER are called through yunchang, which has one signature for all of them. SageAttention is
-called directly, because yunchang passes its scale by a name that it ignores.
+How each is called is in `library_functions`.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from . import library_functions
+from .library_functions import Function, sage, sage_key_block, through_yunchang
 from .torch_kernels import Partial, TorchKernel
-
-# q, k, v (B, S, H, D) and a scale -> the output (B, S, H, D), and the log-sum-exp (B, H, S) in float32 or None.
-Function = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None]]
 
 Capability = tuple[int, int]
 
@@ -33,6 +30,7 @@ class Library:
     `capabilities`: the lowest and the highest CUDA compute capability (None: no upper bound). `head_sizes`: those that
     it supports. `attribute`: a function that older versions of the module lack. `key_block`: the number of keys is
     padded to a multiple of this, and the padding is not masked. `through`: the package that calls it, if any.
+    `largest_error`: of values of size 1 in the self-test: far above its rounding, far below a wrong result.
     """
 
     module: str
@@ -45,10 +43,11 @@ class Library:
     rocm: bool = False
     key_block: Callable[[], int] = lambda: 1
     through: str = ""
+    largest_error: float = 0.05
 
     def missing(self) -> str | None:
         """Return why it cannot be used in this environment, or None. Imports `module` only to look up `attribute`."""
-        if importlib.util.find_spec(self.module) is None:
+        if not _is_installed(self.module):
             return f"the Python package {self.module} is not installed: {self.install}"
         if self.attribute and not hasattr(importlib.import_module(self.module), self.attribute):
             version = importlib.metadata.version(self.module)
@@ -76,6 +75,14 @@ class Library:
                 f"and it needs {wanted}"
             )
         return None
+
+
+def _is_installed(module: str) -> bool:
+    """Return whether a module can be found, also one in a package that is not there."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 class LibraryKernel:
@@ -132,102 +139,48 @@ class LibraryKernelWithLse(LibraryKernel):
         return out, lse
 
 
-def _yunchang(member: str, batched: bool = True) -> Callable[[], Function]:
-    def function() -> Function:
-        from yunchang.kernels import AttnType, select_flash_attn_impl
-
-        forward = cast("Callable[..., Partial]", select_flash_attn_impl(AttnType[member], stage="fwd-only"))
-
-        def call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-            return forward(
-                q,
-                k,
-                v,
-                dropout_p=0.0,
-                softmax_scale=scale,
-                causal=False,
-                window_size=(-1, -1),
-                softcap=0.0,
-                alibi_slopes=None,
-                return_softmax=False,
-            )
-
-        if batched:
-            return call
-
-        def one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-            results = [call(q[i : i + 1], k[i : i + 1], v[i : i + 1], scale) for i in range(q.shape[0])]
-            outs, lses = zip(*results, strict=True)
-            return torch.cat(outs), torch.cat(lses)
-
-        return one_by_one
-
-    return function
-
-
-def _sage(name: str, **options: Any) -> Callable[[], Function]:
-    def function() -> Function:
-        sageattention = importlib.import_module("sageattention")
-        attention = getattr(sageattention, name, None) or sageattention.sageattn
-        returns_lse = sage_has_lse()
-
-        def call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-            if returns_lse:
-                return attention(q, k, v, tensor_layout="NHD", sm_scale=scale, return_lse=True, **options)
-            # Version 1 subtracts the mean of the keys in place.
-            return attention(q, k.clone(), v, tensor_layout="NHD", sm_scale=scale), None
-
-        return call
-
-    return function
-
-
-def sage_has_lse() -> bool:
-    """Return whether the installed SageAttention has a log-sum-exp: version 2 has, 1 has not."""
-    try:
-        return int(importlib.metadata.version("sageattention").split(".")[0]) >= 2
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def _sage_key_block() -> int:
-    """Return the block to which SageAttention pads keys without masking them, as version 1 does."""
-    return 1 if sage_has_lse() else 64
-
-
 _SAGE_2 = "install SageAttention 2 (https://github.com/thu-ml/SageAttention)"
+_SAGE_3 = "install SageAttention 3 (https://github.com/thu-ml/SageAttention, folder sageattention3_blackwell)"
 _SAGE_SIZES = (64, 96, 128)
 
 YUNCHANG = "yunchang"
 
 LIBRARIES = {
-    "AITER": Library("aiter", "see https://github.com/ROCm/aiter", _yunchang("AITER"), rocm=True, through=YUNCHANG),
-    "FA": Library("flash_attn", "run pip install flash-attn --no-build-isolation", _yunchang("FA"), through=YUNCHANG),
+    "AITER": Library(
+        "aiter", "see https://github.com/ROCm/aiter", through_yunchang("AITER"), rocm=True, through=YUNCHANG
+    ),
+    "FA": Library(
+        "flash_attn.flash_attn_interface",
+        "run pip install flash-attn --no-build-isolation",
+        library_functions.flash_attention_2,
+    ),
     "FA3": Library(
         "flash_attn_interface",
         "see FlashAttention-3 at https://github.com/Dao-AILab/flash-attention",
-        _yunchang("FA3"),
+        through_yunchang("FA3"),
         capabilities=((9, 0), (9, 0)),
         through=YUNCHANG,
     ),
+    "FA4": Library(
+        "flash_attn.cute",
+        "run pip install flash-attn-4",
+        library_functions.flash_attention_4,
+        head_sizes=range(8, 129, 8),
+    ),
     "FLASHINFER": Library(
-        "flashinfer",
-        "run pip install flashinfer-python",
-        _yunchang("FLASHINFER", batched=False),
-        head_sizes=(64, 128, 256),
-        through=YUNCHANG,
+        "flashinfer", "run pip install flashinfer-python", library_functions.flashinfer, head_sizes=(64, 128, 256)
     ),
     "SAGE_AUTO": Library(
         "sageattention",
         "run pip install sageattention",
-        _sage("sageattn"),
+        sage("sageattn"),
         head_sizes=_SAGE_SIZES,
-        key_block=_sage_key_block,
+        key_block=sage_key_block,
     ),
     "SAGE_FP16": Library(
         "sageattention",
         _SAGE_2,
-        _sage("sageattn_qk_int8_pv_fp16_cuda", pv_accum_dtype="fp32"),
+        sage("sageattn_qk_int8_pv_fp16_cuda", pv_accum_dtype="fp32"),
         head_sizes=_SAGE_SIZES,
         attribute="sageattn_qk_int8_pv_fp16_cuda",
     ),
@@ -235,14 +188,14 @@ LIBRARIES = {
     "SAGE_FP16_TRITON": Library(
         "sageattention",
         "run pip install sageattention",
-        _sage("sageattn_qk_int8_pv_fp16_triton"),
+        sage("sageattn_qk_int8_pv_fp16_triton"),
         head_sizes=_SAGE_SIZES,
-        key_block=_sage_key_block,
+        key_block=sage_key_block,
     ),
     "SAGE_FP8": Library(
         "sageattention",
         _SAGE_2,
-        _sage("sageattn_qk_int8_pv_fp8_cuda", pv_accum_dtype="fp32+fp32"),
+        sage("sageattn_qk_int8_pv_fp8_cuda", pv_accum_dtype="fp32+fp32"),
         capabilities=((8, 9), None),
         head_sizes=_SAGE_SIZES,
         attribute="sageattn_qk_int8_pv_fp8_cuda",
@@ -250,9 +203,18 @@ LIBRARIES = {
     "SAGE_FP8_SM90": Library(
         "sageattention",
         _SAGE_2,
-        _sage("sageattn_qk_int8_pv_fp8_cuda_sm90", pv_accum_dtype="fp32+fp32"),
+        sage("sageattn_qk_int8_pv_fp8_cuda_sm90", pv_accum_dtype="fp32+fp32"),
         capabilities=((9, 0), (9, 0)),
         head_sizes=_SAGE_SIZES,
         attribute="sageattn_qk_int8_pv_fp8_cuda_sm90",
+    ),
+    "SAGE3": Library(
+        "sageattn3",
+        _SAGE_3,
+        library_functions.sage_3,
+        capabilities=((10, 0), None),
+        head_sizes=(64, 128),
+        has_lse=False,
+        largest_error=0.4,
     ),
 }

@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend with tensors (B, S, H, D), as the libraries do."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return plain_kernel(q, k, v, None, scale).transpose(1, 2), (q @ k.transpose(-1, -2) * scale).logsumexp(-1)
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    lse = (q.float() @ k.float().transpose(-1, -2) * scale).logsumexp(-1)
+    return plain_kernel(q, k, v, None, scale).transpose(1, 2), lse
 
 
 STAND_IN = Library("torch", "", lambda: by_definition, head_sizes=(8,))
@@ -76,7 +78,7 @@ def test_says_what_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         kernels.check_kernel(name)
 
 
-@pytest.mark.parametrize("name", ["AITER", "FA", "FA3", "FLASHINFER"])
+@pytest.mark.parametrize("name", ["AITER", "FA3"])
 def test_says_that_yunchang_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda module: None if module == "yunchang" else module)
     with pytest.raises(
@@ -122,25 +124,41 @@ def test_a_library_that_is_wrong_here_is_refused(monkeypatch: pytest.MonkeyPatch
         kernels.kernel.__wrapped__("FA", CPU)
 
 
-def test_flash_attention_through_yunchang(tmp_path: Path) -> None:
-    """Yunchang's adapter, with a flash_attn that only has the function that it calls."""
+def test_libraries_are_called_by_their_signatures(tmp_path: Path) -> None:
+    """Packages with the signatures of flash-attn 2 and 4 and FlashInfer, computed by the definition."""
     package = tmp_path / "flash_attn"
-    package.mkdir()
-    (package / "__init__.py").write_text("__version__ = '2.8.0'\ndef flash_attn_func(): pass\n")
+    (package / "cute").mkdir(parents=True)
+    (tmp_path / "flashinfer").mkdir()
+    (package / "__init__.py").write_text("")
     (package / "flash_attn_interface.py").write_text(
         "from test_library import by_definition\n"
-        "def __getattr__(name): return None\n"  # yunchang imports more than it calls here
-        "def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right,\n"
-        "                        softcap, alibi_slopes, return_softmax):\n"
-        "    return *by_definition(q, k, v, softmax_scale), None, None\n"
+        "def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, return_attn_probs=False):\n"
+        "    return *by_definition(q, k, v, softmax_scale), None\n"
+    )
+    (package / "cute" / "__init__.py").write_text(
+        "from test_library import by_definition\n"
+        "def flash_attn_func(q, k, v, softmax_scale=None, causal=False, return_lse=False):\n"
+        "    return by_definition(q, k, v, softmax_scale)\n"
+    )
+    (tmp_path / "flashinfer" / "__init__.py").write_text(
+        "import math\n"
+        "from test_library import by_definition\n"
+        "def single_prefill_with_kv_cache(q, k, v, sm_scale=None, return_lse=False):\n"
+        "    out, lse = by_definition(q[None], k[None], v[None], sm_scale)\n"
+        "    return out[0], lse[0].T / math.log(2)\n"
     )
     script = (
         "import torch\nfrom test_library import draw, plain_kernel\n"
         "from raylight.attention.library import LIBRARIES, LibraryKernelWithLse\n"
-        "q, k, v = draw(2, 4, 7, 8), draw(2, 2, 11, 8), draw(2, 2, 11, 8)\n"
-        "out, total = LibraryKernelWithLse('FA', LIBRARIES['FA']).with_lse(q, k, v, None, 0.2)\n"
-        "expected = plain_kernel(q.float(), k.float(), v.float(), None, 0.2)\n"
-        "torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)\n"
+        "from raylight.attention.torch_kernels import reference_attention\n"
+        "q, k, v = draw(2, 4, 7, 64), draw(2, 2, 11, 64), draw(2, 2, 11, 64)\n"
+        "full = [t.float().repeat_interleave(4 // t.shape[1], 1) for t in (q, k, v)]\n"
+        "expected, true_lse = reference_attention(*full, None, 0.2)\n"
+        "for name in ('FA', 'FA4', 'FLASHINFER'):\n"
+        "    assert LIBRARIES[name].missing() is None, name\n"
+        "    out, lse = LibraryKernelWithLse(name, LIBRARIES[name]).with_lse(q, k, v, None, 0.2)\n"
+        "    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2, msg=name)\n"
+        "    torch.testing.assert_close(lse, true_lse, rtol=1e-2, atol=1e-2, msg=name)\n"
     )
     path = [str(tmp_path), str(Path(__file__).parent), *sys.path]
     subprocess.run(
