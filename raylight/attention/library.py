@@ -93,8 +93,16 @@ class LibraryKernel:
     """
 
     def __init__(self, name: str, library: Library) -> None:
+        """Look up the library's function.
+
+        Raises ValueError: when importing it fails, because another package that it needs is missing, say.
+        """
         self.name, self._library = name, library
-        self._function, self._key_block = library.function(), library.key_block()
+        try:
+            self._function, self._key_block = library.function(), library.key_block()
+        except (ImportError, OSError) as error:  # OSError: a library of CUDA that cannot be loaded
+            reason = f"{library.module} cannot be imported: {error}"
+            raise ValueError(f"XFuser_attention = {name}: {reason}; {library.install}, or choose auto") from error
         self._masked = TorchKernel("TORCH")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

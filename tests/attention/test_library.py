@@ -124,6 +124,16 @@ def test_a_library_that_is_wrong_here_is_refused(monkeypatch: pytest.MonkeyPatch
         kernels.kernel.__wrapped__("FA", CPU)
 
 
+def test_a_library_that_lacks_what_it_needs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> library.Function:
+        raise ModuleNotFoundError("No module named 'cutlass'")
+
+    monkeypatch.setattr(Library, "unsupported", lambda self, device: None)
+    monkeypatch.setitem(LIBRARIES, "FA4", Library("torch", "run pip install flash-attn-4", broken))
+    with pytest.raises(ValueError, match="FA4: torch cannot be imported: No module named 'cutlass'; run pip install"):
+        kernels.kernel.__wrapped__("FA4", CPU)
+
+
 def test_libraries_are_called_by_their_signatures(tmp_path: Path) -> None:
     """Packages with the signatures of flash-attn 2 and 4 and FlashInfer, computed by the definition."""
     package = tmp_path / "flash_attn"
