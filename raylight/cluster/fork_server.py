@@ -8,12 +8,16 @@ That asks this process for a fork, which takes on the command line, environment,
 process is gone, the client becomes the worker itself, as without it.
 
 This process imports nothing of Raylight or Ray, and no module that starts CUDA or threads: neither would work in a
-fork. It ends when its standard input is closed, or by itself if a module has done that; then it writes which.
+fork. It ends when its standard input is closed, or by itself if a module has done that; then it writes which. To ask
+NVML for GPUs is not to start CUDA.
+
+Its standard output is a report, in lines of JSON: the seconds of each import, then an obstacle or none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -25,14 +29,19 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _BACKLOG = 128
 _REQUEST_BYTES = 1 << 20
 _STANDARD_FILES = 3
-_GPU_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
+# What the drivers of NVIDIA, AMD and Intel have open from their start on. Others of NVIDIA's files NVML opens too.
+_GPU_FILES = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/dri")
+_CUDA, _CUDA_NOT_INITIALIZED = "libcuda.so.1", 3
+_NVML, _MOST_SHUTDOWNS = "libnvidia-ml.so.1", 1000
+_REPORT_BYTES = 1 << 16
 _END_S = 5.0
 # Libraries of linear algebra start threads when they are loaded.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -43,8 +52,10 @@ _NO_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 class ForkServer:
     """The process, as seen from the one that starts it."""
 
-    def __init__(self, path: str, modules: Sequence[str]) -> None:
+    def __init__(self, path: str, modules: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
         """Start it, to listen at the socket `path` from now on and to fork when it has imported `modules`.
+
+        `variables` are added to its environment, for libraries that read theirs when they are loaded.
 
         Raises OSError: when there can be no such socket, or no process.
         """
@@ -56,23 +67,43 @@ class ForkServer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, **_ONE_THREAD, **_NO_CUDA},
+                env={**os.environ, **(variables or {}), **_ONE_THREAD, **_NO_CUDA},
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
-        self._why = ""
+        self._reported, self._why = b"", ""
         client = Path(__file__).with_name("fork_client.py")
         # Without `site` and the environment, whose packages can take long to start.
         self.command = shlex.join([sys.executable, "-S", "-E", str(client), path])
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def import_seconds(self) -> dict[str, float]:
+        """Return how long the imports took that it has made until now, by module."""
+        return {line["module"]: line["seconds"] for line in self._report() if "module" in line}
 
     def why_ended(self) -> str | None:
         """Return why the process has ended by itself, None if it runs."""
         if self._process.poll() is None:
             return None
         if not self._why:
-            self._why = self._process.communicate()[0].decode(errors="replace").strip()
+            self._why = next((line["obstacle"] for line in self._report() if line.get("obstacle")), "")
             self._why = self._why or f"its process has ended (exit status {self._process.returncode})"
         return self._why
+
+    def _report(self) -> list[dict[str, Any]]:
+        """Return the complete lines of its report until now."""
+        output = self._process.stdout
+        assert output is not None
+        while not output.closed and select.select([output], [], [], 0)[0]:
+            more = os.read(output.fileno(), _REPORT_BYTES)
+            if not more:
+                break
+            self._reported += more
+        return [json.loads(line) for line in self._reported.split(b"\n")[:-1]]
 
     def close(self) -> None:
         """End the process. Workers that it has forked go on."""
@@ -174,24 +205,35 @@ def _become(request: dict[str, Any]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def _import(modules: Sequence[str]) -> str:
-    """Import what is there of some modules; a worker imports the others itself. Return which of them has done what a
-    fork cannot have, "" if none has.
+def _import(modules: Sequence[str], report: int) -> bool:
+    """Import what is there of some modules; a worker imports the others itself. Return whether none of them has done
+    what a fork cannot have. `report` is the file that the report goes to.
     """
     gc.disable()  # it takes two fifths of the time of imports
     for module in modules:
+        began = time.monotonic()
         with contextlib.suppress(Exception):
             importlib.import_module(module)
+        _write(report, module=module, seconds=round(time.monotonic() - began, 3))
         if obstacle := _obstacle():
-            return f"the import of {module} {obstacle}"
+            _write(report, obstacle=f"the import of {module} {obstacle}")
+            return False
+    _end_nvml()
     gc.freeze()  # a collection would write to the memory that workers share
-    return ""
+    return True
+
+
+def _write(report: int, **line: Any) -> None:
+    os.write(report, json.dumps(line).encode() + b"\n")
 
 
 def _obstacle() -> str:
     """Return what keeps a fork of this process from using CUDA and threads."""
     if len(os.listdir("/proc/self/task")) > 1:
         return "has started threads"
+    cuda = _loaded(_CUDA)
+    if cuda is not None and cuda.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _CUDA_NOT_INITIALIZED:
+        return "has started CUDA"
     files = []
     for file in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # that of the listing itself
@@ -200,12 +242,29 @@ def _obstacle() -> str:
     return f"has opened {opened}" if opened else ""
 
 
+def _end_nvml() -> None:
+    """End what questions for GPUs have begun in NVML: each fork begins it anew, with files of its own.
+
+    PyTorch begins it once for each question.
+    """
+    nvml = _loaded(_NVML)
+    if nvml is not None:
+        any(nvml.nvmlShutdown() != 0 for _ in range(_MOST_SHUTDOWNS))
+
+
+def _loaded(name: str) -> ctypes.CDLL | None:
+    """Return a library if this process has loaded it."""
+    try:
+        return ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return None
+
+
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose modules have names of others
     report = os.dup(1)
     os.dup2(2, 1)  # what modules print is not for the one who reads the report
-    why = _import(sys.argv[2:])
-    os.write(report, why.encode())
+    can_fork = _import(sys.argv[2:], report)
     os.close(report)  # not for forks
-    if not why:
+    if can_fork:
         _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -170,7 +171,7 @@ class RayRuntime:
     def _start_local(self, config: SessionConfig, environment: dict[str, str], forked_imports: Sequence[str]) -> None:
         logger.info("starting Ray on this machine for %d workers", config.world_size)
         self._folder = ray_environment.make_folder()
-        self._start_fork_server(forked_imports)
+        self._start_fork_server(forked_imports, environment)
         with ray_environment.inherited(environment):
             ray.init(
                 address="local",
@@ -183,13 +184,16 @@ class RayRuntime:
                 _temp_dir=self._folder.path,
             )
 
-    def _start_fork_server(self, modules: Sequence[str]) -> None:
-        """Start the process that workers are forked from, beside Ray, if this system can have it."""
+    def _start_fork_server(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the process that workers are forked from, beside Ray, if this system can have it.
+
+        It has the workers' environment: PyTorch chooses its allocator when it is loaded.
+        """
         if not modules or not fork_server.is_supported():
             return
         assert self._folder is not None
         try:
-            self._fork_server = ForkServer(os.path.join(self._folder.owned[0], "forks"), modules)
+            self._fork_server = ForkServer(os.path.join(self._folder.owned[0], "forks"), modules, environment)
         except OSError as error:
             logger.info("workers start without a process to fork them from: %s", error)
 
@@ -208,6 +212,16 @@ class RayRuntime:
             logger.info("workers are started one by one, and not forked: %s", why)
             return None
         return self._fork_server.command
+
+    def forks(self, pids: Iterable[int]) -> tuple[int, dict[str, float]]:
+        """Return how many of some workers here were forked, and the seconds of the imports made for them, by module."""
+        if self._fork_server is None:
+            return 0, {}
+        server, count = self._fork_server.pid, 0
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                count += psutil.Process(pid).ppid() == server
+        return count, self._fork_server.import_seconds()
 
     def _reason(self, error: BaseException) -> str:
         """Return why Ray has not started, with a remedy where one is known."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -125,12 +126,88 @@ def test_a_module_that_cannot_be_forked(
     server.close()
 
 
+# A driver and a management library as far as the server asks them: calls fail before they are initialised.
+DRIVER = """
+static int begun;
+int cuInit(int flags) { begun = 1; return 0; }
+int cuDeviceGetCount(int *count) { return begun ? 0 : 3; }
+"""
+NVML = """
+#include <fcntl.h>
+#include <unistd.h>
+static int begun, file;
+int nvmlInit_v2(void) { if (begun++ == 0) file = open("FILE", O_RDONLY); return 0; }
+int nvmlShutdown(void) { if (begun == 0) return 1; if (--begun == 0) close(file); return 0; }
+int begun_times(void) { return begun; }
+"""
+
+
+def compiled(folder: Path, soname: str, source: str) -> Path:
+    compiler = shutil.which("cc") or pytest.skip("needs a C compiler")
+    code, library = folder / f"{soname}.c", folder / soname
+    code.write_text(source)
+    subprocess.run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", library, code], check=True)
+    return library
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_module_that_starts_cuda(starts: bool, tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = compiled(tmp_path, "libcuda.so.1", DRIVER)
+    (tmp_path / "harmful.py").write_text(
+        f"import ctypes; library = ctypes.CDLL({str(library)!r}){'; library.cuInit(0)' * starts}"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    server = ForkServer(str(tmp_path / "s"), ["harmful"])
+    is_forked = json.loads(run(server, script).stdout)["parent"] == server.pid
+    assert is_forked is not starts
+    if starts:
+        server._process.wait(WAIT_S)
+    assert server.why_ended() == ("the import of harmful has started CUDA" if starts else None)
+    server.close()
+
+
+def test_a_module_that_asks_nvml_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is forked, and NVML has ended before: each fork begins it with files of its own."""
+    file = tmp_path / "nvidiactl"
+    file.touch()
+    library = compiled(tmp_path, "libnvidia-ml.so.1", NVML.replace("FILE", str(file)))
+    (tmp_path / "asks.py").write_text(
+        f"import ctypes; library = ctypes.CDLL({str(library)!r}); library.nvmlInit_v2(); library.nvmlInit_v2()"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asks = tmp_path / "asks_in_fork.py"
+    asks.write_text(
+        "import asks, json, os\n"
+        "files = [os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd') if n != '3']\n"
+        "print(json.dumps({'parent': os.getppid(), 'begun': asks.library.begun_times(), 'files': files}))"
+    )
+    server = ForkServer(str(tmp_path / "s"), ["asks"])
+    found = json.loads(run(server, asks).stdout)
+    assert found["parent"] == server.pid and found["begun"] == 0 and str(file) not in found["files"]
+    assert list(server.import_seconds()) == ["asks"]
+    server.close()
+
+
+def test_libraries_are_loaded_with_the_variables_of_workers(tmp_path: Path) -> None:
+    """PyTorch chooses its allocator when it is loaded, and that of ComfyUI is not for workers."""
+    (tmp_path / "reads.py").write_text("import os; found = os.environ.get('PYTORCH_CUDA_ALLOC_CONF')")
+    shows = tmp_path / "shows.py"
+    shows.write_text("import reads; print(reads.found)")
+    server = ForkServer(str(tmp_path / "s"), ["reads"], {"PYTORCH_CUDA_ALLOC_CONF": "", "PYTHONPATH": str(tmp_path)})
+    found = run(server, shows, PYTORCH_CUDA_ALLOC_CONF="backend:cudaMallocAsync")
+    assert found.stdout == "\n"
+    server.close()
+
+
 def test_workers_of_ray_are_forked() -> None:
     config = SessionConfig(MeshShape(ulysses=2), "cpu")
+    forked: list[int] = []
 
     def parents() -> set[int]:
         session = active_session.session(config, SERVICE)
         assert session.run(EchoService.count, 1) == ("rank 0 of 2", "settings", 1)
+        assert session.times is not None and "actor" in session.times.ranks and "met" in session.times.session
+        forked.append(session.times.forked)
         return {psutil.Process(place.pid).ppid() for place in session.places.values()}
 
     try:
@@ -143,6 +220,7 @@ def test_workers_of_ray_are_forked() -> None:
         active_session.close(keep_ray=True)
         server.kill()
         assert server.pid not in parents()
+        assert forked == [2, 2, 0]
     finally:
         active_session.close()
     assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
