@@ -15,6 +15,8 @@ moment at which ComfyUI would run the first node:
     killed      a run of one step after a rank was killed, from the next prompt on
     Ray up      workers ready where Ray runs already
 
+With each start, what of it had ended when: in ComfyUI's process, and in the worker that was the last.
+
 Memory is that of all workers beyond workers that have done nothing yet, over the file's size, by the kernel's kinds
 (proportional set size): anonymous, shared memory, and pages of files; `pinned` is what the CUDA driver has pinned and
 these kinds do not show, taken from what the machine cannot reclaim. What is there without the model is not due to its
@@ -25,13 +27,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,11 @@ import torch
 from full_size import SIZES, versions, write_checkpoint
 from overhead import STOCK, sample
 
+from raylight.cluster.timeline import StartTimes
+
 WAYS = ("replicated", "sharded", "offloaded")
 KINDS = {"anonymous": "Pss_Anon", "shared": "Pss_Shmem", "file pages": "Pss_File"}
+KILLED_S = 30  # until the end of a rank is noticed
 COLUMNS = ("start", "first", "again", "back", "degrees", "killed", "Ray up")
 GOALS = {"start": 8, "Ray up": 4, "first": 15, "first, sharded": 12, "degrees": 2, "killed": 10, "anonymous": 0.05}
 
@@ -52,6 +58,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of workers; 2 and 4 where there are as many GPUs")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--folder", type=Path, help="for the file of weights; a temporary one where it is not given")
+    parser.add_argument("--only-start", action="store_true", help="the start of workers alone, without a model")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, metavar=("RANKS", "WAY", "FILE"), help=argparse.SUPPRESS)
@@ -130,6 +137,7 @@ def workers(ranks: int, way: str, path: str, options: argparse.Namespace) -> dic
     found: dict[str, Any] = {}
     session = open_session(usual)
     found["start"] = time.perf_counter() - began
+    found["times"] = {"start": asdict(session.times)}
     memory = Memory([place.pid for place in session.places.values()])
     prompt(usual)
     found["first"] = time.perf_counter() - began
@@ -157,30 +165,87 @@ def workers(ranks: int, way: str, path: str, options: argparse.Namespace) -> dic
             prompt(usual)
 
     found["killed"], _ = seconds_of(until_done)
-    api.end_workers(with_ray=False)
-    found["Ray up"], _ = seconds_of(lambda: open_session(usual))
+    found["Ray up"], found["times"]["Ray up"] = ray_up(usual)
     active_session.close()
     return found
 
 
+def starts(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure starts of `ranks` workers alone: the first, one after a rank was killed, and one where Ray runs."""
+    began = time.perf_counter()
+    from raylight.cluster import active_session
+    from raylight.cluster.config import SessionConfig
+    from raylight.driver.workers import open_session
+    from raylight.host.recipe import WorkerConfig
+    from raylight.parallel.mesh import MeshShape
+
+    found: dict[str, Any] = {"imports of Ray and Raylight": time.perf_counter() - began}
+    usual = WorkerConfig(SessionConfig(MeshShape(ulysses=ranks), options.device), "auto")
+    session = open_session(usual)
+    found["start"] = time.perf_counter() - began
+    found["times"] = {"start": asdict(session.times)}
+    os.kill(session.places[ranks - 1].pid, signal.SIGKILL)
+    deadline = time.monotonic() + KILLED_S
+    while session.alive and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found["killed"], session = seconds_of(lambda: open_session(usual))
+    found["times"]["killed"] = asdict(session.times)
+    found["Ray up"], found["times"]["Ray up"] = ray_up(usual)
+    active_session.close()
+    return found
+
+
+def ray_up(workers: Any) -> tuple[float, dict[str, Any]]:
+    """End the workers and start others in the same Ray. Return the seconds, and the times of the start."""
+    from raylight.driver import api
+    from raylight.driver.workers import open_session
+
+    api.end_workers(with_ray=False)
+    seconds, session = seconds_of(lambda: open_session(workers))
+    return seconds, asdict(session.times)
+
+
 def one(ranks: str, way: str, path: str, options: argparse.Namespace) -> None:
     """Measure one way in this process, and print its figures."""
+    logging.basicConfig(format="  %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("raylight.cluster.ray_runtime").setLevel(logging.INFO)  # why workers are not forked
     import comfy.model_management
     import comfy.sample
     import comfy.sd  # noqa: F401  # as ComfyUI has imported it when it runs a node
 
     with torch.inference_mode():
-        found = stock(path, options) if ranks == "0" else workers(int(ranks), way, path, options)
+        if not path:
+            found = starts(int(ranks), options)
+        else:
+            found = stock(path, options) if ranks == "0" else workers(int(ranks), way, path, options)
     print("figures", json.dumps(found))
 
 
-def measured(ranks: int, way: str, path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one way in a process of its own."""
+def measured(ranks: int, way: str, path: Path | str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one way in a process of its own; without a file only starts."""
     command = [sys.executable, __file__, "--size", options.size, "--device", options.device]
     process = subprocess.run(
         [*command, "--one", str(ranks), way, str(path)], stdout=subprocess.PIPE, text=True, check=True
     )
     return next(json.loads(line.split(" ", 1)[1]) for line in process.stdout.splitlines() if line.startswith("figures"))
+
+
+def print_times(found: dict[str, Any]) -> None:
+    for what, times in found["times"].items():
+        print(f"    {what}: {StartTimes(**times)}", flush=True)
+
+
+def only_starts(counts: list[int], options: argparse.Namespace) -> None:
+    """Print starts without a model, with all that was imported for forks."""
+    figures = {}
+    for ranks in counts:
+        found = figures[f"{ranks} workers"] = measured(ranks, "replicated", "", options)
+        print(f"{ranks} workers: " + ", ".join(f"{key} {found[key]:.2f}" for key in found if key != "times"))
+        print_times(found)
+        longest = sorted(found["times"]["start"]["imports"].items(), key=lambda item: -item[1])
+        print("    imported for forks: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in longest[:8]))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
 
 
 def main() -> None:
@@ -192,6 +257,9 @@ def main() -> None:
     counts = options.ranks or [count for count in (2, 4) if count <= gpus] or [1]
     figures: dict[str, Any] = {"versions": versions()}
     print(figures["versions"])
+    if options.only_start:
+        only_starts(counts, options)
+        return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "model.safetensors"
         size = write_checkpoint(options.size, path, torch.device(options.device), options.layers)
@@ -206,6 +274,7 @@ def main() -> None:
                 figures[f"{ranks} {way}"] = found
                 cells = "".join(f"{found[column]:>8.2f}" if column in found else f"{'':>8}" for column in COLUMNS)
                 print(f"{f'{ranks} {way}':<24}{cells}{found['first'] / reference['first']:>8.2f}x")
+                print_times(found)
                 for when, kinds in found["memory"].items():
                     cells = ", ".join(f"{kind} {count / size:.3f}" for kind, count in kinds.items())
                     print(f"    {when + ':':<20} {cells} of the file", flush=True)

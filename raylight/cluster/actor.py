@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import ray
 import torch
 
@@ -30,6 +31,7 @@ from .config import ServiceSpec
 from .errors import NCCL_BYTES, OutOfMemory, RunCancelled, is_out_of_memory, may_be_out_of_memory
 from .quick_imports import quick_imports
 from .status import IDLE, Report, Status
+from .timeline import WORKER
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,8 @@ class RankActor:
     ) -> None:
         """`environment` are variables of this rank alone, which choose its GPU."""
         os.environ.update(environment)
+        WORKER.mark("process", psutil.Process().create_time())
+        WORKER.mark("actor")
         self._rank = rank
         self._status = Status()
         faulthandler.enable(2)  # a crash leaves its stack in the file of this worker's output
@@ -145,6 +149,7 @@ class RankActor:
         """Do what the service needs before it can be opened."""
         with self._explain_out_of_memory(), status.brief_logs(), quick_imports():
             service.prepare(self._device.type)
+        WORKER.mark("prepared")
 
     @ray.method(concurrency_group="control")
     def place(self) -> Place:
@@ -154,6 +159,7 @@ class RankActor:
             if not torch.cuda.is_available():
                 raise RuntimeError(f"the worker of rank {self._rank} sees no GPU")
             device = torch.cuda.get_device_name(0)
+            WORKER.mark("CUDA")
         return Place(self._rank, ray.util.get_node_ip_address(), os.getpid(), device, self._gpu)
 
     @ray.method(concurrency_group="control")
@@ -169,6 +175,7 @@ class RankActor:
             torch.cuda.set_device(self._device)
         with self._explain_out_of_memory():
             join_world(rendezvous, self._rank, self._device, self._store)
+        WORKER.mark("met")
 
     @ray.method(concurrency_group="control")
     def measure_links(self) -> bandwidth.Links:
@@ -179,11 +186,12 @@ class RankActor:
             torch.cuda.set_device(self._device)  # of this thread
         with self._explain_out_of_memory():
             measured = bandwidth.measure(self._device)
+        WORKER.mark("links")
         self._status.enter(before)
         return measured
 
-    def open(self, mesh: MeshShape, service: ServiceSpec) -> None:
-        """Open the service. Collective."""
+    def open(self, mesh: MeshShape, service: ServiceSpec) -> dict[str, float]:
+        """Open the service, and return the moments of this worker's start. Collective."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         with self._explain_out_of_memory(), status.brief_logs(), quick_imports():
@@ -191,6 +199,8 @@ class RankActor:
             self._context = RankContext(self._rank, self._world_size, self._device, self._meshes.of(mesh))
             self._service = service.open(self._context)
         self._status.enter(IDLE)
+        WORKER.mark("open")
+        return WORKER.moments
 
     def reshape(self, mesh: MeshShape) -> None:
         """Have the following runs use another mesh of the same ranks. Collective."""

@@ -32,6 +32,11 @@ class RunCancelled(BaseException):
     """
 
 
+def raise_cancelled() -> None:
+    """Raise RunCancelled."""
+    raise RunCancelled
+
+
 # What NCCL takes of a GPU's memory for one more communicator, with a margin.
 NCCL_BYTES = 512 * 2**20
 _MEMORY_MARKS = (

@@ -3,6 +3,9 @@
 import importlib
 
 from .quick_imports import quick_imports
+from .timeline import WORKER
 
+WORKER.mark("Ray imported")
 with quick_imports():
     importlib.import_module("raylight.cluster.actor")
+WORKER.mark("actor imported")

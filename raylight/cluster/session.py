@@ -22,10 +22,11 @@ from .actor import Place, RankActor
 from .collect import Outcome, WaitOptions, common_error, results_or_raise, wait_for_all
 from .config import ServiceSpec, SessionConfig
 from .diagnosis import Failure, Remedies, WorkerStates, is_store_full, no_remedies, store_full, to_error, worker_error
-from .errors import OUT_OF_MEMORY, RAY_LOST, RunCancelled, WorkerError
+from .errors import OUT_OF_MEMORY, RAY_LOST, WorkerError, raise_cancelled
 from .object_store import ObjectCache
 from .ray_runtime import RUNTIME, kill_workers
 from .status import IDLE, STARTING, last_output, output_sizes
+from .timeline import StartTimes, Timeline
 from .timeouts import with_timeout
 from .watchdog import Watchdog
 
@@ -64,15 +65,17 @@ class Session:
         self._group: Any = None
         self._watchdog = Watchdog(config, self._on_failure)
         self._printed: dict[int, dict[str, int]] = {}
+        self.times: StartTimes | None = None  # when it is ready
+        self._timeline = Timeline()
         self._ready, self._closed = False, False
         self._running, self._closing = threading.Lock(), threading.Lock()
-        started = time.monotonic()
         options = WaitOptions(
-            self._watchdog, wants_cancel=wants_cancel, cancel=_raise_cancelled, timeout_s=config.start_timeout_s
+            self._watchdog, wants_cancel=wants_cancel, cancel=raise_cancelled, timeout_s=config.start_timeout_s
         )
         environment = placement.environment(config, service)
         try:
             RUNTIME.connect(config, environment, wants_cancel, service.forked_imports)
+            self._timeline.mark("Ray")
             self._group = placement.reserve(config, wants_cancel)
             self._create_actors({} if RUNTIME.provides(environment) else environment)
             self._open_services(options, on_ready)
@@ -80,8 +83,9 @@ class Session:
             self.close()
             raise
         self._ready = True
-        seconds, places = time.monotonic() - started, "; ".join(map(str, self.places.values()))
-        logger.info("%d workers ready in %.1f s: %s", config.world_size, seconds, places)
+        self.times = StartTimes.of(self._timeline, RUNTIME.forks(place.pid for place in self.places.values()))
+        places = "; ".join(map(str, self.places.values()))
+        logger.info("%d workers ready in %.1f s: %s. %s", config.world_size, self.times.total_s, places, self.times)
 
     def _create_actors(self, environment: dict[str, str]) -> None:
         """Have Ray start the workers' processes with these variables besides Ray's own, and watch them."""
@@ -109,19 +113,23 @@ class Session:
         self._join_world(options)
         self._check_links(options, keep=False)
         self._results(prepared, replace(options, on_result=on_ready))
+        self._timeline.mark("prepared")
         self._check_links(options)
-        self._on_each(lambda actor: actor.open.remote(self.config.mesh, self.service), options)
+        opened = self._on_each(lambda actor: actor.open.remote(self.config.mesh, self.service), options)
+        self._timeline.ranks = list(opened.values())
 
     def _find_places(self, options: WaitOptions) -> None:
         """Wait until the workers' processes run, and note where."""
         self.places = dict(sorted(self._on_each(lambda actor: actor.place.remote(), options).items()))
         self._watchdog.set_places(self.places)
+        self._timeline.mark("processes")
 
     def _join_world(self, options: WaitOptions) -> None:
         """Have the ranks form a process group."""
         host, timeout_s = self.places[0].host, self.config.collective_timeout_s
         store = self._on_each(lambda actor: actor.open_store.remote(host, timeout_s), options, self._actors[:1])[0]
         self._on_each(lambda actor: actor.join.remote(store), options)
+        self._timeline.mark("met")
 
     def _check_links(self, options: WaitOptions, keep: bool = True) -> None:
         """Measure the links between the workers, unless they are known or it is not wanted.
@@ -143,6 +151,7 @@ class Session:
                 )
             raise worker_error(message, error.kind, self.remedies) from error
         bandwidth_check.check_exact(links)
+        self._timeline.mark("links")
         if keep:
             bandwidth_check.keep(self.places, links)
 
@@ -153,7 +162,7 @@ class Session:
         when cancelled, which ends them too.
         """
         options = WaitOptions(
-            self._watchdog, wants_cancel=wants_cancel, cancel=_raise_cancelled, timeout_s=config.start_timeout_s
+            self._watchdog, wants_cancel=wants_cancel, cancel=raise_cancelled, timeout_s=config.start_timeout_s
         )
         began, mesh = time.monotonic(), config.mesh
         with self._running:
@@ -338,7 +347,3 @@ def _release(actors: list[Any], group: Any) -> None:
         ray.kill(actor)
     if group is not None:
         remove_placement_group(group)
-
-
-def _raise_cancelled() -> None:
-    raise RunCancelled
