@@ -173,6 +173,7 @@ class RankActor:
         """Join the process group. Collective."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+            WORKER.mark("CUDA context")
         with self._explain_out_of_memory():
             join_world(rendezvous, self._rank, self._device, self._store)
         WORKER.mark("met")
@@ -186,7 +187,7 @@ class RankActor:
             torch.cuda.set_device(self._device)  # of this thread
         with self._explain_out_of_memory():
             measured = bandwidth.measure(self._device)
-        WORKER.mark("links")
+        WORKER.mark("links measured" if "links tried" in WORKER.moments else "links tried")
         self._status.enter(before)
         return measured
 

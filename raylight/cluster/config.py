@@ -36,7 +36,7 @@ class ServiceSpec:
     `factory(context, settings)` returns a `Service`. `preparation(device_type, settings)` does what takes long and
     needs no other rank, such as imports. Both are named "module:function", and imported by workers only: `python_path`
     lists the folders in which they search for the modules, in order. `forked_imports` are modules that the preparation
-    imports, which start neither CUDA nor threads: see `fork_server.py`.
+    imports, which start neither CUDA nor threads, and `tried_imports` others that may: see `fork_server.py`.
     """
 
     factory: str
@@ -44,6 +44,7 @@ class ServiceSpec:
     python_path: tuple[str, ...]
     preparation: str | None = None
     forked_imports: tuple[str, ...] = ()
+    tried_imports: tuple[str, ...] = ()
 
     def prepare(self, device_type: str) -> None:
         """Do what `open` would otherwise have to do first."""

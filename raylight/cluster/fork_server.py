@@ -8,10 +8,13 @@ That asks this process for a fork, which takes on the command line, environment,
 process is gone, the client becomes the worker itself, as without it.
 
 This process imports nothing of Raylight or Ray, and no module that starts CUDA or threads: neither would work in a
-fork. It ends when its standard input is closed, or by itself if a module has done that; then it writes which. To ask
-NVML for GPUs is not to start CUDA.
+fork. It ends when its standard input is closed, or by itself if a module has done that; then it writes which. Modules
+that may do it are tried in a fork first, and left to workers if they do.
 
-Its standard output is a report, in lines of JSON: the seconds of each import, then an obstacle or none.
+Libraries that ask whether there is a GPU are told by who started this process: to find out would start CUDA where NVML
+is missing.
+
+Its standard output is a report, in lines of JSON: the seconds of each import, what was left out, an obstacle.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +55,19 @@ _NO_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 class ForkServer:
     """The process, as seen from the one that starts it."""
 
-    def __init__(self, path: str, modules: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
-        """Start it, to listen at the socket `path` from now on and to fork when it has imported `modules`.
+    def __init__(
+        self,
+        path: str,
+        modules: Sequence[str],
+        tried: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+        has_gpu: bool = False,
+    ) -> None:
+        """Start it, to listen at the socket `path` from now on and to fork when it has imported `modules`, and those of
+        `tried` that do not start CUDA or threads.
 
-        `variables` are added to its environment, for libraries that read theirs when they are loaded.
+        `variables` are added to its environment, for libraries that read theirs when they are loaded. With `has_gpu`
+        libraries are told that PyTorch can use a GPU.
 
         Raises OSError: when there can be no such socket, or no process.
         """
@@ -63,7 +75,7 @@ class ForkServer:
             listener.bind(path)
             listener.listen(_BACKLOG)
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(listener.fileno()), *modules],
+                [sys.executable, __file__, str(listener.fileno()), json.dumps([modules, tried, has_gpu])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -84,6 +96,10 @@ class ForkServer:
     def import_seconds(self) -> dict[str, float]:
         """Return how long the imports took that it has made until now, by module."""
         return {line["module"]: line["seconds"] for line in self._report() if "module" in line}
+
+    def left_out(self) -> dict[str, str]:
+        """Return what it has left to workers until now, and why, by module."""
+        return {line["left out"]: line["why"] for line in self._report() if "left out" in line}
 
     def why_ended(self) -> str | None:
         """Return why the process has ended by itself, None if it runs."""
@@ -205,15 +221,18 @@ def _become(request: dict[str, Any]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def _import(modules: Sequence[str], report: int) -> bool:
+def _import_all(modules: Sequence[str], tried: Sequence[str], has_gpu: bool, report: int) -> bool:
     """Import what is there of some modules; a worker imports the others itself. Return whether none of them has done
     what a fork cannot have. `report` is the file that the report goes to.
     """
     gc.disable()  # it takes two fifths of the time of imports
-    for module in modules:
+    for module in [*modules, *tried]:
         began = time.monotonic()
-        with contextlib.suppress(Exception):
-            importlib.import_module(module)
+        if module in tried and (why := _tried(module, has_gpu)):
+            _write(report, **{"left out": module, "why": why})
+            continue
+        with _told_of_gpu(has_gpu):
+            _import(module)
         _write(report, module=module, seconds=round(time.monotonic() - began, 3))
         if obstacle := _obstacle():
             _write(report, obstacle=f"the import of {module} {obstacle}")
@@ -223,17 +242,52 @@ def _import(modules: Sequence[str], report: int) -> bool:
     return True
 
 
+def _import(module: str) -> None:
+    with contextlib.suppress(Exception):
+        importlib.import_module(module)
+
+
+def _tried(module: str, has_gpu: bool) -> str:
+    """Import a module in a fork, which ends then. Return what this would keep a fork from, "" if nothing."""
+    reads, writes = os.pipe()
+    if (pid := os.fork()) == 0:
+        with _told_of_gpu(has_gpu):
+            _import(module)
+        os.write(writes, _obstacle().encode())
+        os._exit(0)
+    os.close(writes)
+    with open(reads, "rb") as answer:
+        why = answer.read().decode()
+    _, status = os.waitpid(pid, 0)
+    return why or (f"has ended a process (status {status})" if status else "")
+
+
+@contextlib.contextmanager
+def _told_of_gpu(has_gpu: bool) -> Iterator[None]:
+    """Within it PyTorch answers that there is a GPU, if it is imported already."""
+    cuda: Any = sys.modules.get("torch.cuda") if has_gpu else None
+    if cuda is None:
+        yield
+        return
+    before, cuda.is_available = cuda.is_available, lambda: True
+    try:
+        yield
+    finally:
+        cuda.is_available = before
+
+
 def _write(report: int, **line: Any) -> None:
     os.write(report, json.dumps(line).encode() + b"\n")
 
 
 def _obstacle() -> str:
     """Return what keeps a fork of this process from using CUDA and threads."""
-    if len(os.listdir("/proc/self/task")) > 1:
-        return "has started threads"
     cuda = _loaded(_CUDA)
     if cuda is not None and cuda.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _CUDA_NOT_INITIALIZED:
         return "has started CUDA"
+    threads = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    if len(threads) > 1:
+        return f"has started threads ({', '.join(sorted(threads))})"
     files = []
     for file in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # that of the listing itself
@@ -264,7 +318,8 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose modules have names of others
     report = os.dup(1)
     os.dup2(2, 1)  # what modules print is not for the one who reads the report
-    can_fork = _import(sys.argv[2:], report)
+    modules, tried, has_gpu = json.loads(sys.argv[2])
+    can_fork = _import_all(modules, tried, has_gpu, report)
     os.close(report)  # not for forks
     if can_fork:
         _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 # ROCm's PyTorch reads HIP_VISIBLE_DEVICES, or CUDA_VISIBLE_DEVICES if that is not set. ROCR_VISIBLE_DEVICES is applied
 # before both: their numbers count the GPUs that it leaves.
@@ -226,6 +229,27 @@ def inherited(variables: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         restore(before)
+
+
+@contextmanager
+def without_dashboard() -> Iterator[None]:
+    """Have a Ray that is started within this context start no process for its dashboard, which has nothing to do here.
+
+    Ray starts it also where no dashboard is wanted, and waits for it before it goes on. That it does not start is
+    nothing to Ray; its function then returns what this one does.
+    """
+    from ray._private import services
+
+    before = getattr(services, "start_api_server", None)
+    if before is None:
+        logger.debug("this version of Ray may start a process for its dashboard")
+        yield
+        return
+    services.start_api_server = lambda *_, **__: (None, None)
+    try:
+        yield
+    finally:
+        services.start_api_server = before
 
 
 def user_variables(environ: Mapping[str, str] = os.environ) -> str:

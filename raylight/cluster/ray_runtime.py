@@ -17,6 +17,7 @@ from ray._private import ray_constants
 from . import fork_server, orphan_guard, ray_environment
 from .config import SessionConfig
 from .fork_server import ForkServer
+from .reachability import check_reachable
 from .timeouts import BackgroundCall, with_timeout
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ _SHUTDOWN_S = 20.0
 _KILL_S = 5.0
 _REQUIRED = ("gcs_server", "raylet")
 _WORKER_PREFIX = "ray::"
+
+
+ForkedImports = tuple[Sequence[str], Sequence[str]]
 
 
 class RayRuntime:
@@ -50,12 +54,12 @@ class RayRuntime:
         config: SessionConfig,
         environment: Mapping[str, str],
         wants_cancel: Callable[[], bool],
-        forked_imports: Sequence[str] = (),
+        forked_imports: ForkedImports = ((), ()),
     ) -> None:
         """Start or join Ray for a session; keep a Ray that is already up in this process.
 
         Workers of a local Ray that is started now inherit the variables of `environment`, and may be forked from a
-        process that has imported `forked_imports`.
+        process that has imported `forked_imports`, of a service's `forked_imports` and `tried_imports`.
 
         Raises ConnectionError: when the cluster at `config.address` does not answer. Raises RuntimeError: when Ray
         does not start here. Raises RunCancelled: when cancelled; the start goes on, and the next call waits for it.
@@ -153,7 +157,7 @@ class RayRuntime:
         return None if self._folder is None else os.path.join(self._folder.path, "session_latest", "logs")
 
     def _begin_start(
-        self, config: SessionConfig, environment: dict[str, str], forked_imports: Sequence[str]
+        self, config: SessionConfig, environment: dict[str, str], forked_imports: ForkedImports
     ) -> BackgroundCall:
         self._config = config
         self._foreign_ids = orphan_guard.child_process_ids()
@@ -168,11 +172,11 @@ class RayRuntime:
         self._start_call, self._is_starting = start, True
         return self._start_call
 
-    def _start_local(self, config: SessionConfig, environment: dict[str, str], forked_imports: Sequence[str]) -> None:
+    def _start_local(self, config: SessionConfig, environment: dict[str, str], forked_imports: ForkedImports) -> None:
         logger.info("starting Ray on this machine for %d workers", config.world_size)
         self._folder = ray_environment.make_folder()
-        self._start_fork_server(forked_imports, environment)
-        with ray_environment.inherited(environment):
+        self._start_fork_server(config, forked_imports, environment)
+        with ray_environment.inherited(environment), ray_environment.without_dashboard():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -184,16 +188,18 @@ class RayRuntime:
                 _temp_dir=self._folder.path,
             )
 
-    def _start_fork_server(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
+    def _start_fork_server(self, config: SessionConfig, modules: ForkedImports, environment: Mapping[str, str]) -> None:
         """Start the process that workers are forked from, beside Ray, if this system can have it.
 
         It has the workers' environment: PyTorch chooses its allocator when it is loaded.
         """
-        if not modules or not fork_server.is_supported():
+        if not any(modules) or not fork_server.is_supported():
             return
         assert self._folder is not None
         try:
-            self._fork_server = ForkServer(os.path.join(self._folder.owned[0], "forks"), modules, environment)
+            self._fork_server = ForkServer(
+                os.path.join(self._folder.owned[0], "forks"), *modules, environment, config.device_type == "cuda"
+            )
         except OSError as error:
             logger.info("workers start without a process to fork them from: %s", error)
 
@@ -221,6 +227,8 @@ class RayRuntime:
         for pid in pids:
             with contextlib.suppress(psutil.Error):
                 count += psutil.Process(pid).ppid() == server
+        for module, why in self._fork_server.left_out().items():
+            logger.info("forked workers import %s themselves, as its import %s", module, why)
         return count, self._fork_server.import_seconds()
 
     def _reason(self, error: BaseException) -> str:
@@ -289,33 +297,6 @@ def _join_cluster(config: SessionConfig) -> None:
             "Start one there with `ray start --head`, or use local. If the cluster asks for a token, start ComfyUI "
             "with RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN."
         ) from error
-
-
-_CONNECT_S = 5.0
-# The preface of an HTTP/2 connection, which gRPC uses, and empty settings (RFC 9113, 3.4 and 6.5).
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-_FRAME_HEADER_BYTES, _TYPE_INDEX, _SETTINGS = 9, 3, 4
-
-
-def check_reachable(address: str) -> None:
-    """Check that a gRPC server answers at "host:port". Does nothing for addresses of other forms.
-
-    Ray itself would wait for minutes, and then end ComfyUI. Raises OSError: when nobody listens there.
-    Raises ConnectionError: when another program does.
-    """
-    host, separator, port = address.rpartition(":")
-    if not (separator and port.isdigit() and "//" not in address):
-        return
-    with socket.create_connection((host, int(port)), timeout=_CONNECT_S) as connection:
-        connection.sendall(_PREFACE)
-        answer = b""
-        try:
-            while len(answer) < _FRAME_HEADER_BYTES and (more := connection.recv(_FRAME_HEADER_BYTES - len(answer))):
-                answer += more
-        except TimeoutError:
-            pass
-    if len(answer) < _FRAME_HEADER_BYTES or answer[_TYPE_INDEX] != _SETTINGS:
-        raise ConnectionError("another program listens there, which is not Ray")
 
 
 def _bind_to_loopback(is_local: bool) -> None:

@@ -74,7 +74,7 @@ class Session:
         )
         environment = placement.environment(config, service)
         try:
-            RUNTIME.connect(config, environment, wants_cancel, service.forked_imports)
+            RUNTIME.connect(config, environment, wants_cancel, (service.forked_imports, service.tried_imports))
             self._timeline.mark("Ray")
             self._group = placement.reserve(config, wants_cancel)
             self._create_actors({} if RUNTIME.provides(environment) else environment)
@@ -151,7 +151,7 @@ class Session:
                 )
             raise worker_error(message, error.kind, self.remedies) from error
         bandwidth_check.check_exact(links)
-        self._timeline.mark("links")
+        self._timeline.mark("links" if keep else "links tried")
         if keep:
             bandwidth_check.keep(self.places, links)
 

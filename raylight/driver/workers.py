@@ -66,7 +66,12 @@ def service_spec() -> ServiceSpec:
     """Describe what workers of this ComfyUI run."""
     boot = "raylight.worker.boot"
     return ServiceSpec(
-        f"{boot}:open_service", settings.capture(), settings.python_path(), f"{boot}:prepare", settings.LIBRARIES
+        f"{boot}:open_service",
+        settings.capture(),
+        settings.python_path(),
+        f"{boot}:prepare",
+        settings.LIBRARIES,
+        settings.LIBRARIES_FOR_GPUS,
     )
 
 

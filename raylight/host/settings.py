@@ -17,10 +17,12 @@ from typing import Any
 LIBRARIES = tuple(
     """
     torch torch.distributed.fsdp torch.distributed.tensor torch.distributed.device_mesh torch._dynamo numpy
-    comfy_kitchen torchvision torchaudio torchsde transformers tokenizers huggingface_hub safetensors.torch
+    torchvision torchaudio torchsde transformers tokenizers huggingface_hub safetensors.torch
     scipy.integrate scipy.interpolate scipy.optimize scipy.stats einops PIL.Image psutil tqdm yaml av
     """.split()
 )
+# One that looks for GPUs when it is imported.
+LIBRARIES_FOR_GPUS = ("comfy_kitchen",)
 PACK_ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -109,7 +109,7 @@ def test_without_the_server_the_client_runs_the_script(server: ForkServer, scrip
     [
         (
             "import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start()",
-            "the import of harmful has started threads",
+            "the import of harmful has started threads (python, python)",
         ),
         ("exit(3)", "its process has ended (exit status 3)"),
     ],
@@ -188,12 +188,44 @@ def test_a_module_that_asks_nvml_for_gpus(tmp_path: Path, monkeypatch: pytest.Mo
     server.close()
 
 
+def test_a_module_that_is_tried_first_is_left_out_if_it_starts_threads(
+    tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = "import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start()"
+    (tmp_path / "harmful.py").write_text(start)
+    (tmp_path / "fatal.py").write_text("import os; os._exit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    server = ForkServer(str(tmp_path / "s"), ["queue"], ["harmful", "fatal", "wave"])
+    found = json.loads(run(server, script).stdout)
+    assert found["parent"] == server.pid and found["imported"] == ["wave"]
+    assert list(server.import_seconds()) == ["queue", "wave"]
+    left_out = server.left_out()
+    assert left_out["harmful"].startswith("has started threads") and "status" in left_out["fatal"]
+    server.close()
+
+
+def test_libraries_are_told_of_a_gpu_while_they_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("from . import cuda")
+    (tmp_path / "torch" / "cuda.py").write_text("def is_available(): return 'asks'")
+    (tmp_path / "asks.py").write_text("import torch; told = torch.cuda.is_available()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    shows = tmp_path / "shows.py"
+    shows.write_text("import asks, torch; print(asks.told, torch.cuda.is_available())")
+    for has_gpu in (True, False):
+        server = ForkServer(str(tmp_path / f"s{has_gpu}"), ["torch"], ["asks"], has_gpu=has_gpu)
+        assert run(server, shows).stdout == ("True asks\n" if has_gpu else "asks asks\n")
+        server.close()
+
+
 def test_libraries_are_loaded_with_the_variables_of_workers(tmp_path: Path) -> None:
     """PyTorch chooses its allocator when it is loaded, and that of ComfyUI is not for workers."""
     (tmp_path / "reads.py").write_text("import os; found = os.environ.get('PYTORCH_CUDA_ALLOC_CONF')")
     shows = tmp_path / "shows.py"
     shows.write_text("import reads; print(reads.found)")
-    server = ForkServer(str(tmp_path / "s"), ["reads"], {"PYTORCH_CUDA_ALLOC_CONF": "", "PYTHONPATH": str(tmp_path)})
+    server = ForkServer(
+        str(tmp_path / "s"), ["reads"], variables={"PYTORCH_CUDA_ALLOC_CONF": "", "PYTHONPATH": str(tmp_path)}
+    )
     found = run(server, shows, PYTORCH_CUDA_ALLOC_CONF="backend:cudaMallocAsync")
     assert found.stdout == "\n"
     server.close()
@@ -239,9 +271,10 @@ def test_a_service_without_imports_has_no_such_process() -> None:
 
 def test_comfyuis_libraries_can_be_forked(tmp_path: Path, script: Path) -> None:
     """None of those that are named starts a thread or CUDA."""
-    from raylight.host.settings import LIBRARIES
+    from raylight.host.settings import LIBRARIES, LIBRARIES_FOR_GPUS
 
-    server = ForkServer(str(tmp_path / "s"), LIBRARIES)
+    server = ForkServer(str(tmp_path / "s"), LIBRARIES, LIBRARIES_FOR_GPUS, has_gpu=True)
     found = json.loads(run(server, script).stdout)
     assert found["parent"] == server._process.pid, "it has ended by itself"
+    assert set(server.import_seconds()) == {*LIBRARIES, *LIBRARIES_FOR_GPUS} and server.left_out() == {}
     server.close()
