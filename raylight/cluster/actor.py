@@ -69,12 +69,16 @@ class Progress:
 
 @dataclass(slots=True)
 class RankContext:
-    """The rank, device and mesh that a service is opened for. The mesh is another one after a `reshape`."""
+    """The rank, device and mesh that a service is opened for, and the links between ranks if they were measured.
+
+    The mesh is another one after a `reshape`.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     mesh: Any
+    links: bandwidth.Links | None = None
 
 
 @dataclass(slots=True)
@@ -191,13 +195,13 @@ class RankActor:
         self._status.enter(before)
         return measured
 
-    def open(self, mesh: MeshShape, service: ServiceSpec) -> dict[str, float]:
+    def open(self, mesh: MeshShape, service: ServiceSpec, links: bandwidth.Links | None) -> dict[str, float]:
         """Open the service, and return the moments of this worker's start. Collective."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         with self._explain_out_of_memory(), status.brief_logs(), quick_imports():
             self._meshes = Meshes(self._device)
-            self._context = RankContext(self._rank, self._world_size, self._device, self._meshes.of(mesh))
+            self._context = RankContext(self._rank, self._world_size, self._device, self._meshes.of(mesh), links)
             self._service = service.open(self._context)
         self._status.enter(IDLE)
         WORKER.mark("open")

@@ -115,7 +115,7 @@ class Session:
         self._results(prepared, replace(options, on_result=on_ready))
         self._timeline.mark("prepared")
         self._check_links(options)
-        opened = self._on_each(lambda actor: actor.open.remote(self.config.mesh, self.service), options)
+        opened = self._on_each(lambda actor: actor.open.remote(self.config.mesh, self.service, self.links), options)
         self._timeline.ranks = list(opened.values())
 
     def _find_places(self, options: WaitOptions) -> None:

@@ -69,7 +69,7 @@ _among: list[dist.ProcessGroup] = []
 
 @contextmanager
 def among(group: dist.ProcessGroup) -> Iterator[None]:
-    """Limit `any_rank` and `smallest` to the ranks of `group` within this context."""
+    """Limit `any_rank`, `smallest` and `alike` to the ranks of `group` within this context."""
     _among.append(group)
     try:
         yield
@@ -87,9 +87,26 @@ def smallest(value: int) -> int:
     return _agreed(value, dist.ReduceOp.MIN, None)
 
 
+def alike(value: int) -> bool:
+    """Return whether all ranks have the same `value`, of at most 62 bits. Collective, on the CPU."""
+    beat()
+    group = agreeing_group()
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return True
+    votes = torch.tensor([value, -value], dtype=torch.int64)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=group)
+    smallest_value, largest_value = int(votes[0]), -int(votes[1])
+    return smallest_value == largest_value
+
+
+def agreeing_group() -> dist.ProcessGroup | None:
+    """Return the group of the ranks that agree: that of `among`, or None, for all ranks."""
+    return _among[-1] if _among else None
+
+
 def _agreed(value: int, by: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> int:
     beat()
-    group = group or (_among[-1] if _among else None)
+    group = group or agreeing_group()
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return value
     votes = torch.tensor([value], dtype=torch.int64)

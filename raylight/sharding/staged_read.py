@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,10 +23,27 @@ _THREADS = 8  # that fill a slot: one core copies slower than a GPU takes
 _ALIGNMENT = 64  # of what shares a slot
 _WILL_NEED = 3  # MADV_WILLNEED of Linux
 
+
+class ReadingStopped(Exception):
+    """A rank reads no further, as it or another was asked to cancel. It has yet to agree on that with the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy to be done: `destination` (contiguous, on any device) is filled from `source` (contiguous, on the CPU, of
+    the same shape) by way of the dtypes `through`.
+    """
+
+    source: Tensor
+    destination: Tensor
+    through: tuple[torch.dtype, ...]
+
+
 Listener = Callable[[int], None]
 """Called with the bytes that were read; what it raises ends the reading."""
 
 _listener: Listener | None = None
+_collected: list[Copy] | None = None
 _readers: dict[torch.device, _Reader] = {}
 
 
@@ -40,15 +58,34 @@ def reported_to(listener: Listener) -> Iterator[None]:
         _listener = before
 
 
+def listener() -> Listener:
+    """Return what is called for all that is read now."""
+    return _listener or (lambda _: None)
+
+
+@contextmanager
+def collected() -> Iterator[list[Copy]]:
+    """Within it `copy_weight` copies nothing, but for tensors with gaps, and adds what it was to copy to this list."""
+    global _collected
+    before, _collected = _collected, []
+    try:
+        yield _collected
+    finally:
+        _collected = before
+
+
 def copy_weight(source: Tensor, destination: Tensor, through: Sequence[torch.dtype] = ()) -> None:
     """Fill `destination` from `source`, a plain tensor of the same shape on the CPU, by way of the dtypes `through`.
 
     On a GPU nothing is converted, or kept, in system memory. The current stream of the GPU waits for the copy, the
     caller does not. Raises what a listener of `reported_to` raises.
     """
+    if _collected is not None and source.is_contiguous() and destination.is_contiguous():
+        _collected.append(Copy(source, destination, tuple(through)))
+        return
     if destination.device.type != "cuda":
         # First to the device as it is: a copy to another dtype may be converted here.
-        _convert(source.to(destination.device), destination, through)
+        convert(source.to(destination.device), destination, through)
         _report(source.nbytes)
     elif destination.is_contiguous():
         _reader(destination.device).copy(source.contiguous(), destination, through)
@@ -86,7 +123,8 @@ def _report(nbytes: int) -> None:
         _listener(nbytes)
 
 
-def _convert(source: Tensor, destination: Tensor, through: Sequence[torch.dtype]) -> None:
+def convert(source: Tensor, destination: Tensor, through: Sequence[torch.dtype]) -> None:
+    """Fill `destination` from `source`, of the same shape and on the same device, by way of the dtypes `through`."""
     for dtype in through:
         source = source.to(dtype)
     destination.copy_(source, non_blocking=True)
@@ -144,7 +182,7 @@ class _Reader:
             else:
                 raw = self._on_device(destination.device)[:nbytes]
                 raw.copy_(room, non_blocking=True)
-                _convert(raw.view(source.dtype), into, through)
+                convert(raw.view(source.dtype), into, through)
             self._sent[self._turn].record(self._stream)
         _report(nbytes)
         return nbytes

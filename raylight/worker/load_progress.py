@@ -11,14 +11,11 @@ from raylight.host.jobs import LoadProgress
 from raylight.host.log_messages import gb
 from raylight.host.recipe import ModelRecipe
 from raylight.sharding import staged_read
+from raylight.sharding.staged_read import ReadingStopped
 
 _INTERVAL_S = 0.25
 
 _current: tuple[Run, ModelRecipe] | None = None
-
-
-class ReadingStopped(Exception):
-    """A rank was asked to cancel, and reads no further. It has yet to agree with the others."""
 
 
 @contextmanager

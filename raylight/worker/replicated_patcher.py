@@ -24,7 +24,7 @@ from raylight.sharding.file_weight import FileWeight
 from raylight.sharding.lazy_concat import LazyConcat
 from raylight.sharding.subclass_weights import flatten_tensor
 
-from . import load_progress
+from . import load_progress, reading_together
 from .load_progress import ReadingStopped
 from .patcher import RankPatcher, in_own_mode
 
@@ -103,8 +103,9 @@ class ReplicatedPatcher(RankPatcher):
 
         Raises RunCancelled: if a rank was asked to cancel.
         """
+        reported = load_progress.reported(lambda: self._bytes_to_read(device_to), may_stop=True)
         try:
-            with load_progress.reported(lambda: self._bytes_to_read(device_to), may_stop=True):
+            with reading_together.agreed_once(), reported:
                 added = super().partially_load(device_to, extra_memory, force_patch_weights)
         except ReadingStopped:
             self.detach()
@@ -121,10 +122,14 @@ class ReplicatedPatcher(RankPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        """Read and patch weights; with `full_load` read all in the order of the file, before any is patched."""
+        """Read and patch weights; with `full_load` read all in the order of the file, before any is patched, together
+        with the other ranks where all do so. Collective within `partially_load`.
+        """
         self.back_up()
         if full_load and device_to is not None:
             self._read_all(device_to)
+        else:
+            reading_together.decline()
         super().load(
             device_to,
             lowvram_model_memory=lowvram_model_memory,
@@ -152,12 +157,16 @@ class ReplicatedPatcher(RankPatcher):
 
     def _read_all(self, device: torch.device) -> None:
         keys = self._elsewhere(device)
-        for index, key in enumerate(keys):
-            for following in keys[index + 1 : index + 2]:
-                for part in self.weights.stored(self.weights.tensors[following]):
-                    staged_read.advise(part)
-            weight = comfy.utils.get_attr(self.model, key)
-            comfy.utils.set_attr_param(self.model, key, self.weights.read(weight, device))
+        with staged_read.collected() as copies:
+            read = {key: self.weights.read(comfy.utils.get_attr(self.model, key), device) for key in keys}
+        name = type(self.model.diffusion_model).__name__
+        if not (keys and reading_together.read_together(copies, keys, device, name)):
+            for index, copy in enumerate(copies):
+                for following in copies[index + 1 : index + 2]:
+                    staged_read.advise(following.source)
+                staged_read.copy_weight(copy.source, copy.destination, copy.through)
+        for key, weight in read.items():
+            comfy.utils.set_attr_param(self.model, key, weight)
 
     def _bytes_to_read(self, device: torch.device) -> int:
         return sum(

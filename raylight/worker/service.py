@@ -16,7 +16,7 @@ from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import sequence_axis
 from raylight.sharding.fsdp import reset
 
-from . import load_progress, model_cache
+from . import load_progress, model_cache, reading_together
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
 from .parallelize import load_parallel
@@ -37,6 +37,7 @@ class ModelService(WorkerService):
         self._beside_comfyui = self._gpu != "" and self._gpu == comfyui_gpu
         self._models = ModelCache(context.device, context.world_size)
         self._forward = ModelForward(context.device)
+        reading_together.use_links(context.links)
 
     def load(self, run: Run, recipe: ModelRecipe, may_refuse: bool = False) -> NeedsBytes | None:
         """Load a model with its LoRAs."""
