@@ -23,7 +23,8 @@ import ray
 import torch
 
 from raylight.parallel import bandwidth, heartbeat
-from raylight.parallel.mesh import Meshes, MeshShape
+from raylight.parallel.degrees import Arrangement, DegreesByRun
+from raylight.parallel.mesh import Meshes
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
 
 from . import ray_environment, status
@@ -71,7 +72,7 @@ class Progress:
 class RankContext:
     """The rank, device and mesh that a service is opened for, and the links between ranks if they were measured.
 
-    The mesh is another one after a `reshape`.
+    `by_run` chooses other meshes for its forwards, None if all use this one. Both are others after a `reshape`.
     """
 
     rank: int
@@ -79,6 +80,7 @@ class RankContext:
     device: torch.device
     mesh: Any
     links: bandwidth.Links | None = None
+    by_run: DegreesByRun | None = None
 
 
 @dataclass(slots=True)
@@ -195,25 +197,30 @@ class RankActor:
         self._status.enter(before)
         return measured
 
-    def open(self, mesh: MeshShape, service: ServiceSpec, links: bandwidth.Links | None) -> dict[str, float]:
+    def open(self, arrangement: Arrangement, service: ServiceSpec, links: bandwidth.Links | None) -> dict[str, float]:
         """Open the service, and return the moments of this worker's start. Collective."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         with self._explain_out_of_memory(), status.brief_logs(), quick_imports():
             self._meshes = Meshes(self._device)
-            self._context = RankContext(self._rank, self._world_size, self._device, self._meshes.of(mesh), links)
+            self._context = RankContext(self._rank, self._world_size, self._device, None, links)
+            self._arrange(arrangement)
             self._service = service.open(self._context)
         self._status.enter(IDLE)
         WORKER.mark("open")
         return WORKER.moments
 
-    def reshape(self, mesh: MeshShape) -> None:
-        """Have the following runs use another mesh of the same ranks. Collective."""
-        assert self._meshes is not None and self._context is not None, "the service is open"
+    def reshape(self, arrangement: Arrangement) -> None:
+        """Have the following runs use another arrangement of the same ranks. Collective."""
         self._status.enter("arranging the workers in another mesh")
         with self._explain_out_of_memory():
-            self._context.mesh = self._meshes.of(mesh)
+            self._arrange(arrangement)
         self._status.enter(IDLE)
+
+    def _arrange(self, arrangement: Arrangement) -> None:
+        assert self._meshes is not None and self._context is not None, "the service is open"
+        self._context.mesh = self._meshes.of(arrangement.mesh)
+        self._context.by_run = DegreesByRun(arrangement, self._meshes) if arrangement.by_run else None
 
     def run(self, run_id: str, verb: str, *args: Any) -> Any:
         """Call the service's `verb(run, *args)`. Return its result, or `Cancelled`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
-from raylight.parallel.bandwidth import Links
+from raylight.parallel.bandwidth import UNEVEN, Links, fast_ranks
 
 from .actor import Place
 
@@ -13,7 +13,6 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
 _SLOW_GB_PER_S = 2.0  # PCIe 3.0 x4 has 4, also through the host's memory
-_UNEVEN = 3.0
 REMEDY = (
     "start ComfyUI with NCCL_P2P_DISABLE=1, which sends through the host's memory; if that does not help, add "
     "NCCL_SHM_DISABLE=1 or NCCL_IB_DISABLE=1. NCCL_DEBUG=INFO shows what NCCL does"
@@ -31,6 +30,14 @@ def key_of(places: Iterable[Place]) -> Key:
 def known(places: Iterable[Place]) -> Links | None:
     """Return the links that were measured between these GPUs before, in this process."""
     return _known.get(key_of(places))
+
+
+def known_fast_ranks(places: Mapping[int, Place]) -> int:
+    """Return `fast_ranks` of the GPUs at these places, 0 if their links are not known or if there are no GPUs."""
+    links = known(places.values())
+    if links is None or any(place.gpu is None for place in places.values()):
+        return 0
+    return fast_ranks(links, len(places))
 
 
 def check_exact(links: Links) -> None:
@@ -61,7 +68,7 @@ def _warning(places: Mapping[int, Place], links: Links) -> str:
             f"If NCCL_P2P_DISABLE or NCCL_SHM_DISABLE is set, try without. cfg_degree and dp_degree send less "
             f"data than ulysses_degree"
         )
-    if fastest > _UNEVEN * slowest:
+    if fastest > UNEVEN * slowest:
         return (
             f"the link between {names} is much slower than others: {slowest / 1e9:.1f} against {fastest / 1e9:.1f} "
             f"GB/s. Choose other GPUs by GPU_SELECT, or set ulysses_degree to the number of GPUs with fast links to "

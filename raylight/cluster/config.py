@@ -65,6 +65,8 @@ def _imported(name: str) -> Any:
 class SessionConfig:
     """What workers are started with. Another mesh of as many ranks, and other limits, do not require new ones.
 
+    With `by_run` the workers choose degrees for each forward (`parallel/degrees.py`); `mesh` has them all in one
+    sequence then.
     `address` is "local", or that of a running cluster. `gpu_select` are indices of this machine's GPUs, empty for any.
     `object_store_bytes` None leaves the size to Ray. `check_links`: measure the links between the workers before their
     first use. A rank has hung if it sends no report for `heartbeat_timeout_s`, or if all ranks make no progress for
@@ -82,6 +84,7 @@ class SessionConfig:
     heartbeat_timeout_s: float = 60.0
     stall_timeout_s: float = 600.0
     check_links: bool = True
+    by_run: bool = False
 
     def __post_init__(self) -> None:
         if self.gpu_select and len(self.gpu_select) != self.world_size:
@@ -104,6 +107,7 @@ class SessionConfig:
         return other.world_size == self.world_size and self == replace(
             other,
             mesh=self.mesh,
+            by_run=self.by_run,
             check_links=self.check_links,
             start_timeout_s=self.start_timeout_s,
             heartbeat_timeout_s=self.heartbeat_timeout_s,

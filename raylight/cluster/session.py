@@ -15,6 +15,7 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylight.parallel.bandwidth import Links
+from raylight.parallel.degrees import Arrangement
 from raylight.parallel.heartbeat import agree
 
 from . import bandwidth_check, placement
@@ -115,7 +116,7 @@ class Session:
         self._results(prepared, replace(options, on_result=on_ready))
         self._timeline.mark("prepared")
         self._check_links(options)
-        opened = self._on_each(lambda actor: actor.open.remote(self.config.mesh, self.service, self.links), options)
+        opened = self._on_each(lambda actor: actor.open.remote(self._arrangement, self.service, self.links), options)
         self._timeline.ranks = list(opened.values())
 
     def _find_places(self, options: WaitOptions) -> None:
@@ -167,18 +168,23 @@ class Session:
         began, mesh = time.monotonic(), config.mesh
         with self._running:
             try:
-                if mesh != self.config.mesh:
-                    self._on_each(lambda actor: actor.reshape.remote(mesh), options)
+                before = self._arrangement
                 self.config, self.remedies = config, remedies
                 self._watchdog.config = config
                 self._check_links(options)
+                if (arrangement := self._arrangement) != before:
+                    self._on_each(lambda actor: actor.reshape.remote(arrangement), options)
             except BaseException:
                 self.close()  # some ranks may have the other mesh
                 raise
-        logger.info(
-            "the workers are arranged as batch %d x ring %d x Ulysses %d, in %.2f s",
-            *(mesh.batch, mesh.ring, mesh.ulysses, time.monotonic() - began),
-        )
+        how = "by the run" if config.by_run else f"as batch {mesh.batch} x ring {mesh.ring} x Ulysses {mesh.ulysses}"
+        logger.info("the workers are arranged %s, in %.2f s", how, time.monotonic() - began)
+
+    @property
+    def _arrangement(self) -> Arrangement:
+        """How the ranks are to be arranged by this configuration."""
+        by_run = self.config.by_run
+        return Arrangement(self.config.mesh, by_run, bandwidth_check.known_fast_ranks(self.places) if by_run else 0)
 
     @property
     def links(self) -> Links | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _CUDA_BYTES, _CPU_BYTES = 32 << 20, 1 << 20
 _REPEATS = 3
+UNEVEN = 3.0  # a link that is so many times slower than another one is another kind of link
 _BUDGET_S = 2.0  # no further pair is measured after this: 64 ranks have two thousand pairs
 
 
@@ -25,6 +26,23 @@ class Links:
     exact: bool
     latency_s: float
     bytes_per_s: dict[tuple[int, int], float]
+
+
+def fast_ranks(links: Links, world_size: int) -> int:
+    """Return how many ranks, next to each other, form groups with links that are several times faster than all links
+    between groups: the largest such number, which divides `world_size`. 0 if there are no such groups, or if not every
+    pair was measured.
+    """
+    speeds = links.bytes_per_s
+    if len(speeds) < world_size * (world_size - 1) // 2:
+        return 0
+    for size in range(world_size // 2, 1, -1):
+        if world_size % size == 0:
+            inside = [speed for (one, other), speed in speeds.items() if one // size == other // size]
+            between = [speed for (one, other), speed in speeds.items() if one // size != other // size]
+            if min(inside) >= UNEVEN * max(between):
+                return size
+    return 0
 
 
 def measure(device: torch.device) -> Links:

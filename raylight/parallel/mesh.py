@@ -67,6 +67,8 @@ class Meshes:
 
 def _end(mesh: DeviceMesh) -> None:
     """End the process groups of a mesh, except that of the world. Collective."""
+    if mesh.device_type == "cuda":
+        torch.cuda.synchronize()  # what a forward has sent over them may still be under way
     groups = [mesh.get_group(axis) for axis in AXES]
     groups += [axis(mesh).get_group() for axis in (world_axis, outer_axis, sequence_axis)]
     for group in dict.fromkeys(groups):
