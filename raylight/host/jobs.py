@@ -74,7 +74,8 @@ class RunJob:
 @dataclass(frozen=True, slots=True)
 class ForwardJob:
     """One call of a method of the diffusion model. `call` has its arguments, whose tensors are in `tensors`, the first
-    of `latent_shape`; `extras` is what nodes have set on the model and in its options, as a SerializedObject.
+    of `latent_shape`; `extras` is what nodes have set on the model and in its options, as a SerializedObject. The first
+    call of a run has `begins_run`.
     """
 
     model: ModelJob
@@ -83,6 +84,7 @@ class ForwardJob:
     tensors: Message
     extras: ObjectHandle
     latent_shape: tuple[int, ...] | None = None
+    begins_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,13 @@ class StepDone:
     total: int
     x0: Tensor | None
     x: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DegreesChosen:
+    """The workers have chosen degrees for the forwards of a run; `text` has them all, and why."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

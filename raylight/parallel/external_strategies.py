@@ -69,18 +69,18 @@ def check_strategy(name: str, kernel: str, ring_degree: int, has_gpu: bool) -> N
 class ExternalAttention:
     """A strategy that calls a library's attention, and `ours` for calls that the library does not support.
 
-    `calls` counts the library's. It has one pair of groups per process.
+    `calls` counts the library's.
     """
 
     def __init__(self, name: str, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup, ours: Strategy) -> None:
-        """Set the library's groups. `name` is YUNCHANG or XFUSER.
+        """Prepare for these groups. `name` is YUNCHANG or XFUSER.
 
         Raises ImportError: when the library, or one that it needs, is missing.
         """
-        from yunchang.globals import PROCESS_GROUP
+        import yunchang.globals
 
-        groups = cast("Any", PROCESS_GROUP)
-        groups.ULYSSES_PG, groups.RING_PG = ulysses, ring
+        self._process_group = cast("Any", yunchang.globals.PROCESS_GROUP)
+        self._groups = ulysses, ring
         self._name, self._ours = name, ours
         self._ulysses = dist.get_world_size(ulysses)
         self._ranks = self._ulysses * dist.get_world_size(ring)
@@ -133,6 +133,8 @@ class ExternalAttention:
         # Its other kernels of PyTorch fail on a CPU.
         chosen = "TORCH_MATH" if kernel == "TORCH" or device.type == "cpu" else kernel
         if chosen not in self._layers:
+            # Of the whole process; a layer keeps those that it finds when it is made.
+            self._process_group.ULYSSES_PG, self._process_group.RING_PG = self._groups
             if self._name == YUNCHANG:
                 from yunchang import LongContextAttention
 

@@ -68,6 +68,7 @@ class SequenceAttention:
         Raises RuntimeError: when the call does not fit the plan. Attention over a shard would be silently wrong.
         """
         tokens, scope = self._tokens, self._tokens.scope
+        mask = None if mask is None else four_dims(mask)
         if not tokens.is_split or isinstance(scope, (GatherAround, FullAttention)):
             tokens.count_full_attention()
             return kernel(q, k, v, mask, scale)
@@ -76,7 +77,6 @@ class SequenceAttention:
         rule = self._rule_of(scope, q, k)
         streams, lengths = rule.streams, tokens.lengths(rule.streams)
         self._log(sum(lengths))
-        mask = None if mask is None else _four_dims(mask)
         if isinstance(rule, CrossAttention):
             return kernel(q, k, v, None if mask is None else tokens.local_mask(mask, streams), scale)
         tokens.count_call(rule)
@@ -136,7 +136,7 @@ class SequenceAttention:
         return self._tokens.gathered_mask(mask, streams)
 
 
-def _four_dims(mask: Tensor) -> Tensor:
+def four_dims(mask: Tensor) -> Tensor:
     """(Sq, Sk) or (B, Sq, Sk) -> (B|1, 1, Sq, Sk)."""
     if mask.ndim == 2:
         return mask[None, None]

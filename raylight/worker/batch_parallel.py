@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from raylight.host.patcher_state import OPTIONS, bind_arguments, run_with_wrappers
 from raylight.parallel.batch import BatchAxis, Rows
 from raylight.parallel.process_group import any_rank
-from raylight.parallel.sequence_parallel import SequenceGroup, SequenceParallel
+from raylight.parallel.sequence_parallel import SequenceParallel
 
-logger = logging.getLogger(__name__)
+from .layouts import Layouts
 
 # Arguments of models whose batch rows are not independent: video U-Nets have frames there.
 _BATCH_IS_FRAMES = ("num_video_frames",)
@@ -28,19 +27,17 @@ _STOCK = "wrappers"
 
 
 class BatchParallel:
-    """A model's forwards on a mesh with a batch axis. Each forward decides, by its batch and the same on all ranks,
-    whether its batch rows or only its tokens are split.
+    """A model's forwards where their batch may be split. Each forward decides, by its batch and the same on all ranks,
+    over which ranks its batch rows and its tokens are split.
     """
 
-    def __init__(self, model: nn.Module, batch: BatchAxis, split: SequenceParallel | None) -> None:
+    def __init__(self, model: nn.Module, layouts: Layouts, split: SequenceParallel | None) -> None:
         """Replace `model.forward`. `split` is the model's sequence parallelism, None if its tokens are never split."""
-        self._model, self._batch, self._split = model, batch, split
-        self._sequence: SequenceGroup | None = None
-        self._all_ranks: SequenceGroup | None = None
-        self._rows_of = 0
+        self._model, self._layouts, self._split = model, layouts, split
+        self._batch: BatchAxis | None = None
+        self._total = 0
         self._independent = self._in_step = self._idles = False
         self._latest: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._logged: set[str] = set()
         self._own = model.forward
         self._replaced = vars(model).get("forward")  # of this one model, where its class has another
         model.forward = functools.wraps(self._own)(functools.partial(self._forward))
@@ -57,10 +54,6 @@ class BatchParallel:
         del self._model.forward
         if self._replaced is not None:
             self._model.forward = self._replaced
-
-    def use(self, sequence: SequenceGroup, all_ranks: SequenceGroup | None) -> None:
-        """Split tokens over `sequence` in forwards that split their batch, and over `all_ranks` in the others."""
-        self._sequence, self._all_ranks = sequence, all_ranks
 
     @contextmanager
     def independent_groups(self, in_step: bool) -> Iterator[None]:
@@ -85,44 +78,29 @@ class BatchParallel:
         if self._in_step and not self._idles:
             any_rank(True, dist.group.WORLD)
             self._latest = args, kwargs
-        total = _batch_of((*args, *kwargs.values()))
-        splits = self._batch.can_split(total) and not self._independent
-        splits = splits and not any(kwargs.get(name) is not None for name in _BATCH_IS_FRAMES)
-        self._rows_of = total if splits else 0
-        if not self._independent:
-            self._log(total, splits)
-        group = self._sequence if splits or self._independent or self._all_ranks is None else self._all_ranks
-        if group is not None and self._split is not None:
-            self._split.use(group)
+        self._total = _batch_of((*args, *kwargs.values()))
+        can_divide = not any(kwargs.get(name) is not None for name in _BATCH_IS_FRAMES)
+        layout = self._layouts.of_own_run() if self._independent else self._layouts.of(self._total, can_divide)
+        self._batch = layout.batch
+        if layout.sequence is not None and self._split is not None:
+            self._split.use(layout.sequence)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._rows_of:
+        if self._batch is None:
             return self._own(*args, **kwargs)
         return run_with_wrappers(self._model, self._batch_split, args, kwargs)
 
     def _batch_split(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = bind_arguments(type(self._model).forward, self._model, args, kwargs)
         options = kwargs.pop(OPTIONS, None) or {}
+        assert self._batch is not None, "the forward splits its batch"
 
         def call(rows: Rows) -> Any:
             marks = {name: rows.of_chunks(options[name]) for name in _MARKS if options.get(name)}
             inner = {name: value for name, value in options.items() if name != _STOCK} | marks
             return self._own(*rows.of(args), **rows.of(kwargs), **{OPTIONS: inner})
 
-        return self._batch.call(call, self._rows_of)
-
-    def _log(self, total: int, splits: bool) -> None:
-        """Log once what is done with batches of a size."""
-        too_small = f"a batch of {total} is too small for {self._batch.degree} groups of workers"
-        if splits:
-            message = f"a batch of {total} is split over the workers"
-        elif self._all_ranks is not None:
-            message = f"{too_small}: its tokens are split over all of them instead"
-        else:
-            message = f"{too_small}, and its tokens cannot be split over all of them: each group does the same work"
-        if message not in self._logged:
-            self._logged.add(message)
-            logger.info(message)
+        return self._batch.call(call, self._total)
 
 
 def _batch_of(values: Any) -> int:

@@ -16,6 +16,7 @@ from raylight.host.jobs import ForwardJob
 from raylight.host.patcher_state import changed
 from raylight.host.pickling import deserialize
 
+from .layouts import Tell
 from .node_code import ModelSnapshot
 from .parallel_model import ParallelModel
 
@@ -38,8 +39,9 @@ class ModelForward:
             self._snapshot.restore()
             self._snapshot = None
 
-    def call(self, patcher: ModelPatcher, job: ForwardJob, parallel: ParallelModel) -> Any:
+    def call(self, patcher: ModelPatcher, job: ForwardJob, parallel: ParallelModel, tell: Tell) -> Any:
         """Call the job's method of the diffusion model, and return its output; to be called in the mode of the model.
+        `tell` is as for `ParallelModel.install`.
 
         Raises ValueError: when code of nodes keeps state on the model, which ComfyUI's process would not have.
         """
@@ -53,7 +55,7 @@ class ModelForward:
 
         args, kwargs, data = deserialize(job.call, patcher, resolve)
         patcher.model_options = {"transformer_options": data | _copied(code)}
-        parallel.install(patcher.model_options, job.model)
+        parallel.install(patcher.model_options, job.model, tell, job.begins_run)
         node = job.model.inside.full_tokens_for
         if node and self._snapshot is None:
             self._snapshot = ModelSnapshot(patcher)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,13 @@ _TOLERANCE = 0.05
 
 
 class TokenProbe:
-    """Hooks on one module that repeat its first call with a few of its tokens only.
+    """Hooks on one module that repeat its first call while `is_split()`, with a few of its tokens only.
 
     The call raises ValueError: when the outputs for these tokens differ, so that the module uses other tokens.
     """
 
-    def __init__(self, path: str, module: nn.Module) -> None:
-        self._path = path
+    def __init__(self, path: str, module: nn.Module, is_split: Callable[[], bool]) -> None:
+        self._path, self._is_split = path, is_split
         self._few: Tensor | None = None
         self._handles = (
             module.register_forward_pre_hook(self._before),
@@ -37,10 +37,18 @@ class TokenProbe:
 
     def _before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         # A copy, as the module may write into its argument.
-        if args and isinstance(args[0], Tensor) and args[0].ndim == 3 and args[0].shape[1] > _TOKENS:
+        if (
+            self._is_split()
+            and args
+            and isinstance(args[0], Tensor)
+            and args[0].ndim == 3
+            and args[0].shape[1] > _TOKENS
+        ):
             self._few = args[0][:, :_TOKENS].clone()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._is_split():
+            return
         few, self._few = self._few, None  # (B, few, C)
         self.remove()
         if (

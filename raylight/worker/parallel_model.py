@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.attention.kernels import kernel
 from raylight.host.jobs import Inside, ModelJob
-from raylight.parallel.batch import BatchAxis
+from raylight.host.patcher_state import OVERRIDE
+from raylight.parallel.degrees import DegreesByRun
 from raylight.parallel.external_strategies import OURS, ExternalAttention
 from raylight.parallel.mesh import sequence_axis
 from raylight.parallel.plan import SequencePlan
@@ -28,7 +29,9 @@ from raylight.parallel.sequence_parallel import SequenceGroup, SequenceGroups
 from raylight.plans import plan_for
 
 from .batch_parallel import BatchParallel
+from .layouts import ChosenLayouts, GivenLayouts, Tell, given
 from .node_code import TokenProbe
+from .one_worker import OneWorker
 from .sequence_parallel import ComfySequenceParallel, apply_sequence_parallel
 
 logger = logging.getLogger(__name__)
@@ -51,9 +54,11 @@ def _once(model: nn.Module, config: str) -> Callable[[], SequencePlan]:
 class ParallelModel:
     """How the ranks compute one model together: by sequence, by batch, or both."""
 
-    def __init__(self, base: BaseModel, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(
+        self, base: BaseModel, mesh: DeviceMesh, device: torch.device, by_run: DegreesByRun | None = None
+    ) -> None:
         """Install the hooks of sequence parallelism. Call it before weights are sharded: FSDP changes the model's
-        class, by which its plan is found.
+        class, by which its plan is found. With `by_run`, each forward has the mesh that it chooses.
 
         Raises ValueError: when tokens must be split and the model has no plan, or cannot be split by it.
         """
@@ -62,20 +67,23 @@ class ParallelModel:
         self._groups: SequenceGroups | None = None
         self._split: ComfySequenceParallel | None = None
         self._batch: BatchParallel | None = None
-        self._mesh = mesh
+        self._layouts: GivenLayouts | ChosenLayouts | None = None
+        self._one_worker: OneWorker | None = None
+        self._mesh, self._by_run = mesh, by_run
         self._is_arranged = False
         self._install()
 
-    def arrange(self, mesh: DeviceMesh) -> None:
-        """Compute the model on another mesh of the same ranks from now on; its weights stay. Collective.
+    def arrange(self, mesh: DeviceMesh, by_run: DegreesByRun | None = None) -> None:
+        """Compute the model on another mesh of the same ranks from now on, or on those that `by_run` chooses; its
+        weights stay. Collective.
 
-        Does nothing if it is on that mesh. Raises ValueError: as the constructor. The model must then be arranged
+        Does nothing if it does so already. Raises ValueError: as the constructor. The model must then be arranged
         again before it is used.
         """
-        if self._is_arranged and mesh is self._mesh:
+        if self._is_arranged and mesh is self._mesh and by_run is self._by_run:
             return
         self.remove()
-        self._mesh = mesh
+        self._mesh, self._by_run = mesh, by_run
         self._install()
         self.finalize_hooks()
 
@@ -86,49 +94,92 @@ class ParallelModel:
             self._batch.remove()
         if self._split is not None:
             self._split.remove()
-        self._groups = self._split = self._batch = None
+        if self._one_worker is not None:
+            self._one_worker.remove()
+        self._groups = self._split = self._batch = self._layouts = self._one_worker = None
 
     def _install(self) -> None:
-        sequence, batch = sequence_axis(self._mesh), BatchAxis(self._mesh.get_group("batch"))
+        if self._mesh.size() == 1:
+            with suppress(ValueError):  # no plan: ComfyUI's own attention
+                self._one_worker = OneWorker(self._model, self._find_plan())
+        elif self._by_run is not None:
+            self._layouts = self._choosing(self._by_run)
+        else:
+            self._split_as_given()
+            self._layouts = given(self._mesh)
+        if self._layouts is not None:
+            self._batch = BatchParallel(self._model, self._layouts, self._split)
+        self._is_arranged = True
+
+    def _split_as_given(self) -> None:
         try:
-            if sequence.size() > 1 or batch.degree > 1:
-                plan = self._find_plan()
-                self._split = apply_sequence_parallel(self._model, plan, self._mesh)
-                self._groups = SequenceGroups(self._mesh, attrgetter(plan.heads)(self._model))
+            plan = self._find_plan()
+            self._split = apply_sequence_parallel(self._model, plan, self._mesh)
+            self._groups = SequenceGroups(self._mesh, attrgetter(plan.heads)(self._model))
         except ValueError as error:
-            if sequence.size() > 1:
+            if sequence_axis(self._mesh).size() > 1:
                 raise
             logger.info("%s: workers can only split its batch", error)
-        if batch.degree > 1:
-            self._batch = BatchParallel(self._model, batch, self._split)
-        self._is_arranged = True
+
+    def _choosing(self, by_run: DegreesByRun) -> ChosenLayouts:
+        heads = None
+        try:
+            plan = self._find_plan()
+            # Each forward brings its group.
+            self._split = ComfySequenceParallel(self._model, plan, SequenceGroup.single_rank(), ulysses_degree=1)
+            heads = int(attrgetter(plan.heads)(self._model))
+        except ValueError as error:
+            logger.warning("%s: workers can only split its batch, and do the same work without one", error)
+        return ChosenLayouts(by_run, heads)
 
     def finalize_hooks(self) -> None:
         """Install the hook of batch parallelism. Call it when the model's weights are in place, with their hooks."""
         if self._batch is not None:
             self._batch.finalize_hooks()
 
+    def mesh_for(self, runs: int, job: ModelJob, tell: Tell) -> DeviceMesh:
+        """Return the mesh whose batch axis divides several runs of a job. If its degrees are chosen, `tell` gets them.
+        Collective.
+        """
+        if isinstance(self._layouts, ChosenLayouts) and runs > 1:
+            return self._layouts.mesh_for(runs, bool(job.inside.full_tokens_for), tell)
+        return self._mesh
+
     @contextmanager
-    def independent_groups(self, in_step: bool) -> Iterator[None]:
-        """Let each group of the batch axis do its own runs; `in_step` as for `BatchParallel`."""
-        with among(sequence_axis(self._mesh).get_group()), ExitStack() as stack:
+    def independent_groups(self, mesh: DeviceMesh, in_step: bool) -> Iterator[None]:
+        """Let each group of the batch axis of `mesh_for` do its own runs; `in_step` as for `BatchParallel`."""
+        with among(sequence_axis(mesh).get_group()), ExitStack() as stack:
             if self._batch is not None:
                 stack.enter_context(self._batch.independent_groups(in_step))
             yield
 
-    def install(self, model_options: dict[str, Any], job: ModelJob) -> None:
-        """Make forwards with these options of a patcher run in parallel, as `job` says.
+    def install(
+        self, model_options: dict[str, Any], job: ModelJob, tell: Tell = lambda _: None, begins_run: bool = True
+    ) -> None:
+        """Make forwards with these options of a patcher run in parallel, as `job` says. If degrees are chosen by the
+        run, `tell` gets those of a run that were not told yet, in words.
 
         Raises ValueError: when the job's attention kernel or sequence attention cannot be used here.
         """
-        if self._split is None or self._groups is None:
+        if isinstance(self._layouts, ChosenLayouts):
+            self._layouts.tell(tell, begins_run)
+        if self._one_worker is not None:
+            self._one_worker.install(model_options, kernel(job.attention, self._device))
+        if self._split is None:
             return
         local, full = kernel(job.attention, self._device), bool(job.inside.full_tokens_for)
-        sequence = SequenceGroup.single_rank() if full else self._groups.sequence(self._strategy(job.strategy))
+        strategy = functools.partial(_strategy, job.strategy)
+        if isinstance(self._layouts, ChosenLayouts):
+            # Neither an override of nodes nor another library's strategy can be relied on for a log-sum-exp.
+            has_lse = job.strategy == OURS and not model_options.get("transformer_options", {}).get(OVERRIDE)
+            given_ring = self._mesh["ring"].size() > 1
+            self._layouts.use(local, strategy, full, may_ring=has_lse or given_ring)
+        elif self._groups is not None:
+            sequence = SequenceGroup.single_rank() if full else self._groups.sequence(strategy(self._mesh))
+            self._split.use(sequence)
+            if self._layouts is not None:
+                self._layouts.use(sequence, None if full else self._groups.all_ranks(local))
         self._split.install(model_options, local)
-        self._split.use(sequence)
-        if self._batch is not None:
-            self._batch.use(sequence, None if full else self._groups.all_ranks(local))
 
     @contextmanager
     def watching(self, patcher: ModelPatcher, inside: Inside) -> Iterator[None]:
@@ -138,11 +189,13 @@ class ParallelModel:
         each token by itself does not.
         """
         with ExitStack() as stack:
-            for path in inside.by_token if self._split is not None and self._split.tokens.degree > 1 else ():
+            split = self._split
+            for path in inside.by_token if split is not None else ():
                 module = patcher.get_model_object(f"diffusion_model.{path}")
-                if isinstance(module, nn.Module):
-                    stack.callback(TokenProbe(path, module).remove)
-            for path in inside.watched if self._split is not None else ():
+                if split is not None and isinstance(module, nn.Module):
+                    tokens = split.tokens
+                    stack.callback(TokenProbe(path, module, lambda tokens=tokens: tokens.is_split).remove)
+            for path in inside.watched if split is not None else ():
                 module = patcher.get_model_object(f"diffusion_model.{path}")
                 stack.callback(module.register_forward_pre_hook(functools.partial(self._refuse, path)).remove)
             yield
@@ -154,12 +207,13 @@ class ParallelModel:
                 f"workers here: remove the node, or use cfg_degree, dp_degree or GPU = 1 instead"
             )
 
-    def _strategy(self, name: str) -> Strategy:
-        ulysses, ring = (self._mesh.get_group(axis) for axis in ("ulysses", "ring"))
-        ours = HybridAttention(ulysses, ring)
-        if name == OURS:
-            return ours
-        try:
-            return ExternalAttention(name, ulysses, ring, ours)
-        except ImportError as error:
-            raise ValueError(f"sequence_attention = {name} cannot be used: {error}; choose {OURS}") from error
+
+def _strategy(name: str, mesh: DeviceMesh) -> Strategy:
+    ulysses, ring = (mesh.get_group(axis) for axis in ("ulysses", "ring"))
+    ours = HybridAttention(ulysses, ring)
+    if name == OURS:
+        return ours
+    try:
+        return ExternalAttention(name, ulysses, ring, ours)
+    except ImportError as error:
+        raise ValueError(f"sequence_attention = {name} cannot be used: {error}; choose {OURS}") from error

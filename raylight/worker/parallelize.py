@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.host import loading
 from raylight.host.recipe import OFFLOADED, REPLICATED, ModelRecipe
+from raylight.parallel.degrees import DegreesByRun
 from raylight.parallel.mesh import world_axis
 
 from .model_cache import CachedModel
@@ -16,8 +17,11 @@ from .replicated_patcher import build_replicated
 from .sharded_patcher import build_sharded
 
 
-def load_parallel(recipe: ModelRecipe, mesh: DeviceMesh, device: torch.device) -> CachedModel:
-    """Load the model of a recipe without its LoRAs, parallel over the ranks of `mesh`. Collective.
+def load_parallel(
+    recipe: ModelRecipe, mesh: DeviceMesh, device: torch.device, by_run: DegreesByRun | None = None
+) -> CachedModel:
+    """Load the model of a recipe without its LoRAs, parallel over the ranks of `mesh`, or on meshes of the same ranks
+    that `by_run` chooses. Collective.
 
     To be called in `mode_of(recipe.sharding)`.
 
@@ -27,7 +31,7 @@ def load_parallel(recipe: ModelRecipe, mesh: DeviceMesh, device: torch.device) -
     mapped = loading.map_file(recipe)
     # Sequence-parallel hooks before weights: a plan is found by the class of the model, which FSDP2 replaces, and a
     # refusal costs nothing as long as no weight was read.
-    parallel = ParallelModel(mapped.model, mesh, device)
+    parallel = ParallelModel(mapped.model, mesh, device, by_run)
     # Weights: read from the file only now, by rows where they are sharded.
     with loading.file_errors(recipe):
         if recipe.sharding == REPLICATED:

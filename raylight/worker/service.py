@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
 import comfy.model_management
+from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
 from raylight.host.gpu_identity import gpu_identity
-from raylight.host.jobs import ForwardJob, GivenBack, ModelJob, NeedsBytes, RankMemory, RunJob, RunResult
+from raylight.host.jobs import DegreesChosen, ForwardJob, GivenBack, ModelJob, NeedsBytes, RankMemory, RunJob, RunResult
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import sequence_axis
@@ -61,30 +63,33 @@ class ModelService(WorkerService):
             if may_refuse and (refusal := self._models.refusal(recipe, shapes)):
                 return refusal
             patcher = self._prepare(run, model, first.model, shapes)
-            results = self._sample_all(run, model, patcher, jobs)
+            mesh = model.parallel.mesh_for(len(jobs), first.model, functools.partial(_tell, run))
+            results = self._sample_all(run, model, patcher, jobs, mesh)
             run.enter("sending the result")
             if first.free_memory_after:
                 comfy.model_management.unload_all_models()
                 comfy.model_management.soft_empty_cache()
         if self._beside_comfyui:  # whose nodes may need it now, and not all of them ask
             self._models.free_unused()
-        return results if sequence_axis(self._context.mesh).get_local_rank() == 0 else {}
+        return results if sequence_axis(mesh).get_local_rank() == 0 else {}
 
     def _sample_all(
-        self, run: Run, model: CachedModel, patcher: RankPatcher, jobs: tuple[RunJob, ...]
+        self, run: Run, model: CachedModel, patcher: RankPatcher, jobs: tuple[RunJob, ...], mesh: DeviceMesh
     ) -> dict[int, RunResult]:
-        """Return the results of this rank's runs by index."""
+        """Return the results of this rank's runs by index. The groups of the batch axis of `mesh` divide them."""
         if len(jobs) == 1:
             return {0: self._sample(run, model, patcher, 0, jobs[0])}
-        batch = self._context.mesh["batch"]
+        batch = mesh["batch"]
+        if batch.size() == 1:
+            return {index: self._sample(run, model, patcher.clone(), index, job) for index, job in enumerate(jobs)}
         mine = list(range(batch.get_local_rank(), len(jobs), batch.size()))
-        with model.parallel.independent_groups(in_step=model.recipe.sharding != REPLICATED):
+        with model.parallel.independent_groups(mesh, in_step=model.recipe.sharding != REPLICATED):
             # A group without a run does the first one too, as it would only wait otherwise.
             return {index: self._sample(run, model, patcher.clone(), index, jobs[index]) for index in mine or [0]}
 
     def _sample(self, run: Run, model: CachedModel, patcher: RankPatcher, index: int, job: RunJob) -> RunResult:
         sampling = SamplingRun(run, patcher, index, job, self._context.device)
-        model.parallel.install(sampling.model_options, job.model)
+        model.parallel.install(sampling.model_options, job.model, functools.partial(_tell, run))
         with model.parallel.watching(patcher, job.model.inside):
             return sampling.sample()
 
@@ -99,7 +104,7 @@ class ModelService(WorkerService):
                 return refusal
             patcher = self._prepare(run, model, job.model, shapes)
             run.enter("step (one forward of the model)")
-            output = self._forward.call(patcher, job, model.parallel)
+            output = self._forward.call(patcher, job, model.parallel, functools.partial(_tell, run))
         return answer(output) if run.rank == 0 else None
 
     def free(self, run: Run) -> None:
@@ -152,7 +157,7 @@ class ModelService(WorkerService):
         """Return the model of a recipe on the mesh of this moment, from the cache if it is there."""
         model = self._models.get(recipe)
         if model is not None:
-            model.parallel.arrange(self._context.mesh)
+            model.parallel.arrange(self._context.mesh, self._context.by_run)
         if model is None:
             run.enter(f"loading {recipe.name}")
             shard_bytes = recipe.size // self._context.world_size
@@ -163,10 +168,15 @@ class ModelService(WorkerService):
             try:
                 # Ranks agree on a cancel at every shard that they read; replicated weights are only mapped here.
                 with load_progress.reported(lambda: shard_bytes, may_stop=False):
-                    model = load_parallel(recipe.without_loras, self._context.mesh, self._context.device)
+                    context = self._context
+                    model = load_parallel(recipe.without_loras, context.mesh, context.device, context.by_run)
             except BaseException:
                 self._models.sweep()  # what was read already
                 raise
             self._models.add(model)
             logger.info("%s is loaded", recipe.name)
         return model
+
+
+def _tell(run: Run, text: str) -> None:
+    run.emit(DegreesChosen(text))

@@ -1,0 +1,154 @@
+"""How the ranks divide a forward: which of them have which batch rows, and which split the tokens of a row.
+
+The layout follows from the forward's batch alone, so that all ranks have the same one without asking each other.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from raylight.parallel.batch import BatchAxis
+from raylight.parallel.degrees import DegreesByRun, Limits
+from raylight.parallel.mesh import sequence_axis
+from raylight.parallel.sequence_attention import Kernel, Strategy
+from raylight.parallel.sequence_parallel import SequenceGroup
+
+logger = logging.getLogger(__name__)
+
+# Makes the strategy by which the ranks of a mesh exchange tokens.
+StrategyOn = Callable[[DeviceMesh], Strategy]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`batch` divides the rows of a forward; None if every rank has all rows. `sequence` splits their tokens; None if
+    the model's tokens are never split.
+    """
+
+    batch: BatchAxis | None
+    sequence: SequenceGroup | None
+
+
+class Layouts(Protocol):
+    """The layouts of one model's forwards."""
+
+    @abstractmethod
+    def of(self, rows: int, can_divide: bool) -> Layout:
+        """Return the layout of a forward of `rows` batch rows, of which each is independent if `can_divide`."""
+
+    @abstractmethod
+    def of_own_run(self) -> Layout:
+        """Return the layout of forwards of a run that a group of the batch axis does by itself."""
+
+
+class GivenLayouts(Layouts):
+    """Those of given degrees: rows are divided over the batch axis if there is one for each group. If not, tokens are
+    split over all ranks.
+    """
+
+    def __init__(self, batch: BatchAxis) -> None:
+        self._batch = batch
+        self._sequence: SequenceGroup | None = None
+        self._all_ranks: SequenceGroup | None = None
+        self._logged: set[str] = set()
+
+    def use(self, sequence: SequenceGroup, all_ranks: SequenceGroup | None) -> None:
+        """Split tokens over `sequence` in forwards that divide their rows, and over `all_ranks` in the others."""
+        self._sequence, self._all_ranks = sequence, all_ranks
+
+    def of(self, rows: int, can_divide: bool) -> Layout:
+        divides = can_divide and self._batch.can_split(rows)
+        self._log(rows, divides)
+        if divides or self._all_ranks is None:
+            return Layout(self._batch if divides else None, self._sequence)
+        return Layout(None, self._all_ranks)
+
+    def of_own_run(self) -> Layout:
+        return Layout(None, self._sequence)
+
+    def _log(self, total: int, splits: bool) -> None:
+        """Log once what is done with batches of a size."""
+        too_small = f"a batch of {total} is too small for {self._batch.degree} groups of workers"
+        if splits:
+            message = f"a batch of {total} is split over the workers"
+        elif self._all_ranks is not None:
+            message = f"{too_small}: its tokens are split over all of them instead"
+        else:
+            message = f"{too_small}, and its tokens cannot be split over all of them: each group does the same work"
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.info(message)
+
+
+class ChosenLayouts(Layouts):
+    """Those that are chosen for each number of rows, each on a mesh of its own."""
+
+    def __init__(self, by_run: DegreesByRun, heads: int | None) -> None:
+        """`heads` are the model's attention heads, None if its tokens cannot be split."""
+        self._by_run, self._heads = by_run, heads
+        self._limits = Limits(heads)
+        self._strategy: StrategyOn | None = None
+        self._own_run: DeviceMesh | None = None
+        self._layouts: dict[int, tuple[DeviceMesh, Layout]] = {}
+        self._told: dict[int, str] = {}
+        self._tell: Tell = lambda _: None
+
+    def use(self, kernel: Kernel, strategy: StrategyOn, full_tokens: bool, may_ring: bool) -> None:
+        """Exchange tokens by `strategy` around `kernel` from now on, or keep them full."""
+        heads = None if full_tokens else self._heads
+        self._limits = Limits(heads, may_ring and hasattr(kernel, "with_lse"))
+        self._strategy = None if full_tokens else strategy
+        self._layouts.clear()
+
+    def tell(self, tell: Tell, begins_run: bool) -> None:
+        """Tell from now on what is chosen, if it was not told since a run began."""
+        self._tell = tell
+        if begins_run:
+            self._told.clear()
+
+    def mesh_for(self, runs: int, full_tokens: bool, tell: Tell) -> DeviceMesh:
+        """Return the mesh whose batch axis divides several runs, and have groups do theirs on it. Collective."""
+        # Attention that nodes have put into the runs is not known yet, and may not be able to use a ring.
+        limits = Limits(None if full_tokens else self._heads, may_ring=self._by_run.arrangement.mesh.ring > 1)
+        choice = self._by_run.choose(runs, limits, "run")
+        self._own_run = self._by_run.mesh(choice)
+        if choice.splits_rows:
+            tell(str(choice))
+        return self._own_run
+
+    def of(self, rows: int, can_divide: bool) -> Layout:
+        rows = max(rows, 1) if can_divide else 1
+        choice = self._by_run.choose(rows, self._limits)
+        mesh = self._by_run.mesh(choice)
+        known = self._layouts.get(rows)
+        if known is None or known[0] is not mesh:
+            batch = BatchAxis(mesh.get_group("batch")) if choice.splits_rows else None
+            known = self._layouts[rows] = mesh, Layout(batch, self._sequence(mesh))
+        if rows not in self._told:
+            self._told[rows] = str(choice)
+            self._tell("; ".join(self._told.values()))
+        return known[1]
+
+    def of_own_run(self) -> Layout:
+        assert self._own_run is not None, "runs of groups have a mesh"
+        return Layout(None, self._sequence(self._own_run))
+
+    def _sequence(self, mesh: DeviceMesh) -> SequenceGroup | None:
+        if self._heads is None:
+            return None
+        if self._strategy is None:
+            return SequenceGroup.single_rank()
+        return SequenceGroup.of(sequence_axis(mesh).get_group(), self._strategy(mesh))
+
+
+def given(mesh: DeviceMesh) -> GivenLayouts | None:
+    """Return the layouts of a mesh, None if it has no batch axis: then all forwards have the same one."""
+    batch = BatchAxis(mesh.get_group("batch"))
+    return GivenLayouts(batch) if batch.degree > 1 else None
