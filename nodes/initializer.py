@@ -39,24 +39,28 @@ def _inputs() -> dict[str, io.Input]:
         number(
             "ulysses_degree",
             "Workers that split the tokens of one image or video (Ulysses). At most the model's attention heads. "
-            "0: all workers that the other degrees leave.",
+            "0: each run chooses by its batch: groups of workers take CFG rows and images, and the rest split tokens, "
+            "unless cfg_degree or dp_degree is above 1. The node that samples shows the choice.",
         ),
         number(
             "ring_degree",
-            "Workers that split tokens and pass keys and values around a ring. For more workers than attention heads.",
+            "Workers that split tokens and pass keys and values around a ring. For more workers than attention heads, "
+            "where ulysses_degree = 0 also chooses a ring.",
             default=1,
             least=1,
         ),
         number(
             "cfg_degree",
-            "Groups of workers that split the CFG batch: positive and negative prompt.",
+            "Groups of workers that split the CFG batch: positive and negative prompt. "
+            "With ulysses_degree = 0, leave it at 1 to have it chosen.",
             default=1,
             least=1,
         ),
         number(
             "dp_degree",
             "Groups of workers that split a batch of images, or sample one image each (DP KSampler). "
-            "0: what a given ulysses_degree leaves. GPU is ulysses x ring x cfg x dp.",
+            "0: what a given ulysses_degree leaves. GPU is ulysses x ring x cfg x dp. "
+            "With ulysses_degree = 0, leave it at 1 to have it chosen.",
             default=1,
         ),
         switch("sync_ulysses", "No effect: exchanges are always ordered. Kept for saved workflows."),
@@ -74,8 +78,8 @@ def _inputs() -> dict[str, io.Input]:
             "XFuser_attention",
             options=list(kernels.NAMES),
             default=kernels.AUTO,
-            tooltip="Attention kernel. auto: the fastest exact one of PyTorch. TORCH choices need nothing installed; "
-            "FA, FA3 and SAGE choices need their library.",
+            tooltip="Attention kernel, with one worker too. auto: the fastest exact one of PyTorch. TORCH choices need "
+            "nothing installed; FA, FA3 and SAGE choices need their library.",
         ),
         switch("skip_comm_test", "Skip the GPU link test (under 3 s) when workers start for the first time."),
         switch("use_mmap", "No effect: model files are always memory-mapped. Kept for saved workflows."),
@@ -123,7 +127,7 @@ class _Initializer(io.ComfyNode):
 class RayInitializer(_Initializer):
     """Choose the workers, one per GPU, and how they split the work.
 
-    By default all GPUs of this machine split the tokens of one image or video. The node shows what was chosen.
+    By default all GPUs of this machine work on each image or video, and each run chooses how. Nodes show the choice.
     Workers start at once, while ComfyUI loads what else the prompt needs, and stay for the next prompt.
     """
 

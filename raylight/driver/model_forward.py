@@ -21,7 +21,7 @@ from raylight.host.worker_service import WorkerService
 
 from . import memory, model_changes
 from .model_job import model_job
-from .outer_sample import move_to_workers
+from .outer_sample import begins_run, move_to_workers
 from .remote_model import RemotePatcher
 from .workers import ask, ask_with_room, open_session
 
@@ -101,7 +101,7 @@ def _send(
         call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_slots_of(channel.sender))
         model = model_job(channel.session, patcher, changes)
         move_to_workers(model.inside.full_tokens_for)
-        job = ForwardJob(model, method, call, channel.sender.message(), extras, shape)
+        job = ForwardJob(model, method, call, channel.sender.message(), extras, shape, begins_run())
         if channel.is_new:
             answer = ask_with_room(channel.session, WorkerService.forward, job, patcher.recipe)[0]
             channel.is_new = False

@@ -81,11 +81,22 @@ class Degrees:
     def mesh(self) -> MeshShape:
         return MeshShape(self.cfg * self.dp, self.ring, self.ulysses)
 
+    @property
+    def by_run(self) -> bool:
+        """Whether the workers choose degrees for each run: there are several, and neither `ulysses` nor groups of the
+        batch axis are given. A given ring stays.
+        """
+        return "ulysses_degree" in self.chosen and self.cfg * self.dp == 1 < self.mesh.world_size
+
     def __str__(self) -> str:
         workers = self.mesh.world_size
         kind = "GPU" if gpu_count() else "CPU worker"
-        text = f"{workers} {kind}{'' if workers == 1 else 's'}: ulysses {self.ulysses}"
-        text += "".join(f" x {name} {getattr(self, name)}" for name in ("ring", "cfg", "dp") if getattr(self, name) > 1)
+        text = f"{workers} {kind}{'' if workers == 1 else 's'}: "
+        if self.by_run:
+            text += f"ring {self.ring}, other degrees by the run" if self.ring > 1 else "degrees by the run"
+        else:
+            names = ("ulysses", *(name for name in ("ring", "cfg", "dp") if getattr(self, name) > 1))
+            text += " x ".join(f"{name} {getattr(self, name)}" for name in names)
         return text + (f" ({' and '.join(self.chosen)} chosen automatically)" if self.chosen else "")
 
 
@@ -110,7 +121,8 @@ def degrees_from(inputs: Mapping[str, Any], selected: tuple[int, ...] = ()) -> D
     """Return the degrees that an initializer's inputs describe; `selected` are the GPUs that it names.
 
     GPU = 0 uses the selected GPUs, or all of this machine (two workers if it has none). ulysses_degree = 0 uses what
-    ring_degree, cfg_degree and dp_degree leave; dp_degree = 0 uses what a given ulysses_degree leaves as well.
+    ring_degree, cfg_degree and dp_degree leave, and lets each run choose if the latter two are 1; dp_degree = 0 uses
+    what a given ulysses_degree leaves as well.
 
     Raises ValueError, naming input, value and what would fit.
     """
@@ -209,6 +221,7 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[WorkerConfig, Degrees]:
         gpu_select=selected,
         object_store_bytes=None if store_gb is None else int(store_gb * 1e9),
         check_links=not inputs.get("skip_comm_test", False),
+        by_run=degrees.by_run,
     )
     workers = WorkerConfig(
         config,
@@ -221,12 +234,12 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[WorkerConfig, Degrees]:
 
 
 def all_workers() -> WorkerConfig:
-    """Return one worker for each GPU of this machine, or CPU_WORKERS, which split the tokens. Raises as
+    """Return one worker for each GPU of this machine, or CPU_WORKERS, with degrees by the run. Raises as
     `device_type`.
     """
     degrees = Degrees(default_worker_count(), chosen=("GPU", "ulysses_degree"))
     logger.info("no Ray initializer: %s", degrees)
-    return WorkerConfig(SessionConfig(degrees.mesh, device_type()), kernels.AUTO)
+    return WorkerConfig(SessionConfig(degrees.mesh, device_type(), by_run=degrees.by_run), kernels.AUTO)
 
 
 def _validate(inputs: Mapping[str, Any], workers: int, selected: tuple[int, ...]) -> None:

@@ -32,7 +32,7 @@ from .workers import open_session
 
 logger = logging.getLogger(__name__)
 
-_may_move = False
+_may_move = _run_begins = False
 
 
 class MoveToWorkers(BaseException):
@@ -53,6 +53,13 @@ def move_to_workers(full_tokens_for: str) -> None:
     if _may_move and full_tokens_for:
         raise MoveToWorkers(full_tokens_for)
     _may_move = False
+
+
+def begins_run() -> bool:
+    """Return whether this is the first forward that is sent of a run whose loop stays here. Call it for each once."""
+    global _run_begins
+    begins, _run_begins = _run_begins, False
+    return begins
 
 
 @contextmanager
@@ -158,7 +165,9 @@ def _pending(
 
 def _stay(patcher: RemotePatcher, run: Callable[[], Tensor], reason: str | NotSerializableError) -> Tensor:
     """Do the run here, and take back what it has put on the model, which the next run may not load."""
+    global _run_begins
     logger.info("the sampling loop stays in ComfyUI, and each forward goes to the workers: %s", reason)
+    _run_begins = True
     try:
         return run()
     finally:

@@ -1,14 +1,17 @@
-"""What the executing node shows while its workers start and read a model."""
+"""What the executing node shows while its workers start, read a model, and choose degrees for a run."""
 
 from __future__ import annotations
 
+import logging
 import time
 
 import comfy.utils
 from comfy_execution.utils import get_executing_context
 
-from raylight.host.jobs import LoadProgress
+from raylight.host.jobs import DegreesChosen, LoadProgress
 from raylight.host.prompt_server import prompt_server
+
+logger = logging.getLogger(__name__)
 
 
 def show_text(text: str) -> None:
@@ -20,9 +23,12 @@ def show_text(text: str) -> None:
 
 
 class Loading:
-    """Shows on the executing node how much of a model was read, in words and on its bar."""
+    """Shows on the executing node how much of a model was read, in words and on its bar, and with which degrees it
+    runs.
+    """
 
     def __init__(self) -> None:
+        self._degrees = ""
         self._last: LoadProgress | None = None
         self._bar: comfy.utils.ProgressBar | None = None
         self._began = self._shown_at = time.monotonic()
@@ -37,12 +43,19 @@ class Loading:
         if progress.done_bytes < progress.total_bytes:  # a full bar would be that of the node
             self._bar.update_absolute(progress.done_bytes)
 
+    def show_degrees(self, chosen: DegreesChosen) -> None:
+        """Show the degrees of the run, and log them."""
+        self._degrees = f"degrees: {chosen.text}"
+        logger.info("%s", self._degrees)
+        show_text(self._degrees)
+
     def end(self) -> None:
         """Say that the model is there, if any progress was shown."""
         if self._last is not None:
             # Not until now: the job may have sampled since.
             size, seconds = self._last.total_bytes / 1e9, self._shown_at - self._began
-            show_text(f"{self._last.name} is loaded: {size:.1f} GB in {seconds:.1f} s")
+            loaded = f"{self._last.name} is loaded: {size:.1f} GB in {seconds:.1f} s"
+            show_text("; ".join(filter(None, (loaded, self._degrees))))
 
 
 def text_of(progress: LoadProgress) -> str:

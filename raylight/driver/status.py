@@ -46,7 +46,10 @@ def _gpus() -> list[str]:
 
 def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
     shape = running.config.mesh
-    lines = [f"{running.config.world_size} workers: batch {shape.batch} x ring {shape.ring} x Ulysses {shape.ulysses}"]
+    how = f"batch {shape.batch} x ring {shape.ring} x Ulysses {shape.ulysses}"
+    if running.config.by_run:
+        how = "degrees by the run" if shape.ring == 1 else f"ring {shape.ring}, other degrees by the run"
+    lines = [f"{running.config.world_size} workers: {how}"]
     for rank, place in running.places.items():
         of_rank = memory[rank]
         where = "GPU" if place.gpu is not None else "machine"

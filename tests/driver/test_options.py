@@ -80,6 +80,27 @@ def test_says_what_it_has_chosen(four: None) -> None:
     )
     given = str(options.degrees_from({"GPU": 2, "ulysses_degree": 2}))
     assert given.endswith("ulysses 2")
+    by_run = str(options.degrees_from({"GPU": 4, "ulysses_degree": 0}))
+    assert by_run.endswith("s: degrees by the run (ulysses_degree chosen automatically)")
+    with_ring = str(options.degrees_from({"GPU": 4, "ulysses_degree": 0, "ring_degree": 2}))
+    assert with_ring.endswith("s: ring 2, other degrees by the run (ulysses_degree chosen automatically)")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({}, True),
+        ({"dp_degree": 0}, True),
+        ({"ring_degree": 2}, True),
+        ({"cfg_degree": 2}, False),
+        ({"dp_degree": 2}, False),
+        ({"ulysses_degree": 4}, False),
+        ({"ulysses_degree": 1, "dp_degree": 0}, False),
+        ({"GPU": 1}, False),
+    ],
+)
+def test_each_run_chooses_what_is_not_given(four: None, inputs: dict[str, int], expected: bool) -> None:
+    assert options.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs).by_run is expected
 
 
 @pytest.mark.parametrize("node_id", ["RayInitializer", "RayInitializerAdvanced"])
@@ -88,7 +109,8 @@ def test_the_defaults_are_automatic_and_shown(pack: dict[str, Any], node_id: str
     defaults = {i.id: i.default if i.default is not None else i.options[0] for i in node.GET_SCHEMA().inputs}
     assert (defaults["GPU"], defaults["ulysses_degree"]) == (0, 0)
     output = asyncio.run(node.execute(**defaults))
-    assert output.result[0].config.world_size == output.result[0].config.mesh.ulysses
+    config = output.result[0].config
+    assert config.by_run and config.world_size == config.mesh.ulysses
     assert "GPU and ulysses_degree chosen automatically" in output.ui.as_dict()["text"][0]
     assert "unique_id" in node.INPUT_TYPES()["hidden"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from comfy_execution.utils import CurrentNodeContext
 
 from raylight.driver import progress, workers
-from raylight.host.jobs import LoadProgress, StepDone
+from raylight.host.jobs import DegreesChosen, LoadProgress, StepDone
 from raylight.host.worker_service import WorkerService
 
 LOADS = [LoadProgress("wan", done * 10**9, 4 * 10**9) for done in (0, 1, 4)]
@@ -56,6 +57,26 @@ def test_loading_is_shown_and_kept_from_the_listener(
     ]
     assert len(texts) == len(shown) == 4 and texts[3].startswith("wan is loaded: 4.0 GB in ")
     assert (4 * 10**9, 4 * 10**9) not in bar and bar[0] == (0, 4 * 10**9)
+
+
+def test_degrees_are_shown_and_logged_and_stay_beside_the_loading(
+    shown: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Choosing(LoadingSession):
+        def run_all(self, verb: Any, on_event: Callable[[Any], None], **_: Any) -> dict[int, Any]:
+            for event in (*LOADS[: self.loads], DegreesChosen("ulysses 4 (one row at a time)"), STEP):
+                on_event(event)
+            return {0: "done"}
+
+    steps: list[Any] = []
+    line = "degrees: ulysses 4 (one row at a time)"
+    for loads in (0, len(LOADS)):
+        monkeypatch.setattr(Choosing, "loads", loads, raising=False)
+        with CurrentNodeContext("prompt", "7"), caplog.at_level(logging.INFO, "raylight"):
+            workers.ask_all(Choosing(), WorkerService.sample, on_event=steps.append)
+        assert (line, "7") in shown
+        assert shown[-1][0].endswith(line) and shown[-1][0].startswith("wan is loaded" if loads else line)
+    assert steps == [STEP, STEP] and caplog.messages.count(line) == 2
 
 
 def test_the_time_of_loading_is_not_that_of_sampling(
