@@ -1,0 +1,193 @@
+"""Degrees that each run chooses, beside given ones and stock ComfyUI, through Ray, per step of a model at full size.
+
+    COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/degrees.py --folder /dev/shm --ranks 2 4 --json degrees.json
+
+Runs with CFG, without it, with two images, and with prompts of different lengths, which ComfyUI cannot put into one
+batch. For each number of workers the ways share one session, whose workers take other degrees without a restart; a step
+is the difference between a run of several steps and a run of one. `relative L2` is to stock's latent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_size import SIZES, versions, write_checkpoint
+from torch import Tensor
+
+BY_RUN = "by the run"
+TEXT = "c_crossattn"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run: its guidance scale, images, and whether the negative prompt is shorter than the other."""
+
+    title: str
+    cfg: float
+    images: int = 1
+    shorter: bool = False
+
+
+KINDS = {
+    "cfg": Kind("CFG 5", 5.0),
+    "one": Kind("no CFG", 1.0),
+    "images": Kind("no CFG, 2 images", 1.0, 2),
+    "lengths": Kind("CFG 5, prompts of other lengths", 5.0, shorter=True),
+}
+
+
+class Chosen(logging.Handler):
+    """Keeps what the driver logs of the degrees of a run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("degrees: "):
+            self.text = record.getMessage().removeprefix("degrees: ")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="wan-480p", choices=SIZES)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
+    parser.add_argument("--layers", type=int, default=10, help="this many layers of each kind; 0: all")
+    parser.add_argument("--steps", type=int, default=4, help="of the longer run")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--attention", default="TORCH_FLASH", help="TORCH_FLASH is what stock ComfyUI takes")
+    parser.add_argument("--folder", type=Path, help="for the file of weights; a temporary one where it is not given")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def prompt(name: str, seed: int, shorter: bool = False) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    texts = dict(SIZES[name].texts)
+    batch, tokens, width = texts[TEXT]
+    if shorter:
+        tokens -= tokens // 16 + 1
+    more = {"pooled_output": torch.randn(texts["y"], generator=generator)} if "y" in texts else {}
+    return [[torch.randn(batch, tokens, width, generator=generator), more]]
+
+
+def sample(model: Any, name: str, kind: Kind, seed: int, steps: int) -> Tensor:
+    import comfy.sample
+    import comfy.samplers
+
+    shape = (kind.images, *SIZES[name].latent[1:])
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    return comfy.sample.sample_custom(
+        model,
+        comfy.sample.prepare_noise(torch.zeros(shape), seed),
+        kind.cfg,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        prompt(name, 1),
+        prompt(name, 2, kind.shorter),
+        torch.zeros(shape),
+        disable_pbar=True,
+        seed=seed,
+    )
+
+
+def timed(model: Any, name: str, kind: Kind, seed: int, steps: int) -> tuple[float, Tensor]:
+    began = time.perf_counter()
+    result = sample(model, name, kind, seed, steps).float().cpu()
+    return time.perf_counter() - began, result
+
+
+def measure(model: Any, name: str, kind: Kind, options: argparse.Namespace) -> tuple[float, Tensor]:
+    """Return the seconds of a step, and the latent of a run whose seed is the same for every way."""
+    timed(model, name, kind, 0, 1)  # loads, makes process groups and warms up
+    taken = []
+    latent = torch.empty(0)
+    for turn in range(options.repeats):
+        once, _ = timed(model, name, kind, turn, 1)
+        often, latent = timed(model, name, kind, turn, options.steps)
+        taken.append((often - once) / (options.steps - 1))
+    return statistics.median(taken), latent
+
+
+def meshes(ranks: int) -> dict[str, Any]:
+    """Return the ways to arrange so many workers: by the run, and given degrees."""
+    from raylight.parallel.mesh import MeshShape
+
+    ways = {BY_RUN: None, f"ulysses {ranks}": MeshShape(ulysses=ranks)}
+    if ranks % 2 == 0:
+        rest = f" x ulysses {ranks // 2}" if ranks > 2 else ""
+        ways[f"cfg 2{rest}"] = MeshShape(batch=2, ulysses=ranks // 2)
+    return ways
+
+
+@torch.inference_mode()
+def main() -> None:
+    options = parsed()
+    import comfy.model_management
+    import comfy.sd
+
+    from raylight.cluster import active_session
+    from raylight.cluster.config import SessionConfig
+    from raylight.driver import api
+    from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
+    from raylight.parallel.mesh import MeshShape
+
+    chosen, log = Chosen(), logging.getLogger("raylight")
+    log.setLevel(logging.INFO)
+    log.addHandler(chosen)
+    name = options.size
+    figures: dict[str, Any] = {"versions": versions(), "attention": options.attention, "layers": options.layers}
+    print(figures["versions"])
+    print(f"{SIZES[name].title}, {options.layers or 'all'} layers, {options.attention}")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = Path(folder) / "model.safetensors"
+        write_checkpoint(name, path, torch.device(options.device), options.layers or None)
+        stock = comfy.sd.load_diffusion_model(str(path))
+        expected = {key: measure(stock, name, KINDS[key], options) for key in options.kinds}
+        comfy.model_management.unload_all_models()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"{'':<34} {'way':<20} {'s a step':>9} {'speed-up':>8} {'relative L2':>11}  chosen")
+        for key, (seconds, _) in expected.items():
+            print(f"{KINDS[key].title:<34} {'stock, 1 GPU':<20} {seconds:>9.4f} {1:>8.2f}")
+        for ranks in options.ranks:
+            for way, mesh in meshes(ranks).items():
+                config = SessionConfig(mesh or MeshShape(ulysses=ranks), options.device, by_run=mesh is None)
+                model = api.load(
+                    RayModel(WorkerConfig(config, options.attention), ModelRecipe.of(str(path), "default"))
+                )
+                for key in options.kinds:
+                    chosen.text = ""
+                    seconds, latent = measure(model, name, KINDS[key], options)
+                    of_stock, other = expected[key]
+                    error = ((latent - other).norm() / other.norm()).item()
+                    print(
+                        f"{KINDS[key].title:<34} {f'{ranks}: {way}':<20} {seconds:>9.4f} {of_stock / seconds:>8.2f} "
+                        f"{error:>11.1e}  {chosen.text}",
+                        flush=True,
+                    )
+                    figures[f"{ranks} {way}, {key}"] = {
+                        "seconds": seconds,
+                        "of_stock": of_stock / seconds,
+                        "relative_l2": error,
+                        "chosen": chosen.text,
+                    }
+            active_session.close(keep_ray=True)
+    active_session.close()
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
