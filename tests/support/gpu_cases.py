@@ -52,11 +52,13 @@ def on_workers(
     *loras: tuple[Path, float],
     free_memory_after: bool = False,
     mesh: MeshShape = WORKERS.config.mesh,
+    by_run: bool = False,
+    attention: str = WORKERS.attention,
 ) -> ModelPatcher:
     """The drop-in model of a file."""
     recipes = tuple(LoraRecipe.of(str(lora), strength) for lora, strength in loras)
-    config = replace(WORKERS.config, mesh=mesh)
-    workers = replace(WORKERS, config=config, free_memory_after=free_memory_after, sharding=sharding)
+    config = replace(WORKERS.config, mesh=mesh, by_run=by_run)
+    workers = WorkerConfig(config, attention, free_memory_after=free_memory_after, sharding=sharding)
     return api.load(RayModel(workers, ModelRecipe.of(str(path), "default", sharding, recipes)))
 
 
@@ -66,14 +68,16 @@ def latent(
     shape: tuple[int, ...] = SHAPE,
     steps: int = 2,
     on_step: Callable[[int], None] = lambda _: None,
+    tokens: tuple[int, int] = (24, 17),
 ) -> Tensor:
     """The latent that a sampler makes, float32 on the CPU. With `stays_here` the sampler holds what no other process
-    can have, so that its loop stays in this one. `on_step` is called after each step with its number from 0.
+    can have, so that its loop stays in this one. `on_step` is called after each step with its number from 0. `tokens`
+    are those of the positive and of the negative prompt: of one length, ComfyUI computes them together.
     """
     sampler = comfy.samplers.sampler_object("euler")
     if stays_here:
         sampler.held = threading.Lock()
-    prompts = [random_prompt(tokens, TEXT, seed) for tokens, seed in ((24, 1), (17, 2))]
+    prompts = [random_prompt(count, TEXT, seed) for seed, count in enumerate(tokens, start=1)]
     guider: Any = nodes_custom_sampler.CFGGuider.execute(model, *prompts, 3.0).result[0]
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     start = torch.zeros(shape)
