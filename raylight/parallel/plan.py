@@ -212,7 +212,8 @@ class SequencePlan:
     `model`: the import path of the class. `heads`: the path of the attribute with its number of attention heads.
     `patches`: for each kind of node patch in or between blocks, which of its arguments have one row per token; results
     by the same names have, too. `unhooked`: Python modules of the model that call ComfyUI's attention without passing
-    its options. `refused(model)`: why this instance cannot be split, or None.
+    its options. `refused(model)`: why this instance cannot be split, or None. `independent_rows`: whether the model
+    computes each row of a batch by itself; if not, only its tokens are split.
 
     Raises ValueError: when a rule names a stream that no input introduces.
     """
@@ -225,6 +226,7 @@ class SequencePlan:
     patches: Mapping[str, Mapping[str, Aligned]] = field(default_factory=dict)
     unhooked: tuple[str, ...] = ()
     refused: Callable[[Any], str | None] = lambda model: None
+    independent_rows: bool = True
     streams: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from raylight.parallel.plan import SequencePlan
 
-from .exceptions import EXCEPTIONS
+from .exceptions import EXCEPTIONS, U_NET
 
 
 @functools.cache
@@ -26,6 +26,13 @@ def all_plans() -> dict[str, SequencePlan]:
                 raise ValueError(f"{plan.model} has two plans")
             plans[plan.model] = plan
     return plans
+
+
+def has_known_rows(config: str) -> bool:
+    """Return whether a model without a plan, by its class name in `comfy.supported_models`, is known to compute each
+    batch row by itself and to keep nothing from forward to forward.
+    """
+    return EXCEPTIONS.get(config) == U_NET
 
 
 def plan_for(model: nn.Module, config: str = "") -> SequencePlan:

@@ -31,5 +31,6 @@ PLANS = (
         outputs={"decoder.norm_out": Gather("audio")},
         heads=f"{LAYERS}.0.self_attn.num_heads",
         unhooked=("comfy.ldm.ace.ace_step15",),
+        independent_rows=False,  # it gives the reference audio of all rows to the first
     ),
 )

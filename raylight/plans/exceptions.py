@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_U_NET = "a U-Net: convolutions mix neighbouring pixels between all attention blocks"
+U_NET = "a U-Net: convolutions mix neighbouring pixels between all attention blocks"
 _NOT_DIFFUSION = "not a diffusion model: it runs once"
 
 EXCEPTIONS: dict[str, str] = {
@@ -29,7 +29,7 @@ EXCEPTIONS: dict[str, str] = {
             "Stable_Cascade_C",
             "Stable_Cascade_B",
         ),
-        _U_NET,
+        U_NET,
     ),
     **dict.fromkeys(("RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3"), _NOT_DIFFUSION),
     "ACEStep": "its self-attention is linear (sums over all tokens, without ComfyUI's attention) and its feed-forward "

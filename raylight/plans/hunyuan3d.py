@@ -25,5 +25,6 @@ PLANS = (
         outputs={"blocks.-1": Gather("img")},
         patches={"block": {"x": Aligned(SHAPE), "skip": Aligned(SHAPE)}},
         unhooked=("comfy.ldm.hunyuan3dv2_1.hunyuandit",),
+        independent_rows=False,  # it swaps the halves of a batch
     ),
 )

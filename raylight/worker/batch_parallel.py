@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from raylight.parallel.batch import BatchAxis, Rows
 from raylight.parallel.process_group import any_rank
 from raylight.parallel.sequence_parallel import SequenceParallel
 
-from .layouts import Layouts
+from .layouts import Layouts, RowsAre
 
 # Arguments of models whose batch rows are not independent: video U-Nets have frames there.
 _BATCH_IS_FRAMES = ("num_video_frames",)
@@ -79,8 +79,10 @@ class BatchParallel:
             any_rank(True, dist.group.WORLD)
             self._latest = args, kwargs
         self._total = _batch_of((*args, *kwargs.values()))
-        can_divide = not any(kwargs.get(name) is not None for name in _BATCH_IS_FRAMES)
-        layout = self._layouts.of_own_run() if self._independent else self._layouts.of(self._total, can_divide)
+        if self._independent:
+            layout = self._layouts.of_own_run()
+        else:
+            layout = self._layouts.of(self._total, _rows_in(kwargs))
         self._batch = layout.batch
         if layout.sequence is not None and self._split is not None:
             self._split.use(layout.sequence)
@@ -101,6 +103,18 @@ class BatchParallel:
             return self._own(*rows.of(args), **rows.of(kwargs), **{OPTIONS: inner})
 
         return self._batch.call(call, self._total)
+
+
+def _rows_in(kwargs: Mapping[str, Any]) -> RowsAre:
+    """Return how the batch rows of a forward with these arguments depend on each other."""
+    if any(kwargs.get(name) is not None for name in _BATCH_IS_FRAMES):
+        return RowsAre.TOGETHER
+    options = kwargs.get(OPTIONS) or {}
+    kinds = [kind for kind, patches in options.get("patches", {}).items() if patches]
+    # Such as ComfyUI's NAGuidance, which compares the positive with the negative prompt.
+    if any(kind.startswith("attn") for kind in kinds):
+        return RowsAre.TOGETHER
+    return RowsAre.PATCHED if kinds or any(options.get("patches_replace", {}).values()) else RowsAre.INDEPENDENT
 
 
 def _batch_of(values: Any) -> int:

@@ -9,10 +9,12 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from raylight.host.jobs import Inside
 from raylight.parallel.batch import BatchAxis
 from raylight.parallel.degrees import DegreesByRun, Limits
 from raylight.parallel.mesh import sequence_axis
@@ -24,6 +26,14 @@ logger = logging.getLogger(__name__)
 # Makes the strategy by which the ranks of a mesh exchange tokens.
 StrategyOn = Callable[[DeviceMesh], Strategy]
 Tell = Callable[[str], None]
+
+
+class RowsAre(Enum):
+    """How the batch rows of a forward depend on each other."""
+
+    INDEPENDENT = "independent"
+    PATCHED = "seen by patches of nodes, most of which treat each by itself"
+    TOGETHER = "computed with each other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +50,8 @@ class Layouts(Protocol):
     """The layouts of one model's forwards."""
 
     @abstractmethod
-    def of(self, rows: int, can_divide: bool) -> Layout:
-        """Return the layout of a forward of `rows` batch rows, of which each is independent if `can_divide`."""
+    def of(self, rows: int, rows_are: RowsAre) -> Layout:
+        """Return the layout of a forward of `rows` batch rows."""
 
     @abstractmethod
     def of_own_run(self) -> Layout:
@@ -53,8 +63,9 @@ class GivenLayouts(Layouts):
     split over all ranks.
     """
 
-    def __init__(self, batch: BatchAxis) -> None:
-        self._batch = batch
+    def __init__(self, batch: BatchAxis, independent_rows: bool) -> None:
+        """Divide rows over `batch`, unless the model's rows depend on each other."""
+        self._batch, self._independent_rows = batch, independent_rows
         self._sequence: SequenceGroup | None = None
         self._all_ranks: SequenceGroup | None = None
         self._logged: set[str] = set()
@@ -63,9 +74,10 @@ class GivenLayouts(Layouts):
         """Split tokens over `sequence` in forwards that divide their rows, and over `all_ranks` in the others."""
         self._sequence, self._all_ranks = sequence, all_ranks
 
-    def of(self, rows: int, can_divide: bool) -> Layout:
+    def of(self, rows: int, rows_are: RowsAre) -> Layout:
+        can_divide = self._independent_rows and rows_are is not RowsAre.TOGETHER
         divides = can_divide and self._batch.can_split(rows)
-        self._log(rows, divides)
+        self._log(rows, divides, can_divide)
         if divides or self._all_ranks is None:
             return Layout(self._batch if divides else None, self._sequence)
         return Layout(None, self._all_ranks)
@@ -73,9 +85,11 @@ class GivenLayouts(Layouts):
     def of_own_run(self) -> Layout:
         return Layout(None, self._sequence)
 
-    def _log(self, total: int, splits: bool) -> None:
+    def _log(self, total: int, splits: bool, can_divide: bool) -> None:
         """Log once what is done with batches of a size."""
         too_small = f"a batch of {total} is too small for {self._batch.degree} groups of workers"
+        if not can_divide:
+            too_small = f"the rows of a batch of {total} depend on each other"
         if splits:
             message = f"a batch of {total} is split over the workers"
         elif self._all_ranks is not None:
@@ -90,19 +104,26 @@ class GivenLayouts(Layouts):
 class ChosenLayouts(Layouts):
     """Those that are chosen for each number of rows, each on a mesh of its own."""
 
-    def __init__(self, by_run: DegreesByRun, heads: int | None) -> None:
-        """`heads` are the model's attention heads, None if its tokens cannot be split."""
-        self._by_run, self._heads = by_run, heads
+    def __init__(self, by_run: DegreesByRun, heads: int | None, independent_rows: bool) -> None:
+        """`heads` are the model's attention heads, None if its tokens cannot be split. The model's rows depend on each
+        other unless `independent_rows`.
+        """
+        self._by_run, self._heads, self._independent_rows = by_run, heads, independent_rows
+        self._may_divide = independent_rows
         self._limits = Limits(heads)
         self._strategy: StrategyOn | None = None
         self._own_run: DeviceMesh | None = None
         self._layouts: dict[int, tuple[DeviceMesh, Layout]] = {}
-        self._told: dict[int, str] = {}
+        self._told: dict[tuple[int, bool], str] = {}
         self._tell: Tell = lambda _: None
 
-    def use(self, kernel: Kernel, strategy: StrategyOn, full_tokens: bool, may_ring: bool) -> None:
-        """Exchange tokens by `strategy` around `kernel` from now on, or keep them full."""
+    def use(self, kernel: Kernel, strategy: StrategyOn, inside: Inside, may_ring: bool) -> None:
+        """Exchange tokens by `strategy` around `kernel` from now on, or keep them full, as code `inside` of the model
+        needs. Such code sees all rows too, as it does in one process.
+        """
+        full_tokens = bool(inside.full_tokens_for)
         heads = None if full_tokens else self._heads
+        self._may_divide = self._independent_rows and inside == Inside()
         self._limits = Limits(heads, may_ring and hasattr(kernel, "with_lse"))
         self._strategy = None if full_tokens else strategy
         self._layouts.clear()
@@ -123,16 +144,17 @@ class ChosenLayouts(Layouts):
             tell(str(choice))
         return self._own_run
 
-    def of(self, rows: int, can_divide: bool) -> Layout:
-        rows = max(rows, 1) if can_divide else 1
-        choice = self._by_run.choose(rows, self._limits)
+    def of(self, rows: int, rows_are: RowsAre) -> Layout:
+        divides = self._may_divide and rows_are is RowsAre.INDEPENDENT
+        rows = rows if divides and rows > 1 else 1
+        choice = self._by_run.choose(rows, self._limits, "row" if divides else "undivided batch")
         mesh = self._by_run.mesh(choice)
         known = self._layouts.get(rows)
         if known is None or known[0] is not mesh:
             batch = BatchAxis(mesh.get_group("batch")) if choice.splits_rows else None
             known = self._layouts[rows] = mesh, Layout(batch, self._sequence(mesh))
-        if rows not in self._told:
-            self._told[rows] = str(choice)
+        if (rows, divides) not in self._told:
+            self._told[rows, divides] = str(choice)
             self._tell("; ".join(self._told.values()))
         return known[1]
 
@@ -148,7 +170,9 @@ class ChosenLayouts(Layouts):
         return SequenceGroup.of(sequence_axis(mesh).get_group(), self._strategy(mesh))
 
 
-def given(mesh: DeviceMesh) -> GivenLayouts | None:
-    """Return the layouts of a mesh, None if it has no batch axis: then all forwards have the same one."""
+def given(mesh: DeviceMesh, independent_rows: bool) -> GivenLayouts | None:
+    """Return the layouts of a mesh, None if it has no batch axis: then all forwards have the same one. The model's rows
+    depend on each other unless `independent_rows`.
+    """
     batch = BatchAxis(mesh.get_group("batch"))
-    return GivenLayouts(batch) if batch.degree > 1 else None
+    return GivenLayouts(batch, independent_rows) if batch.degree > 1 else None

@@ -26,7 +26,7 @@ from raylight.parallel.process_group import among
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_attention import Strategy
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceGroups
-from raylight.plans import plan_for
+from raylight.plans import has_known_rows, plan_for
 
 from .batch_parallel import BatchParallel
 from .layouts import ChosenLayouts, GivenLayouts, Tell, given
@@ -63,7 +63,8 @@ class ParallelModel:
         Raises ValueError: when tokens must be split and the model has no plan, or cannot be split by it.
         """
         self._model, self._device = base.diffusion_model, device
-        self._find_plan = _once(self._model, type(base.model_config).__name__)
+        self._config = type(base.model_config).__name__
+        self._find_plan = _once(self._model, self._config)
         self._groups: SequenceGroups | None = None
         self._split: ComfySequenceParallel | None = None
         self._batch: BatchParallel | None = None
@@ -105,13 +106,13 @@ class ParallelModel:
         elif self._by_run is not None:
             self._layouts = self._choosing(self._by_run)
         else:
-            self._split_as_given()
-            self._layouts = given(self._mesh)
+            self._layouts = given(self._mesh, self._split_as_given())
         if self._layouts is not None:
             self._batch = BatchParallel(self._model, self._layouts, self._split)
         self._is_arranged = True
 
-    def _split_as_given(self) -> None:
+    def _split_as_given(self) -> bool:
+        """Install the hooks for the tokens. Return whether batch rows are independent, as far as is known."""
         try:
             plan = self._find_plan()
             self._split = apply_sequence_parallel(self._model, plan, self._mesh)
@@ -120,17 +121,22 @@ class ParallelModel:
             if sequence_axis(self._mesh).size() > 1:
                 raise
             logger.info("%s: workers can only split its batch", error)
+            return True
+        return plan.independent_rows
 
     def _choosing(self, by_run: DegreesByRun) -> ChosenLayouts:
-        heads = None
+        heads, independent_rows = None, True
         try:
             plan = self._find_plan()
+            independent_rows = plan.independent_rows
             # Each forward brings its group.
             self._split = ComfySequenceParallel(self._model, plan, SequenceGroup.single_rank(), ulysses_degree=1)
             heads = int(attrgetter(plan.heads)(self._model))
         except ValueError as error:
+            if not has_known_rows(self._config):
+                raise
             logger.warning("%s: workers can only split its batch, and do the same work without one", error)
-        return ChosenLayouts(by_run, heads)
+        return ChosenLayouts(by_run, heads, independent_rows)
 
     def finalize_hooks(self) -> None:
         """Install the hook of batch parallelism. Call it when the model's weights are in place, with their hooks."""
@@ -173,7 +179,7 @@ class ParallelModel:
             # Neither an override of nodes nor another library's strategy can be relied on for a log-sum-exp.
             has_lse = job.strategy == OURS and not model_options.get("transformer_options", {}).get(OVERRIDE)
             given_ring = self._mesh["ring"].size() > 1
-            self._layouts.use(local, strategy, full, may_ring=has_lse or given_ring)
+            self._layouts.use(local, strategy, job.inside, may_ring=has_lse or given_ring)
         elif self._groups is not None:
             sequence = SequenceGroup.single_rank() if full else self._groups.sequence(strategy(self._mesh))
             self._split.use(sequence)

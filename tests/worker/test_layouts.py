@@ -14,6 +14,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_cases import CASES, ParityCase, checkpoint, sample_on_workers, sample_stock
+from comfy_extras import nodes_nag
 from dropin_cases import EVEN, SETUPS, SHAPE, controlled, dual_cfg, easy_cache, equal_lengths, perp_neg, sample
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +27,13 @@ from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
 CHOICE = "degrees: "
+
+
+def compared_prompts(model: ModelPatcher) -> Any:
+    """Attention of the positive prompt looks at that of the negative one."""
+    return equal_lengths(nodes_nag.NAGuidance.execute(model, 5.0, 0.5, 1.5).result[0])
+
+
 SETS: dict[str, Callable[[ModelPatcher], Any]] = {
     "two prompts": equal_lengths,
     "two prompts of other lengths": SETUPS["plain"],
@@ -35,8 +43,10 @@ SETS: dict[str, Callable[[ModelPatcher], Any]] = {
     "replaced blocks": SETUPS["skipped_layers"],
     "cached": easy_cache,
     "controlled": controlled,
+    "compared prompts": compared_prompts,
 }
 ONE, TWO = "ulysses 2 (one row at a time)", "batch 2 (2 rows over 2 groups)"
+UNDIVIDED = "ulysses 2 (one undivided batch at a time)"
 THREE = "ulysses 2 (3 rows, which 2 workers cannot divide as well as tokens)"
 FOUR = "batch 2 (4 rows over 2 groups)"
 
@@ -97,7 +107,9 @@ CASES_OF_TWO = [
     ("one prompt", 3, False, REPLICATED, [THREE]),
     ("three prompts", 1, False, REPLICATED, [THREE]),
     ("three more prompts", 1, False, SHARDED, None),
-    ("replaced blocks", 2, False, REPLICATED, [TWO]),
+    ("replaced blocks", 2, False, REPLICATED, None),
+    ("compared prompts", 1, False, REPLICATED, [UNDIVIDED]),
+    ("compared prompts", 1, True, REPLICATED, [UNDIVIDED]),
     ("cached", 1, False, REPLICATED, [ONE]),
     ("controlled", 1, False, REPLICATED, None),
 ]
@@ -143,6 +155,15 @@ def test_each_run_tells_its_choice(folder: Path, caplog: pytest.LogCaptureFixtur
         for stays_here in (False, False, True, True):
             sample(equal_lengths(model), steps=2, stays_here=stays_here)
     assert told(caplog) == [TWO] * 4
+
+
+def test_given_degrees_keep_prompts_together_that_are_compared(
+    folder: Path, expected: Callable[..., torch.Tensor]
+) -> None:
+    model = dropin(folder, 2, by_run=False, mesh=MeshShape(batch=2))
+    actual, _ = sample(compared_prompts(model), "euler_ancestral", steps=2)
+    assert_equals(actual, expected("compared prompts", SHAPE))
+    assert (expected("compared prompts", SHAPE) - expected("two prompts", SHAPE)).std() > 0.01
 
 
 def test_given_degrees_rule(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,15 +243,13 @@ def test_a_model_of_one_head(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     assert told(caplog)[-1].startswith("batch 2 (2 rows over 2 groups)") or "ring 2" in told(caplog)[-1]
 
 
-def test_a_model_without_a_plan_splits_its_batch_only(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rejects_a_model_without_a_plan_that_keeps_state(folder: Path) -> None:
     case = ParityCase("wan-t2v", (1, 16, 3, 10, 14), 4096, tokens=(11, 11))
     path = folder / "autoregressive.safetensors"
     metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})}
     save_file(load_file(checkpoint(folder, case)), path, metadata=metadata)
-    with caplog.at_level(logging.INFO, "raylight"):
-        actual = sample_on_workers(RayModel(workers(2), ModelRecipe.of(str(path), "default")), case)
-    assert_equals(actual, sample_stock(path, case))
-    assert told(caplog) == ["batch 2 (2 rows over 2 groups, this model's tokens cannot be split here)"]
+    with pytest.raises(ValueError, match="no sequence plan for comfy.ldm.wan.ar_model.CausalWanModel"):
+        api.load(RayModel(workers(2), ModelRecipe.of(str(path), "default")))
 
 
 def test_prompts_of_several_regions(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
