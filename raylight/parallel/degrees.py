@@ -12,6 +12,7 @@ Every way to divide the ranks is estimated, relative to one row on one rank, and
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ class Choice:
         return f"{' x '.join(parts) or 'every worker does all'} ({self.why})"
 
 
+@functools.lru_cache(256)  # it is asked for each forward
 def choose(rows: int, arrangement: Arrangement, limits: Limits, what: str = "row") -> Choice:
     """Return the mesh for a forward of `rows` batch rows of one length, or for as many runs, the same on every rank.
     `what` they are is for the words only.
