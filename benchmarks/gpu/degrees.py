@@ -146,6 +146,7 @@ def main() -> None:
     chosen, log = Chosen(), logging.getLogger("raylight")
     log.setLevel(logging.INFO)
     log.addHandler(chosen)
+    log.propagate = False  # a line for each run would hide the table
     name = options.size
     figures: dict[str, Any] = {"versions": versions(), "attention": options.attention, "layers": options.layers}
     print(figures["versions"])
