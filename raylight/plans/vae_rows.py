@@ -66,7 +66,6 @@ RULES: dict[str, RowRule] = {
     f"{LDM}.cogvideo.vae.AutoencoderKLCogVideoX": RowRule(8),
     f"{LDM}.cascade.stage_a.StageA": RowRule(4),
     f"{LDM}.cascade.stage_c_coder.StageC_coder": RowRule(32),
-    f"{LDM}.mage_flow.vae.MageVAE": RowRule(16),
     "comfy.taesd.taesd.TAESD": RowRule(lambda model: 16 if "Flux2" in type(model.taesd_decoder).__name__ else 8),
     "comfy.taesd.taehv.TAEHV": RowRule(_strides),
 }
@@ -81,6 +80,7 @@ REASONS: dict[str, str] = {
     f"{LDM}.minimax.audio_vae.MiniMaxH3AudioVAE": _SOUND,
     f"{LDM}.hunyuan3d.vae.ShapeVAE": "it makes a shape from a set of points, which has no rows",
     f"{LDM}.triposplat.vae.OctreeGaussianDecoder": "it makes a set of Gaussians, which has no rows",
+    f"{LDM}.mage_flow.vae.MageVAE": "its attention looks at windows of 512 rows, which no cut may cross",
     f"{LDM}.minimax.vae.MiniMaxH3VideoVAE": "it cuts the picture into tiles of 256 pixels itself, and blends them",
     f"{LDM}.seedvr.vae.VideoAutoencoderKLWrapper": "it divides its convolutions by the memory that is free on each GPU",
     "comfy.pixel_space_convert.PixelspaceConversionVAE": "it computes nothing",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from ..partition import partition
+
+Span = tuple[int, int]  # rows from start up to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class Cuts:
         return self.bounds[-1]
 
     @property
-    def spans(self) -> tuple[tuple[int, int], ...]:
+    def spans(self) -> tuple[Span, ...]:
         """The rows (start, stop) of each rank."""
         return tuple(pairwise(self.bounds))
 
@@ -34,7 +36,7 @@ class Cuts:
         return Cuts(tuple(bound * factor for bound in self.bounds))
 
     def divided(self, factor: int) -> Cuts:
-        """Invert `scaled`. Raises ValueError: a cut falls between two rows."""
+        """Invert `scaled`. Raises ValueError: a cut falls between rows that become one."""
         if any(bound % factor for bound in self.bounds):
             raise ValueError(f"rows cut at {self.bounds} cannot be joined by {factor}: a cut would fall into a row")
         return Cuts(tuple(bound // factor for bound in self.bounds))
@@ -48,3 +50,37 @@ def cut(total: int, ranks: int, unit: int = 1) -> Cuts:
     """
     inner = list(accumulate(partition(total // unit, ranks), initial=0))
     return Cuts((*(bound * unit for bound in inner[:-1]), total))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where a tensor's rows are.
+
+    Dimension `dim`, counted from the end (below 0), is `outer` x rows: (T, H) flattened has an `outer` of T. What is
+    flattened behind rows counts as more rows: (H, W) as tokens are H * W of them, cut where the rows are. A rank's
+    tensor has its rows by `cuts`, or, if `held` is given, rows `held[r]`, which are those and copies of its
+    neighbours' next ones.
+    """
+
+    dim: int
+    cuts: Cuts
+    outer: int = 1
+    held: tuple[Span, ...] | None = None
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The rows in each rank's tensor."""
+        return self.cuts.spans if self.held is None else self.held
+
+    def scaled(self, factor: int) -> Rows:
+        """Return the layout of a tensor with `factor` rows for each row of this one."""
+        held = self.held and tuple((start * factor, stop * factor) for start, stop in self.held)
+        return replace(self, cuts=self.cuts.scaled(factor), held=held)
+
+    def divided(self, factor: int) -> Rows:
+        """Invert `scaled`. Raises ValueError: a cut falls between rows that become one."""
+        for bound in (bound for span in self.held or () for bound in span):
+            if bound % factor:
+                raise ValueError(f"rows {self.held} cannot be joined by {factor}: a rank would have part of a row")
+        held = self.held and tuple((start // factor, stop // factor) for start, stop in self.held)
+        return replace(self, cuts=self.cuts.divided(factor), held=held)

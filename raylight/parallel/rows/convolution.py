@@ -1,0 +1,220 @@
+"""Convolutions and pooling over rows of all ranks: each rank computes its rows of the output.
+
+With kernel k, dilation d, stride s and padding p along the height, output row o is made of input rows o * s - p to
+o * s - p + d * (k - 1). It belongs to the rank that has the input row in the middle of them, so outputs are cut where
+inputs are, and a rank needs about half a kernel of its neighbours' rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exchange import Halo, own, recut
+from .layout import Cuts, Span
+from .row_tensor import RowTensor, mixes, plain, position, rule, wrap
+
+Local = Callable[[Tensor, int], Tensor]  # a rank's operation on rows, with the padding of rows to use
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A window that slides over rows: `reach` is the number of rows from its first to its last."""
+
+    reach: int
+    stride: int
+    padding: int
+
+    def output(self, cuts: Cuts) -> Cuts:
+        """Return how the output is cut."""
+        total = (cuts.total + 2 * self.padding - self.reach - 1) // self.stride + 1
+        middle = self.padding - self.reach // 2
+        inner = [min(max(-(-(bound + middle) // self.stride), 0), total) for bound in cuts.bounds[1:-1]]
+        return Cuts((0, *inner, total))
+
+    def need(self, rows: Span) -> Span:
+        """Return the input rows, those of padding included, for these output rows."""
+        start, stop = rows
+        first = start * self.stride - self.padding
+        return (first, (stop - 1) * self.stride - self.padding + self.reach + 1) if stop > start else (first, first)
+
+
+def slide(name: str, tensor: RowTensor, window: Window, local: Local) -> Tensor:
+    """Return this rank's rows of what `local` computes with a window that slides over the rows of all ranks.
+
+    Raises RowsError: a rank would have no rows of the output.
+    """
+    rows, ranks = tensor.rows, tensor.ranks
+    if rows.outer > 1:
+        raise mixes(name, tensor, "its rows are flattened together with other dimensions")
+    if window.reach == 0 and window.stride == 1 and window.padding == 0:
+        return wrap(local(plain(tensor), 0), rows, ranks)
+    total = rows.cuts.total
+    output = window.output(rows.cuts)
+    if min(output.sizes) < 1:
+        raise mixes(name, tensor, "the picture has too few rows for so many ranks")
+    wanted = [window.need(span) for span in output.spans]
+    needs = [(max(start, 0), min(stop, total)) for start, stop in wanted]
+    start, stop = rows.cuts.spans[ranks.rank]
+    ranks.convolved_rows += needs[ranks.rank][1] - needs[ranks.rank][0]
+    ranks.convolved_of += total
+    above, below = start - wanted[ranks.rank][0], wanted[ranks.rank][1] - stop
+    is_same = window.stride == 1 and above == below == window.padding
+    # Near an edge of the image, a halo may be shorter than the padding.
+    is_whole = start in (0, max(start, above)) and stop in (total, min(stop, total - below))
+    if is_same and is_whole and stop - start >= window.reach:
+        result = _by_edges(own(tensor), window, needs, local)
+    else:
+        result = _assembled(tensor, needs, wanted, local)
+    return wrap(result, recut(rows, output), ranks)
+
+
+def _assembled(tensor: RowTensor, needs: Sequence[Span], wanted: Sequence[Span], local: Local) -> Tensor:
+    """Compute on a tensor of all needed rows, padded with zeros at the edges of the image."""
+    rank, dim = tensor.ranks.rank, position(tensor.rows, tensor)
+    full = Halo(tensor, needs).assembled()
+    zeros = [needs[rank][0] - wanted[rank][0], wanted[rank][1] - needs[rank][1]]
+    if any(zeros):
+        shape = list(full.shape)
+        pads = [full.new_zeros([*shape[:dim], count, *shape[dim + 1 :]]) for count in zeros]
+        full = torch.cat([pads[0], full, pads[1]], dim)
+    return local(full, 0)
+
+
+def _by_edges(tensor: RowTensor, window: Window, needs: Sequence[Span], local: Local) -> Tensor:
+    """Compute on this rank's rows without a copy while halos are on their way, then the rows at the cuts again.
+
+    The first and last `padding` rows of the result lack the neighbours' rows; those are computed from the halo and
+    `reach` rows of this rank, both edges as one batch.
+    """
+    dim, pad, reach = position(tensor.rows, tensor), window.padding, window.reach
+    x = plain(tensor)
+    halo = Halo(tensor, needs)
+    result = local(x, pad)
+    above, below = halo.wait()
+    edges = []
+    if above:
+        edges.append((0, torch.cat([*above, x.narrow(dim, 0, reach)], dim)))
+    if below:
+        edges.append((x.shape[dim] - pad, torch.cat([x.narrow(dim, x.shape[dim] - reach, reach), *below], dim)))
+    if edges:
+        again = local(torch.cat([edge for _, edge in edges]) if len(edges) > 1 else edges[0][1], 0)
+        for (first, _), part in zip(edges, again.split(x.shape[0]), strict=True):
+            result.narrow(dim, first, pad).copy_(part)
+    return result
+
+
+def _tuple(value: Any, length: int) -> tuple[int, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(value) if len(value) == length else tuple(value) * length
+    return (value,) * length
+
+
+def _named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _height(name: str, tensor: RowTensor, spatial: int) -> int | None:
+    """Return which of the spatial dimensions are the rows, or None if they are in the batch."""
+    if position(tensor.rows, tensor) == 0 and tensor.ndim == spatial + 2:
+        return None
+    if tensor.rows.dim < -spatial:
+        raise mixes(name, tensor, "its rows are channels")
+    return spatial + tensor.rows.dim
+
+
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Convolve."""
+    return _convolve(func, _named(CONVOLUTION, args, kwargs), int(func.__name__[4]))
+
+
+@rule("cudnn_convolution")
+def cudnn_convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Convolve by cuDNN, as ComfyUI does to get around a fault of PyTorch's."""
+    given = _named(("input", "weight", "padding", "stride", "dilation", "groups"), args, kwargs)
+    return _convolve(func, given, given["weight"].ndim - 2)
+
+
+def _convolve(func: Callable[..., Any], given: dict[str, Any], spatial: int) -> Tensor:
+    tensor, name = given.pop("input"), func.__name__
+    index = _height(name, tensor, spatial)
+    weight = given.pop("weight")
+    if index is None:
+        return wrap(func(plain(tensor), weight, **given), tensor.rows, tensor.ranks)
+    stride, dilation = _tuple(given.get("stride", 1), spatial), _tuple(given.get("dilation", 1), spatial)
+    padding = given.get("padding", 0)
+    reaches = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+    if padding == "same" and any(reach % 2 for reach in reaches):
+        raise mixes(name, tensor, "an uneven padding 'same'")
+    if isinstance(padding, str):
+        padding = [reach // 2 if padding == "same" else 0 for reach in reaches]
+    padding = list(_tuple(padding, spatial))
+
+    def local(x: Tensor, rows: int) -> Tensor:
+        padding[index] = rows
+        return func(x, weight, **{**given, "padding": tuple(padding), "stride": stride, "dilation": dilation})
+
+    return slide(name, tensor, Window(reaches[index], stride[index], padding[index]), local)
+
+
+POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+
+@rule("avg_pool2d", "avg_pool3d")
+def pool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Average over windows without padding."""
+    given = _named(POOL, args, kwargs)
+    tensor, name = given.pop("input"), func.__name__
+    spatial = int(name[-2])
+    index = _height(name, tensor, spatial)
+    size = _tuple(given["kernel_size"], spatial)
+    stride = _tuple(given.get("stride") or size, spatial)
+    if any(_tuple(given.get("padding", 0), spatial)) or given.get("ceil_mode"):
+        raise mixes(name, tensor, "padding and ceil_mode have no rule")
+
+    def local(x: Tensor, _: int) -> Tensor:
+        return func(x, **given)
+
+    if index is None:
+        return wrap(local(plain(tensor), 0), tensor.rows, tensor.ranks)
+    return slide(name, tensor, Window(size[index] - 1, stride[index], 0), local)
+
+
+TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+
+@rule("conv_transpose2d", "conv_transpose3d")
+def transposed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Convolve transposed: input row i adds to output rows i * stride - padding and the `reach` that follow."""
+    given = _named(TRANSPOSED, args, kwargs)
+    tensor, weight = given.pop("input"), given.pop("weight")
+    name, rows, ranks = func.__name__, tensor.rows, tensor.ranks
+    spatial = int(name[-2])
+    index = _height(name, tensor, spatial)
+    if index is None or rows.outer > 1:
+        raise mixes(name, tensor, "its rows are in the batch")
+    stride, padding = _tuple(given.get("stride", 1), spatial), list(_tuple(given.get("padding", 0), spatial))
+    dilation, extra = _tuple(given.get("dilation", 1), spatial), _tuple(given.get("output_padding", 0), spatial)
+    reach, step, pad = dilation[index] * (weight.shape[2 + index] - 1), stride[index], padding[index]
+    total = (rows.cuts.total - 1) * step - 2 * pad + reach + 1 + extra[index]
+    output = Cuts((*(bound * step for bound in rows.cuts.bounds[:-1]), total))
+    needs = [
+        (max(-((reach - start - pad) // step), 0), min((stop - 1 + pad) // step + 1, rows.cuts.total))
+        for start, stop in output.spans
+    ]
+    full = Halo(tensor, needs).assembled()
+    padding[index] = 0
+    made = func(full, weight, **{**given, "padding": tuple(padding), "stride": stride, "dilation": dilation})
+    start, stop = output.spans[ranks.rank]
+    first = needs[ranks.rank][0] * step - pad  # the output row that `made` begins with
+    ranks.convolved_rows += full.shape[rows.dim]
+    ranks.convolved_of += rows.cuts.total
+    return wrap(made.narrow(rows.dim, start - first, stop - start), recut(rows, output), ranks)

@@ -1,0 +1,116 @@
+"""A tensor that knows which rows of the whole it has, and takes each operation to the rule that follows them.
+
+Model code runs unchanged: PyTorch gives every operation that a `RowTensor` is in to `__torch_function__`, and the rule
+of that name computes this rank's rows of the result. What has no rule raises `RowsError`, so nothing that looks at
+other rows is ever computed from this rank's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .layout import Rows
+
+Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+RULES: dict[str, Rule] = {}
+
+
+class RowsError(RuntimeError):
+    """An operation that cannot be followed by rows."""
+
+
+@dataclass(slots=True)
+class RowGroup:
+    """The ranks of `group`, over which rows are split, and what this one, `rank`, has done.
+
+    `received_bytes` came from other ranks in `exchanges`; convolutions had `convolved_rows` as input here, halos
+    included, of `convolved_of` on all ranks.
+    """
+
+    group: dist.ProcessGroup
+    ranks: int
+    rank: int
+    received_bytes: int = 0
+    exchanges: int = 0
+    convolved_rows: int = 0
+    convolved_of: int = 0
+
+
+class RowTensor(Tensor):
+    """The rows of a tensor that this rank has: its shape is theirs, and `rows` says which of the whole they are."""
+
+    rows: Rows
+    ranks: RowGroup
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = func.__name__
+        if name in ("__get__", "__set__"):  # an attribute, such as `shape`
+            name = func.__self__.__name__ + ("" if name == "__get__" else "=")
+        rule = RULES.get(name)
+        if rule is None:
+            raise RowsError(f"the operation '{name}' cannot be followed by rows")
+        with torch._C.DisableTorchFunctionSubclass():
+            return rule(func, args, dict(kwargs or {}))
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of operations of these names; methods, functions and operators share one."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def wrap(local: Tensor, rows: Rows, ranks: RowGroup) -> RowTensor:
+    """Return `local`, this rank's rows, as a RowTensor that shares its memory."""
+    result = local.as_subclass(RowTensor)
+    result.rows, result.ranks = rows, ranks
+    return result
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a RowTensor's local rows as an ordinary tensor that shares its memory."""
+    return tensor.as_subclass(Tensor) if isinstance(tensor, RowTensor) else tensor
+
+
+def row_tensors(values: Any) -> Iterator[RowTensor]:
+    """Yield each RowTensor among nested arguments."""
+    if isinstance(values, RowTensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from row_tensors(value)
+    elif isinstance(values, dict):
+        yield from row_tensors(list(values.values()))
+
+
+def position(rows: Rows, tensor: Tensor) -> int:
+    """Return the dimension of `rows` in `tensor`, counted from 0."""
+    return tensor.ndim + rows.dim
+
+
+def local_rows(tensor: RowTensor) -> int:
+    """Return how many rows this rank's tensor has."""
+    start, stop = tensor.rows.spans[tensor.ranks.rank]
+    return stop - start
+
+
+def mixes(name: str, tensor: RowTensor, why: str) -> RowsError:
+    """Return the error for an operation on `tensor` that would mix rows of several ranks."""
+    return RowsError(f"'{name}' of a tensor {tuple(tensor.shape)} with rows along dim {tensor.rows.dim}: {why}")
