@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,18 +37,11 @@ WAN = {"dim_mult": [1, 2, 2, 2], "num_res_blocks": 1, "attn_scales": [], "temper
 
 @dataclass(frozen=True)
 class TinyVae:
-    """A VAE class: `build` makes the model; `latent` and `image` are shapes whose heights do not divide.
-
-    `since` is the release of ComfyUI that has it first, `directions` what it can do.
-    """
+    """A VAE class: `build` makes the model; `latent` and `image` are shapes whose heights do not divide."""
 
     build: Callable[[], nn.Module]
     latent: tuple[int, ...]
     image: tuple[int, ...]
-    since: str = "0.24"
-    directions: tuple[str, ...] = ("decode", "encode")
-    note: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _engine(encoder: str, decoder: str, encoder_config: dict[str, Any], decoder_config: dict[str, Any]) -> nn.Module:
