@@ -15,9 +15,9 @@ import weakref
 import psutil
 
 from raylight.host.log_messages import gb
+from raylight.host.machine_memory import available_memory
 
 _RESERVE = 0.1  # of the machine's memory stays free
-_CGROUP = "/sys/fs/cgroup"
 
 
 class MemoryFile:
@@ -90,23 +90,3 @@ class MemoryFile:
         collected, and may be repeated.
         """
         self._close()
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that this process can still get from the machine, or from its container if less."""
-    available = psutil.virtual_memory().available
-    try:
-        limit, used = (int(_read(f"{_CGROUP}/memory.{name}")) for name in ("max", "current"))
-        cached = next(
-            int(line.split()[1])
-            for line in _read(f"{_CGROUP}/memory.stat").splitlines()
-            if line.startswith("inactive_file ")
-        )
-    except (OSError, ValueError, StopIteration):  # no container, or "max"
-        return available
-    return min(available, limit - used + cached)
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read()

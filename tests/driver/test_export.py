@@ -33,6 +33,7 @@ from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import memory_file, model_import, stock_weights
 from raylight.driver.export import export, gguf_folder
 from raylight.driver.stock_weights import weights_differ
+from raylight.host import machine_memory
 from raylight.host.loading import map_file
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 from raylight.host.settings import PACK_ROOT
@@ -290,15 +291,15 @@ def test_a_process_that_is_killed_leaves_nothing(in_memory: bool, tmp_path: Path
 
 
 def test_a_memory_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory_file, "_CGROUP", str(tmp_path))
+    monkeypatch.setattr(machine_memory, "_CGROUP", str(tmp_path))
     machine = psutil.virtual_memory().available
-    assert abs(memory_file.available_memory() - machine) < 10**9
+    assert abs(machine_memory.available_memory() - machine) < 10**9
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("2500000\n")
     (tmp_path / "memory.stat").write_text("anon 2\ninactive_file 100000\n")
-    assert memory_file.available_memory() == 600000
+    assert machine_memory.available_memory() == 600000
     (tmp_path / "memory.max").write_text("max\n")
-    assert abs(memory_file.available_memory() - machine) < 10**9
+    assert abs(machine_memory.available_memory() - machine) < 10**9
 
 
 class OfAPack(torch.nn.Linear):
