@@ -63,9 +63,14 @@ def _owner_of(base: BaseModel, key: str) -> tuple[nn.Module, str]:
 
 def weights(base: BaseModel) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of the diffusion model by name."""
+    return weights_within(base.diffusion_model)
+
+
+def weights_within(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a model and its modules by name."""
     return {
         f"{path}.{leaf}" if path else leaf: value
-        for path, module in base.diffusion_model.named_modules()
+        for path, module in model.named_modules()
         for leaf, value in weights_of(module).items()
     }
 
@@ -97,8 +102,13 @@ def plain_tensors(value: Tensor) -> dict[str, Tensor]:
 
 def digests(base: BaseModel) -> dict[str, bytes]:
     """Return a digest of each weight, to find changes."""
+    return digests_of(weights(base))
+
+
+def digests_of(values: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Return a digest of each of these weights."""
     found = {}
-    for name, value in weights(base).items():
+    for name, value in values.items():
         digest = hashlib.blake2b(repr((value.dtype, tuple(value.shape))).encode(), digest_size=16)
         for tensor in plain_tensors(value).values():
             digest.update(as_bytes(_sample(tensor)).data)
@@ -112,8 +122,12 @@ def weights_differ(model: ModelPatcher, base: BaseModel) -> list[str]:
     """
     theirs = weights(base)
     with unpatched(model) as stock:
-        ours = weights(stock)
-        return [name for name in ours | theirs if not _same(ours.get(name), theirs.get(name))]
+        return differing(weights(stock), theirs)
+
+
+def differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of weights that differ from what ComfyUI makes of `theirs`, or that only one of the two has."""
+    return [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
 
 
 def _same(ours: Tensor | None, theirs: Tensor | None) -> bool:

@@ -89,7 +89,7 @@ def build_from_loader(load: Callable[[dict[str, Any]], Any], model_options: dict
         replaced(comfy.model_patcher, "CoreModelPatcher", lambda _: _AssigningPatcher),
         _lazy_conversion() as unconverted,
         captured_log("unet unexpected"),  # logged once, with the file's name, and not by every rank
-        _WithoutMemory(),
+        WithoutMemory(),
     ):
         patcher = load(options)
     base = patcher.model
@@ -137,7 +137,7 @@ class _AssigningPatcher(comfy.model_patcher.ModelPatcher):
         return True
 
 
-class _WithoutMemory(TorchFunctionMode):
+class WithoutMemory(TorchFunctionMode):
     """Put on `meta` what modules allocate for weights that are loaded later, but not tables that they compute."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

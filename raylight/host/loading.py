@@ -92,13 +92,13 @@ def file_errors(recipe: ModelRecipe) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         # PyTorch's own message says how to run what such a file holds.
         raise ValueError(
-            f"{recipe.name} cannot be loaded as a diffusion model: the file is damaged, or is a pickle with more than "
+            f"{recipe.name} cannot be loaded as {recipe.kind}: the file is damaged, or is a pickle with more than "
             f"tensors, which is not loaded for safety. Use a .safetensors file"
         ) from error
     except _READ_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"{recipe.name} cannot be loaded as a diffusion model: {describe_error(error)}") from error
+        raise ValueError(f"{recipe.name} cannot be loaded as {recipe.kind}: {describe_error(error)}") from error
 
 
 def weight_dtype_of(options: dict[str, Any]) -> str | None:

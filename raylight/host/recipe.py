@@ -112,6 +112,11 @@ class ModelRecipe:
         return os.path.basename(self.path) if self.export is None else self.export.name
 
     @property
+    def kind(self) -> str:
+        """What the file holds, for messages."""
+        return "a diffusion model"
+
+    @property
     def is_there(self) -> bool:
         """Whether the file is still there and has not changed."""
         try:

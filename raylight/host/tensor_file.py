@@ -21,7 +21,7 @@ from torch import Tensor
 _ENDINGS = (".safetensors", ".sft")
 _LENGTH_BYTES = 8  # of the header's length, little-endian, at the start of the file
 # By their names in a header. Older versions of PyTorch lack some.
-_DTYPES = {
+DTYPES = {
     name: getattr(torch, dtype)
     for name, dtype in {
         "F64": "float64",
@@ -59,7 +59,7 @@ def tolerant_reader(read: Callable[..., Any]) -> Callable[..., Any]:
             if not path.lower().endswith(_ENDINGS):
                 raise
             try:
-                tensors, metadata = _by_header(path)
+                tensors, metadata = by_header(path)
             except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, OverflowError):
                 raise error from None
         return (tensors, metadata) if kwargs.get("return_metadata") else tensors
@@ -72,7 +72,7 @@ def read(path: str) -> dict[str, Tensor]:
     return tolerant_reader(comfy.utils.load_torch_file)(path, safe_load=True)
 
 
-def _by_header(path: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+def by_header(path: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Return each tensor from where the header says, whatever else is in the file, and the header's metadata.
 
     Raises ValueError, KeyError or TypeError: for an impossible header.
@@ -89,7 +89,7 @@ def _by_header(path: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     tensors = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         if not 0 <= start <= end <= size - begin or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"the tensor {name} is not where the header says")
         # A storage for each, as by safetensors: then a tensor may begin at any byte.
