@@ -16,7 +16,7 @@ from . import diagnosis
 from .actor import Cancelled
 from .diagnosis import Failure, Remedies, WorkerStates, cause_of
 from .errors import HUNG, RunCancelled, is_out_of_memory
-from .status import STEP
+from .status import STEP, VAE
 from .watchdog import Watchdog
 
 POLL_S = 0.1
@@ -109,8 +109,8 @@ def wait_for_all(refs: Mapping[int, ray.ObjectRef], options: WaitOptions, stream
 
 
 def is_overdue(since_cancel_s: float, phases: Iterable[str]) -> bool:
-    """Return whether workers must be ended that were asked to cancel: only a step may take longer."""
-    return since_cancel_s > CANCEL_GRACE_S and not any(phase.startswith(STEP) for phase in phases)
+    """Return whether workers must be ended that were asked to cancel: only a step, or a VAE, may take longer."""
+    return since_cancel_s > CANCEL_GRACE_S and not any(phase.startswith((STEP, *VAE)) for phase in phases)
 
 
 def common_error(outcome: Outcome) -> BaseException | None:

@@ -18,6 +18,7 @@ from raylight.parallel import heartbeat
 
 STARTING, IDLE = "starting", "waiting for work"
 STEP = "step"  # the phases of a sampler's steps start with it, and no others
+VAE = ("decoding", "encoding")  # so start the phases in which a VAE computes, and no others
 _MAX_LINES = 500  # between two reports; of more lines the oldest are lost
 
 

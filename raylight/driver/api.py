@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import comfy.sample
+import comfy.sd
 import comfy.utils
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from raylight.cluster import active_session
+from raylight.host.loading import file_errors
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
+from raylight.host.vae_file import map_vae
+from raylight.host.vae_jobs import VaeRecipe
 from raylight.host.worker_service import WorkerService
 
 from . import weightless
@@ -21,10 +26,22 @@ from .model_forward import forward_on_workers
 from .model_import import copy_state_from, recipe_of
 from .outer_sample import run_on_workers
 from .remote_model import RemotePatcher
+from .remote_vae import RemoteVAE
 from .status import overview
 from .workers import ask_with_room, begin, open_session
 
-__all__ = ["begin", "end_workers", "guided_by", "ksampler", "load", "overview", "parallelize", "run_batched"]
+__all__ = [
+    "begin",
+    "end_workers",
+    "guided_by",
+    "ksampler",
+    "load",
+    "load_vae",
+    "overview",
+    "parallelize",
+    "parallelize_vae",
+    "run_batched",
+]
 
 
 def load(model: RayModel) -> RemotePatcher:
@@ -44,6 +61,26 @@ def parallelize(model: ModelPatcher, workers: WorkerConfig) -> RemotePatcher:
     patcher = _load(workers, recipe_of(model, workers))
     copy_state_from(model, patcher)
     return patcher
+
+
+def load_vae(path: str, read: Callable[[], comfy.sd.VAE], workers: WorkerConfig) -> RemoteVAE:
+    """Return the VAE of a file on workers, which load it when it is used. `read` has ComfyUI load it.
+
+    Raises ValueError: for a file that is no VAE, or not all of one.
+    """
+    recipe = VaeRecipe.of_file(path, "")
+    map_vae(recipe)
+    with file_errors(recipe):
+        return RemoteVAE.of(read(), workers, path)
+
+
+def parallelize_vae(vae: comfy.sd.VAE, workers: WorkerConfig | None) -> RemoteVAE:
+    """Return the same VAE on workers; None for those that run when it is used.
+
+    Raises RuntimeError: it is none, because the checkpoint that it is from has none.
+    """
+    vae.throw_exception_if_invalid()
+    return RemoteVAE.of(vae, workers)
 
 
 def end_workers(with_ray: bool) -> None:

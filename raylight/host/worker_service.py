@@ -11,6 +11,7 @@ from raylight.cluster.serialization import SerializedObject
 
 from .jobs import ForwardJob, GivenBack, NeedsBytes, RankMemory, RunJob, RunResult
 from .recipe import ModelRecipe
+from .vae_jobs import VaeJob, VaeResult
 
 
 class WorkerService(Service, Protocol):
@@ -45,6 +46,18 @@ class WorkerService(Service, Protocol):
 
         Collective. Raises ValueError: as `sample`.
         """
+
+    @abstractmethod
+    def vae_decode(self, run: Run, job: VaeJob, may_refuse: bool = False) -> VaeResult | NeedsBytes:
+        """Decode a latent with a VAE that is split by rows; load it before, unless it is loaded already.
+
+        Rank 0 emits VaeProgress where there are several images. It can be cancelled between modules of the VAE.
+        Collective. Raises ValueError: for a file that is no VAE, and if the picture has no room in system memory.
+        """
+
+    @abstractmethod
+    def vae_encode(self, run: Run, job: VaeJob, may_refuse: bool = False) -> VaeResult | NeedsBytes:
+        """Encode pictures with a VAE, as `vae_decode`. Raises ValueError: also if the file has no encoder."""
 
     @abstractmethod
     def free(self, run: Run) -> None:

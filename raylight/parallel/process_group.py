@@ -112,3 +112,14 @@ def _agreed(value: int, by: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | 
     votes = torch.tensor([value], dtype=torch.int64)
     dist.all_reduce(votes, op=by, group=group)
     return int(votes.item())
+
+
+def of_all_ranks(value: int) -> list[int]:
+    """Return `value` of each rank of the world, by rank. Collective, on the CPU."""
+    beat()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    values[dist.get_rank()] = value
+    dist.all_reduce(values)
+    return values.tolist()

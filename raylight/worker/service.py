@@ -14,6 +14,7 @@ from raylight.cluster.serialization import SerializedObject
 from raylight.host.gpu_identity import gpu_identity
 from raylight.host.jobs import DegreesChosen, ForwardJob, GivenBack, ModelJob, NeedsBytes, RankMemory, RunJob, RunResult
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
+from raylight.host.vae_jobs import VaeJob, VaeResult
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import sequence_axis
 from raylight.sharding.fsdp import reset
@@ -25,6 +26,7 @@ from .parallelize import load_parallel
 from .patcher import RankPatcher, mode_of
 from .sampling import SamplingRun
 from .sharded_patcher import ShardedPatcher
+from .vae_work import VaeWork
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class ModelService(WorkerService):
         self._models = ModelCache(context.device, context.world_size)
         self._forward = ModelForward(context.device)
         reading_together.use_links(context.links)
+        self._vaes = VaeWork(context, self._models, self._beside_comfyui)
 
     def load(self, run: Run, recipe: ModelRecipe, may_refuse: bool = False) -> NeedsBytes | None:
         """Load a model with its LoRAs."""
@@ -106,6 +109,14 @@ class ModelService(WorkerService):
             run.enter("step (one forward of the model)")
             output = self._forward.call(patcher, job, model.parallel, functools.partial(_tell, run))
         return answer(output) if run.rank == 0 else None
+
+    def vae_decode(self, run: Run, job: VaeJob, may_refuse: bool = False) -> VaeResult | NeedsBytes:
+        """Decode a latent."""
+        return self._vaes.decode(run, job, may_refuse)
+
+    def vae_encode(self, run: Run, job: VaeJob, may_refuse: bool = False) -> VaeResult | NeedsBytes:
+        """Encode pictures."""
+        return self._vaes.encode(run, job, may_refuse)
 
     def free(self, run: Run) -> None:
         """Unload every model."""

@@ -1,0 +1,136 @@
+"""The drop-in VAE: ComfyUI's VAE, whose decoding and encoding is done by workers."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.sd
+from comfy.cli_args import args
+from torch import Tensor
+
+from raylight.attention import kernels
+from raylight.cluster import active_session
+from raylight.host.recipe import WorkerConfig
+from raylight.plans.vae_rows import why_not
+
+from .vae_import import CannotBuild, recipe_of
+from .vae_run import VaeRun
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteVAE(comfy.sd.VAE):
+    """A VAE for every node of ComfyUI. It has all that ComfyUI's own has, and what it decodes and encodes is split by
+    rows over the workers. What they cannot split it does in this process, as ComfyUI does, and the log says why.
+    """
+
+    workers: WorkerConfig | None
+    path: str
+
+    @classmethod
+    def of(cls, vae: comfy.sd.VAE, workers: WorkerConfig | None, path: str = "") -> RemoteVAE:
+        """Return the same VAE on these workers, or on those that run when it is used. `path` is its file, if known."""
+        remote = object.__new__(cls)
+        vars(remote).update(vars(vae))
+        remote.workers, remote.path = workers, path or getattr(vae, "path", "")
+        return remote
+
+    def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
+        """Return the picture of a latent, (B, C, [T,] H, W), as (B, [T,] H, W, C).
+
+        Raises ValueError: for a latent that is not of this VAE. Raises what `workers.ask_all` raises.
+        """
+        run = self._on_workers("decodes")
+        if run is None:
+            return super().decode(samples_in, vae_options or {})
+        self._check_latent(samples_in)
+        return run.decode(samples_in, vae_options or {}).to(self.output_device).movedim(1, -1)
+
+    def decode_tiled(self, samples: Tensor, *tile: Any, **tiles: Any) -> Tensor:
+        """Return the picture of a latent as `decode`, without tiles: each worker has a part of the rows anyway."""
+        run = self._on_workers("decodes")
+        if run is None:
+            return super().decode_tiled(samples, *tile, **tiles)
+        self._check_latent(samples)
+        logger.info("the sizes of tiles have no effect: workers split the rows of the picture, which needs no tiles")
+        return run.decode(samples, {}).to(self.output_device).movedim(1, -1)
+
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        """Return the latent of pictures, (B, [T,] H, W, C).
+
+        Raises ValueError: for what is no picture or video. Raises what `workers.ask_all` raises.
+        """
+        run = self._on_workers("encodes")
+        if run is None:
+            return super().encode(pixel_samples)
+        self._check_pixels(pixel_samples)
+        return run.encode(pixel_samples).to(self.output_device)
+
+    def encode_tiled(self, pixel_samples: Tensor, *tile: Any, **tiles: Any) -> Tensor:
+        """Return the latent of pictures as `encode`, without tiles."""
+        run = self._on_workers("encodes")
+        if run is None:
+            return super().encode_tiled(pixel_samples, *tile, **tiles)
+        self._check_pixels(pixel_samples)
+        logger.info("the sizes of tiles have no effect: workers split the rows of the picture, which needs no tiles")
+        return run.encode(pixel_samples).to(self.output_device)
+
+    def _on_workers(self, does: str) -> VaeRun | None:
+        """Return how workers do it; None if this process has to, which is logged."""
+        self.throw_exception_if_invalid()
+        try:
+            workers = self._workers()
+            dtype = str(self.vae_dtype).removeprefix("torch.")
+            same_device = workers.config.device_type == self.device.type
+            run = VaeRun(self, workers, recipe_of(self, dtype if same_device else "", self.path))
+            if run.recipe.export is not None and not workers.config.is_local:
+                raise CannotBuild("its weights are in no file, and workers of a Ray cluster may be on other machines")
+            return run
+        except CannotBuild as reason:
+            logger.info("the VAE %s in ComfyUI's process, as without workers: %s", does, reason)
+            return None
+
+    def _workers(self) -> WorkerConfig:
+        """Return the workers to use. Raises CannotBuild: it cannot be split, or there are no workers."""
+        model: Any = self.first_stage_model
+        if reason := why_not(model):
+            raise CannotBuild(reason)
+        if args.cpu_vae:
+            raise CannotBuild("ComfyUI was started with --cpu-vae")
+        if self.workers is not None:
+            return self.workers
+        session = active_session.running()
+        if session is None:
+            raise CannotBuild("no workers are running")
+        return WorkerConfig(session.config, kernels.AUTO)
+
+    def _check_latent(self, latent: Tensor) -> None:
+        wanted = self.latent_dim + 2
+        if latent.ndim != wanted and not (wanted == 4 and latent.ndim == 5):
+            raise ValueError(
+                f"the latent has the shape {tuple(latent.shape)}, and the VAE takes {_dimensions(self.latent_dim)}: it "
+                f"was made for another model. Choose the VAE of the model that made the latent"
+            )
+        if latent.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"the latent has {latent.shape[1]} channels, and the VAE takes {self.latent_channels}: it was made for "
+                f"another model. Choose the VAE of the model that made the latent"
+            )
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        if pixels.ndim != 4 and not (pixels.ndim == 5 and self.latent_dim == 3):
+            raise ValueError(
+                f"the VAE encodes pictures (images, height, width, channels), and was given the shape "
+                f"{tuple(pixels.shape)}"
+            )
+        least: Any = self.spacial_compression_encode()
+        if min(pixels.shape[-3:-1]) < least:
+            raise ValueError(
+                f"a picture of {pixels.shape[-2]} x {pixels.shape[-3]} pixels is too small for this VAE: at least "
+                f"{least} x {least}"
+            )
+
+
+def _dimensions(count: int) -> str:
+    return {2: "images (B, channels, height, width)", 3: "videos (B, channels, frames, height, width)"}[count]

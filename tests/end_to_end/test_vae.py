@@ -1,0 +1,392 @@
+"""The drop-in VAE in ComfyUI's own nodes, against ComfyUI's VAE: same inputs, float32, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import nodes as comfy_nodes
+from raylight.cluster import active_session
+from raylight.cluster.config import SessionConfig
+from raylight.dev.demo import comfy_server
+from raylight.driver import api, vae_import
+from raylight.driver.remote_vae import RemoteVAE
+from raylight.host.recipe import WorkerConfig
+from raylight.parallel.mesh import MeshShape
+
+DEMO = Path(comfy_server.__file__).parent / "model" / "raylight-demo-vae.safetensors"
+WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def as_comfyui_runs_nodes() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def read(path: Path) -> comfy.sd.VAE:
+    tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    return comfy.sd.VAE(sd=tensors, metadata=metadata)
+
+
+@pytest.fixture(scope="module")
+def stock() -> comfy.sd.VAE:
+    return read(DEMO)
+
+
+@pytest.fixture(scope="module")
+def dropin() -> RemoteVAE:
+    return api.load_vae(str(DEMO), lambda: read(DEMO), WORKERS)
+
+
+def latent(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype and actual.device == expected.device
+    assert expected.std() > 1e-2
+    assert ((actual - expected).abs().max() / expected.std()).item() <= TOLERANCE
+
+
+def decoded(vae: comfy.sd.VAE, samples: Tensor) -> Tensor:
+    return comfy_nodes.VAEDecode().decode(vae, {"samples": samples})[0]
+
+
+@pytest.mark.smoke
+def test_it_is_a_vae_of_comfyui(stock: comfy.sd.VAE, dropin: RemoteVAE) -> None:
+    assert isinstance(dropin, comfy.sd.VAE)
+    assert dropin.spacial_compression_decode() == stock.spacial_compression_decode()
+    assert dropin.get_sd().keys() == stock.get_sd().keys()
+    assert type(dropin.first_stage_model) is type(stock.first_stage_model)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("shape", [(1, 16, 12, 14), (3, 16, 11, 9), (1, 16, 1, 2), (2, 16, 3, 7, 5)])
+def test_decodes_as_comfyui(shape: tuple[int, ...], stock: comfy.sd.VAE, dropin: RemoteVAE) -> None:
+    samples = latent(*shape)
+    expected = decoded(stock, samples)
+    actual = decoded(dropin, samples)
+    assert_same(actual, expected)
+    assert actual.stride() == expected.stride()
+    actual.mul_(2)  # the next node may write to it
+
+
+def test_decodes_without_tiles(stock: comfy.sd.VAE, dropin: RemoteVAE, caplog: pytest.LogCaptureFixture) -> None:
+    samples = latent(1, 16, 20, 24)
+    with caplog.at_level(logging.INFO, "raylight"):
+        (actual,) = comfy_nodes.VAEDecodeTiled().decode(dropin, {"samples": samples}, 64, 16)
+    assert "the sizes of tiles have no effect" in caplog.text
+    assert_same(actual, decoded(stock, samples))
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 112, 3), (2, 91, 83, 3), (1, 64, 64, 4)])
+def test_encodes_as_comfyui(shape: tuple[int, ...], stock: comfy.sd.VAE, dropin: RemoteVAE) -> None:
+    pixels = pictures(*shape)
+    mask = (pictures(*shape[:3]) > 0.5).float()
+    encode, tiled, inpaint = (comfy_nodes.VAEEncode(), comfy_nodes.VAEEncodeTiled(), comfy_nodes.VAEEncodeForInpaint())
+    expected = encode.encode(stock, pixels)[0]["samples"]
+    assert_same(encode.encode(dropin, pixels)[0]["samples"], expected)
+    assert_same(tiled.encode(dropin, pixels, 64, 16)[0]["samples"], expected)
+    if min(shape[1:3]) % 8 == 0:
+        theirs, ours = (inpaint.encode(vae, pixels, mask)[0] for vae in (stock, dropin))
+        assert_same(ours["samples"], theirs["samples"])
+        assert torch.equal(ours["noise_mask"], theirs["noise_mask"])
+
+
+def test_leaves_the_random_state_as_comfyui(stock: comfy.sd.VAE, dropin: RemoteVAE) -> None:
+    after = []
+    for vae in (stock, dropin):
+        torch.manual_seed(3)
+        decoded(vae, latent(1, 16, 4, 4))
+        after.append(torch.randn(3))
+    assert torch.equal(*after)
+
+
+def test_rows_come_back_without_shared_memory(
+    stock: comfy.sd.VAE, dropin: RemoteVAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from the workers of a Ray cluster, or where the system has no files in memory."""
+    monkeypatch.setattr("raylight.driver.vae_run.new_picture", lambda is_local: None)
+    samples = latent(2, 16, 9, 6)
+    assert_same(decoded(dropin, samples), decoded(stock, samples))
+
+
+def test_memory_of_pictures_is_released(dropin: RemoteVAE) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("raylight picture")
+
+    before = mapped()
+    picture = decoded(dropin, latent(1, 16, 8, 8))
+    assert mapped() == before + 1
+    del picture
+    assert mapped() == before
+
+
+# -- a VAE of another loader ----------------------------------------------------------------------------------------
+
+
+def with_other_weights(vae: comfy.sd.VAE) -> None:
+    vae.first_stage_model.taesd_decoder[1].weight.mul_(1.5)
+
+
+def with_patches(vae: comfy.sd.VAE) -> None:
+    weight = vae.first_stage_model.taesd_decoder[1].weight
+    difference = 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    vae.patcher = vae.patcher.clone()
+    vae.patcher.add_patches({"taesd_decoder.1.weight": ("diff", (difference,))}, 1.0)
+
+
+@pytest.mark.parametrize("change", [with_other_weights, with_patches])
+def test_changed_weights_are_sent(change: Callable[[comfy.sd.VAE], None], caplog: pytest.LogCaptureFixture) -> None:
+    vae, samples = read(DEMO), latent(1, 16, 9, 7)
+    plain = decoded(vae, samples)
+    ours = api.parallelize_vae(vae, WORKERS)
+    assert_same(decoded(ours, samples), plain)
+    change(vae)
+    expected = decoded(vae, samples)
+    assert (expected - plain).abs().max() > 1e-2
+    with caplog.at_level(logging.INFO, "raylight"):
+        assert_same(decoded(api.parallelize_vae(vae, WORKERS), samples), expected)
+        assert_same(decoded(vae, samples), expected)
+    assert caplog.text.count("from ComfyUI's memory") == 1
+
+
+def test_a_change_after_the_load_is_seen(dropin: RemoteVAE, stock: comfy.sd.VAE) -> None:
+    vae, samples = api.load_vae(str(DEMO), lambda: read(DEMO), WORKERS), latent(1, 16, 9, 7)
+    with_other_weights(vae)
+    other = read(DEMO)
+    with_other_weights(other)
+    assert_same(decoded(vae, samples), decoded(other, samples))
+    assert_same(decoded(dropin, samples), decoded(stock, samples))
+
+
+@pytest.mark.skipif(vae_import._LOADER is None, reason="this ComfyUI does not note the file of a VAE")
+def test_the_file_of_a_vae_of_comfyui_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    vae = read(DEMO)
+    vae.patcher.cached_patcher_init = (vae_import._LOADER, (str(DEMO), None, None))
+    with caplog.at_level(logging.INFO, "raylight"):
+        decoded(api.parallelize_vae(vae, WORKERS), latent(1, 16, 4, 4))
+    assert "from ComfyUI's memory" not in caplog.text
+
+
+def with_hook(vae: comfy.sd.VAE) -> None:
+    vae.first_stage_model.taesd_decoder.register_forward_hook(lambda module, args, output: output * 0.5)
+
+
+def with_code(vae: comfy.sd.VAE) -> None:
+    forward = vae.first_stage_model.taesd_decoder.forward
+    vae.first_stage_model.taesd_decoder.forward = lambda x: forward(x) * 0.5
+
+
+def with_module(vae: comfy.sd.VAE) -> None:
+    vae.first_stage_model.taesd_decoder[0] = torch.nn.Tanh()
+
+
+@pytest.mark.parametrize("change", [with_hook, with_code, with_module])
+def test_changed_code_stays_in_comfyui(
+    change: Callable[[comfy.sd.VAE], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    vae, samples = read(DEMO), latent(1, 16, 4, 4)
+    plain = decoded(vae, samples)
+    change(vae)
+    expected = decoded(vae, samples)
+    assert not torch.equal(expected, plain)
+    with caplog.at_level(logging.INFO, "raylight"):
+        assert torch.equal(decoded(api.parallelize_vae(vae, WORKERS), samples), expected)
+    assert caplog.text.count("the VAE decodes in ComfyUI's process, as without workers: ") == 1
+
+
+def test_a_vae_without_rows_stays_in_comfyui(caplog: pytest.LogCaptureFixture) -> None:
+    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    ours, samples = api.parallelize_vae(vae, WORKERS), pictures(1, 3, 8, 8)
+    with caplog.at_level(logging.INFO, "raylight"):
+        assert torch.equal(decoded(ours, samples), decoded(vae, samples))
+        assert torch.equal(ours.encode(pictures(1, 8, 8, 3)), vae.encode(pictures(1, 8, 8, 3)))
+    assert caplog.text.count("PixelspaceConversionVAE cannot be split by rows: it computes nothing") == 2
+
+
+def test_copies_and_new_workers(stock: comfy.sd.VAE, dropin: RemoteVAE) -> None:
+    samples = latent(1, 16, 6, 6)
+    copied = copy.copy(dropin)
+    copied.patcher = copied.patcher.clone()  # as Select VAE Device
+    for vae in (copied, api.parallelize_vae(dropin, WORKERS), api.parallelize_vae(dropin, None)):
+        assert_same(decoded(vae, samples), decoded(stock, samples))
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+def cut(folder: Path) -> Path:
+    path = folder / "cut.safetensors"
+    path.write_bytes(DEMO.read_bytes()[:-50_000])
+    return path
+
+
+def incomplete(folder: Path) -> Path:
+    tensors = load_file(DEMO)
+    del tensors["taesd_decoder.3.conv.0.weight"]
+    save_file(tensors, folder / "incomplete.safetensors")
+    return folder / "incomplete.safetensors"
+
+
+def another_model(folder: Path) -> Path:
+    save_file({"blocks.0.weight": torch.zeros(3)}, folder / "another.safetensors")
+    return folder / "another.safetensors"
+
+
+def text(folder: Path) -> Path:
+    (folder / "text.safetensors").write_text("<html>404</html>" * 9)
+    return folder / "text.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (cut, "cut.safetensors cannot be loaded as a VAE: "),
+        (incomplete, r"incomplete.safetensors cannot be loaded as a VAE: the tensor taesd_decoder.3.conv.0.weight is"),
+        (another_model, r"another.safetensors cannot be loaded as a VAE: its tensors \(blocks.0.weight\) are not"),
+        (text, "text.safetensors cannot be loaded as a VAE: "),
+    ],
+)
+def test_rejects_files_in_the_loader(write: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        api.load_vae(str(path), lambda: read(path), WORKERS)
+
+
+def test_a_file_without_an_encoder(stock: comfy.sd.VAE, tmp_path: Path) -> None:
+    path = tmp_path / "decoder.safetensors"
+    save_file({name: one for name, one in load_file(DEMO).items() if "encoder" not in name}, path)
+    vae, samples = api.load_vae(str(path), lambda: read(path), WORKERS), latent(1, 16, 5, 6)
+    assert_same(decoded(vae, samples), decoded(stock, samples))
+    with pytest.raises(ValueError, match="decoder.safetensors has no encoder: it can decode only"):
+        vae.encode(pictures(1, 32, 32, 3))
+    assert_same(decoded(vae, samples), decoded(stock, samples))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 16, 8), (1, 16, 1, 1, 8, 8), (1, 48, 3, 8, 8)])
+def test_rejects_latents_of_another_model(shape: tuple[int, ...], dropin: RemoteVAE) -> None:
+    with pytest.raises(ValueError, match="it was made for another model. Choose the VAE of the model"):
+        dropin.decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (1, 2, 8, 8, 3), (1, 4, 64, 3)])
+def test_rejects_what_is_no_picture(shape: tuple[int, ...], dropin: RemoteVAE) -> None:
+    with pytest.raises(ValueError, match="pictures|too small"):
+        dropin.encode(torch.zeros(shape))
+
+
+# -- failures -------------------------------------------------------------------------------------------------------
+
+
+class Faulty:
+    """Options of a job, in whose place a rank gets what a fault leaves: none."""
+
+    def __init__(self, rank: int, what: str, mark: Path) -> None:
+        self._call = rank, what, str(mark)
+
+    def __reduce__(self) -> Any:
+        return fail_once, self._call
+
+
+def fail_once(rank: int, what: str, mark: str) -> dict[str, Any]:
+    """Fail on a rank, the first time only, for which `mark` is written."""
+    import os
+    import signal
+
+    import torch.distributed as dist
+
+    if dist.get_rank() == rank and not os.path.exists(mark):
+        open(mark, "w").close()
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise MemoryError("out of memory, by a test")
+    return {}
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, str], None]:
+    """Call it with a rank and a fault for the next job."""
+    import sys
+
+    from ray.cloudpickle import cloudpickle
+
+    from raylight.cluster import serialization
+    from raylight.driver import vae_run
+
+    def arrange(rank: int, what: str) -> None:
+        def pack(content: Any, refer: Any) -> Any:
+            cloudpickle.register_pickle_by_value(sys.modules[__name__])
+            try:
+                return serialization.pack((content[0], Faulty(rank, what, tmp_path / "mark")), refer)
+            finally:
+                cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+        monkeypatch.setattr(vae_run, "pack", pack)
+
+    return arrange
+
+
+def test_a_killed_rank_is_named_and_the_next_decode_works(
+    stock: comfy.sd.VAE, dropin: RemoteVAE, faulty: Callable[[int, str], None]
+) -> None:
+    samples = latent(1, 16, 8, 8)
+    decoded(dropin, samples)
+    faulty(1, "kill")
+    with pytest.raises(RuntimeError, match=r"rank 1 .* died while .*: its process"):
+        decoded(dropin, samples)
+    assert_same(decoded(dropin, samples), decoded(stock, samples))
+
+
+def test_out_of_memory_is_tried_again_in_pieces(
+    stock: comfy.sd.VAE, dropin: RemoteVAE, faulty: Callable[[int, str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = latent(1, 16, 9, 128)
+    faulty(1, "memory")
+    with caplog.at_level(logging.INFO, "raylight"):
+        actual = decoded(dropin, samples)
+    assert "a worker ran out of memory with whole rows; new workers try again" in caplog.text
+    assert "rows in 4 pieces of the width on 2 workers" in caplog.text
+    # Pieces overlap by more than this VAE sees to each side.
+    assert ((actual - decoded(stock, samples)).abs().max() / actual.std()).item() < 0.05
+
+
+def test_a_cancel_ends_it_and_workers_stay(stock: comfy.sd.VAE, dropin: RemoteVAE) -> None:
+    samples = latent(1, 16, 8, 8)
+    decoded(dropin, samples)
+    session = active_session.running()
+    assert session is not None
+
+    def cancel() -> None:
+        while not any(phase.startswith("decoding") for phase in session.phases.values()):
+            time.sleep(0.01)
+        comfy.model_management.interrupt_current_processing()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        decoded(dropin, latent(200, 16, 24, 24))
+    thread.join()
+    assert time.monotonic() - began < 20
+    assert active_session.running() is session
+    assert_same(decoded(dropin, samples), decoded(stock, samples))
