@@ -9,6 +9,7 @@ from .loaders import RayLoraLoader, RayModelLoader, RayParallelizeModel, RayUNET
 from .older_forms import older_nodes
 from .parallel_samplers import DPConditioningList, DPKSamplerAdvanced, DPLatentList, DPNoiseList, UnifiedParallelSampler
 from .samplers import XFuserKSamplerAdvanced, XFuserSamplerCustom, XFuserSamplerCustomAdvanced
+from .vae import RayParallelizeVAE, RayVAELoaderAsVAE
 from .workers import RayKill, RaylightStatus
 
 
@@ -26,6 +27,8 @@ class RaylightExtension(ComfyExtension):
             RayLoraLoader,
             RayModelLoader,
             RayParallelizeModel,
+            RayVAELoaderAsVAE,
+            RayParallelizeVAE,
             XFuserKSamplerAdvanced,
             XFuserSamplerCustom,
             XFuserSamplerCustomAdvanced,

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 import nodes as comfy_nodes  # ComfyUI's module: this package goes by the name of its folder
 
-from .common import CATEGORY, model_input
+from .common import CATEGORY, driver, model_input
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Twin:
     """A node of saved workflows, and the id of ComfyUI's node that it calls.
 
     `names` are other names for inputs of that node. With `takes_model` there is an input for a model, which is not
-    used, where ComfyUI's node has none.
+    used, where ComfyUI's node has none. With `on_workers` its VAE runs on the workers that run when it is used.
     """
 
     node_id: str
@@ -33,10 +33,13 @@ class Twin:
     display_name: str
     names: Mapping[str, str] = field(default_factory=dict)
     takes_model: bool = False
+    on_workers: bool = False
 
     @property
     def advice(self) -> str:
         """What to use in new workflows."""
+        if self.on_workers:
+            return "In new ones use Load VAE (Ray), which can also say which workers."
         return f"In new ones use ComfyUI's {title(self.stock)}" + (
             ", with a MODEL from Load Diffusion Model as MODEL (Ray): it does the same there."
             if any(kind == "MODEL" for _, kind, *_ in declared(self.stock))
@@ -60,7 +63,7 @@ TWINS = (
     Twin("RayTorchCompileModel", "TorchCompileModel", "TorchCompileModel (Ray)"),
     Twin("RayControlNetLoader", "ControlNetLoader", "Load ControlNet Model (Ray)", takes_model=True),
     Twin("RayControlNetApply", "ControlNetApplyAdvanced", "Apply ControlNet (Ray)", {"control_net": "reference"}),
-    Twin("RayVAELoader", "VAELoader", "Load VAE (Ray)"),
+    Twin("RayVAELoader", "VAELoader", "Load VAE as RAY_VAE (Ray)", on_workers=True),
 )
 
 
@@ -139,7 +142,8 @@ class _Derived(io.ComfyNode):
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         twin = cls.twin
         names = {twin.name_of(name, kind): name for name, kind, *_ in declared(twin.stock)}
-        return io.NodeOutput(*call(twin.stock, {names[name]: inputs[name] for name in names if name in inputs}))
+        outputs = call(twin.stock, {names[name]: inputs[name] for name in names if name in inputs})
+        return io.NodeOutput(*(driver().parallelize_vae(one, None) if twin.on_workers else one for one in outputs))
 
 
 def derived_nodes() -> list[type[io.ComfyNode]]:

@@ -127,8 +127,9 @@ class XFuserSamplerCustomAdvancedSeed(io.ComfyNode):
 
 
 class RayVAEDecodeDistributed(io.ComfyNode):
-    """For saved workflows: becomes ComfyUI's Load VAE and VAE Decode (Tiled), which run in ComfyUI's process and are
-    not split over workers. The picture is theirs. In new workflows use these two, or VAE Decode.
+    """For saved workflows: becomes Load VAE (Ray), on the workers of ray_actors, and VAE Decode (Tiled). The workers
+    split the rows of the picture, which needs no tiles: their sizes have no effect. In new workflows use Load VAE (Ray)
+    and VAE Decode.
     """
 
     @classmethod
@@ -142,7 +143,7 @@ class RayVAEDecodeDistributed(io.ComfyNode):
             description=cleandoc(cls.__doc__ or ""),
             search_aliases=["ray vae decode"],
             inputs=[
-                model_input(),
+                RayActors.Input("ray_actors", raw_link=True, tooltip=model_input().tooltip),
                 io.Latent.Input("samples", raw_link=True, tooltip="The latent to decode."),
                 file,
                 *(one for name, one in tiled.items() if name not in ("samples", "vae")),
@@ -155,7 +156,7 @@ class RayVAEDecodeDistributed(io.ComfyNode):
     @classmethod
     def execute(cls, ray_actors: Any, samples: Any, vae_name: str, **tiles: int) -> io.NodeOutput:
         graph = GraphBuilder()
-        vae = graph.node("VAELoader", vae_name=vae_name)
+        vae = graph.node("RayVAELoaderAsVAE", vae_name=vae_name, ray_actors=ray_actors)
         image = graph.node("VAEDecodeTiled", samples=samples, vae=vae.out(0), **tiles)
         return io.NodeOutput(image.out(0), expand=graph.finalize())
 

@@ -66,6 +66,8 @@ INPUTS = {
     "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
     "RayModelLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
     "RayParallelizeModel": ["model", "ray_actors_init"],
+    "RayVAELoaderAsVAE": ["vae_name", "ray_actors_init", "ray_actors"],
+    "RayParallelizeVAE": ["vae", "ray_actors_init", "ray_actors"],
     "XFuserSamplerCustom": [
         "ray_actors",
         "add_noise",
