@@ -8,6 +8,6 @@ import loaded_cases
 import pytest
 import sharded_cases
 import split_cases
-import vae_cases
+import vae_split_cases
 
-__all__ = ["external_cases", "gguf_cases", "loaded_cases", "pytest", "sharded_cases", "split_cases", "vae_cases"]
+__all__ = ["external_cases", "gguf_cases", "loaded_cases", "pytest", "sharded_cases", "split_cases", "vae_split_cases"]

@@ -6,7 +6,7 @@ import functools
 from itertools import pairwise
 
 import pytest
-from vae_cases import Comparison, compare
+from vae_split_cases import Comparison, compare
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.dev.vae_zoo import VAES
