@@ -36,6 +36,13 @@ class RemoteVAE(comfy.sd.VAE):
         remote.workers, remote.path = workers, path or getattr(vae, "path", "")
         return remote
 
+    def __copy__(self) -> RemoteVAE:
+        return RemoteVAE.of(self, self.workers)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be ComfyUI's own VAE in another process, which has no workers."""
+        return _plain, ({name: value for name, value in vars(self).items() if name not in ("workers", "path")},)
+
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         """Return the picture of a latent, (B, C, [T,] H, W), as (B, [T,] H, W, C).
 
@@ -98,9 +105,11 @@ class RemoteVAE(comfy.sd.VAE):
             raise CannotBuild(reason)
         if args.cpu_vae:
             raise CannotBuild("ComfyUI was started with --cpu-vae")
+        session = active_session.running()
+        if session is not None and session.busy:  # a node looks at a step, say, and the workers would wait for it
+            raise CannotBuild("the workers are in a run")
         if self.workers is not None:
             return self.workers
-        session = active_session.running()
         if session is None:
             raise CannotBuild("no workers are running")
         return WorkerConfig(session.config, kernels.AUTO)
@@ -130,6 +139,12 @@ class RemoteVAE(comfy.sd.VAE):
                 f"a picture of {pixels.shape[-2]} x {pixels.shape[-3]} pixels is too small for this VAE: at least "
                 f"{least} x {least}"
             )
+
+
+def _plain(state: dict[str, Any]) -> comfy.sd.VAE:
+    vae = object.__new__(comfy.sd.VAE)
+    vars(vae).update(state)
+    return vae
 
 
 def _dimensions(count: int) -> str:

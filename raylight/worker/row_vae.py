@@ -11,13 +11,13 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.host.checkpoint import MappedModel
 from raylight.host.vae_file import MappedVae
 from raylight.parallel.heartbeat import cancellation_point
-from raylight.parallel.mesh import world_axis
 
 from .parallel_vae import apply_row_parallel
 from .replicated_patcher import ReplicatedPatcher, build_replicated
@@ -47,16 +47,17 @@ class VaeModel(nn.Module):
 
 
 class RowVae:
-    """A VAE that is split by rows over all ranks of a mesh. Its weights are whole on each of them."""
+    """A VAE that is split by rows over all ranks. Its weights are whole on each of them."""
 
-    def __init__(self, mapped: MappedVae, mesh: DeviceMesh) -> None:
+    def __init__(self, mapped: MappedVae) -> None:
         """Install the hooks. Raises ValueError: the class cannot be split by rows."""
         self.vae: Any = mapped.vae  # comfy.sd.VAE
         self.has_encoder = not mapped.missing
         self._dtypes = mapped.dtypes
-        self._ranks = world_axis(mesh).size()
+        self._ranks = dist.get_world_size()
         if self._ranks > 1:
-            apply_row_parallel(self.vae.first_stage_model, world_axis(mesh).get_group())
+            group: Any = dist.group.WORLD  # stays when the mesh is another one
+            apply_row_parallel(self.vae.first_stage_model, group)
         self.model = VaeModel(self.vae)
         self._calls = 0
         for module in self.vae.first_stage_model.modules():

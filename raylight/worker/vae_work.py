@@ -15,7 +15,7 @@ from torch import Tensor
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject, pack, unpack
 from raylight.host.jobs import NeedsBytes, random_state, set_random_state
-from raylight.host.log_messages import gb
+from raylight.host.log_messages import gb, warn_on_first_rank
 from raylight.host.machine_memory import available_memory
 from raylight.host.shared_picture import open_picture, resize_picture
 from raylight.host.vae_file import map_vae
@@ -84,7 +84,7 @@ class VaeWork:
             model = self._models.get(recipe)
             if model is None:
                 run.enter(f"loading {recipe.name}")
-                vae = RowVae(map_vae(recipe), self._context.mesh)
+                vae = RowVae(map_vae(recipe))
                 patcher, own_bytes = vae.build_patcher()
                 parallel: Any = vae
                 model = CachedModel(recipe, patcher, parallel, {}, {}, own_bytes)
@@ -109,13 +109,11 @@ class VaeWork:
         run.enter(f"bringing {job.recipe.name} to its device")
         batch, pieces = vae.pieces(job.least_pieces, pixel_width)
         if pieces > 1:
-            logger.warning(
-                "%s: memory is short for whole rows (%s on each worker, as ComfyUI estimates it), so %d pieces of the "
-                "width are computed one after the other and blended, as ComfyUI's tiles are",
-                job.recipe.name,
-                gb(vae.model.expected_bytes),
-                pieces,
+            warning = (
+                f"memory is short for whole rows ({gb(vae.model.expected_bytes)} on each worker, as ComfyUI estimates "
+                f"it), so {pieces} pieces of the width are computed one after the other and blended, as ComfyUI's tiles"
             )
+            warn_on_first_rank(logger, [warning], job.recipe.name)
         return batch, pieces
 
     def _end(self, job: VaeJob) -> None:
