@@ -14,17 +14,26 @@ def stock(job: Job, text: str, vae: str, prefix: str) -> Graph:
 
 
 def sampler_node(job: Job, text: str, vae: str, prefix: str, workers: int) -> Graph:
-    """Return a graph of Ray Initializer, Load Diffusion Model (Ray) and XFuser KSampler (Advanced)."""
-    return _from_text(graphs.on_workers(job, workers, prefix), text, vae, prefix)
+    """Return a graph of Ray Initializer, Load Diffusion Model (Ray), XFuser KSampler (Advanced) and Parallelize VAE
+    (Ray).
+    """
+    graph = _from_text(graphs.on_workers(job, workers, prefix), text, vae, prefix)
+    graph["split"] = {"class_type": "RayParallelizeVAE", "inputs": {"vae": ["vae", 0], "ray_actors": ["model", 0]}}
+    graph["decode"]["inputs"]["vae"] = ["split", 0]
+    return graph
 
 
 def drop_in(job: Job, text: str, vae: str, prefix: str, workers: int) -> Graph:
-    """Return the stock graph with Load Diffusion Model as MODEL (Ray) in place of its loader."""
+    """Return the stock graph with Load Diffusion Model as MODEL (Ray) and Load VAE (Ray) in place of its loaders."""
     graph = stock(job, text, vae, prefix)
     graph["workers"] = graphs.on_workers(job, workers)["workers"]
     graph["model"] = {
         "class_type": "RayModelLoader",
         "inputs": graph["model"]["inputs"] | {"ray_actors_init": ["workers", 0]},
+    }
+    graph["vae"] = {
+        "class_type": "RayVAELoaderAsVAE",
+        "inputs": graph["vae"]["inputs"] | {"ray_actors_init": ["workers", 0]},
     }
     return graph
 
