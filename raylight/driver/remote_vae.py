@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import comfy.sd
@@ -12,12 +13,15 @@ from torch import Tensor
 from raylight.attention import kernels
 from raylight.cluster import active_session
 from raylight.host.recipe import WorkerConfig
+from raylight.parallel.rows.row_tensor import RowsError
 from raylight.plans.vae_rows import why_not
 
 from .vae_import import CannotBuild, recipe_of
 from .vae_run import VaeRun
 
 logger = logging.getLogger(__name__)
+
+_NO_TILES = "the sizes of tiles have no effect: workers split the rows of the picture, which needs no tiles"
 
 
 class RemoteVAE(comfy.sd.VAE):
@@ -48,55 +52,64 @@ class RemoteVAE(comfy.sd.VAE):
 
         Raises ValueError: for a latent that is not of this VAE. Raises what `workers.ask_all` raises.
         """
-        run = self._on_workers("decodes")
-        if run is None:
-            return super().decode(samples_in, vae_options or {})
-        self._check_latent(samples_in)
-        return run.decode(samples_in, vae_options or {}).to(self.output_device).movedim(1, -1)
+        options = vae_options or {}
+
+        def on_workers(run: VaeRun) -> Tensor:
+            self._check_latent(samples_in)
+            return run.decode(samples_in, options).movedim(1, -1)
+
+        return self._done("decodes", on_workers, lambda: comfy.sd.VAE.decode(self, samples_in, options))
 
     def decode_tiled(self, samples: Tensor, *tile: Any, **tiles: Any) -> Tensor:
         """Return the picture of a latent as `decode`, without tiles: each worker has a part of the rows anyway."""
-        run = self._on_workers("decodes")
-        if run is None:
-            return super().decode_tiled(samples, *tile, **tiles)
-        self._check_latent(samples)
-        logger.info("the sizes of tiles have no effect: workers split the rows of the picture, which needs no tiles")
-        return run.decode(samples, {}).to(self.output_device).movedim(1, -1)
+
+        def on_workers(run: VaeRun) -> Tensor:
+            self._check_latent(samples)
+            logger.info(_NO_TILES)
+            return run.decode(samples, {}).movedim(1, -1)
+
+        return self._done("decodes", on_workers, lambda: comfy.sd.VAE.decode_tiled(self, samples, *tile, **tiles))
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """Return the latent of pictures, (B, [T,] H, W, C).
 
         Raises ValueError: for what is no picture or video. Raises what `workers.ask_all` raises.
         """
-        run = self._on_workers("encodes")
-        if run is None:
-            return super().encode(pixel_samples)
-        self._check_pixels(pixel_samples)
-        return run.encode(pixel_samples).to(self.output_device)
+
+        def on_workers(run: VaeRun) -> Tensor:
+            self._check_pixels(pixel_samples)
+            return run.encode(pixel_samples)
+
+        return self._done("encodes", on_workers, lambda: comfy.sd.VAE.encode(self, pixel_samples))
 
     def encode_tiled(self, pixel_samples: Tensor, *tile: Any, **tiles: Any) -> Tensor:
         """Return the latent of pictures as `encode`, without tiles."""
-        run = self._on_workers("encodes")
-        if run is None:
-            return super().encode_tiled(pixel_samples, *tile, **tiles)
-        self._check_pixels(pixel_samples)
-        logger.info("the sizes of tiles have no effect: workers split the rows of the picture, which needs no tiles")
-        return run.encode(pixel_samples).to(self.output_device)
 
-    def _on_workers(self, does: str) -> VaeRun | None:
-        """Return how workers do it; None if this process has to, which is logged."""
+        def on_workers(run: VaeRun) -> Tensor:
+            self._check_pixels(pixel_samples)
+            logger.info(_NO_TILES)
+            return run.encode(pixel_samples)
+
+        return self._done("encodes", on_workers, lambda: comfy.sd.VAE.encode_tiled(self, pixel_samples, *tile, **tiles))
+
+    def _done(self, does: str, on_workers: Callable[[VaeRun], Tensor], here: Callable[[], Tensor]) -> Tensor:
+        """Do it on workers, or here, and log why, if they cannot. `does` is what the VAE does, as a verb."""
         self.throw_exception_if_invalid()
         try:
-            workers = self._workers()
-            dtype = str(self.vae_dtype).removeprefix("torch.")
-            same_device = workers.config.device_type == self.device.type
-            run = VaeRun(self, workers, recipe_of(self, dtype if same_device else "", self.path))
-            if run.recipe.export is not None and not workers.config.is_local:
-                raise CannotBuild("its weights are in no file, and workers of a Ray cluster may be on other machines")
-            return run
-        except CannotBuild as reason:
+            return on_workers(self._run()).to(self.output_device)
+        except (CannotBuild, RowsError) as reason:
             logger.info("the VAE %s in ComfyUI's process, as without workers: %s", does, reason)
-            return None
+        return here()
+
+    def _run(self) -> VaeRun:
+        """Return the run of this VAE on its workers. Raises CannotBuild: they cannot run it."""
+        workers = self._workers()
+        dtype = str(self.vae_dtype).removeprefix("torch.")
+        is_same_device = workers.config.device_type == self.device.type
+        run = VaeRun(self, workers, recipe_of(self, dtype if is_same_device else "", self.path))
+        if run.recipe.export is not None and not workers.config.is_local:
+            raise CannotBuild("its weights are in no file, and workers of a Ray cluster may be on other machines")
+        return run
 
     def _workers(self) -> WorkerConfig:
         """Return the workers to use. Raises CannotBuild: it cannot be split, or there are no workers."""

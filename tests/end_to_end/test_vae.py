@@ -29,6 +29,7 @@ from raylight.driver.remote_vae import RemoteVAE
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
+from raylight.parallel.rows.row_tensor import RowsError
 
 DEMO = Path(comfy_server.__file__).parent / "model" / "raylight-demo-vae.safetensors"
 WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH")
@@ -348,6 +349,8 @@ def fail_once(rank: int, what: str, mark: str) -> dict[str, Any]:
 
     import torch.distributed as dist
 
+    if what == "rows":
+        raise RowsError("the operation 'sort' cannot be followed by rows")
     if dist.get_rank() == rank and not os.path.exists(mark):
         open(mark, "w").close()
         if what == "kill":
@@ -377,6 +380,19 @@ def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, st
         monkeypatch.setattr(vae_run, "pack", pack)
 
     return arrange
+
+
+def test_what_cannot_be_followed_by_rows_is_done_in_comfyui(
+    stock: comfy.sd.VAE, dropin: RemoteVAE, faulty: Callable[[int, str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = latent(1, 16, 8, 8)
+    decoded(dropin, samples)
+    session = active_session.running()
+    faulty(-1, "rows")
+    with caplog.at_level(logging.INFO, "raylight"):
+        assert torch.equal(decoded(dropin, samples), decoded(stock, samples))
+    assert "as without workers: the operation 'sort' cannot be followed by rows" in caplog.text
+    assert active_session.running() is session
 
 
 def test_a_killed_rank_is_named_and_the_next_decode_works(

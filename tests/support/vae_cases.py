@@ -55,6 +55,7 @@ def in_pieces(rank: int, world: int, form: str, path: str, pieces: int) -> dict[
         vae.decode(latent, batch, planned, {}, keep)
         found["decode"] = torch.cat(found["decode"])
         pixels = vae.pixels_to_encode(pixels_of(form))
-        found["encode"] = vae.encode(pixels, 1, planned)
+        found["encode"] = vae.encode(pixels, 1, planned).numpy()
         found["heights"] = of_all_ranks(found["decode"].shape[-2])
+        found["decode"] = found["decode"].numpy()  # a tensor would be gone with its rank
     return found
