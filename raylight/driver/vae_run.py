@@ -21,6 +21,7 @@ from raylight.host.shared_picture import new_picture
 from raylight.host.vae_jobs import VaeJob, VaeProgress, VaeRecipe, VaeResult
 from raylight.host.worker_service import WorkerService
 
+from . import progress
 from .workers import ask_with_room, open_session
 
 logger = logging.getLogger(__name__)
@@ -83,13 +84,10 @@ class VaeRun:
             if file is not None:
                 file.close()
         set_random_state(first.random)
-        logger.info(
-            "%s: %s on %d workers in %.2f s",
-            self.recipe.name,
-            "rows" if first.pieces == 1 else f"rows in {first.pieces} pieces of the width",
-            len(answers),
-            time.monotonic() - began,
-        )
+        how = "rows" if first.pieces == 1 else f"rows in {first.pieces} pieces of the width"
+        text = f"{self.recipe.name}: {how} on {len(answers)} workers in {time.monotonic() - began:.2f} s"
+        logger.info("%s", text)
+        progress.show_text(text)
         return result
 
 
@@ -105,8 +103,8 @@ class _Bar:
     def __init__(self) -> None:
         self._bar: comfy.utils.ProgressBar | None = None
 
-    def show(self, progress: VaeProgress) -> None:
+    def show(self, done: VaeProgress) -> None:
         """Show how many images are done, if there are several."""
-        if progress.total > 1:
-            self._bar = self._bar or comfy.utils.ProgressBar(progress.total)
-            self._bar.update_absolute(progress.done, progress.total)
+        if done.total > 1:
+            self._bar = self._bar or comfy.utils.ProgressBar(done.total)
+            self._bar.update_absolute(done.done, done.total)
