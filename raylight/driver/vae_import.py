@@ -31,6 +31,9 @@ from .memory_file import MemoryFile
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
+# Of ComfyUI's VAE: what decides how it decodes and encodes, beside the model.
+_ATTRIBUTES = ("latent_channels", "latent_dim", "output_channels", "crop_input", "not_video", "pad_channel_value")
+_FUNCTIONS = ("process_input", "process_output")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LOADER = getattr(comfy.sd, "load_vae_patcher", None)  # ComfyUI 0.27 and later note it on the patcher
 
@@ -58,8 +61,8 @@ def recipe_of(vae: Any, dtype: str, path: str = "") -> VaeRecipe:
     Raises CannotBuild; ValueError if memory has no room for an export; and ComfyUI's interrupt if the user cancels.
     """
     model = vae.first_stage_model
-    if changed := _changed_code(model):
-        raise CannotBuild(f"a node has changed the code of its module {changed}")
+    if changed := _changed_code(vae):
+        raise CannotBuild(f"a node has changed the code of its {changed}")
     with stock_weights.unpatched(vae.patcher) as base:
         weights = stock_weights.weights_within(base)
         patches = vae.patcher.patches_uuid if vae.patcher.patches else None
@@ -71,11 +74,15 @@ def recipe_of(vae: Any, dtype: str, path: str = "") -> VaeRecipe:
     return source.recipe
 
 
-def _changed_code(model: nn.Module) -> str:
-    """Return the path of a module whose forward a node has replaced or hooked, "" if there is none."""
-    for path, module in model.named_modules():
-        if not {"forward", "decode", "encode"}.isdisjoint(vars(module)) or module._forward_hooks:
-            return path or type(module).__name__
+def _changed_code(vae: Any) -> str:
+    """Return the function or the path of a module that a node has replaced or hooked, "" if there is none."""
+    for name in _FUNCTIONS:
+        if getattr(vae, name).__module__ != comfy.sd.__name__:
+            return name
+    for path, module in vae.first_stage_model.named_modules():
+        is_replaced = not {"forward", "decode", "encode"}.isdisjoint(vars(module))
+        if is_replaced or module._forward_hooks or module._forward_pre_hooks:
+            return f"module {path or type(module).__name__}"
     return ""
 
 
@@ -114,8 +121,10 @@ def _difference(vae: Any, weights: Mapping[str, Tensor], recipe: VaeRecipe) -> s
     if theirs != ours:
         first = next((path or kind for path, kind in ours if (path, kind) not in theirs), "")
         return f"it has other modules{f', such as {first}' if first else ''}"
-    if mapped.vae.latent_channels != vae.latent_channels:
-        return f"its latent has {vae.latent_channels} channels, and not {mapped.vae.latent_channels}"
+    for name in _ATTRIBUTES:
+        value, of_file = getattr(vae, name, None), getattr(mapped.vae, name, None)
+        if value != of_file:
+            return f"its {name} is {value}, and not {of_file}"
     if not weights:
         return ""
     of_file = stock_weights.weights_within(mapped.vae.first_stage_model)

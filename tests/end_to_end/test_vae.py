@@ -205,7 +205,16 @@ def with_module(vae: comfy.sd.VAE) -> None:
     vae.first_stage_model.taesd_decoder[0] = torch.nn.Tanh()
 
 
-@pytest.mark.parametrize("change", [with_hook, with_code, with_module])
+def with_output(vae: comfy.sd.VAE) -> None:
+    vae.process_output = lambda image: image.mul_(0.5)
+
+
+def with_channels(vae: comfy.sd.VAE) -> None:
+    vae.first_stage_model.taesd_decoder[-1] = torch.nn.Conv2d(64, 3, 3, padding=1)
+    vae.output_channels = 4
+
+
+@pytest.mark.parametrize("change", [with_hook, with_code, with_module, with_output, with_channels])
 def test_changed_code_stays_in_comfyui(
     change: Callable[[comfy.sd.VAE], None], caplog: pytest.LogCaptureFixture
 ) -> None:
