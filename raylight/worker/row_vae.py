@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management
@@ -29,6 +29,8 @@ _OVERLAP = 64  # pixels of the picture that two pieces share, as in ComfyUI's ti
 _LEAST_WIDTH = 256  # pixels of a piece
 # ComfyUI's estimates are generous, and with more than one piece the picture is no longer that of one GPU.
 _GENEROSITY = 1.5
+
+_CONVERTED_BYTES = 128 * 2**20  # of a picture, at a time
 
 Consume = Callable[[int, Tensor], None]
 
@@ -124,10 +126,10 @@ class RowVae:
         chunked = getattr(vae.first_stage_model, "comfy_has_chunked_io", False)
 
         def call(part: Tensor) -> Tensor:
-            ready = vae.process_input(part).to(vae.vae_dtype)
-            if chunked:
+            if chunked:  # which moves it in parts itself
+                ready = vae.process_input(part).to(vae.vae_dtype)
                 return vae.first_stage_model.encode(ready, device=vae.device)
-            return vae.first_stage_model.encode(ready.to(vae.device))
+            return vae.first_stage_model.encode(self._ready(part))
 
         found = []
         for start in range(0, pixels.shape[0], batch):
@@ -138,6 +140,21 @@ class RowVae:
         latent = torch.cat(found)
         format_encoded = getattr(vae, "format_encoded", None)
         return latent if format_encoded is None else format_encoded(latent)
+
+    def _ready(self, pixels: Tensor) -> Tensor:
+        """Return pictures, (B, C, [T,] H, W), as the VAE's model takes them, on its device.
+
+        They are converted there, image by image and in parts of a video: ComfyUI converts all of a video on the CPU,
+        where several ranks would wait for each other's copies of it.
+        """
+        vae = self.vae
+        if vae.device.type == "cpu":
+            return vae.process_input(pixels).to(vae.vae_dtype)
+        ready = torch.empty(pixels.shape, dtype=vae.vae_dtype, device=vae.device)
+        for image, target in zip(pixels, ready, strict=True):
+            for frames in slices(image, image.dtype):
+                target[:, frames] = vae.process_input(image[:, frames].to(vae.device)).to(vae.vae_dtype)
+        return ready
 
     def _in_pieces(self, value: Tensor, call: Callable[[Tensor], Tensor], pieces: int, decodes: bool) -> Tensor:
         """Compute pieces of the width one after the other, of all rows each, and blend them as ComfyUI's tiles.
@@ -180,3 +197,14 @@ class RowVae:
         self._calls += 1
         if self._calls % _MODULES_BETWEEN_CHECKS == 0:
             cancellation_point()
+
+
+def slices(image: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Yield slices of the frames of (C, T, rows, W) that are small in `dtype`, or one of all of (C, rows, W)."""
+    if image.ndim == 3:
+        yield slice(None)
+        return
+    of_frame = max(1, image[:, 0].numel() * dtype.itemsize)
+    step = max(1, _CONVERTED_BYTES // of_frame)
+    for first in range(0, image.shape[1], step):
+        yield slice(first, first + step)

@@ -25,11 +25,10 @@ from raylight.parallel.process_group import any_rank, of_all_ranks, smallest
 from . import load_progress
 from .model_cache import CachedModel, ModelCache
 from .patcher import mode_of
-from .row_vae import RowVae
+from .row_vae import RowVae, slices
 
 logger = logging.getLogger(__name__)
 
-_CONVERTED_BYTES = 128 * 2**20  # of a decoded picture, at a time: its final dtype may be twice as large
 _RESERVE_BYTES = 256 * 2**20  # of system memory stay free beside a picture
 
 
@@ -139,7 +138,7 @@ class _Output:
             self._rows = self._open(rows)
         target = self._rows[start : start + rows.shape[0]]
         for index, image in enumerate(rows):
-            for frames in _slices(image, self._dtype):
+            for frames in slices(image, self._dtype):
                 part = self._vae.vae.process_output(image[:, frames].to(self._dtype))
                 _copy(part, target[index][:, frames])
         self._run.emit(VaeProgress(start + rows.shape[0], self._images))
@@ -167,17 +166,6 @@ class _Output:
         any_rank(False)  # the others open it when it has its size
         start = sum(heights[: self._run.rank])
         return open_picture(self._job.picture, self._shape, self._dtype).narrow(-2, start, rows.shape[-2])
-
-
-def _slices(image: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Yield slices of the second dimension of (C, T, rows, W), or one of all of (C, rows, W)."""
-    if image.ndim == 3:
-        yield slice(None)
-        return
-    of_frame = max(1, image[:, 0].numel() * dtype.itemsize)
-    step = max(1, _CONVERTED_BYTES // of_frame)
-    for first in range(0, image.shape[1], step):
-        yield slice(first, first + step)
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
