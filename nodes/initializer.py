@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from raylight.attention import kernels
 from raylight.driver.options import AUTOMATIC, MOST, check_product, workers_from
-from raylight.parallel import external_strategies
+from raylight.parallel import external_strategies, graphs
 
 from .common import CATEGORY, RayActorsInit, begin_workers, show
 
@@ -182,6 +182,15 @@ class RayInitializerAdvanced(_Initializer):
                 advanced=True,
                 tooltip="What exchanges tokens for attention. yunchang and xfuser need equal shards and no masks; "
                 "Raylight does the other calls.",
+            ),
+            io.Combo.Input(
+                "cuda_graphs",
+                options=list(graphs.NAMES),
+                default=graphs.AUTO,
+                optional=True,
+                advanced=True,
+                tooltip="Replay the model's forward as one CUDA graph from its third call on. auto: where launching it "
+                "takes long. on: wherever it can be. off: never.",
             ),
         ]
         return cls._schema(

@@ -5,7 +5,8 @@
 finds the GPUs and runs 1, 2, 4 and 8 ranks, as far as there are as many GPUs. `L2` is the error against one rank with
 the same random weights; `link` the share of the step in which the GPU runs NCCL's kernels, by the profiler, hidden or
 not; `bare` that in which it runs nothing else. `predicted` is from the file that prediction.py wrote, for the link
-named by --link.
+named by --link. `graph` is the step replayed as a CUDA graph: seconds, speed-up over the eager step of one GPU, how the
+result differs from the eager step's (`=` for not at all), and what graphs hold. --graphs off leaves it out.
 
 With --device cpu, or --share-gpu (all ranks on one GPU, rings staged through the CPU), ranks use gloo: this is to try
 the program, since times mean nothing then.
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ from torch import Tensor
 from raylight.dev.local_ranks import run_ranks, values
 
 LARGEST = 1e-2  # relative L2 of results in bfloat16
+LARGEST_OF_GRAPH = 0.0  # it runs the same kernels
 GOALS = {2: 1.95, 4: 3.8, 8: 7.2}  # speed-up of Wan at 720p
 LARGEST_COST_OF_FSDP = 1.03
 LARGEST_DIFFERENCE = 0.05  # from the prediction
@@ -71,33 +75,30 @@ class Setting:
     cfg: bool
     shared_gpu: bool
     device_type: str
+    graphs: bool = False
 
 
 def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]:
     """Return this rank's seconds of each step, peak bytes, shares of communication, and the result on rank 0."""
     device = torch.device(setting.device_type, 0 if setting.shared_gpu else rank)
+    logging.basicConfig(format=f"rank {rank}: %(message)s")
+    logging.getLogger("raylight").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif setting.device_type == "cpu":
         device = torch.device("cpu")
     with torch.no_grad():
-        forward = prepared(way, setting, device, world)
+        forward, graphed = prepared(way, setting, device, world)
         for _ in range(2):  # NCCL connects ranks and cuDNN plans its kernels in the first
             result = forward()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        taken = []
-        for _ in range(setting.repeats):
-            synchronize(device)
-            start = mark(device)
-            forward()
-            end = mark(device)
-            synchronize(device)
-            taken.append(between(start, end))
+        taken = timed(forward, setting.repeats, device)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         link, bare = communication(forward, device)
-    return {
+        graph = as_graph(forward, graphed, result, setting, device) if graphed is not None else {}
+    return graph | {
         "seconds": taken,
         "peak_bytes": peak,
         "link": link,
@@ -106,8 +107,44 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
     }
 
 
-def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> Any:
-    """Return a function that does one step on this rank."""
+def timed(forward: Any, repeats: int, device: torch.device) -> list[float]:
+    """Return the seconds of each of several steps."""
+    taken = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = mark(device)
+        forward()
+        end = mark(device)
+        synchronize(device)
+        taken.append(between(start, end))
+    return taken
+
+
+def as_graph(forward: Any, graphed: Any, expected: Tensor, setting: Setting, device: torch.device) -> dict[str, Any]:
+    """Return the seconds of each step as a CUDA graph, its relative L2 against the eager one, and the graph's bytes."""
+    from raylight.parallel.graphs import ON
+    from raylight.worker import cuda_graphs
+
+    graphed.use(ON, "benchmark", "")
+    launch = []
+    for _ in range(4):  # as it is, recorded, captured, replayed
+        synchronize(device)
+        start = time.perf_counter()
+        result = forward()
+        launch.append(time.perf_counter() - start)
+    found = {
+        "graph_seconds": timed(forward, setting.repeats, device),
+        "graph_launch_s": launch,
+        "graph_l2": relative(result, expected),
+        "graph_equal": torch.equal(result, expected),
+        "graph_bytes": cuda_graphs.held_bytes(device),
+    }
+    graphed.remove()
+    return found
+
+
+def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tuple[Any, Any]:
+    """Return a function that does one step on this rank, and what replays it as a graph if the setting asks for it."""
     from staged_ring import StagedThroughCpuHybrid
 
     from raylight.attention.kernels import kernel
@@ -115,6 +152,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
     from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.plans import plan_for
     from raylight.sharding.fsdp import shard
+    from raylight.worker.cuda_graphs import GraphedForward, pool_of
     from raylight.worker.sequence_parallel import apply_sequence_parallel
 
     mesh = build_mesh(MeshShape(way.batch, way.ring, way.ulysses), device)
@@ -137,6 +175,9 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
             for name, value in given.items()
         }
     axis = BatchAxis(mesh.get_group("batch"))
+    graphed = None
+    if setting.graphs and device.type == "cuda" and not way.shards:
+        graphed = GraphedForward(diffusion_model, pool_of(device), lambda: way, split.tokens.begin)
 
     def call(rows: Rows) -> Tensor:
         return model.apply_model(**rows.of(given), transformer_options=dict(options["transformer_options"]))
@@ -145,7 +186,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> An
         # With one row and a batch axis, as FSDP alone has it, every rank does the same work.
         return axis.call(call, total) if axis.can_split(total) else call(Rows(0, total, total))
 
-    return forward
+    return forward, graphed
 
 
 def communication(forward: Any, device: torch.device) -> tuple[float, float]:
@@ -191,13 +232,31 @@ def run(world: int, way: Way, setting: Setting, timeout_s: float) -> dict[str, A
             device_type="cpu" if over_gloo else "cuda",
         )
     )
-    return {
+    graph = {}
+    if "graph_seconds" in ranks[0]:
+        graph = {
+            "graph_seconds": max(statistics.median(rank["graph_seconds"]) for rank in ranks),
+            "graph_launch_s": ranks[0]["graph_launch_s"],
+            "graph_l2": max(rank["graph_l2"] for rank in ranks),
+            "graph_equal": all(rank["graph_equal"] for rank in ranks),
+            "graph_bytes": max(rank["graph_bytes"] for rank in ranks),
+        }
+    return graph | {
         "seconds": max(statistics.median(rank["seconds"]) for rank in ranks),
         "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
         "link": statistics.mean(rank["link"] for rank in ranks),
         "bare": statistics.mean(rank["bare"] for rank in ranks),
         "result": torch.from_numpy(ranks[0]["result"]),
     }
+
+
+def graph_column(row: dict[str, Any], alone_s: float) -> str:
+    """Return what a row says of the step as a graph."""
+    if "graph_seconds" not in row:
+        return ""
+    seconds = row["graph_seconds"]
+    how = "=" if row["graph_equal"] else f"{row['graph_l2']:.1e}"
+    return f"{seconds:.4f} {alone_s / seconds:.2f}x {how} {row['graph_bytes'] / 1e9:.1f} GB"
 
 
 def report(size: str, worlds: list[int], options: argparse.Namespace, predicted: dict[str, Any]) -> dict[str, Any]:
@@ -209,12 +268,16 @@ def report(size: str, worlds: list[int], options: argparse.Namespace, predicted:
     print(
         f"\n{SIZES[size].title}{'' if options.layers is None else f', {options.layers} layers of each kind'}\n"
         f"{'GPUs':>4} {'way':<20} {'s a step':>9} {'speed-up':>9} {'efficiency':>10} {'peak GB':>8} {'link':>6} "
-        f"{'bare':>6} {'L2':>8} {'predicted':>9}"
+        f"{'bare':>6} {'L2':>8} {'predicted':>9} {'graph':>24}"
     )
     for world in worlds:
         for way in [*ways(world), *([Way("one GPU, CFG")] if world == 1 and max(worlds) > 1 else [])]:
+            if options.ways and way.name not in options.ways:
+                continue
             cfg = "CFG" in way.name
-            setting = Setting(size, options.layers, options.repeats, cfg, options.share_gpu, options.device)
+            setting = Setting(
+                size, options.layers, options.repeats, cfg, options.share_gpu, options.device, options.graphs == "on"
+            )
             try:
                 row = run(world, way, setting, options.timeout)
             except RuntimeError as failure:  # out of memory, say: the other ways can still be measured
@@ -232,11 +295,14 @@ def report(size: str, worlds: list[int], options: argparse.Namespace, predicted:
             forecast = "" if promised is None or way.name != "Ulysses" else f"{promised:9.4f}"
             print(
                 f"{world:>4} {way.name:<20} {row['seconds']:>9.4f} {speed_up:>8.2f}x {speed_up / world:>10.1%} "
-                f"{row['peak_bytes'] / 1e9:>8.2f} {row['link']:>6.1%} {row['bare']:>6.1%} {error:>8.1e} {forecast}",
+                f"{row['peak_bytes'] / 1e9:>8.2f} {row['link']:>6.1%} {row['bare']:>6.1%} {error:>8.1e} {forecast:>9} "
+                f"{graph_column(row, alone[cfg])}",
                 flush=True,
             )
             figures[f"{world} {way.name}"] = row | {"speed_up": speed_up, "relative_l2": error}
             where = f"{world} GPUs, {way.name}"
+            if row.get("graph_l2", 0) > LARGEST_OF_GRAPH:
+                figures["missed"].append(f"{where}: as a graph relative L2 {row['graph_l2']:.1e}")
             if error > LARGEST:
                 figures["missed"].append(f"{where}: relative L2 {error:.1e}, goal {LARGEST:g}")
             if forecast and abs(row["seconds"] / promised - 1) > LARGEST_DIFFERENCE:
@@ -253,6 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["wan-480p", "wan-720p", "flux-1024"], choices=SIZES)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--ways", nargs="+", help="only these ways, by their names in the table")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, help="this many layers of each kind instead of all")
     parser.add_argument("--prediction", type=Path, help="the file that prediction.py wrote")
@@ -260,6 +327,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one row")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--share-gpu", action="store_true")
+    parser.add_argument("--graphs", default="on", choices=("on", "off"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     gpus = torch.cuda.device_count() if options.device == "cuda" else 0

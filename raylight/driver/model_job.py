@@ -32,4 +32,5 @@ def model_job(
             raise ValueError(f"a patch of the model's weights cannot be sent to the workers: {error}") from error
     inside = Inside(full_tokens_for) if full_tokens_for else inside_of(patcher, changes)
     warn_of_full_tokens(inside, patcher.workers.config.world_size)
-    return ModelJob(patcher.recipe, patcher.workers.attention, patcher.workers.strategy, patches, inside)
+    workers = patcher.workers
+    return ModelJob(patcher.recipe, workers.attention, workers.strategy, patches, inside, workers.graphs)

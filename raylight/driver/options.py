@@ -14,7 +14,7 @@ import torch
 from raylight.attention import kernels
 from raylight.cluster.config import LOCAL, SessionConfig
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, WorkerConfig
-from raylight.parallel import external_strategies
+from raylight.parallel import external_strategies, graphs
 from raylight.parallel.mesh import MeshShape
 
 logger = logging.getLogger(__name__)
@@ -229,6 +229,7 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[WorkerConfig, Degrees]:
         bool(inputs.get("clear_vram_after_sampling")),
         inputs.get("sequence_attention", external_strategies.OURS),
         _sharding(inputs),
+        inputs.get("cuda_graphs", graphs.AUTO),
     )
     return workers, degrees
 

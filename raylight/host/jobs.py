@@ -10,6 +10,7 @@ from torch import Tensor
 from raylight.cluster.object_store import ObjectHandle
 from raylight.cluster.serialization import SerializedObject
 from raylight.cluster.tensor_delta import Message
+from raylight.parallel.graphs import AUTO
 
 from .recipe import ModelRecipe
 
@@ -34,7 +35,7 @@ class Inside:
 class ModelJob:
     """The model that a job is for. `patches` are patches of weights by nodes besides the LoRAs of the recipe: a
     SerializedObject by ComfyUI's `patches_uuid`, fetched by a worker that does not have them applied. `inside` is what
-    code of nodes inside of it needs.
+    code of nodes inside of it needs. `graphs` is one of `parallel.graphs.NAMES`.
     """
 
     recipe: ModelRecipe
@@ -42,6 +43,7 @@ class ModelJob:
     strategy: str
     patches: ObjectHandle | None = None
     inside: Inside = Inside()
+    graphs: str = AUTO
 
 
 @dataclass(frozen=True, slots=True)

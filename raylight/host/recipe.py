@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from raylight.cluster.config import SessionConfig
 from raylight.parallel.external_strategies import OURS
+from raylight.parallel.graphs import AUTO
 
 # Where weights live: in full on each rank's device, or a shard of each on the device or in host memory.
 REPLICATED, SHARDED, OFFLOADED = "replicated", "sharded", "offloaded"
@@ -153,7 +154,8 @@ def needs_pack(path: str) -> str:
 class WorkerConfig:
     """The workers that a graph asks for. `attention` names their attention kernel and `strategy` the sequence-parallel
     strategy around it. With `free_memory_after` they move the model out of GPU memory after each run. `sharding` is
-    REPLICATED, SHARDED or OFFLOADED.
+    REPLICATED, SHARDED or OFFLOADED. `graphs` says whether forwards are replayed as CUDA graphs, by one of
+    `parallel.graphs.NAMES`.
     """
 
     config: SessionConfig
@@ -161,6 +163,7 @@ class WorkerConfig:
     free_memory_after: bool = False
     strategy: str = OURS
     sharding: str = REPLICATED
+    graphs: str = AUTO
 
 
 @dataclass(frozen=True, slots=True)

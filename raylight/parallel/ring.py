@@ -105,6 +105,7 @@ class HybridAttention:
         # The ring overlaps its own exchange with attention: chunks would gain nothing.
         self._ulysses = UlyssesAttention(ulysses, chunks=1 if dist.get_world_size(ring) > 1 else CHUNKS)
         self._ring = RingAttention(ring)
+        self.degrees = self._ulysses_degree, dist.get_world_size(ring)
 
     def __call__(
         self,

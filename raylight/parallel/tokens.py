@@ -314,7 +314,11 @@ class LocalResiduals(list):
 
     def __init__(self, items: Sequence[Tensor | None], tokens: TokenState, stream: str) -> None:
         super().__init__(items)
-        self._tokens, self._stream = tokens, stream
+        self._tokens, self.stream = tokens, stream
+
+    def with_items(self, items: Sequence[Tensor | None]) -> LocalResiduals:
+        """Return others of the same stream."""
+        return LocalResiduals(items, self._tokens, self.stream)
 
     def __getitem__(self, index: int) -> Tensor | None:
         return self._local(super().__getitem__(index))
@@ -323,8 +327,8 @@ class LocalResiduals(list):
         return self._local(super().pop(index))
 
     def _local(self, residual: Tensor | None) -> Tensor | None:
-        if residual is None or not self._tokens.is_sharded(self._stream):
+        if residual is None or not self._tokens.is_sharded(self.stream):
             return residual
-        ((start, stop),) = self._tokens.spans((self._stream,), self._tokens.rank)
+        ((start, stop),) = self._tokens.spans((self.stream,), self._tokens.rank)
         covered = residual.shape[1]
         return residual[:, min(start, covered) : min(stop, covered)]

@@ -22,7 +22,7 @@ from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, Mod
 from raylight.parallel.process_group import any_rank, smallest
 from raylight.sharding import staged_read
 
-from . import lora
+from . import cuda_graphs, lora
 from .lora import WeightShapes
 from .parallel_model import ParallelModel
 from .patcher import RankPatcher
@@ -136,7 +136,7 @@ class ModelCache:
         """Return what this rank's GPU lacks for a model, as `needed`; None if no GPU lacks anything. Collective."""
         if self._device.type == "cpu":
             return None
-        missing = self._lacking(recipe, latent_shapes)
+        missing = self._lacking_without_graphs(recipe, latent_shapes)
         if not any_rank(missing > 0):
             return None
         movable = sum(other.patcher.loaded_size() for other in self._others(recipe))
@@ -147,6 +147,7 @@ class ModelCache:
         bytes free. Collective.
         """
         if self._device.type == "cuda":
+            self._lacking_without_graphs(recipe, latent_shapes)
             self._move_away(self._others(recipe), lambda: self._lacking(recipe, latent_shapes))
 
     def give_back(self, wanted: int | None) -> int:
@@ -161,6 +162,8 @@ class ModelCache:
         def freed() -> int:
             if wanted is not None:
                 self.free_unused()
+                if wanted > before - torch.cuda.memory_reserved(self._device):
+                    cuda_graphs.release(self._device)
             return before - torch.cuda.memory_reserved(self._device)
 
         self._move_away(self.all(), lambda: 0 if wanted is None else wanted - freed())
@@ -169,7 +172,16 @@ class ModelCache:
     def _lacking(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]]) -> int:
         """Return how many bytes this rank's GPU lacks; less than 0 where some are left."""
         free: Any = comfy.model_management.get_free_memory(self._device)
-        return self.needed(recipe, latent_shapes) - int(free)
+        # To ComfyUI what graphs keep to themselves is PyTorch's to use.
+        return self.needed(recipe, latent_shapes) - int(free) + cuda_graphs.held_bytes(self._device)
+
+    def _lacking_without_graphs(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]]) -> int:
+        """Return as `_lacking`, after dropping all graphs of this rank if their memory is needed."""
+        missing = self._lacking(recipe, latent_shapes)
+        if missing > 0 and cuda_graphs.release(self._device):
+            logger.info("CUDA graphs are dropped to make room")
+            missing = self._lacking(recipe, latent_shapes)
+        return missing
 
     def _others(self, recipe: ModelRecipe) -> list[CachedModel]:
         used = self._models.get(recipe.without_loras)
@@ -248,6 +260,7 @@ class ModelCache:
         # Not every model is in ComfyUI's list: shards are on the GPU before they are sampled for the first time.
         loaded = comfy.model_management.current_loaded_models
         loaded[:] = [one for one in loaded if one.model is None or not one.model.is_clone(model.patcher)]
+        model.parallel.drop_graphs()  # of weights that leave the GPU
 
     def _fits_on_host(self, needed: int) -> bool:
         if needed == 0:  # however full the machine is

@@ -16,6 +16,7 @@ from raylight.host.jobs import ForwardJob
 from raylight.host.patcher_state import changed
 from raylight.host.pickling import deserialize
 
+from .graph_obstacles import obstacle
 from .layouts import Tell
 from .node_code import ModelSnapshot
 from .parallel_model import ParallelModel
@@ -56,6 +57,7 @@ class ModelForward:
         args, kwargs, data = deserialize(job.call, patcher, resolve)
         patcher.model_options = {"transformer_options": data | _copied(code)}
         parallel.install(patcher.model_options, job.model, tell, job.begins_run)
+        parallel.use_graphs(job.model, obstacle(patcher, changes, job.model))
         node = job.model.inside.full_tokens_for
         if node and self._snapshot is None:
             self._snapshot = ModelSnapshot(patcher)

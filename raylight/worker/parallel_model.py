@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from operator import attrgetter
 from typing import Any
@@ -29,6 +29,7 @@ from raylight.parallel.sequence_parallel import SequenceGroup, SequenceGroups
 from raylight.plans import has_known_rows, plan_for
 
 from .batch_parallel import BatchParallel
+from .cuda_graphs import GraphedForward, has_graphs, pool_of
 from .layouts import ChosenLayouts, GivenLayouts, Tell, given
 from .node_code import TokenProbe
 from .one_worker import OneWorker
@@ -70,6 +71,7 @@ class ParallelModel:
         self._batch: BatchParallel | None = None
         self._layouts: GivenLayouts | ChosenLayouts | None = None
         self._one_worker: OneWorker | None = None
+        self._graphs: GraphedForward | None = None
         self._mesh, self._by_run = mesh, by_run
         self._is_arranged = False
         self._install()
@@ -93,11 +95,13 @@ class ParallelModel:
         self._is_arranged = False
         if self._batch is not None:
             self._batch.remove()
+        if self._graphs is not None:
+            self._graphs.remove()
         if self._split is not None:
             self._split.remove()
         if self._one_worker is not None:
             self._one_worker.remove()
-        self._groups = self._split = self._batch = self._layouts = self._one_worker = None
+        self._groups = self._split = self._batch = self._layouts = self._one_worker = self._graphs = None
 
     def _install(self) -> None:
         if self._mesh.size() == 1:
@@ -107,6 +111,8 @@ class ParallelModel:
             self._layouts = self._choosing(self._by_run)
         else:
             self._layouts = given(self._mesh, self._split_as_given())
+        if has_graphs(self._device):
+            self._graphs = GraphedForward(self._model, pool_of(self._device), self._split_now, self._begin)
         if self._layouts is not None:
             self._batch = BatchParallel(self._model, self._layouts, self._split)
         self._is_arranged = True
@@ -137,6 +143,33 @@ class ParallelModel:
                 raise
             logger.warning("%s: workers can only split its batch, and do the same work without one", error)
         return ChosenLayouts(by_run, heads, independent_rows)
+
+    def _split_now(self) -> Hashable:
+        """Return what the split of tokens depends on, at this moment."""
+        if self._split is None:
+            return None
+        tokens, strategy = self._split.tokens, self._split.attention.strategy
+        degrees = strategy.degrees if isinstance(strategy, HybridAttention) else type(strategy)
+        return tokens.group and tokens.group.group_name, tokens.rank, tokens.degree, degrees
+
+    def _begin(self) -> None:
+        """Bring the split of tokens back to the start of a forward."""
+        if self._split is not None:
+            self._split.tokens.begin()
+
+    def use_graphs(self, job: ModelJob, obstacle: str) -> None:
+        """Replay the forwards of this job as CUDA graphs, as it says, unless there is an `obstacle`."""
+        if self._graphs is None:
+            return
+        # Layers of GGUF files add patches to weights in each forward.
+        patches = job.patches.key if job.patches is not None else ""
+        weights = (job.recipe.loras, patches) if job.recipe.gguf_pack else ()
+        self._graphs.use(job.graphs, (job.attention, job.strategy, weights), obstacle)
+
+    def drop_graphs(self) -> None:
+        """Drop the model's graphs: its weights leave the GPU."""
+        if self._graphs is not None:
+            self._graphs.drop()
 
     def finalize_hooks(self) -> None:
         """Install the hook of batch parallelism. Call it when the model's weights are in place, with their hooks."""

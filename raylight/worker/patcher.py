@@ -15,6 +15,15 @@ from raylight.parallel.process_group import smallest
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+_moves = 0
+
+
+def moves() -> int:
+    """Return how often weights of any model may have been moved or changed by their patchers: a number that only
+    grows.
+    """
+    return _moves
+
 
 @contextmanager
 def mode_of(sharding: str) -> Iterator[None]:
@@ -40,6 +49,8 @@ def in_own_mode(method: Method) -> Method:
 
     @functools.wraps(method)
     def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _moves
+        _moves += 1
         with mode_of(self.sharding), self.moving():
             return method(self, *args, **kwargs)
 

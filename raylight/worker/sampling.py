@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +16,7 @@ from raylight.cluster.actor import Run
 from raylight.host import patcher_state
 from raylight.host.jobs import KEY, RunJob, RunResult, StepDone, random_state, set_random_state
 from raylight.host.log_messages import warn_on_first_rank
-from raylight.host.patcher_state import changed
+from raylight.host.patcher_state import Change, changed
 from raylight.host.pickling import deserialize
 
 from . import lora
@@ -47,6 +48,11 @@ class SamplingRun:
     def model_options(self) -> dict[str, Any]:
         """The model options of the run, which may still be changed."""
         return self._guider.model_options
+
+    @property
+    def changes(self) -> Sequence[Change]:
+        """What nodes have changed on the model itself."""
+        return self._changes
 
     def sample(self) -> RunResult:
         """Sample, and return the result, the same on every rank of the sequence group.

@@ -19,7 +19,8 @@ from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import sequence_axis
 from raylight.sharding.fsdp import reset
 
-from . import load_progress, model_cache, reading_together
+from . import cuda_graphs, load_progress, model_cache, reading_together
+from .graph_obstacles import obstacle
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
 from .parallelize import load_parallel
@@ -71,9 +72,11 @@ class ModelService(WorkerService):
             run.enter("sending the result")
             if first.free_memory_after:
                 comfy.model_management.unload_all_models()
+                cuda_graphs.release(self._context.device)
                 comfy.model_management.soft_empty_cache()
         if self._beside_comfyui:  # whose nodes may need it now, and not all of them ask
             self._models.free_unused()
+            cuda_graphs.release_if_full(self._context.device)
         return results if sequence_axis(mesh).get_local_rank() == 0 else {}
 
     def _sample_all(
@@ -93,6 +96,7 @@ class ModelService(WorkerService):
     def _sample(self, run: Run, model: CachedModel, patcher: RankPatcher, index: int, job: RunJob) -> RunResult:
         sampling = SamplingRun(run, patcher, index, job, self._context.device)
         model.parallel.install(sampling.model_options, job.model, functools.partial(_tell, run))
+        model.parallel.use_graphs(job.model, obstacle(patcher, sampling.changes, job.model))
         with model.parallel.watching(patcher, job.model.inside):
             return sampling.sample()
 

@@ -15,6 +15,8 @@ from raylight.parallel.plan import Aligned, SequencePlan
 from raylight.parallel.sequence_attention import Kernel, SequenceAttention
 from raylight.parallel.tokens import TokenState
 
+OURS = "raylight_only"
+
 
 def install_override(
     model_options: dict[str, Any], attention: SequenceAttention | Callable[..., Tensor], kernel: Kernel
@@ -52,7 +54,13 @@ def install_override(
         out = attention(kernel if present is None else chained, q, k, v, mask, rest.get("scale"))
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
+    setattr(override, OURS, present is None)
     options[OVERRIDE] = override
+
+
+def is_ours(override: Any) -> bool:
+    """Return whether an override is of `install_override`, with no code of a node in it."""
+    return bool(getattr(override, OURS, False))
 
 
 Patch = Callable[..., Any]

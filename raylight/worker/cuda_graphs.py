@@ -1,0 +1,168 @@
+"""CUDA graphs of the models of a worker: the forward of ComfyUI's model, within its wrappers, is replayed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raylight.host.patcher_state import OPTIONS, OVERRIDE, bind_arguments, run_with_wrappers
+from raylight.parallel.graph_capture import Backend, CudaBackend
+from raylight.parallel.graphs import OFF, ON, ForwardGraphs, GraphPool
+from raylight.sharding.subclass_weights import flatten_tensor
+
+from . import patcher
+from .graph_obstacles import obstacle_in
+
+logger = logging.getLogger(__name__)
+
+# Options that have run around the forward when it is captured.
+_OUTSIDE = ("wrappers", "callbacks")
+
+_LEAST_FREE = 0.2
+
+_pools: dict[torch.device, GraphPool] = {}
+
+
+def pool_of(device: torch.device, backend: Callable[[torch.device], Backend] = CudaBackend) -> GraphPool:
+    """Return the graphs of all models on a device."""
+    device = _indexed(device)
+    if device not in _pools:
+        _pools[device] = GraphPool(backend(device))
+    return _pools[device]
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Return whether forwards on a device can be graphs."""
+    return device.type == "cuda" or device in _pools
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def release(device: torch.device) -> int:
+    """Drop all graphs on a device, for memory that is needed; return how many bytes they kept to themselves."""
+    pool = _pools.get(_indexed(device))
+    held = 0 if pool is None else pool.held_bytes
+    if pool is not None:
+        pool.drop_all()
+    return held
+
+
+def release_if_full(device: torch.device) -> None:
+    """Drop all graphs on a GPU of which less than `_LEAST_FREE` is free, for other programs on it."""
+    if held_bytes(device) > 0:
+        free, total = torch.cuda.mem_get_info(device)
+        if free < _LEAST_FREE * total:
+            release(device)
+
+
+def held_bytes(device: torch.device) -> int:
+    """Return how many bytes of a device graphs keep to themselves."""
+    pool = _pools.get(_indexed(device))
+    return 0 if pool is None else pool.held_bytes
+
+
+class GraphedForward:
+    """A model whose `forward` is replayed as a graph where it can be, until `remove`.
+
+    The model's own hooks run around each replay as around each forward.
+    """
+
+    def __init__(
+        self, model: nn.Module, pool: GraphPool, split: Callable[[], Hashable], reset: Callable[[], None]
+    ) -> None:
+        """Replace `model.forward`. `split` returns what the split of its tokens depends on at this moment, and `reset`
+        brings it back to the start of a forward.
+        """
+        self._model, self._split = model, split
+        self._own = model.forward
+        self._replaced = vars(model).get("forward")
+        self._graphs = ForwardGraphs(type(model).__name__, self._run, reset, pool)
+        self._mode = OFF
+        self._context: Hashable = None
+        self._obstacle = ""
+        self._moves = -1
+        self._weights: tuple[Any, ...] = ()
+        self._weights_obstacle = ""
+        self._override: Any = None
+        model.forward = functools.wraps(self._own)(functools.partial(self._forward))
+
+    def remove(self) -> None:
+        """Drop all graphs, and give the model its own forward again."""
+        self._graphs.clear()
+        del self._model.forward
+        if self._replaced is not None:
+            self._model.forward = self._replaced
+
+    def use(self, mode: str, context: Hashable, obstacle: str) -> None:
+        """Replay the following forwards in this mode of `graphs.NAMES`, unless there is an `obstacle`. They depend on
+        `context`, beside their arguments.
+        """
+        self._mode, self._context, self._obstacle = mode, context, obstacle
+        if obstacle and mode != OFF:
+            self._graphs.log(obstacle)
+
+    @property
+    def reasons(self) -> frozenset[str]:
+        """Why forwards have run as they are."""
+        return self._graphs.reasons
+
+    def drop(self) -> None:
+        """Drop all graphs of this model."""
+        self._graphs.clear()
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
+        if self._override is not None:
+            options[OVERRIDE] = self._override
+        return self._own(*args, **kwargs, **{OPTIONS: options})
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._mode == OFF or self._obstacle:
+            return self._own(*args, **kwargs)
+        if found := obstacle_in(kwargs.get(OPTIONS) or {}):
+            self._graphs.log(found)
+            return self._own(*args, **kwargs)
+        self._check_weights()
+        if self._weights_obstacle:
+            self._graphs.log(self._weights_obstacle)
+            return self._own(*args, **kwargs)
+        return run_with_wrappers(self._model, self._within_wrappers, args, kwargs)
+
+    def _within_wrappers(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = bind_arguments(type(self._model).forward, self._model, args, kwargs)
+        options = {name: value for name, value in (kwargs.pop(OPTIONS, None) or {}).items() if name not in _OUTSIDE}
+        # Ours, and a new one for each job. What it does is in the context.
+        self._override = options.pop(OVERRIDE, None)
+        context = self._context, self._split(), self._override is not None
+        try:
+            return self._graphs.call(context, self._weight_tensors, self._mode == ON, args, kwargs, options)
+        finally:
+            self._override = None
+
+    def _weight_tensors(self) -> list[Tensor]:
+        return [*self._model.parameters(), *self._model.buffers()]
+
+    def _check_weights(self) -> None:
+        """Drop graphs of weights that have moved or were replaced since, as graphs know where they were."""
+        if self._moves == patcher.moves():
+            return
+        self._moves = patcher.moves()
+        device, found, elsewhere = self._graphs.device, [], 0
+        for tensor in self._weight_tensors():
+            flat = None if type(tensor) in (Tensor, nn.Parameter) else flatten_tensor(tensor)
+            for part in (tensor,) if flat is None else flat.components.values():
+                is_here = part.device == device
+                elsewhere += not is_here and isinstance(tensor, nn.Parameter)
+                found.append((part.data_ptr() if is_here else 0, part.dtype))
+        if tuple(found) != self._weights:
+            self._graphs.clear()
+            self._weights = tuple(found)
+        self._weights_obstacle = (
+            f"{elsewhere} of its weights are in system memory, as the GPU has no room for them" if elsewhere else ""
+        )
