@@ -28,6 +28,7 @@ import torch
 from full_size import SIZES, RandomWeights, fill, inputs, skeleton, versions
 from measure import between, mark, relative, synchronize
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from raylight.dev.local_ranks import run_ranks, values
 
@@ -97,7 +98,7 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
         taken = timed(forward, setting.repeats, device)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         link, bare = communication(forward, device)
-        graph = as_graph(forward, graphed, result, setting, device) if graphed is not None else {}
+        graph = as_graph(forward, graphed, result, way, setting, device) if graphed is not None else {}
     return graph | {
         "seconds": taken,
         "peak_bytes": peak,
@@ -120,12 +121,14 @@ def timed(forward: Any, repeats: int, device: torch.device) -> list[float]:
     return taken
 
 
-def as_graph(forward: Any, graphed: Any, expected: Tensor, setting: Setting, device: torch.device) -> dict[str, Any]:
+def as_graph(
+    forward: Any, graphed: Any, expected: Tensor, way: Way, setting: Setting, device: torch.device
+) -> dict[str, Any]:
     """Return the seconds of each step as a CUDA graph, its relative L2 against the eager one, and the graph's bytes."""
     from raylight.parallel.graphs import ON
     from raylight.worker import cuda_graphs
 
-    graphed.use(ON, "benchmark", "")
+    graphed.use(ON, "benchmark", "", whole_call=way.shards)
     launch = []
     for _ in range(4):  # as it is, recorded, captured, replayed
         synchronize(device)
@@ -176,7 +179,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tu
         }
     axis = BatchAxis(mesh.get_group("batch"))
     graphed = None
-    if setting.graphs and device.type == "cuda" and not way.shards:
+    if setting.graphs and device.type == "cuda" and not isinstance(diffusion_model, FSDPModule):
         graphed = GraphedForward(diffusion_model, pool_of(device), lambda: way, split.tokens.begin)
 
     def call(rows: Rows) -> Tensor:

@@ -62,6 +62,8 @@ def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
             f"{gb(model.host_bytes)} of its own in system memory"
             for model in of_rank.models
         ]
+        if of_rank.graphs:
+            lines.append(f"    holds {of_rank.graphs} CUDA graphs: {gb(of_rank.graph_bytes)}")
     return lines
 
 

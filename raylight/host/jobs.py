@@ -165,7 +165,7 @@ class HeldModel:
 @dataclass(frozen=True, slots=True)
 class RankMemory:
     """The memory of one rank: bytes of its process on the host, and of its GPU if it has one: free, in total, and used
-    by PyTorch for tensors.
+    by PyTorch for tensors; and the number of CUDA graphs, and the bytes that they keep to themselves.
     """
 
     process_bytes: int
@@ -173,6 +173,8 @@ class RankMemory:
     total_bytes: int
     tensor_bytes: int
     models: tuple[HeldModel, ...]
+    graphs: int = 0
+    graph_bytes: int = 0
 
 
 def random_state(device: torch.device) -> RandomState:

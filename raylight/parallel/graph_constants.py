@@ -54,16 +54,19 @@ class Constants:
 
 
 @contextmanager
-def recorded(device: torch.device) -> Iterator[_Recorder]:
-    """Record what code within this context copies to `device`, and what it does that a graph cannot have."""
-    recorder = _Recorder(device)
+def recorded(device: torch.device, own: Iterable[Tensor] = ()) -> Iterator[_Recorder]:
+    """Record what code within this context copies to `device`, and what it does that a graph cannot have. `own` are
+    weights: copies of those in pinned memory can be captured.
+    """
+    recorder = _Recorder(device, own)
     with _OnHostFirst(device), recorder:
         yield recorder
 
 
 @contextmanager
 def supplied(constants: Constants, device: torch.device, own: Iterable[Tensor]) -> Iterator[_Supplier]:
-    """Give code within this context the recorded constants. `own` are tensors that need not be kept for the graph.
+    """Give code within this context the recorded constants. `own` are weights, and others that need not be kept for
+    the graph.
 
     Code in it raises NotStaticError: when it copies other things than it did when it was recorded.
     """
@@ -76,18 +79,19 @@ def supplied(constants: Constants, device: torch.device, own: Iterable[Tensor]) 
 class _Copies(TorchDispatchMode):
     """Finds copies from system memory to a device, and passes them to `_copy`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, own: Iterable[Tensor]) -> None:
         super().__init__()
         self._device = device
+        self._known = {address for tensor in own if (address := _address(tensor))}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._device.type == "cpu":
             return func(*args, **kwargs)
         name = getattr(getattr(func, "_schema", None), "name", "")
-        if name in _TO and _is_on_host(args[0]) and self._target(args[1:], kwargs):
+        if name in _TO and self._is_copied(args[0]) and self._target(args[1:], kwargs):
             return self._copy(args[0], lambda: func(*args, **kwargs))
-        if name == "aten::copy_" and _is_on_host(args[1]) and self._is_here(args[0]):
+        if name == "aten::copy_" and self._is_copied(args[1]) and self._is_here(args[0]):
             source = self._copy(args[1], lambda: args[1].to(args[0].device))
             return func(args[0], source, *args[2:], **kwargs)
         if name in _INDEX and self._is_here(args[0]) and any(_is_on_host(one) for one in args[1]):
@@ -96,6 +100,10 @@ class _Copies(TorchDispatchMode):
             ]
             args = (args[0], indices, *args[2:])
         return self._other(func, name, args, kwargs)
+
+    def _is_copied(self, value: Any) -> bool:
+        """Return whether a copy of a value would have to wait. A weight in pinned memory stays where it is."""
+        return _is_on_host(value) and not (_address(value) in self._known and value.is_pinned())
 
     def _is_here(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.device.type == self._device.type
@@ -119,8 +127,8 @@ class _Copies(TorchDispatchMode):
 class _Recorder(_Copies):
     """Records constants; `obstacle` says what a graph cannot have, "" if there is nothing."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, own: Iterable[Tensor]) -> None:
+        super().__init__(device, own)
         self.constants = Constants()
         self.obstacle = ""
         self.operators = 0
@@ -152,7 +160,9 @@ class _Recorder(_Copies):
 
     @staticmethod
     def _repeats_by_tensor(args: tuple[Any, ...]) -> bool:
-        return isinstance(args[1] if len(args) > 1 else args[0], Tensor)
+        """Return whether a `repeat_interleave` (input, repeats) has its repeats on the device."""
+        *_, repeats = args[:2]
+        return isinstance(repeats, Tensor)
 
 
 class _Supplier(_Copies):
@@ -161,9 +171,8 @@ class _Supplier(_Copies):
     """
 
     def __init__(self, constants: Constants, device: torch.device, own: Iterable[Tensor]) -> None:
-        super().__init__(device)
+        super().__init__(device, own)
         self._left = list(constants.copies)
-        self._known = {address for tensor in own if (address := _address(tensor))}
         self.outside: list[Tensor] = []
 
     def end(self) -> None:

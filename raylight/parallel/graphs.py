@@ -73,11 +73,16 @@ class GraphPool:
 
     def __init__(self, backend: Backend, largest_number: int = LARGEST_NUMBER) -> None:
         self.backend = backend
+        self.replays = 0
         self._largest_number = largest_number
         self._graphs: OrderedDict[int, tuple[_Graph, _Kind]] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     def use(self, graph: _Graph) -> None:
-        """Take note that a graph is used."""
+        """Take note that a graph is replayed."""
+        self.replays += 1
         self._graphs.move_to_end(id(graph))
 
     def add(self, graph: _Graph, kind: _Kind) -> None:
@@ -189,7 +194,7 @@ class ForwardGraphs:
         kind.forwards += 1
         if kind.forwards == 1:
             return self._forward(args, kwargs, options)
-        return self._record(kind, args, kwargs, options, always)
+        return self._record(kind, args, kwargs, options, always, keeps)
 
     def _kind(self, key: Hashable) -> _Kind:
         kind = self._kinds.pop(key, None) or _Kind()
@@ -203,12 +208,18 @@ class ForwardGraphs:
         self.log(reason)
 
     def _record(
-        self, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any], always: bool
+        self,
+        kind: _Kind,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: dict[str, Any],
+        always: bool,
+        keeps: Callable[[], Iterable[Tensor]],
     ) -> Any:
         """Run a forward while recording it."""
         backend, watched = self._pool.backend, WatchedOptions(options)
         before = _random_state(backend.device)
-        with recorded(backend.device) as recorder:
+        with recorded(backend.device, keeps()) as recorder:
             result, cost = backend.measured(lambda: self._forward(args, kwargs, watched))
         after = _random_state(backend.device)
         kind.recordings += 1

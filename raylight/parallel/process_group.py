@@ -6,6 +6,7 @@ Rank 0 hosts the store on a port that the system chooses, so no port is ever fix
 from __future__ import annotations
 
 import datetime
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,9 @@ def join_world(rendezvous: Rendezvous, rank: int, device: torch.device, store: d
         store = dist.TCPStore(
             rendezvous.host, rendezvous.port, rendezvous.world_size, is_master=False, timeout=rendezvous.timeout
         )
+    # NCCL would register the buffers of a captured collective with the other ranks, and with NVLink multicast wait for
+    # them to capture it too. Each rank is to decide by itself, and its peers must find the same protocol either way.
+    os.environ["NCCL_GRAPH_REGISTER"] = "0"
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=rendezvous.world_size, timeout=rendezvous.timeout

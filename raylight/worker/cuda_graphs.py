@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from raylight.host.patcher_state import OPTIONS, OVERRIDE, bind_arguments, run_with_wrappers
 from raylight.parallel.graph_capture import Backend, CudaBackend
 from raylight.parallel.graphs import OFF, ON, ForwardGraphs, GraphPool
+from raylight.sharding.file_weight import FileWeight
 from raylight.sharding.subclass_weights import flatten_tensor
 
 from . import patcher
@@ -68,17 +70,26 @@ def held_bytes(device: torch.device) -> int:
     return 0 if pool is None else pool.held_bytes
 
 
-class GraphedForward:
-    """A model whose `forward` is replayed as a graph where it can be, until `remove`.
+def number(device: torch.device) -> int:
+    """Return how many graphs a device has."""
+    pool = _pools.get(_indexed(device))
+    return 0 if pool is None else len(pool)
 
-    The model's own hooks run around each replay as around each forward.
+
+class GraphedForward:
+    """A model whose forwards are replayed as graphs where they can be, until `remove`.
+
+    A graph is of the model's `forward`, and the model's own hooks run around each replay. With weights that these hooks
+    gather it is of the whole call, hooks included.
     """
 
     def __init__(
         self, model: nn.Module, pool: GraphPool, split: Callable[[], Hashable], reset: Callable[[], None]
     ) -> None:
-        """Replace `model.forward`. `split` returns what the split of its tokens depends on at this moment, and `reset`
-        brings it back to the start of a forward.
+        """Replace `model.forward`, and what a call of the model does.
+
+        `split` returns what the split of its tokens depends on at this moment, and `reset` brings it back to the start
+        of a forward.
         """
         self._model, self._split = model, split
         self._own = model.forward
@@ -91,20 +102,23 @@ class GraphedForward:
         self._weights: tuple[Any, ...] = ()
         self._weights_obstacle = ""
         self._override: Any = None
+        self._whole_call = False
         model.forward = functools.wraps(self._own)(functools.partial(self._forward))
+        model._compiled_call_impl = self._call  # where `nn.Module` has a place for another call
 
     def remove(self) -> None:
         """Drop all graphs, and give the model its own forward again."""
         self._graphs.clear()
+        self._model._compiled_call_impl = None
         del self._model.forward
         if self._replaced is not None:
             self._model.forward = self._replaced
 
-    def use(self, mode: str, context: Hashable, obstacle: str) -> None:
+    def use(self, mode: str, context: Hashable, obstacle: str, whole_call: bool = False) -> None:
         """Replay the following forwards in this mode of `graphs.NAMES`, unless there is an `obstacle`. They depend on
-        `context`, beside their arguments.
+        `context`, beside their arguments. With `whole_call` graphs have the model's hooks in them.
         """
-        self._mode, self._context, self._obstacle = mode, context, obstacle
+        self._mode, self._context, self._obstacle, self._whole_call = mode, context, obstacle, whole_call
         if obstacle and mode != OFF:
             self._graphs.log(obstacle)
 
@@ -120,18 +134,24 @@ class GraphedForward:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
         if self._override is not None:
             options[OVERRIDE] = self._override
-        return self._own(*args, **kwargs, **{OPTIONS: options})
+        run = self._model._call_impl if self._whole_call else self._own
+        return run(*args, **kwargs, **{OPTIONS: options})
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._graphed(self._model._call_impl, self._whole_call, args, kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._mode == OFF or self._obstacle:
-            return self._own(*args, **kwargs)
-        if found := obstacle_in(kwargs.get(OPTIONS) or {}):
+        return self._graphed(self._own, not self._whole_call, args, kwargs)
+
+    def _graphed(self, own: Callable[..., Any], here: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replay what `own` does if graphs are taken `here` and can be, else do it."""
+        # What compiles the model would look into this, and can do without.
+        if not here or self._mode == OFF or self._obstacle or torch.compiler.is_compiling():
+            return own(*args, **kwargs)
+        found = obstacle_in(kwargs.get(OPTIONS) or {}) or self._obstacle_of_weights()
+        if found:
             self._graphs.log(found)
-            return self._own(*args, **kwargs)
-        self._check_weights()
-        if self._weights_obstacle:
-            self._graphs.log(self._weights_obstacle)
-            return self._own(*args, **kwargs)
+            return own(*args, **kwargs)
         return run_with_wrappers(self._model, self._within_wrappers, args, kwargs)
 
     def _within_wrappers(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,23 +166,38 @@ class GraphedForward:
             self._override = None
 
     def _weight_tensors(self) -> list[Tensor]:
-        return [*self._model.parameters(), *self._model.buffers()]
+        """Return the plain tensors that the model's weights and buffers consist of, of sharded ones this rank's."""
+        return [part for tensor in (*self._model.parameters(), *self._model.buffers()) for part in _parts(tensor)]
 
-    def _check_weights(self) -> None:
-        """Drop graphs of weights that have moved or were replaced since, as graphs know where they were."""
-        if self._moves == patcher.moves():
-            return
-        self._moves = patcher.moves()
-        device, found, elsewhere = self._graphs.device, [], 0
-        for tensor in self._weight_tensors():
-            flat = None if type(tensor) in (Tensor, nn.Parameter) else flatten_tensor(tensor)
-            for part in (tensor,) if flat is None else flat.components.values():
-                is_here = part.device == device
-                elsewhere += not is_here and isinstance(tensor, nn.Parameter)
-                found.append((part.data_ptr() if is_here else 0, part.dtype))
-        if tuple(found) != self._weights:
-            self._graphs.clear()
-            self._weights = tuple(found)
-        self._weights_obstacle = (
-            f"{elsewhere} of its weights are in system memory, as the GPU has no room for them" if elsewhere else ""
-        )
+    def _obstacle_of_weights(self) -> str:
+        """Return why graphs cannot use the weights where they are now. Drop graphs of weights that have moved or were
+        replaced since, as graphs know where they were.
+        """
+        if self._moves != patcher.moves():
+            self._moves = patcher.moves()
+            device, tensors = self._graphs.device, self._weight_tensors()
+            where = tuple((_address(tensor), tensor.dtype) for tensor in tensors)
+            if where != self._weights:
+                self._graphs.clear()
+                self._weights = where
+            elsewhere = sum(
+                part.device != device and (isinstance(part, FileWeight) or not part.is_pinned())
+                for parameter in self._model.parameters()
+                for part in _parts(parameter)
+            )
+            self._weights_obstacle = (
+                f"{elsewhere} of its weights are in system memory, as the GPU has no room for them" if elsewhere else ""
+            )
+        return self._weights_obstacle
+
+
+def _parts(tensor: Tensor) -> Iterable[Tensor]:
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    flat = None if type(tensor) in (Tensor, nn.Parameter) else flatten_tensor(tensor)
+    return (tensor,) if flat is None else flat.components.values()
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where a tensor is; 0 for one that is still in its file."""
+    return 0 if isinstance(tensor, FileWeight) else tensor.data_ptr()

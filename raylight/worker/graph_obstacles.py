@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
+from torch.distributed.fsdp import FSDPModule
 
 from raylight.host.jobs import Inside, ModelJob
 from raylight.host.patcher_state import DIFFUSION_MODEL, OVERRIDE, Change
-from raylight.host.recipe import REPLICATED
 
 from .transformer_options import is_ours
 
@@ -25,8 +25,8 @@ def obstacle(patcher: ModelPatcher, changes: Sequence[Change], job: ModelJob) ->
     ):
         if getattr(patcher, name, None):
             return f"the model has {what}, which must run each time"
-    if job.recipe.sharding != REPLICATED:
-        return "its weights are gathered for each use (FSDP)"
+    if isinstance(patcher.model.diffusion_model, FSDPModule):
+        return "its weights are gathered by FSDP2, which cannot be captured"
     return ""
 
 

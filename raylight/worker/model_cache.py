@@ -290,7 +290,8 @@ def memory(device: torch.device, models: Sequence[CachedModel]) -> RankMemory:
         machine = psutil.virtual_memory()
         return RankMemory(process, machine.available, machine.total, 0, held)
     free, total = torch.cuda.mem_get_info(device)
-    return RankMemory(process, free, total, torch.cuda.memory_allocated(device), held)
+    graphs, graph_bytes = cuda_graphs.number(device), cuda_graphs.held_bytes(device)
+    return RankMemory(process, free, total, torch.cuda.memory_allocated(device), held, graphs, graph_bytes)
 
 
 def describe(device: torch.device, models: Sequence[CachedModel]) -> str:

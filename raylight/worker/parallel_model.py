@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from raylight.attention.kernels import kernel
 from raylight.host.jobs import Inside, ModelJob
 from raylight.host.patcher_state import OVERRIDE
+from raylight.host.recipe import REPLICATED
 from raylight.parallel.degrees import DegreesByRun
 from raylight.parallel.external_strategies import OURS, ExternalAttention
 from raylight.parallel.mesh import sequence_axis
@@ -27,6 +28,7 @@ from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_attention import Strategy
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceGroups
 from raylight.plans import has_known_rows, plan_for
+from raylight.sharding.fsdp import reset
 
 from .batch_parallel import BatchParallel
 from .cuda_graphs import GraphedForward, has_graphs, pool_of
@@ -153,9 +155,10 @@ class ParallelModel:
         return tokens.group and tokens.group.group_name, tokens.rank, tokens.degree, degrees
 
     def _begin(self) -> None:
-        """Bring the split of tokens back to the start of a forward."""
+        """Bring the split of tokens, and of weights, back to the start of a forward."""
         if self._split is not None:
             self._split.tokens.begin()
+        reset(self._model)
 
     def use_graphs(self, job: ModelJob, obstacle: str) -> None:
         """Replay the forwards of this job as CUDA graphs, as it says, unless there is an `obstacle`."""
@@ -164,7 +167,10 @@ class ParallelModel:
         # Layers of GGUF files add patches to weights in each forward.
         patches = job.patches.key if job.patches is not None else ""
         weights = (job.recipe.loras, patches) if job.recipe.gguf_pack else ()
-        self._graphs.use(job.graphs, (job.attention, job.strategy, weights), obstacle)
+        is_sharded = job.recipe.sharding != REPLICATED
+        if is_sharded and self._batch is not None and not obstacle:
+            obstacle = "its weights are gathered by all workers, of which each group computes other rows of a batch"
+        self._graphs.use(job.graphs, (job.attention, job.strategy, weights), obstacle, whole_call=is_sharded)
 
     def drop_graphs(self) -> None:
         """Drop the model's graphs: its weights leave the GPU."""

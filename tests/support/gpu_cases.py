@@ -22,6 +22,7 @@ from raylight.dev.demo.prompts import random_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe, RayModel, WorkerConfig
+from raylight.parallel.graphs import AUTO
 from raylight.parallel.mesh import MeshShape
 
 GPUS = torch.cuda.device_count()
@@ -54,11 +55,19 @@ def on_workers(
     mesh: MeshShape = WORKERS.config.mesh,
     by_run: bool = False,
     attention: str = WORKERS.attention,
+    graphs: str = AUTO,
 ) -> ModelPatcher:
     """The drop-in model of a file."""
     recipes = tuple(LoraRecipe.of(str(lora), strength) for lora, strength in loras)
     config = replace(WORKERS.config, mesh=mesh, by_run=by_run)
-    workers = WorkerConfig(config, attention, free_memory_after=free_memory_after, sharding=sharding)
+    workers = replace(
+        WORKERS,
+        config=config,
+        attention=attention,
+        free_memory_after=free_memory_after,
+        sharding=sharding,
+        graphs=graphs,
+    )
     return api.load(RayModel(workers, ModelRecipe.of(str(path), "default", sharding, recipes)))
 
 

@@ -1,130 +1,114 @@
-"""The ranks' work in tests of graphs: a backend without a GPU, and every family's forwards as graphs on it.
-
-The backend captures nothing. It replays by calling the function that it was to capture, which reads the static inputs:
-so everything but CUDA's own part is as on a GPU.
-"""
+"""The ranks' work in tests of graphs: every family's forwards as they are, and as graphs without a GPU."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from comfy.cli_args import args
+from fake_graphs import CPU, FakeBackend, cpu_as_device
 from matrix_cases import copied
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 args.cpu = True  # before ComfyUI picks a device
 
 from raylight.attention.kernels import kernel
 from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw
-from raylight.parallel import graph_inputs
-from raylight.parallel.graph_capture import Cost
+from raylight.parallel.graph_capture import CudaBackend
 from raylight.parallel.graphs import ON, GraphPool
 from raylight.parallel.mesh import MeshShape, build_mesh
 from raylight.plans import plan_for
 from raylight.worker.cuda_graphs import GraphedForward
 from raylight.worker.sequence_parallel import apply_sequence_parallel
 
-CPU = torch.device("cpu")
 FORWARDS = 5  # as it is, recorded, captured and replayed, replayed twice
-
-
-class FakeBackend:
-    """Counts captures and replays; fails at capture while `fails`, and lacks `missing` bytes."""
-
-    device = CPU
-
-    def __init__(self) -> None:
-        graph_inputs.treat_cpu_as_device()
-        self.captures = self.replays = self.releases = 0
-        self.fails: Exception | None = None
-        self.missing = 0
-        self.cost = Cost(1.0, 1.0, 0)
-        self.held_bytes = 0
-
-    def measured(self, function: Callable[[], Any]) -> tuple[Any, Cost]:
-        return function(), self.cost
-
-    def shortage(self, cost: Cost) -> int:
-        return self.missing
-
-    def released(self) -> None:
-        self.releases, self.held_bytes = self.releases + 1, 0
-
-    def capture(self, function: Callable[[], Any]) -> Any:
-        self.captures += 1
-        if self.fails is not None:
-            raise self.fails
-        self.held_bytes += 1
-        return _Replayed(self, function)
-
-
-@dataclass(frozen=True)
-class _Replayed:
-    backend: FakeBackend
-    function: Callable[[], Any]
-
-    def replay(self) -> Any:
-        self.backend.replays += 1
-        return self.function()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one call: whether every forward was equal to the eager one, how many were replayed, and why not."""
+    """Of one call: whether every forward was equal to the eager one, how many were replayed, and why not.
+
+    `error` is the largest relative L2.
+    """
 
     equal: bool
     replays: int
     reasons: tuple[str, ...]
     failure: str = ""
+    error: float = 0.0
 
 
-def every_call(rank: int, world: int, names: tuple[str, ...], shape: MeshShape) -> dict[tuple[str, str], Outcome]:
-    """Run each call of the families several times, with other tensors each time, as it is and as a graph."""
-    mesh = build_mesh(shape, CPU)
+def every_call(
+    rank: int, world: int, names: tuple[str, ...], shape: MeshShape, on_gpus: bool = False, last_fails: bool = True
+) -> dict[tuple[str, str], Outcome]:
+    """Run each call of the families several times, with other tensors each time, as it is and as a graph.
+
+    With `last_fails` the last of several ranks cannot capture, and runs as it is beside the replays of the others.
+    """
+    device = torch.device("cuda", rank) if on_gpus else CPU
+    mesh = build_mesh(shape, device)
+    fails = last_fails and world > 1 and rank == world - 1
     found = {}
     for name in names:
         family = families()[name]
-        model = family.build()
+        model = family.build().to(device)
         for call, make in family.calls.items():
             try:
-                with torch.inference_mode():
-                    found[name, call] = _repeated(model, make, mesh, fails=world > 1 and rank == world - 1)
+                with torch.inference_mode(), nullcontext() if on_gpus else cpu_as_device():
+                    found[name, call] = _repeated(model, make, mesh, device, fails)
             except Exception:
                 found[name, call] = Outcome(False, 0, (), traceback.format_exc())
     return found
 
 
-def _repeated(model: Any, make: Any, mesh: Any, fails: bool) -> Outcome:
-    backend = FakeBackend()
-    # One rank cannot capture, and runs its forwards as they are beside the replays of the others.
-    backend.fails = RuntimeError("this rank cannot capture") if fails else None
+def _repeated(model: Any, make: Any, mesh: Any, device: torch.device, fails: bool) -> Outcome:
+    backend: Any = CudaBackend(device) if device.type == "cuda" else FakeBackend()
+    pool = GraphPool(backend)
     options: dict[str, Any] = {}
-    split = apply_sequence_parallel(model.diffusion_model, plan_for(model.diffusion_model), mesh)
-    graphed = None
+    diffusion_model = model.diffusion_model
+    split = apply_sequence_parallel(diffusion_model, plan_for(diffusion_model), mesh)
+    graphed = handle = None
     try:
-        split.install(options, kernel("TORCH"))
+        split.install(options, kernel("TORCH", device))
 
         def forwards() -> list[Tensor]:
             results = []
             for turn in range(FORWARDS):
-                given = copied(make(Draw(3 + turn)))
+                given = tree_map_only(Tensor, lambda tensor: tensor.to(device), copied(make(Draw(3 + turn))))
                 own = options["transformer_options"] | given.pop("transformer_options", {}) | {"uuids": [turn]}
                 results.append(model.apply_model(**given, transformer_options=own))
             return results
 
         expected = forwards()
-        graphed = GraphedForward(model.diffusion_model, GraphPool(backend), lambda: None, split.tokens.begin)
+        graphed = GraphedForward(diffusion_model, pool, lambda: None, split.tokens.begin)
         graphed.use(ON, "test", "")
+        if fails and device.type == "cuda":
+            handle = next(diffusion_model.children()).register_forward_pre_hook(_wait_in_capture)
+        elif fails:
+            backend.fails = RuntimeError("this rank cannot capture")
         actual = forwards()
         reasons = tuple(sorted(graphed.reasons))
-        assert model.diffusion_model.forward is not None
+        replays = pool.replays
+        if device.type == "cuda":
+            torch.rand(1, device=device)  # the generator is usable after a failed capture, too
     finally:
+        if handle is not None:
+            handle.remove()
         if graphed is not None:
             graphed.remove()
         split.remove()
-    return Outcome(all(map(torch.equal, actual, expected)), backend.replays, reasons)
+    error = max(
+        ((one - other).float().norm() / other.float().norm()).item()
+        for one, other in zip(actual, expected, strict=True)
+    )
+    return Outcome(all(map(torch.equal, actual, expected)), replays, reasons, error=error)
+
+
+def _wait_in_capture(*_: Any) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        torch.ones(1, device="cuda").item()

@@ -1,0 +1,36 @@
+"""Every family's forwards as graphs, on a backend without a GPU, on one rank and on two."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from graph_cases import FORWARDS, Outcome, every_call
+
+from raylight.dev.local_ranks import run_ranks, values
+from raylight.dev.zoo import families
+from raylight.parallel.mesh import MeshShape
+
+CALLS = [(family.name, call) for family in families().values() for call in family.calls]
+PATCHED = "nodes have put patches into the model"
+
+
+@functools.cache
+def measured(world: int) -> list[dict[tuple[str, str], Outcome]]:
+    return values(run_ranks(world, every_call, tuple(families()), MeshShape(ulysses=world), timeout_s=900))
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("family", "call"), CALLS)
+def test_a_replayed_forward_equals_the_eager_one(family: str, call: str, world: int) -> None:
+    outcomes = [rank[family, call] for rank in measured(world)]
+    assert not any(outcome.failure for outcome in outcomes), outcomes[0].failure
+    assert all(outcome.equal for outcome in outcomes)
+    first = outcomes[0]
+    if any(PATCHED in reason for reason in first.reasons):
+        assert first.replays == 0
+    else:
+        assert first.replays == FORWARDS - 2, first.reasons
+    if world > 1:
+        assert outcomes[-1].replays == 0  # it cannot capture, and the others replay beside it
