@@ -22,6 +22,7 @@ from .graph_inputs import NotStaticError
 
 _TO = ("aten::to", "aten::_to_copy")
 _INDEX = ("aten::index", "aten::index_put_", "aten::index_put", "aten::_unsafe_index")
+_DISPATCH = "__torch_dispatch__"  # of its own, where a class of tensors is more than a name
 # Operators after which the host waits for the GPU, to know a value or a size.
 _WAITS = (
     "aten::item",
@@ -203,8 +204,8 @@ class _Supplier(_Copies):
 
 
 def _address(value: Any) -> int:
-    """Return where a plain tensor's storage is, 0 for anything else."""
-    if type(value) not in (Tensor, torch.nn.Parameter):
+    """Return where a tensor's storage is, 0 for anything else, and for tensors that only wrap others."""
+    if not isinstance(value, Tensor) or getattr(type(value), _DISPATCH) is not getattr(Tensor, _DISPATCH):
         return 0
     return value.untyped_storage().data_ptr()
 

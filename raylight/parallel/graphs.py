@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 AUTO, ON, OFF = "auto", "on", "off"
 NAMES = (AUTO, ON, OFF)
 
-LARGEST_NUMBER = 6  # of graphs on one device
+LARGEST_NUMBER = 8  # of graphs on one device
 _KINDS = 64  # of forwards whose fate is remembered
 _RECORDINGS = 3  # of one kind, whose options differ each time
 _CROWDED_OUT = 2  # how often a graph may have to go for others
@@ -138,6 +138,11 @@ class ForwardGraphs:
     def device(self) -> torch.device:
         """Where graphs run."""
         return self._pool.backend.device
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether there is any graph."""
+        return any(kind.graphs for kind in self._kinds.values())
 
     @property
     def reasons(self) -> frozenset[str]:

@@ -127,6 +127,11 @@ class GraphedForward:
         """Why forwards have run as they are."""
         return self._graphs.reasons
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether there is a graph of this model."""
+        return self._graphs.holds_any
+
     def drop(self) -> None:
         """Drop all graphs of this model."""
         self._graphs.clear()

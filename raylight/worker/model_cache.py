@@ -48,6 +48,7 @@ class CachedModel:
     host_bytes: int
     _applied: tuple[tuple[LoraRecipe, ...], str | None] = ((), None)
     _patched: RankPatcher | None = field(default=None)
+    sampled: tuple[tuple[int, ...], ...] = ()  # shapes of the latents of its last job
 
     def patched(self, loras: tuple[LoraRecipe, ...], patches: ObjectHandle | None = None) -> RankPatcher:
         """Return the patcher with these LoRAs, then these patches, and no others.
@@ -148,6 +149,8 @@ class ModelCache:
         """
         if self._device.type == "cuda":
             self._lacking_without_graphs(recipe, latent_shapes)
+            if (used := self._models.get(recipe.without_loras)) is not None and latent_shapes:
+                used.sampled = tuple(map(tuple, latent_shapes))
             self._move_away(self._others(recipe), lambda: self._lacking(recipe, latent_shapes))
 
     def give_back(self, wanted: int | None) -> int:
@@ -172,8 +175,11 @@ class ModelCache:
     def _lacking(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]]) -> int:
         """Return how many bytes this rank's GPU lacks; less than 0 where some are left."""
         free: Any = comfy.model_management.get_free_memory(self._device)
-        # To ComfyUI what graphs keep to themselves is PyTorch's to use.
-        return self.needed(recipe, latent_shapes) - int(free) + cuda_graphs.held_bytes(self._device)
+        # To ComfyUI what graphs keep to themselves is PyTorch's to use. It is, by replays of the same sizes.
+        used = self._models.get(recipe.without_loras)
+        replays = used is not None and used.parallel.has_graphs and used.sampled == tuple(map(tuple, latent_shapes))
+        held = 0 if replays else cuda_graphs.held_bytes(self._device)
+        return self.needed(recipe, latent_shapes) - int(free) + held
 
     def _lacking_without_graphs(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]]) -> int:
         """Return as `_lacking`, after dropping all graphs of this rank if their memory is needed."""

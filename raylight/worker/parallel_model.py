@@ -21,6 +21,7 @@ from raylight.host.patcher_state import OVERRIDE
 from raylight.host.recipe import REPLICATED
 from raylight.parallel.degrees import DegreesByRun
 from raylight.parallel.external_strategies import OURS, ExternalAttention
+from raylight.parallel.graphs import AUTO, OFF
 from raylight.parallel.mesh import sequence_axis
 from raylight.parallel.plan import SequencePlan
 from raylight.parallel.process_group import among
@@ -167,10 +168,18 @@ class ParallelModel:
         # Layers of GGUF files add patches to weights in each forward.
         patches = job.patches.key if job.patches is not None else ""
         weights = (job.recipe.loras, patches) if job.recipe.gguf_pack else ()
+        mode = job.graphs
+        if mode == AUTO and torch.version.hip is not None:
+            mode = OFF  # not tried with ROCm
         is_sharded = job.recipe.sharding != REPLICATED
         if is_sharded and self._batch is not None and not obstacle:
             obstacle = "its weights are gathered by all workers, of which each group computes other rows of a batch"
-        self._graphs.use(job.graphs, (job.attention, job.strategy, weights), obstacle, whole_call=is_sharded)
+        self._graphs.use(mode, (job.attention, job.strategy, weights), obstacle, whole_call=is_sharded)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether there are graphs of the model."""
+        return self._graphs is not None and self._graphs.holds_any
 
     def drop_graphs(self) -> None:
         """Drop the model's graphs: its weights leave the GPU."""

@@ -1,0 +1,29 @@
+"""A worker on the CPU whose forwards are graphs, by the backend that captures nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fake_graphs import FakeBackend
+
+from raylight.cluster.actor import RankContext, Run
+from raylight.host.jobs import RankMemory
+from raylight.host.settings import HostSettings
+from raylight.parallel import graph_inputs
+from raylight.worker import cuda_graphs
+from raylight.worker.service import ModelService
+
+
+class GraphService(ModelService):
+    """Tells the number of replays so far where a GPU's worker tells the bytes that graphs hold."""
+
+    def memory(self, run: Run) -> RankMemory:
+        pool = cuda_graphs.pool_of(self._context.device)
+        return replace(super().memory(run), graphs=len(pool), graph_bytes=pool.replays)
+
+
+def open_service(context: RankContext, settings: HostSettings) -> GraphService:
+    """Return the service of this worker."""
+    graph_inputs.treat_cpu_as_device()
+    cuda_graphs.pool_of(context.device, lambda _: FakeBackend())
+    return GraphService(context, settings.gpu)

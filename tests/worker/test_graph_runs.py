@@ -1,0 +1,143 @@
+"""Runs of the product with forwards as graphs, on workers without a GPU: against ComfyUI in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_cases import CASES, checkpoint
+from dropin_cases import MORE_SETUPS, SETUPS, equal_lengths, sample
+from loras import lora_for
+from safetensors.torch import load_file
+
+from raylight.cluster import active_session
+from raylight.cluster.config import SessionConfig
+from raylight.driver import api, workers
+from raylight.host.jobs import RankMemory
+from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
+from raylight.host.worker_service import WorkerService
+from raylight.parallel.graphs import LARGEST_NUMBER, ON
+from raylight.parallel.mesh import MeshShape
+
+TOLERANCE = 1e-4
+STEPS = 5
+SUPPORT = str(Path(__file__).parents[1] / "support")
+
+both_depths = pytest.mark.parametrize("depth", [False, True], ids=["whole run", "loop in ComfyUI"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_with_graphs() -> Iterator[None]:
+    own = workers.service_spec
+
+    def spec():
+        made = own()
+        return replace(made, factory="graph_service:open_service", python_path=(*made.python_path, SUPPORT))
+
+    with pytest.MonkeyPatch.context() as patch:
+        api.end_workers(with_ray=False)
+        patch.setattr(workers, "service_spec", spec)
+        yield
+        api.end_workers(with_ray=False)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
+
+
+@pytest.fixture(scope="module")
+def stock(path: Path) -> ModelPatcher:
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+@pytest.fixture(autouse=True)
+def as_comfyui_runs_nodes() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def dropin(path: Path, mesh: MeshShape, sharding: str = REPLICATED) -> ModelPatcher:
+    config = WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH", graphs=ON)
+    return api.load(RayModel(config, ModelRecipe.of(str(path), "default", sharding)))
+
+
+def held() -> list[RankMemory]:
+    return list(active_session.running().run_all(WorkerService.memory).values())
+
+
+def replays() -> int:
+    counts = {rank.graph_bytes for rank in held()}
+    assert len(counts) == 1, "ranks do not replay alike"
+    return counts.pop()
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return ((actual - expected).abs().max() / expected.std()).item() <= TOLERANCE
+
+
+SETS: dict[str, tuple[Callable, int]] = {
+    # Forwards of a run that are replays: both prompts have a kind of their own, of which two run as they are.
+    "plain": (SETUPS["plain"], 2 * (STEPS - 2)),
+    "same length": (equal_lengths, STEPS - 2),
+    "basic_shifted": (SETUPS["basic_shifted"], STEPS - 2),
+    "skipped_layers": (SETUPS["skipped_layers"], 2 * (STEPS - 2)),  # and the forwards without layers as they are
+    "dual_cfg": (MORE_SETUPS["dual_cfg"], 0),
+    "lazy_cache": (MORE_SETUPS["lazy_cache"], 0),
+    "easy_cache": (MORE_SETUPS["easy_cache"], 0),
+}
+
+
+@both_depths
+@pytest.mark.parametrize("mesh", [MeshShape(ulysses=2), MeshShape(batch=2)], ids=["Ulysses 2", "CFG 2"])
+@pytest.mark.parametrize("name", SETS)
+def test_equals_comfyui(name: str, mesh: MeshShape, depth: bool, path: Path, stock: ModelPatcher) -> None:
+    set_up, least = SETS[name]
+    expected = sample(set_up(stock), steps=STEPS)[0]
+    model = dropin(path, mesh)
+    comfy.model_management.unload_all_models()
+    before = replays()
+    for _ in range(2):
+        assert same(sample(set_up(model), stays_here=depth, steps=STEPS)[0], expected)
+    assert replays() - before >= least
+    assert all(rank.graphs <= LARGEST_NUMBER for rank in held())
+
+
+@both_depths
+def test_loras_in_turns(depth: bool, path: Path, stock: ModelPatcher) -> None:
+    shapes = {f"diffusion_model.{key}": tuple(tensor.shape) for key, tensor in load_file(path).items()}
+    tensors = lora_for(shapes, ["lora"], 1, size=0.06)
+
+    def with_lora(model: ModelPatcher, strength: float) -> ModelPatcher:
+        return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0)[0]
+
+    model = dropin(path, MeshShape(ulysses=2))
+    before = replays()
+    for strength in (0.8, 0.0, 0.4, 0.8):
+        expected = sample(SETUPS["plain"](with_lora(stock, strength) if strength else stock), steps=STEPS)[0]
+        one = with_lora(model, strength) if strength else model
+        assert same(sample(SETUPS["plain"](one), stays_here=depth, steps=STEPS)[0], expected), strength
+    assert replays() - before >= 4
+
+
+def test_sharded_weights(path: Path, stock: ModelPatcher) -> None:
+    expected = sample(SETUPS["plain"](stock), steps=STEPS)[0]
+    model = dropin(path, MeshShape(ulysses=2), SHARDED)
+    for _ in range(2):
+        assert same(sample(SETUPS["plain"](model), steps=STEPS)[0], expected)
+
+
+def test_nothing_is_left_of_a_model_that_is_unloaded(path: Path) -> None:
+    model = dropin(path, MeshShape(ulysses=2))
+    sample(SETUPS["plain"](model), steps=STEPS)
+    assert all(rank.graphs > 0 for rank in held())
+    comfy.model_management.unload_all_models()
+    active_session.running().run_all(WorkerService.free)
+    assert [rank.graphs for rank in held()] == [0, 0]
