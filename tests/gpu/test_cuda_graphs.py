@@ -166,15 +166,14 @@ def test_sharded_weights(path: Path, expected: Tensor, compare) -> None:
         compare(latent(model), expected, f"{what} run")
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_families(world: int, report_parity) -> None:
+@pytest.mark.parametrize(("world", "shards"), [(1, False), (2, False), (2, True)])
+def test_families(world: int, shards: bool, report_parity) -> None:
     """All on one GPU, six on two, of which one cannot capture; it runs as it is beside the other's replays."""
     if world > GPUS:
         pytest.skip("needs two GPUs")
-    names = tuple(families()) if world == 1 else SIX
-    ranks = values(
-        run_ranks(world, every_call, names, MeshShape(ulysses=world), True, timeout_s=400, device_type="cuda")
-    )
+    names = tuple(families()) if world == 1 else SIX[:2] if shards else SIX
+    mesh = MeshShape(ulysses=world)
+    ranks = values(run_ranks(world, every_call, names, mesh, True, True, shards, timeout_s=400, device_type="cuda"))
     wrong = []
     for (family, call), first in ranks[0].items():
         report_parity(

@@ -21,8 +21,9 @@ from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw
 from raylight.parallel.graph_capture import CudaBackend
 from raylight.parallel.graphs import ON, GraphPool
-from raylight.parallel.mesh import MeshShape, build_mesh
+from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.plans import plan_for
+from raylight.sharding.fsdp import reset, shard
 from raylight.worker.cuda_graphs import GraphedForward
 from raylight.worker.sequence_parallel import apply_sequence_parallel
 
@@ -44,11 +45,18 @@ class Outcome:
 
 
 def every_call(
-    rank: int, world: int, names: tuple[str, ...], shape: MeshShape, on_gpus: bool = False, last_fails: bool = True
+    rank: int,
+    world: int,
+    names: tuple[str, ...],
+    shape: MeshShape,
+    on_gpus: bool = False,
+    last_fails: bool = True,
+    shards: bool = False,
 ) -> dict[tuple[str, str], Outcome]:
     """Run each call of the families several times, with other tensors each time, as it is and as a graph.
 
-    With `last_fails` the last of several ranks cannot capture, and runs as it is beside the replays of the others.
+    With `last_fails` the last of several ranks cannot capture, and runs as it is beside the replays of the others. With
+    `shards` weights are sharded over all ranks, and graphs have the hooks in them that gather these.
     """
     device = torch.device("cuda", rank) if on_gpus else CPU
     mesh = build_mesh(shape, device)
@@ -56,22 +64,30 @@ def every_call(
     found = {}
     for name in names:
         family = families()[name]
-        model = family.build().to(device)
+        model = family.build()
+        diffusion_model = model.diffusion_model
+        split = apply_sequence_parallel(diffusion_model, plan_for(diffusion_model), mesh)
+        if shards:
+            weights = {name: weight.detach().clone() for name, weight in diffusion_model.named_parameters()}
+            with torch.no_grad():
+                shard(diffusion_model, weights, world_axis(mesh), device)
+        else:
+            model = model.to(device)
         for call, make in family.calls.items():
             try:
-                with torch.inference_mode(), nullcontext() if on_gpus else cpu_as_device():
-                    found[name, call] = _repeated(model, make, mesh, device, fails)
+                with torch.inference_mode(not shards), torch.no_grad(), nullcontext() if on_gpus else cpu_as_device():
+                    found[name, call] = _repeated(model, split, make, device, fails, shards)
             except Exception:
                 found[name, call] = Outcome(False, 0, (), traceback.format_exc())
+        split.remove()
     return found
 
 
-def _repeated(model: Any, make: Any, mesh: Any, device: torch.device, fails: bool) -> Outcome:
+def _repeated(model: Any, split: Any, make: Any, device: torch.device, fails: bool, shards: bool) -> Outcome:
     backend: Any = CudaBackend(device) if device.type == "cuda" else FakeBackend()
     pool = GraphPool(backend)
     options: dict[str, Any] = {}
     diffusion_model = model.diffusion_model
-    split = apply_sequence_parallel(diffusion_model, plan_for(diffusion_model), mesh)
     graphed = handle = None
     try:
         split.install(options, kernel("TORCH", device))
@@ -85,8 +101,8 @@ def _repeated(model: Any, make: Any, mesh: Any, device: torch.device, fails: boo
             return results
 
         expected = forwards()
-        graphed = GraphedForward(diffusion_model, pool, lambda: None, split.tokens.begin)
-        graphed.use(ON, "test", "")
+        graphed = GraphedForward(diffusion_model, pool, lambda: None, lambda: _begin(diffusion_model, split))
+        graphed.use(ON, "test", "", whole_call=shards)
         if fails and device.type == "cuda":
             handle = next(diffusion_model.children()).register_forward_pre_hook(_wait_in_capture)
         elif fails:
@@ -101,12 +117,16 @@ def _repeated(model: Any, make: Any, mesh: Any, device: torch.device, fails: boo
             handle.remove()
         if graphed is not None:
             graphed.remove()
-        split.remove()
     error = max(
         ((one - other).float().norm() / other.float().norm()).item()
         for one, other in zip(actual, expected, strict=True)
     )
     return Outcome(all(map(torch.equal, actual, expected)), replays, reasons, error=error)
+
+
+def _begin(model: torch.nn.Module, split: Any) -> None:
+    split.tokens.begin()
+    reset(model)
 
 
 def _wait_in_capture(*_: Any) -> None:

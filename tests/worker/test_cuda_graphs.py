@@ -15,9 +15,21 @@ CALLS = [(family.name, call) for family in families().values() for call in famil
 PATCHED = "nodes have put patches into the model"
 
 
+SHARDED = ("Flux Dev", "Wan T2V", "Qwen Image")
+
+
 @functools.cache
 def measured(world: int) -> list[dict[tuple[str, str], Outcome]]:
     return values(run_ranks(world, every_call, tuple(families()), MeshShape(ulysses=world), timeout_s=900))
+
+
+def test_sharded_weights_are_gathered_in_a_graph() -> None:
+    ranks = values(run_ranks(2, every_call, SHARDED, MeshShape(ulysses=2), False, True, True, timeout_s=300))
+    for outcomes in ranks:
+        assert not any(outcome.failure for outcome in outcomes.values()), outcomes
+        assert all(outcome.equal for outcome in outcomes.values())
+    assert {outcome.replays for outcome in ranks[0].values()} == {0, FORWARDS - 2}  # none with patches
+    assert {outcome.replays for outcome in ranks[1].values()} == {0}
 
 
 @pytest.mark.timeout(1000)
