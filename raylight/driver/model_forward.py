@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -65,8 +66,10 @@ def forward_on_workers(patcher: RemotePatcher, method: str, args: tuple[Any, ...
     tensor among the arguments.
 
     Wrappers around the diffusion model run in this process, as they do without workers. Raises ValueError, naming the
-    node, for what nodes have put into the model and cannot be sent; and what `workers.ask` raises.
+    node, for what nodes have put into the model and cannot be sent; what `workers.ask` raises; and ComfyUI's interrupt.
     """
+    # As each layer of ComfyUI does. A forward may end before a wait for it would see that the user cancels.
+    comfy.model_management.throw_exception_if_processing_interrupted()
     tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     device = next((tensor.device for tensor in tensors), patcher.load_device)
     if method != FORWARD:

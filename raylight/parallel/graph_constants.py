@@ -39,6 +39,7 @@ _WAITS = (
     "aten::unique_consecutive",
     "aten::bincount",
     "aten::repeat_interleave",
+    "aten::linalg_qr",
 )
 
 
