@@ -78,6 +78,7 @@ def step(rank: int, world: int, name: str, ring: int, repeats: int) -> tuple[lis
         return received, SimpleNamespace(wait=timed(work.wait))
 
     raylight.parallel.ulysses.start_exchange = started
+    raylight.parallel.ulysses.exchange = timed(raylight.parallel.ulysses.exchange)
     raylight.parallel.hooks.all_gather = timed(raylight.parallel.hooks.all_gather)
 
     family_name, changes, shape = WIDE[name]

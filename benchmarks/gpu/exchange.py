@@ -39,7 +39,7 @@ def measure(heads: int, tokens: int, ranks: int, device: torch.device, repeats: 
     def clock(function: Any) -> float:
         return median(function, device, repeats)
 
-    buffer, _ = pack_heads((q, k, v), (ranges, ranges, ranges))
+    buffer = pack_heads((q, k, v), (ranges, ranges, ranges))
     out = q.new_empty(1, local, heads, WIDTH)
     back = torch.randn(out.numel(), device=device, dtype=out.dtype)
     found = {
@@ -49,7 +49,7 @@ def measure(heads: int, tokens: int, ranks: int, device: torch.device, repeats: 
     }
     own = heads // ranks
     # As if every rank had sent what this one sends to itself.
-    received = buffer.view(ranks, -1)[0].repeat(ranks)
+    received = buffer.view(q.dtype).view(ranks, -1)[0].repeat(ranks)
     views = unpack_heads(received, local * ranks, 1, [(own, WIDTH)] * 3)
     whole = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in views]
     found["attention"] = clock(lambda: attend(*views, None, None))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raylight.attention.kernels import kernel
 from raylight.parallel import hooks
+from raylight.parallel.collectives import Splits
 from raylight.parallel.sequence_parallel import SequenceGroup
 from raylight.parallel.ulysses import UlyssesAttention
 from raylight.plans import plan_for
@@ -78,25 +79,19 @@ class OneShare(UlyssesAttention):
         for call, events in zip(self.calls, self._events, strict=True):
             call.seconds = [between(start, end) for start, end in events]
 
-    def _send_heads(self, *arguments: Any) -> Any:
-        received, work = super()._send_heads(*arguments)
-        self.calls[-1].arriving.append(self._away(received, arguments[4]))
-        return received, work
-
-    def _send_tokens(self, *arguments: Any) -> Any:
-        received, work = super()._send_tokens(*arguments)
-        self.calls[-1].returning.append(int(received.nbytes * (1 - 1 / self._degree)))
-        return received, work
-
-    def _away(self, received: Tensor, lengths: Any) -> int:
-        return int(received.nbytes * (1 - lengths[0] / sum(lengths)))
-
-    def _exchange(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> Any:
-        received = sent.new_empty(sum(receive_counts))
+    def _exchange(self, sent: Tensor, splits: Splits) -> Tensor:
+        # As if every rank had sent what this one sends.
+        received = sent.new_empty(sum(splits.receives))
         for start in range(0, received.numel(), sent.numel()):
             piece = received[start : start + sent.numel()]
-            piece.copy_(sent[: piece.numel()])
-        return received, _DONE
+            piece.copy_(sent.view(-1)[: piece.numel()])
+        call = self.calls[-1]
+        others = sum(splits.receives[1:]) * sent.element_size()
+        (call.returning if self._events[-1] else call.arriving).append(others)
+        return received
+
+    def _start(self, sent: Tensor, splits: Splits) -> Any:
+        return self._exchange(sent, splits), _DONE
 
 
 class OneGather:

@@ -58,15 +58,20 @@ class SequenceHooks:
         if reason is not None:
             raise ValueError(f"this {_class_name(model)} cannot be split over workers: {reason}")
         self._handles.append(model.register_forward_pre_hook(lambda *_: tokens.begin()))
+        boundaries: dict[nn.Module, Boundary] = {}
         for path, rules in plan.inputs.items():
             for module in matching(model, path, plan):
-                self._split_inputs(module, path, rules)
+                boundary = boundaries.setdefault(module, Boundary(module, tokens))
+                boundary.add_inputs(rules, _parameter_positions(module, path, rules, plan))
         for path, attention in plan.attention.items():
             for module in matching(model, path, plan):
-                self._mark_attention(module, attention)
+                boundaries.setdefault(module, Boundary(module, tokens)).add_attention(attention)
         for path, gather in plan.outputs.items():
             for module in matching(model, path, plan):
-                self._gather_output(module, gather if isinstance(gather, tuple) else (gather,))
+                gathers = gather if isinstance(gather, tuple) else (gather,)
+                boundaries.setdefault(module, Boundary(module, tokens)).gathers += gathers
+        for boundary in boundaries.values():
+            self._handles += boundary.install()
         self._handles.append(model.register_forward_hook(self._check_all_gathered))
 
     def remove(self) -> None:
@@ -75,70 +80,97 @@ class SequenceHooks:
             handle.remove()
         self._handles.clear()
 
-    def _split_inputs(self, module: nn.Module, path: str, rules: Mapping[str | int, Input]) -> None:
-        positions = _parameter_positions(module, path, rules, self._plan)
+    def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:
+        sharded = {gather.stream for gather in self._plan.gathers() if self._tokens.is_sharded(gather.stream)}
+        if sharded:
+            raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {sorted(sharded)}")
+        self._tokens.begin()  # frees what was kept for this forward
+
+
+class Boundary:
+    """All that a plan does where one module begins and ends, by one hook each: a model has many blocks."""
+
+    def __init__(self, module: nn.Module, tokens: TokenState) -> None:
+        self._module, self._tokens = module, tokens
+        self._inputs: list[tuple[str | int, int, Input]] = []  # name, position, rule
+        self._scopes: list[tuple[Attention | GatherAround, tuple[SelfAttention, ...]]] = []
+        self._shards: list[GatherAround] = []
+        self.gathers: tuple[Gather, ...] = ()
+
+    def add_inputs(self, rules: Mapping[str | int, Input], positions: Mapping[str | int, int]) -> None:
+        """Convert these arguments, which are by name or at these positions."""
         # Streams first: what is aligned with them needs their sizes.
         ordered = sorted(rules.items(), key=lambda item: not isinstance(item[1], Stream))
+        self._inputs += [(name, positions[name], rule) for name, rule in ordered]
+        around = [rule for rule in rules.values() if isinstance(rule, GatherAround)]
+        self._scopes += [(rule, ()) for rule in around]
+        self._shards += around
 
-        def shard(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-            if self._tokens.degree == 1:
-                return args, kwargs
-            values = list(args)
-            for name, rule in ordered:
+    def add_attention(self, attention: Attention) -> None:
+        """Let attention calls in the module follow this rule, and check that they are made."""
+        kinds = tuple(_of_module(kind, self._module) for kind in alternatives(attention))
+        rule = cast("Attention", kinds if isinstance(attention, tuple) else kinds[0])
+        self._scopes.append((rule, tuple(kind for kind in kinds if isinstance(kind, SelfAttention))))
+
+    def install(self) -> list[RemovableHandle]:
+        """Register the hooks that the rules need."""
+        handles = []
+        if self._inputs:
+            handles.append(self._module.register_forward_pre_hook(self._enter, with_kwargs=True))
+        elif self._scopes:
+            handles.append(self._module.register_forward_pre_hook(self._push))
+        if self._scopes or self.gathers:
+            handles.append(self._module.register_forward_hook(self._leave))
+        return handles
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._tokens.degree > 1:
+            values = None
+            for name, position, rule in self._inputs:
                 if name in kwargs:
                     kwargs[name] = self._convert(kwargs[name], rule)
-                elif positions[name] < len(values):
-                    values[positions[name]] = self._convert(values[positions[name]], rule)
-            return tuple(values), kwargs
+                elif position < len(args):
+                    values = values or list(args)
+                    values[position] = self._convert(values[position], rule)
+            args = args if values is None else tuple(values)
+        self._push()
+        return args, kwargs
 
-        self._handles.append(module.register_forward_pre_hook(shard, with_kwargs=True))
-        for rule in rules.values():
-            if isinstance(rule, GatherAround):
-                self._mark_attention(module, rule)
-                self._handles.append(module.register_forward_hook(partial(self._shard_output, rule)))
+    def _push(self, *_: Any) -> None:
+        for rule, _kinds in self._scopes:
+            self._tokens.push(rule)
+
+    def _leave(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+        for _rule, kinds in reversed(self._scopes):
+            made = self._tokens.pop().calls
+            for kind in kinds:
+                expected, of_kind = cast("int", kind.calls), made.get(id(kind), 0)  # resolved by `_of_module`
+                if of_kind < expected and self._are_sharded(kind):
+                    raise RuntimeError(_bypassed(module, of_kind, expected))
+        if self._tokens.degree > 1:
+            for rule in self._shards:
+                output = self._tokens.local_shard(output, rule.stream, rule.dim)
+        for gather in self.gathers:
+            output = self._gathered(output, gather)
+        return output
 
     def _convert(self, value: Any, rule: Input) -> Any:
         if isinstance(rule, (GatherAround, Gathered)):
             return self._all_gather(value, rule.stream, rule.dim)
         return self._tokens.shard(value, rule)
 
-    def _shard_output(self, rule: GatherAround, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output if self._tokens.degree == 1 else self._tokens.local_shard(output, rule.stream, rule.dim)
-
-    def _mark_attention(self, module: nn.Module, attention: Attention | GatherAround) -> None:
-        kinds: tuple[SelfAttention | CrossAttention | FullAttention, ...] = ()
-        if not isinstance(attention, GatherAround):
-            kinds = tuple(_of_module(kind, module) for kind in alternatives(attention))
-        rule = attention if not kinds else cast("Attention", kinds) if isinstance(attention, tuple) else kinds[0]
-
-        def leave(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
-            made = self._tokens.pop().calls
-            for kind in kinds:
-                if not isinstance(kind, SelfAttention) or not self._are_sharded(kind):
-                    continue
-                expected = cast("int", kind.calls)  # resolved by `_of_module`
-                if made.get(kind, 0) < expected:
-                    raise RuntimeError(_bypassed(module, made.get(kind, 0), expected))
-
-        self._handles.append(module.register_forward_pre_hook(lambda *_: self._tokens.push(rule)))
-        self._handles.append(module.register_forward_hook(leave))
-
     def _are_sharded(self, kind: SelfAttention) -> bool:
         return self._tokens.degree > 1 and all(self._tokens.is_sharded(name) for name in kind.streams)
 
-    def _gather_output(self, module: nn.Module, gathers: tuple[Gather, ...]) -> None:
-        def gather_all(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            for gather in gathers:
-                if not self._tokens.is_sharded(gather.stream) or (gather.patched not in ("", *self._tokens.patched)):
-                    continue
-                if gather.index is None:
-                    output = self._gather(output, gather)
-                else:
-                    full = self._gather(output[gather.index], gather)
-                    output = (*output[: gather.index], full, *output[gather.index + 1 :])
+    def _gathered(self, output: Any, gather: Gather) -> Any:
+        if not self._tokens.is_sharded(gather.stream) or (gather.patched not in ("", *self._tokens.patched)):
             return output
-
-        self._handles.append(module.register_forward_hook(gather_all))
+        if gather.index is None:
+            return self._gather(output, gather)
+        full = self._gather(output[gather.index], gather)
+        return (*output[: gather.index], full, *output[gather.index + 1 :])
 
     def _gather(self, local: Tensor, gather: Gather) -> Tensor:
         """(..., S_LOCAL of `after` and the stream, ...) -> (..., S_LOCAL of `after` and S of the stream, ...)."""
@@ -152,12 +184,6 @@ class SequenceHooks:
     def _all_gather(self, local: Tensor, stream: str, dim: int) -> Tensor:
         own = self._tokens.without_placeholders(local, (stream,), dim)
         return all_gather(own, self._tokens.sizes(stream), dim, self._tokens.group)
-
-    def _check_all_gathered(self, model: nn.Module, _: tuple[Any, ...], __: Any) -> None:
-        sharded = {gather.stream for gather in self._plan.gathers() if self._tokens.is_sharded(gather.stream)}
-        if sharded:
-            raise RuntimeError(f"{type(model).__name__} ended with its tokens still split: {sorted(sharded)}")
-        self._tokens.begin()  # frees what was kept for this forward
 
 
 def _class_name(model: nn.Module) -> str:

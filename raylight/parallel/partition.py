@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -30,7 +31,7 @@ def offsets(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(sizes, initial=0))[:-1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shards:
     """Which tokens of one stream are on which rank.
 
@@ -42,7 +43,7 @@ class Shards:
     sizes: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
 
-    @property
+    @functools.cached_property
     def total(self) -> int:
         """The number of tokens on all ranks together."""
         return sum(self.sizes)

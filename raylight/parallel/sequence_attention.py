@@ -74,9 +74,12 @@ class SequenceAttention:
             return kernel(q, k, v, mask, scale)
         if scope is None:
             raise RuntimeError("the plan does not say over which tokens this attention call goes")
-        rule = self._rule_of(scope, q, k)
-        streams, lengths = rule.streams, tokens.lengths(rule.streams)
-        self._log(sum(lengths))
+        queries, keys = q.shape[2], k.shape[2]
+        # `scope` is kept so that its id cannot be reused.
+        _, rule, lengths, padded = tokens.kept(
+            (id(scope), queries, keys), lambda: (scope, *self._resolve(scope, queries, keys))
+        )
+        streams = rule.streams
         if isinstance(rule, CrossAttention):
             return kernel(q, k, v, None if mask is None else tokens.local_mask(mask, streams), scale)
         tokens.count_call(rule)
@@ -86,8 +89,19 @@ class SequenceAttention:
             mask = self._full_mask(mask, streams, lengths)
         if getattr(kernel, "in_order", False) and len(streams) > 1:
             kernel = self._in_order(kernel, streams)
+        if not padded:
+            return self.strategy(kernel, q, k, v, lengths, mask, scale)
         q, k, v = (tokens.without_placeholders(t, streams, 2) for t in (q, k, v))
         return tokens.with_placeholders(self.strategy(kernel, q, k, v, lengths, mask, scale), streams, 2)
+
+    def _resolve(
+        self, scope: Attention, queries: int, keys: int
+    ) -> tuple[SelfAttention | CrossAttention, tuple[int, ...], bool]:
+        """Return the rule of a call, the ranks' tokens of its streams, and whether this rank has placeholders."""
+        rule = self._rule_of(scope, queries, keys)
+        lengths = self._tokens.lengths(rule.streams)
+        self._log(sum(lengths))
+        return rule, lengths, self._tokens.has_placeholders(rule.streams)
 
     def _log(self, total: int) -> None:
         """Log once that there are fewer tokens than ranks to split them."""
@@ -110,18 +124,18 @@ class SequenceAttention:
 
         return ordered
 
-    def _rule_of(self, scope: Attention, q: Tensor, k: Tensor) -> SelfAttention | CrossAttention:
-        """Return the rule of this call, checked against its queries and keys."""
+    def _rule_of(self, scope: Attention, queries: int, keys: int) -> SelfAttention | CrossAttention:
+        """Return the rule of this call, checked against the number of its queries and keys."""
         rules = [rule for rule in alternatives(scope) if not isinstance(rule, FullAttention)]
         expected = {rule: self._tokens.local_length(rule.streams) for rule in rules}
-        found = next((rule for rule, length in expected.items() if length == q.shape[2]), None)
+        found = next((rule for rule, length in expected.items() if length == queries), None)
         if found is None:
             tokens = " or ".join(f"{length} tokens of {rule.streams}" for rule, length in expected.items())
             raise RuntimeError(
-                f"attention has {q.shape[2]} queries on rank {self._tokens.rank} where the plan expects {tokens}"
+                f"attention has {queries} queries on rank {self._tokens.rank} where the plan expects {tokens}"
             )
-        if isinstance(found, SelfAttention) and k.shape[2] != q.shape[2]:
-            raise RuntimeError(f"self-attention has {q.shape[2]} queries but {k.shape[2]} keys")
+        if isinstance(found, SelfAttention) and keys != queries:
+            raise RuntimeError(f"self-attention has {queries} queries but {keys} keys")
         return found
 
     def _full_mask(self, mask: Tensor, streams: Sequence[str], lengths: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -31,10 +31,10 @@ from .plan import (
 
 @dataclass(slots=True)
 class Scope:
-    """A module being run: its attention rule, and the number of calls of each kind so far."""
+    """A module being run: its attention rule, and the number of calls so far of each kind, by its id."""
 
     rule: Attention | GatherAround
-    calls: dict[SelfAttention, int] = field(default_factory=dict)
+    calls: dict[int, int] = field(default_factory=dict)
 
 
 class TokenState:
@@ -44,6 +44,9 @@ class TokenState:
     them. A stream may have fewer tokens than there are ranks: some ranks then hold a placeholder (see `Shards`), which
     counts in `spans` and `local_length`, about this rank's tensors, but not in `sizes` and `lengths`, about what ranks
     exchange. `patched` are the kinds of node patches that the current forward calls.
+
+    What depends on the streams only is computed once and kept until a stream changes, as are shards of arguments that
+    every block gets.
 
     Shapes: S tokens on all ranks, S_LOCAL on this one; tensors keep their dtype.
     """
@@ -65,7 +68,7 @@ class TokenState:
         self._grids: dict[str, torch.Size] = {}
         self.patched: frozenset[str] = frozenset()
         self._scopes: list[Scope] = []
-        self._cache: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[Hashable, Any] = {}
 
     @property
     def is_split(self) -> bool:
@@ -76,13 +79,19 @@ class TokenState:
         """Return whether `stream` is sharded at this point of the forward."""
         return stream in self._shards and stream not in self._gathered
 
+    def kept(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, or what it returned for this key since a stream was last sharded or gathered."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
     def total(self, streams: Sequence[str]) -> int:
         """Return the number of tokens of `streams` on all ranks together."""
         return sum(self._shards_of(name).total for name in streams)
 
-    def lengths(self, streams: Sequence[str]) -> list[int]:
+    def lengths(self, streams: Sequence[str]) -> tuple[int, ...]:
         """Return each rank's number of tokens of all `streams` together."""
-        return [sum(self.sizes(name)[rank] for name in streams) for rank in range(self.degree)]
+        return tuple(sum(self.sizes(name)[rank] for name in streams) for rank in range(self.degree))
 
     def sizes(self, stream: str) -> tuple[int, ...]:
         """Return each rank's number of tokens of one stream."""
@@ -104,7 +113,7 @@ class TokenState:
 
     def without_placeholders(self, local: Tensor, streams: Sequence[str], dim: int) -> Tensor:
         """Return what this rank must exchange of `local`, (..., S_LOCAL at `dim`, ...): all but placeholders."""
-        if not self._has_placeholders(streams):
+        if not self.has_placeholders(streams):
             return local
         pieces = local.split([stop - start for start, stop in self.spans(streams, self.rank)], dim)
         own = [self.sizes(name)[self.rank] for name in streams]
@@ -112,7 +121,7 @@ class TokenState:
 
     def with_placeholders(self, own: Tensor, streams: Sequence[str], dim: int) -> Tensor:
         """Invert `without_placeholders`, with zeros for placeholders."""
-        if not self._has_placeholders(streams):
+        if not self.has_placeholders(streams):
             return own
         pieces = []
         for name, piece in zip(streams, own.split([self.sizes(name)[self.rank] for name in streams], dim), strict=True):
@@ -121,7 +130,8 @@ class TokenState:
             pieces += [piece, own.new_zeros(shape)]
         return torch.cat(pieces, dim)
 
-    def _has_placeholders(self, streams: Sequence[str]) -> bool:
+    def has_placeholders(self, streams: Sequence[str]) -> bool:
+        """Return whether this rank's tensors hold more than its own tokens of `streams`."""
         return any(self._shards_of(name).placeholders(self.rank) for name in streams)
 
     def _shards_of(self, stream: str) -> Shards:
@@ -132,6 +142,7 @@ class TokenState:
     def mark_gathered(self, stream: str) -> None:
         """Record that `stream` is full from here on in this forward."""
         self._gathered.add(stream)
+        self._kept.clear()
 
     def restore_grid(self, full: Tensor, stream: str, dim: int) -> Tensor:
         """Return a gathered stream in the form it had before sharding: (..., S, 1, 1, ...) -> (..., T, H, W, ...)."""
@@ -154,14 +165,18 @@ class TokenState:
     def count_call(self, kind: SelfAttention) -> None:
         """Count an attention call of the innermost module, which covers the tokens of all ranks."""
         calls = self._scopes[-1].calls
-        calls[kind] = calls.get(kind, 0) + 1
+        calls[id(kind)] = calls.get(id(kind), 0) + 1
 
     def count_full_attention(self) -> None:
         """Count attention over full tokens, which replaces every call of the enclosing module."""
         around = next((scope for scope in reversed(self._scopes) if not isinstance(scope.rule, FullAttention)), None)
         if around is not None and not isinstance(around.rule, GatherAround):
             around.calls.update(
-                {kind: cast("int", kind.calls) for kind in alternatives(around.rule) if isinstance(kind, SelfAttention)}
+                {
+                    id(kind): cast("int", kind.calls)
+                    for kind in alternatives(around.rule)
+                    if isinstance(kind, SelfAttention)
+                }
             )
 
     def shard(self, value: Any, rule: Input) -> Any:
@@ -172,13 +187,18 @@ class TokenState:
         """
         if value is None:
             return None
+        if (kept := self._kept.get((id(value), id(rule)))) is not None:
+            return kept[-1]
         match rule:
             case Unsupported():
                 raise ValueError(f"this model cannot be split over workers here: {rule.reason}")
             case Converted():
                 return rule.convert(value, self)
             case TokenPrefix():
-                self._shards[rule.name] = self._shards_of(rule.stream).prefix(value)
+                prefix = self._shards_of(rule.stream).prefix(value)
+                if self._shards.get(rule.name) != prefix:
+                    self._shards[rule.name] = prefix
+                    self._kept.clear()
                 return self.local_length((rule.name,))
             case Stream(index=None):
                 return self._shard_stream(value, rule)
@@ -198,7 +218,7 @@ class TokenState:
     def _shard_stream(self, value: Tensor, rule: Stream) -> Tensor:
         if self.is_sharded(rule.name):
             # A model may use the full stream twice before it goes on with its local output.
-            full = rule.grid == 1 and not rule.after and value.shape[rule.dim] == self.total((rule.name,))
+            full = rule.grid == 1 and not rule.after and value.shape[rule.dim] == self._shards[rule.name].total
             return self.local_shard(value, rule.name, rule.dim) if full else value
         if rule.after:
             before = self.local_length(rule.after)
@@ -211,11 +231,10 @@ class TokenState:
         total = value.shape[rule.dim]
         known = self._shards.get(rule.name)
         if known is None or known.total != total:
-            if known is not None:
-                self._cache.clear()
             sharded = [name for name in self._shards if self.is_sharded(name)]
             self._shards[rule.name] = shard_stream(total, self.lengths(sharded))
         self._gathered.discard(rule.name)
+        self._kept.clear()
         return self.local_shard(value, rule.name, rule.dim)
 
     def local_shard(self, full: Tensor, stream: str, dim: int) -> Tensor:
@@ -231,11 +250,10 @@ class TokenState:
             return type(value)(self.shard(item, rule) for item in value)
         if not isinstance(value, Tensor):
             return value
-        key = (id(value), rule)
-        if key not in self._cache:
-            # The original is kept beside its shard so that its id cannot be reused within the forward.
-            self._cache[key] = (value, self._local_rows(value, rule))
-        return self._cache[key][1]
+        local = self._local_rows(value, rule)
+        # The originals are kept beside the shard so that their ids cannot be reused within the forward.
+        self._kept[id(value), id(rule)] = (value, rule, local)
+        return local
 
     def _local_rows(self, value: Tensor, rule: Aligned) -> Tensor:
         rows, total = value.shape[rule.dim], self.total(rule.streams)
@@ -287,12 +305,13 @@ class TokenState:
         total = self.total(streams)
         if mask.shape[-1] != total or mask.shape[-2] not in (1, total):
             raise RuntimeError(f"an attention mask of shape {tuple(mask.shape)} does not fit {total} tokens")
-        key = (id(mask), tuple(streams))
-        if key not in self._cache:
+
+        def permute() -> tuple[Tensor, Tensor]:
             order = self.rank_order(streams, mask.device)
             permuted = mask.index_select(-1, order)
-            self._cache[key] = (mask, permuted if mask.shape[-2] == 1 else permuted.index_select(-2, order))
-        return self._cache[key][1]
+            return mask, permuted if mask.shape[-2] == 1 else permuted.index_select(-2, order)
+
+        return self.kept((id(mask), tuple(streams)), permute)[1]
 
     def rank_order(self, streams: Sequence[str], device: torch.device) -> Tensor:
         """Return the index (S,), int64, that takes the concatenated full streams to the order of gathered tokens."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import start_exchange
-from .exchange_layout import Chunk, head_chunks, pack_heads, pack_tokens, place_heads, unpack_heads
+from .collectives import Splits, exchange, start_exchange
+from .exchange_layout import pack_tokens, place_all_heads, place_heads
+from .exchange_parts import Part, exchange_parts
 from .sequence_attention import Kernel
 
 CHUNKS = 2
@@ -49,57 +49,48 @@ class UlyssesAttention:
         """
         if self._degree == 1:
             return kernel(q, k, v, mask, scale)
-        batch, heads, length, _ = q.shape
+        heads = q.shape[1]
         if heads < self._degree:
             raise ValueError(
                 f"{heads} attention heads cannot be split over a Ulysses degree of {self._degree}: "
                 f"choose a degree of at most {heads}"
             )
-        group = heads // k.shape[1]  # query heads per key head
-        count = self._chunks if self._is_large(q, k, v, lengths) else 1
-        chunks = head_chunks(heads, group, self._degree, count)
+        parts = exchange_parts(
+            (q.shape[0], heads, k.shape[1], q.shape[3], k.shape[3], v.shape[3], q.element_size()),
+            tuple(lengths),
+            self._rank,
+            self._large_bytes,
+            self._chunks,
+        )
+        if len(parts) == 1:
+            return self._at_once(kernel, q, k, v, parts[0], mask, scale)
         # q (B, H, S_LOCAL, D), k, v (B, HKV, S_LOCAL, D) -> (S, B, (H_LOCAL + 2 * HKV_LOCAL) * D), for each chunk
-        qkv_exchanges = [self._send_heads(q, k, v, chunk, lengths) for chunk in chunks]
+        qkv_exchanges = [self._start(part.pack(q, k, v), part.heads) for part in parts]
         out_exchanges = []
-        for chunk, (received, work) in zip(chunks, qkv_exchanges, strict=True):
+        for part, (received, work) in zip(parts, qkv_exchanges, strict=True):
             work.wait()
-            (start, stop), (first, last) = chunk.queries[self._rank], chunk.keys[self._rank]
-            sizes = [(stop - start, q.shape[3]), (last - first, k.shape[3]), (last - first, v.shape[3])]
-            # (S, B, ...) -> q (B, H_LOCAL, S, D), k, v (B, HKV_LOCAL, S, D): views
-            q_heads, k_heads, v_heads = unpack_heads(received, sum(lengths), batch, sizes)
-            if start % group or stop % group:  # a group of query heads is on two ranks: one key head per query head
-                index = torch.arange(start, stop, device=k.device) // group - first
-                k_heads, v_heads = (t.index_select(1, index) for t in (k_heads, v_heads))
-            # (B, H, S|1, S) -> (B, H_LOCAL, S|1, S)
-            mask_heads = mask if mask is None or mask.shape[1] == 1 else mask[:, start:stop]
-            out = kernel(q_heads, k_heads, v_heads, mask_heads, scale)  # (B, H_LOCAL, S, D)
             # (B, H_LOCAL, S, D) -> of each rank (S_LOCAL, B, its heads, D)
-            out_exchanges.append(self._send_tokens(out, chunk, lengths))
-        result = q.new_empty(batch, length, heads, v.shape[3])  # (B, S_LOCAL, H, D)
-        for chunk, (received, work) in zip(chunks, out_exchanges, strict=True):
+            out = part.attend(kernel, received.view(q.dtype), mask, scale)
+            out_exchanges.append(self._start(part.words(pack_tokens(out)), part.tokens))
+        result = q.new_empty(parts[0].result)  # (B, S_LOCAL, H, D)
+        for part, (received, work) in zip(parts, out_exchanges, strict=True):
             work.wait()
-            place_heads(received, chunk.queries, result)
+            place_heads(received.view(q.dtype), part.chunk.queries, result)
         return result.transpose(1, 2)  # (B, H, S_LOCAL, D)
 
-    def _is_large(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> bool:
-        """Return the same on every rank, since it counts the tokens of all."""
-        width = q.shape[1] * q.shape[3] + k.shape[1] * (k.shape[3] + v.shape[3])
-        return q.shape[0] * sum(lengths) * width * q.element_size() // self._degree >= self._large_bytes
+    def _at_once(
+        self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, part: Part, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """As `__call__`, with all heads in one exchange: nothing runs beside it."""
+        # q (B, H, S_LOCAL, D), k, v (B, HKV, S_LOCAL, D) -> (S, B, (H_LOCAL + 2 * HKV_LOCAL) * D)
+        received = self._exchange(part.pack(q, k, v), part.heads)
+        out = part.attend(kernel, received.view(q.dtype), mask, scale)  # (B, H_LOCAL, S, D)
+        # -> of each rank (S_LOCAL, B, its heads, D)
+        received = self._exchange(part.words(pack_tokens(out)), part.tokens)
+        return place_all_heads(received, q.dtype, part.chunk.queries, part.result).transpose(1, 2)
 
-    def _send_heads(
-        self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, lengths: Sequence[int]
-    ) -> tuple[Tensor, dist.Work]:
-        """Send each rank its heads of these tokens; receive (S, B, (H_LOCAL + 2 * HKV_LOCAL) * D), flat."""
-        buffer, counts = pack_heads((q, k, v), (chunk.queries, chunk.keys, chunk.keys))
-        (start, stop), (first, last) = chunk.queries[self._rank], chunk.keys[self._rank]
-        per_token = q.shape[0] * ((stop - start) * q.shape[3] + (last - first) * (k.shape[3] + v.shape[3]))
-        return self._exchange(buffer, counts, [per_token * tokens for tokens in lengths])
+    def _exchange(self, sent: Tensor, splits: Splits) -> Tensor:
+        return exchange(sent, splits, self._group)
 
-    def _send_tokens(self, out: Tensor, chunk: Chunk, lengths: Sequence[int]) -> tuple[Tensor, dist.Work]:
-        """Send each rank its tokens of these heads; receive (S_LOCAL, B, H of rank d, D) from each rank d, flat."""
-        batch, heads, _, width = out.shape
-        receives = [batch * lengths[self._rank] * (stop - start) * width for start, stop in chunk.queries]
-        return self._exchange(pack_tokens(out), [batch * heads * tokens * width for tokens in lengths], receives)
-
-    def _exchange(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> tuple[Tensor, dist.Work]:
-        return start_exchange(sent, send_counts, receive_counts, self._group)
+    def _start(self, sent: Tensor, splits: Splits) -> tuple[Tensor, dist.Work]:
+        return start_exchange(sent, splits, self._group)

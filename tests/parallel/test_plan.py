@@ -19,7 +19,7 @@ def test_the_example() -> None:
         assert tokens.shard(torch.zeros(1, 5, 64), Stream("img")).shape == (1, img, 64)
         pe = torch.arange(7).view(1, 1, 7, 1).expand(1, 1, 7, 8)
         assert tokens.shard(pe, Aligned(("txt", "img"), dim=2))[0, 0, :, 0].tolist() == rows
-        assert tokens.lengths(("txt", "img")) == [4, 3]
+        assert tokens.lengths(("txt", "img")) == (4, 3)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_rank_without_tokens_takes_part_in_the_exchange(caplog: pytest.LogCapt
         for _ in range(2):
             out = attention(plain_kernel, placeholder, placeholder, placeholder, None, None)
             assert torch.equal(out, torch.zeros_like(placeholder))
-    assert exchanged == [([0, 1], 0, 0, 0)] * 2
+    assert exchanged == [((0, 1), 0, 0, 0)] * 2
     assert caplog.messages == ["a sequence has fewer tokens (1) than workers (2)"]
 
 

@@ -95,7 +95,7 @@ def test_a_stream_may_have_fewer_tokens_than_ranks() -> None:
     for rank in range(3):
         tokens = short(rank)
         assert tokens.sizes("txt") == (0, 0, 1), "the ranks with the fewest image tokens take them"
-        assert tokens.lengths(("txt", "img")) == [4, 3, 4]
+        assert tokens.lengths(("txt", "img")) == (4, 3, 4)
         assert tokens.total(("txt", "img")) == 11
         assert tokens.local_length(("txt", "img")) == (5, 4, 4)[rank], "no tensor is empty"
 

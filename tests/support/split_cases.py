@@ -10,7 +10,7 @@ from counting import CountingKernel, CountingStrategy
 from toy import TOY_PLAN, WIDTH, Toy, plain_kernel
 
 from raylight.attention.kernels import kernel as kernel_named
-from raylight.parallel.collectives import all_gather, start_exchange
+from raylight.parallel.collectives import Splits, all_gather, exchange, start_exchange
 from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
 from raylight.parallel.partition import partition
 from raylight.parallel.process_group import any_rank, smallest
@@ -141,10 +141,15 @@ def uneven_collectives(rank: int, world: int) -> bool:
     # Rank s sends (s + 1) * (d + 1) elements to rank d.
     counts = [(rank + 1) * (other + 1) for other in range(world)]
     sent = torch.cat([torch.full((count,), 10.0 * rank + other) for other, count in enumerate(counts)])
-    received, work = start_exchange(sent, counts, counts, torch.distributed.group.WORLD)
+    splits = Splits(tuple(counts), tuple(counts))
+    received, work = start_exchange(sent, splits, torch.distributed.group.WORLD)
     work.wait()
-    for source, block in enumerate(received.split(counts)):
-        assert torch.equal(block, torch.full_like(block, 10.0 * source + rank))
+    for result in (received, exchange(sent, splits, torch.distributed.group.WORLD)):
+        for source, block in enumerate(result.split(counts)):
+            assert torch.equal(block, torch.full_like(block, 10.0 * source + rank))
+    even = Splits((3,) * world, (3,) * world, equal=True)
+    received = exchange(torch.arange(3.0 * world) + 100 * rank, even, torch.distributed.group.WORLD)
+    assert received.tolist() == [100 * source + 3 * rank + index for source in range(world) for index in range(3)]
     return True
 
 
