@@ -17,7 +17,8 @@ from typing import Any
 LIBRARIES = tuple(
     """
     torch torch.distributed.fsdp torch.distributed.tensor torch.distributed.device_mesh torch._dynamo numpy
-    torchvision torchaudio torchsde transformers tokenizers huggingface_hub safetensors.torch
+    torchvision torchaudio torchsde transformers.models.clip.tokenization_clip transformers.models.t5.tokenization_t5
+    transformers.models.qwen2.tokenization_qwen2 tokenizers huggingface_hub safetensors.torch
     scipy.integrate scipy.interpolate scipy.optimize scipy.stats einops PIL.Image psutil tqdm yaml av
     """.split()
 )
