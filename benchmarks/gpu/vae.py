@@ -5,7 +5,9 @@
 decodes a video of 81 frames at 1280x720 with the Wan 2.1 VAE, and an image of 2048x2048 with Flux's, at full size with
 random weights in bfloat16. Rank 0 runs the untouched VAE in the same process first. `peak` is the most memory that
 PyTorch had allocated on any rank, weights and result included, over that of stock; `L2` the relative error of all rows.
-With --profile, the kernels that took longest on rank 0 follow. With --tiny, this is to try the program on a CPU.
+With --exact, both are compared with stock in float32, which tells rounding from
+error. With --channels-last, the split is measured again with images in the order in which cuDNN computes. With
+--profile, the kernels that took longest on rank 0 follow. With --tiny, this is to try the program on a CPU.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import synchronize
+from measure import relative, synchronize
 from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), os.environ["COMFYUI_PATH"]]
@@ -132,10 +135,35 @@ def profiled(decode: Callable[[], Tensor], device: torch.device) -> list[str]:
     return lines + [f"{e.self_device_time_total / 1e3:9.1f} ms {e.count:6d} x {e.key[:110]}" for e in found[:16]]
 
 
-def measure(
-    rank: int, world: int, name: str, tiny: bool, repeats: int, profile: bool, device_type: str
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Setting:
+    """What every rank runs. `exact` compares with a result in float32 too."""
+
+    tiny: bool
+    repeats: int
+    profile: bool
+    exact: bool
+    channels_last: bool
+    device_type: str
+
+
+def in_float32(name: str, setting: Setting, device: torch.device, z: Tensor) -> Tensor:
+    """Return stock's result in float32 throughout, on the CPU, of the weights and the latent in 16 bits."""
+    torch.backends.cudnn.allow_tf32 = False
+    with device:
+        model, _ = MODELS[name](setting.tiny)
+        model: Any = filled(model.to(z.dtype)).float()
+    result = model.decode(z.float()).cpu()
+    torch.backends.cudnn.allow_tf32 = True
+    if device.type == "cuda":
+        del model
+        torch.cuda.empty_cache()
+    return result
+
+
+def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any]:
     """Measure one model on this rank."""
+    tiny, repeats, profile, device_type = setting.tiny, setting.repeats, setting.profile, setting.device_type
     from comfy.cli_args import args
 
     args.cpu = device_type == "cpu"  # before ComfyUI picks a device
@@ -154,8 +182,10 @@ def measure(
         def alone() -> Tensor:
             return model.decode(z)
 
-        expected = None
+        expected = exact = None
         if rank == 0:
+            if setting.exact:
+                exact = in_float32(name, setting, device, z)
             expected, report["stock_s"], report["stock_bytes"] = timed(alone, device, repeats)
             if profile:
                 report["stock_kernels"] = profiled(alone, device)
@@ -176,7 +206,18 @@ def measure(
         if profile:
             kernels = profiled(together, device)
             report["kernels"] = kernels if rank == 0 else kernels[:1]
+        if setting.channels_last:
+            parallel.counts.channels_last = True
+            last, report["last_s"], report["last_bytes"] = timed(together, device, repeats)
+            report["last_squares"] = compared(parallel.rows, last, expected, rank)
+            del last
+            if profile:
+                report["last_kernels"] = profiled(together, device)
         report["squares"] = compared(parallel.rows, result, expected, rank)
+        if setting.exact:
+            report["exact_squares"] = compared(parallel.rows, result, exact, rank)
+        if exact is not None and expected is not None:
+            report["stock_error"] = relative(expected, exact)
     return report
 
 
@@ -184,7 +225,9 @@ def compared(rows: Callable[[int], tuple[int, int]], result: Tensor, expected: T
     """Return the squared norms of this rank's error and of what was expected of it. Collective."""
     shape = [tuple(expected.shape) if expected is not None else None]
     dist.broadcast_object_list(shape)
-    full = torch.empty(shape[0], dtype=result.dtype, device=result.device)
+    kind = [expected.dtype if expected is not None else None]
+    dist.broadcast_object_list(kind)
+    full = torch.empty(shape[0], dtype=kind[0], device=result.device)
     if rank == 0 and expected is not None:
         full.copy_(expected)
     dist.broadcast(full, 0)
@@ -200,17 +243,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--exact", action="store_true", help="compare with stock in float32 too")
+    parser.add_argument("--channels-last", action="store_true", help="keep images in the order of cuDNN")
     parser.add_argument("--tiny", action="store_true", help="small models, on a CPU if there is no GPU")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    setting = Setting(given.tiny, given.repeats, given.profile, given.exact, given.channels_last, device_type)
     results = []
     for world in given.ranks:
         if device_type == "cuda" and torch.cuda.device_count() < world:
             print(f"{world} ranks: there are {torch.cuda.device_count()} GPUs only")
             continue
         for name in given.models:
-            arguments = (name, given.tiny, given.repeats, given.profile, device_type)
+            arguments = (name, setting)
             reports = values(
                 run_ranks(world, measure, *arguments, timeout_s=300, collective_timeout_s=120, device_type=device_type)
             )
@@ -234,7 +280,19 @@ def told(name: str, world: int, reports: list[dict[str, Any]]) -> dict[str, Any]
         f"rows of convolutions {max(r['share'] for r in reports):.3f}: {'met' if met else 'NOT MET'}",
         flush=True,
     )
-    for title in ("stock_kernels", "kernels"):
+    if "stock_error" in reports[0]:
+        squares = [report["exact_squares"] for report in reports]
+        ours = (sum(error for error, _ in squares) / sum(norm for _, norm in squares)) ** 0.5
+        print(f"    L2 from stock in float32: stock {reports[0]['stock_error']:.2e}, split {ours:.2e}", flush=True)
+    if "last_s" in reports[0]:
+        seconds = max(report["last_s"] for report in reports)
+        share = max(report["last_bytes"] for report in reports) / max(1, reports[0]["stock_bytes"])
+        squares = [report["last_squares"] for report in reports]
+        error = (sum(error for error, _ in squares) / sum(norm for _, norm in squares)) ** 0.5
+        print(
+            f"    channels last: {seconds:.3f} s, {stock / seconds:.2f}x, peak {share:.2f}, L2 {error:.1e}", flush=True
+        )
+    for title in ("stock_kernels", "kernels", "last_kernels"):
         for line in reports[0].get(title, []):
             print(f"    {title}: {line}", flush=True)
     keys = ("seconds", "bytes", "received_bytes", "exchanges", "share")

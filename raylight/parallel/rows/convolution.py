@@ -160,6 +160,8 @@ def _convolve(func: Callable[..., Any], given: dict[str, Any], spatial: int) -> 
 
     def local(x: Tensor, rows: int) -> Tensor:
         padding[index] = rows
+        if tensor.ranks.channels_last and x.is_cuda and x.dtype.itemsize == 2 and spatial > 1:
+            x = x.contiguous(memory_format=torch.channels_last if spatial == 2 else torch.channels_last_3d)
         return func(x, weight, **{**given, "padding": tuple(padding), "stride": stride, "dilation": dilation})
 
     return slide(name, tensor, Window(reaches[index], stride[index], padding[index]), local)

@@ -30,12 +30,14 @@ class RowGroup:
     """The ranks of `group`, over which rows are split, and what this one, `rank`, has done.
 
     `received_bytes` came from other ranks in `exchanges`; convolutions had `convolved_rows` as input here, halos
-    included, of `convolved_of` on all ranks.
+    included, of `convolved_of` on all ranks. With `channels_last`, images that are convolved in 16 bits on a GPU are
+    kept in the order in which cuDNN computes, (B, H, W, C), instead of converted around each convolution.
     """
 
     group: dist.ProcessGroup
     ranks: int
     rank: int
+    channels_last: bool = False
     received_bytes: int = 0
     exchanges: int = 0
     convolved_rows: int = 0

@@ -105,6 +105,8 @@ def repeat_interleave(func: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 def reshape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Reshape, and find the rows again: alone, split into groups of rows, or flattened with their neighbours."""
     tensor: RowTensor = args[0]
+    if func is Tensor.view:  # which a model may call on a tensor that has another order of memory here
+        func = Tensor.reshape
     result = func(plain(tensor), *(plain(arg) if isinstance(arg, Tensor) else arg for arg in args[1:]), **kwargs)
     return wrap(result, reshaped(func.__name__, tensor, tuple(result.shape)), tensor.ranks)
 
