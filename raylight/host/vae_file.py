@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from .vae_jobs import VaeRecipe
 
 logger = logging.getLogger(__name__)
 
-# What only encoding needs, by the first part of a weight's name.
+# What only encoding needs, and what only decoding needs in files that may lack it, by the first part of a weight's name.
+_OF_DECODER = ("previewer",)
 _OF_ENCODER = ("encoder", "taesd_encoder", "dconv_encoder", "quant_conv", "conv1")
 
 
@@ -32,12 +33,22 @@ _OF_ENCODER = ("encoder", "taesd_encoder", "dconv_encoder", "quant_conv", "conv1
 class MappedVae:
     """A `comfy.sd.VAE` whose parameters are tensors of its file; `dtypes` are those that they are to have, by name.
 
-    `missing` names weights of the encoder that the file lacks, which are zeros: it can only decode then.
+    `missing` names weights that the file lacks, all of the encoder or of the decoder, which are zeros.
     """
 
     vae: Any
     dtypes: Mapping[str, torch.dtype]
     missing: frozenset[str] = frozenset()
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it can encode."""
+        return not any(_part(name) in _OF_ENCODER for name in self.missing)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether it can decode."""
+        return not any(_part(name) in _OF_DECODER for name in self.missing)
 
 
 def map_vae(recipe: VaeRecipe) -> MappedVae:
@@ -54,7 +65,7 @@ def map_vae(recipe: VaeRecipe) -> MappedVae:
                 f"for the diffusion model"
             )
         vae.vae_dtype = getattr(torch, recipe.weight_dtype) if recipe.weight_dtype else vae.vae_dtype
-        missing = _complete(vae.first_stage_model, vae.vae_dtype)
+        missing = _complete(vae.first_stage_model, vae.vae_dtype, vae.patcher.missing)
         return MappedVae(vae, _dtypes(vae), missing)
 
 
@@ -86,26 +97,40 @@ class _AssigningPatcher(comfy.model_patcher.ModelPatcher):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
+        self.missing: list[str] = []
         model.requires_grad_(False)  # what is assigned would have to be able to have a gradient
+
+        def note(_: nn.Module, keys: Any) -> None:
+            hook.remove()
+            self.missing += keys.missing_keys
+
+        hook = model.register_load_state_dict_post_hook(note)
 
     def is_dynamic(self) -> bool:
         return True
 
 
-def _complete(model: nn.Module, dtype: torch.dtype) -> frozenset[str]:
-    """Give the model zeros for weights of an encoder that the file lacks, and return their names.
+def _complete(model: nn.Module, dtype: torch.dtype, missing: Iterable[str]) -> frozenset[str]:
+    """Return which weights of the encoder or the decoder the file lacks; they are zeros.
 
-    Raises ValueError: for any other weight that it lacks.
+    Raises ValueError: for any other weight that it lacks. Numbers and buffers that files leave out have a default.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    missing = [name for name, tensor in tensors.items() if tensor.is_meta]
-    for name in missing:
-        if name.partition(".")[0] not in _OF_ENCODER:
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    lacking = [name for name in missing if (name in parameters and parameters[name].ndim > 0)]
+    lacking += [name for name, tensor in (parameters | buffers).items() if tensor.is_meta and name not in lacking]
+    for name in lacking:
+        if _part(name) not in _OF_ENCODER + _OF_DECODER:
             raise ValueError(f"the tensor {name} is missing: the file is incomplete. Download it again")
-    for name in missing:
-        zeros = torch.zeros(tensors[name].shape, dtype=dtype)
-        set_tensor(model, name, nn.Parameter(zeros, False) if isinstance(tensors[name], nn.Parameter) else zeros)
-    return frozenset(missing)
+    for name in lacking:
+        if name in parameters:
+            set_parameter(model, name, torch.zeros(parameters[name].shape, dtype=dtype))
+        else:
+            set_tensor(model, name, torch.zeros(buffers[name].shape, dtype=dtype))
+    return frozenset(lacking)
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _dtypes(vae: Any) -> dict[str, torch.dtype]:

@@ -54,7 +54,7 @@ class RowVae:
     def __init__(self, mapped: MappedVae) -> None:
         """Install the hooks. Raises ValueError: the class cannot be split by rows."""
         self.vae: Any = mapped.vae  # comfy.sd.VAE
-        self.has_encoder = not mapped.missing
+        self.has_encoder, self.has_decoder = mapped.has_encoder, mapped.has_decoder
         self._dtypes = mapped.dtypes
         self._ranks = dist.get_world_size()
         if self._ranks > 1:

@@ -42,6 +42,8 @@ class VaeWork:
     def decode(self, run: Run, job: VaeJob, may_refuse: bool) -> VaeResult | NeedsBytes:
         """Decode a latent, as `WorkerService.vae_decode`."""
         with self._loaded(run, job.recipe) as vae:
+            if not vae.has_decoder:
+                raise ValueError(f"{job.recipe.name} has no decoder: it can encode only. Choose another VAE to decode")
             latent, options = self._content(job)
             latent = vae.latent_to_decode(latent)
             vae.expect(vae.vae.memory_used_decode, tuple(latent.shape))
