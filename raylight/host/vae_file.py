@@ -24,7 +24,7 @@ from .vae_jobs import VaeRecipe
 
 logger = logging.getLogger(__name__)
 
-# What only encoding needs, and what only decoding needs in files that may lack it, by the first part of a weight's name.
+# What a file may lack that can only encode, or only decode, by the first part of a weight's name.
 _OF_DECODER = ("previewer",)
 _OF_ENCODER = ("encoder", "taesd_encoder", "dconv_encoder", "quant_conv", "conv1")
 

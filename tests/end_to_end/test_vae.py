@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vae_files import write_vae
 
 import nodes as comfy_nodes
 from raylight.cluster import active_session
@@ -264,15 +265,17 @@ def test_another_process_gets_a_vae_of_comfyui(stock: comfy.sd.VAE, dropin: Remo
     assert torch.equal(decoded(vae, latent(1, 16, 6, 6)), decoded(stock, latent(1, 16, 6, 6)))
 
 
-def test_weights_are_beside_those_of_models(dropin: RemoteVAE, tmp_path: Path) -> None:
+def test_weights_are_beside_those_of_models_in_the_mapped_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "wan.safetensors", "wan-t2v", heads=2)
+    path = write_vae(tmp_path / "wan-vae.safetensors", "wan-narrow")
     api.load(RayModel(WORKERS, ModelRecipe.of(str(tmp_path / "wan.safetensors"), "default")))
-    decoded(dropin, latent(1, 16, 4, 4))
+    stock, samples = read(path), latent(1, 16, 3, 9, 7)
+    assert_same(decoded(api.load_vae(str(path), lambda: read(path), WORKERS), samples), decoded(stock, samples))
     session = active_session.running()
     assert session is not None
     held = session.run(WorkerService.memory).models
-    assert [model.name for model in held][-2:] == ["wan.safetensors", DEMO.name]
-    assert held[-1].host_bytes == 0, "they are in the mapped file"
+    assert [model.name for model in held][-2:] == ["wan.safetensors", path.name]
+    assert held[-1].host_bytes == 0
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
