@@ -43,6 +43,11 @@ class BatchParallel:
         model.forward = functools.wraps(self._own)(functools.partial(self._forward))
         self._handle: RemovableHandle | None = None
 
+    @property
+    def in_step(self) -> bool:
+        """Whether groups do their own runs and agree before each forward that there is one."""
+        return self._in_step
+
     def finalize_hooks(self) -> None:
         """Register the hook that decides, before all others. Call it last, when the model has its other hooks."""
         self._handle = self._model.register_forward_pre_hook(self._decide, prepend=True, with_kwargs=True)

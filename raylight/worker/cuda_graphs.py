@@ -164,7 +164,9 @@ class GraphedForward:
         options = {name: value for name, value in (kwargs.pop(OPTIONS, None) or {}).items() if name not in _OUTSIDE}
         # Ours, and a new one for each job. What it does is in the context.
         self._override = options.pop(OVERRIDE, None)
-        context = self._context, self._split(), self._override is not None
+        # In a whole call the split is chosen within, by what is in its arguments.
+        split = None if self._whole_call else self._split()
+        context = self._context, split, self._override is not None
         try:
             return self._graphs.call(context, self._weight_tensors, self._mode == ON, args, kwargs, options)
         finally:

@@ -172,8 +172,8 @@ class ParallelModel:
         if mode == AUTO and torch.version.hip is not None:
             mode = OFF  # not tried with ROCm
         is_sharded = job.recipe.sharding != REPLICATED
-        if is_sharded and self._batch is not None and not obstacle:
-            obstacle = "its weights are gathered by all workers, of which each group computes other rows of a batch"
+        if self._batch is not None and self._batch.in_step and not obstacle:
+            obstacle = "all workers gather its weights, and agree before each forward of their runs"
         self._graphs.use(mode, (job.attention, job.strategy, weights), obstacle, whole_call=is_sharded)
 
     @property
