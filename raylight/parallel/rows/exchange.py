@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..collectives import all_gather, start_exchange
+from ..collectives import Splits, all_gather, start_exchange
 from .layout import Cuts, Rows, Span
 from .row_tensor import RowTensor, mixes, plain, position, wrap
 
@@ -63,7 +63,9 @@ class Halo:
             piece = self._local.narrow(self._dim, start - self._held[0], stop - start)
             buffer[offset : offset + piece.numel()].view(piece.shape).copy_(piece)
             offset += piece.numel()
-        self._received, self._work = start_exchange(buffer, send_counts, receive_counts, ranks.group)
+        self._received, self._work = start_exchange(
+            buffer, Splits(tuple(send_counts), tuple(receive_counts)), ranks.group
+        )
         self._parts = [(part, (part[1] - part[0]) * row) for parts in received for part in parts if part]
         ranks.exchanges += 1
         ranks.received_bytes += self._received.numel() * self._received.element_size()
