@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import all_gather
@@ -51,12 +50,12 @@ class SequenceHooks:
         heads, degree = attrgetter(plan.heads)(model), ulysses_degree or tokens.degree
         if heads < degree:
             raise ValueError(
-                f"{_class_name(model)} has {heads} attention heads, too few for ulysses_degree = {degree}: "
+                f"{type(model).__name__} has {heads} attention heads, too few for ulysses_degree = {degree}: "
                 f"choose at most {heads}"
             )
         reason = plan.refused(model)
         if reason is not None:
-            raise ValueError(f"this {_class_name(model)} cannot be split over workers: {reason}")
+            raise ValueError(f"this {type(model).__name__} cannot be split over workers: {reason}")
         self._handles.append(model.register_forward_pre_hook(lambda *_: tokens.begin()))
         boundaries: dict[nn.Module, Boundary] = {}
         for path, rules in plan.inputs.items():
@@ -184,12 +183,6 @@ class Boundary:
     def _all_gather(self, local: Tensor, stream: str, dim: int) -> Tensor:
         own = self._tokens.without_placeholders(local, (stream,), dim)
         return all_gather(own, self._tokens.sizes(stream), dim, self._tokens.group)
-
-
-def _class_name(model: nn.Module) -> str:
-    """Return the name of a model's class, without the one that FSDP2 puts before it."""
-    own = type(model)
-    return own.__bases__[-1].__name__ if issubclass(own, FSDPModule) else own.__name__
 
 
 def matching(model: nn.Module, path: str, plan: SequencePlan) -> Iterator[nn.Module]:

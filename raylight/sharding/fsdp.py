@@ -1,34 +1,25 @@
-"""Shard a model's weights by FSDP2: one unit per transformer block is gathered at a time, and the rest of the model.
+"""Shard a model's weights: each transformer block is a unit that is gathered when it runs, and so is the rest of the
+model.
 
 Zhao et al., 2023, "PyTorch FSDP"; the idea is ZeRO-3 (Rajbhandari et al., 2020).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
-
-from raylight.parallel.heartbeat import cancellation_point
 
 from .assign import set_parameter, set_tensor
 from .file_weight import FileWeight
-from .pinned import PinnedBuffer
-from .rows import ByteAllGather
-from .shards import own_rows
+from .gathering import Gathering
+from .shard_reader import ShardReader
+
+_GATHERING = "_raylight_gathering"  # attribute of a sharded model
 
 SMALLEST_UNIT = 0.002  # of the model's weights: below it an all-gather of its own costs more than it saves
 
@@ -56,43 +47,13 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def reset(model: nn.Module) -> bool:
-    """Bring a model of `shard` back to where a forward may begin, after one that failed at the same place on all ranks:
-    wait for collectives that they have begun, and free what was gathered.
-
-    Return False if this version of PyTorch cannot do that: the model must not be used any more. Return True for a model
-    that is not sharded.
+def reset(model: nn.Module) -> None:
+    """Bring a model of `shard` back to where a forward may begin, after one that failed at the same place on all ranks.
+    Does nothing to a model that is not sharded.
     """
-    if not isinstance(model, FSDPModule) or _is_at_rest(model):
-        return True
-    if not hasattr(model, "reset_iter_state"):
-        return False
-    model.reset_iter_state()
-    return _is_at_rest(model)
-
-
-def _is_at_rest(model: nn.Module) -> bool:
-    """Return whether no module is within a forward or has begun to gather, by FSDP2's private state. False if this
-    version has other names for it.
-    """
-    unknown = object()
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        state = module._get_fsdp_state()
-        for one in (state, *_groups(state)):
-            if getattr(getattr(one, "_training_state", None), "name", "") != "IDLE":
-                return False
-        if any(getattr(group, "_all_gather_result", unknown) is not None for group in _groups(state)):
-            return False
-    return True
-
-
-def _groups(state: Any) -> Iterator[Any]:
-    if hasattr(state, "_fsdp_param_groups"):  # since PyTorch 2.12
-        yield from state._fsdp_param_groups
-    elif (group := getattr(state, "_fsdp_param_group", None)) is not None:
-        yield group
+    gathering = getattr(model, _GATHERING, None)
+    if gathering is not None:
+        gathering.reset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,22 +103,17 @@ def shard(
         set_parameter(model, name, value)
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, buffer.detach().to(device))  # a buffer can be made of a parameter, in PixArt
-    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    ignored = {model.get_parameter(name) for name in replicated}
-    for module in (*blocks.values(), model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy, ignored_params=ignored)
-    for method in methods:
-        if hasattr(model, method):
-            register_fsdp_forward_method(model, method)
-    sharded_bytes = _fill(model, weights, mesh, device, offload)
-    # Shards on the host are copied to the GPU on a stream of their own, while a block computes.
-    stream = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
-    _prefetch(model, list(blocks.values()), stream)
-    for module in (*blocks.values(), model):
-        _gather_as_bytes(module)
-    replicated_bytes = sum(parameter.nbytes for parameter in ignored)
-    host_bytes = replicated_bytes + (sharded_bytes if offload or device.type == "cpu" else 0)
-    return ShardReport(len(blocks) + 1, sharded_bytes, replicated_bytes, model_bytes, host_bytes)
+    members: dict[str, list[str]] = {unit: [] for unit in (*blocks, "")}
+    for name in (name for name, _ in model.named_parameters() if name not in replicated):
+        members[next((unit for unit in blocks if name.startswith(f"{unit}.")), "")].append(name)
+    reader = ShardReader(model, weights, mesh, device, offload)
+    of_units = {unit: reader.read(names) for unit, names in members.items()}
+    rest = of_units.pop("")
+    gathered = [(blocks[unit], of_unit) for unit, of_unit in of_units.items()]
+    setattr(model, _GATHERING, Gathering(model, gathered, rest, mesh.get_group(), device, methods))
+    replicated_bytes = sum(model.get_parameter(name).nbytes for name in replicated)
+    host_bytes = replicated_bytes + (reader.nbytes if offload or device.type == "cpu" else 0)
+    return ShardReport(len(blocks) + 1, reader.nbytes, replicated_bytes, model_bytes, host_bytes)
 
 
 def move(model: nn.Module, device: torch.device) -> None:
@@ -184,56 +140,3 @@ def _replicated(model: nn.Module, world_size: int) -> frozenset[str]:
     return frozenset(
         name for name, parameter in model.named_parameters() if parameter.ndim < 2 or parameter.shape[0] < world_size
     )
-
-
-def _fill(
-    model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device, offload: bool
-) -> int:
-    """Read this rank's rows of each sharded parameter; return their bytes."""
-    rows = own_rows(model, weights, mesh)
-    pinned = PinnedBuffer([one.nbytes for one in rows.values()]) if offload and device.type == "cuda" else None
-    for name, weight in rows.items():
-        cancellation_point()
-        parameter: Any = model.get_parameter(name)
-        # A copy in any case: a view of the file would change, or fault, with the file. By way of the device, which
-        # converts it.
-        local = weight.read(device)
-        if pinned is not None:
-            local = pinned.take(local).copy_(local, non_blocking=True)
-        # Not by `DTensor.from_local`, which would move it to the device of the mesh.
-        set_parameter(model, name, DTensor(local, parameter._spec, requires_grad=False))
-    if pinned is not None:
-        torch.cuda.synchronize(device)  # copies to the host end before others begin from it
-    return sum(one.nbytes for one in rows.values())
-
-
-def _prefetch(model: nn.Module, blocks: list[nn.Module], stream: torch.cuda.Stream | None) -> None:
-    """Start to gather each block when the one before it, or the model, begins; on `stream` if there is one.
-
-    So the GPU holds the block that computes and the next one. FSDP2's own `set_modules_to_forward_prefetch` keeps what
-    it gathered for a block longer, next to its copy.
-    """
-    for module, following in zip((model, *blocks), blocks, strict=False):
-        module.register_forward_pre_hook(functools.partial(_gather_ahead, following, stream))
-
-
-def _gather_ahead(following: nn.Module, stream: torch.cuda.Stream | None, *_: Any) -> None:
-    assert isinstance(following, FSDPModule)
-    if stream is None:
-        following.unshard(async_op=True)
-        return
-    # What was gathered before is in this stream's memory, and may still be being copied out of it.
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        following.unshard(async_op=True)
-
-
-def _gather_as_bytes(module: nn.Module) -> None:
-    eight_bits = any(
-        isinstance(parameter, DTensor) and parameter.is_floating_point() and parameter.itemsize == 1
-        for parameter in module.parameters()
-    )
-    # An older PyTorch has no such option; its NCCL may know the dtype.
-    set_all_gather = getattr(module, "set_custom_all_gather", None)
-    if eight_bits and set_all_gather is not None:
-        set_all_gather(ByteAllGather())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,24 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class ByteAllGather:
-    """FSDP2's all-gather (`FSDPModule.set_custom_all_gather`) for 8-bit floats, which gloo and older NCCL refuse."""
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an empty tensor of this size for FSDP2 to gather into."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        """Gather `input_tensor` (n,) of all ranks into `output_tensor` (world size x n,), both of one 8-bit dtype."""
-        return all_gather(
-            output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), group=group, async_op=async_op
-        )
-
-
 def rows_of(count: int, world_size: int, rank: int) -> slice:
-    """Return the rows of `count` that `rank` holds, as `torch.chunk` and FSDP2 cut them.
+    """Return the rows of `count` that `rank` holds, as `torch.chunk` cuts them.
 
     All ranks have ceil(count / world_size) rows, but the last ones may have fewer, or none.
     """

@@ -26,7 +26,7 @@ def own_rows(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh) 
 class Shards:
     """The shards of a model, whose memory can be given back: the file has what was in it.
 
-    FSDP2 keeps its parameters, which have memory again after `read`.
+    The parameters stay, and have memory again after `read`.
     """
 
     def __init__(self, model: nn.Module, rows: Mapping[str, FileWeight]) -> None:
@@ -59,7 +59,7 @@ class Shards:
             local = self._local(name)
             storage = local.untyped_storage()
             storage.resize_(nbytes)
-            if nbytes > local.nbytes:  # FSDP2 has padded it
+            if nbytes > local.nbytes:  # it is padded
                 torch.empty(0, dtype=torch.uint8, device=local.device).set_(storage).zero_()
             self._rows[name].read_into(local)
             del self._released[name]

@@ -139,9 +139,9 @@ class ModelService(WorkerService):
 
     def recover(self) -> bool:
         """Reset the models after a failure that all ranks met alike."""
-        return all(
-            [reset(model.patcher.model.diffusion_model) for model in self._models.all()]
-        )  # all of them: collective
+        for model in self._models.all():
+            reset(model.patcher.model.diffusion_model)
+        return True
 
     def memory(self, run: Run) -> RankMemory:
         """Return how much memory this rank uses, and its models."""

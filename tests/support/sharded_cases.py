@@ -90,7 +90,7 @@ def _compare(name: str, mesh: Any, sequence: bool, offload: bool, patched: bool)
     with torch.profiler.profile() if not sequence else nullcontext() as profile:
         actual = model.apply_model(**copied(make(Draw(3))), transformer_options=options)
     counted = profile.key_averages() if profile is not None else ()
-    gathers = sum(event.count for event in counted if event.key == "c10d::_allgather_base_")
+    gathers = sum(event.count for event in counted if event.key == "c10d::allgather_into_tensor_coalesced_")
     error = ((actual - expected).abs().max() / expected.std()).item()
     return Sharded(error, report, blocks, gathers, effect)
 

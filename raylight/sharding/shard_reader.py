@@ -1,0 +1,81 @@
+"""Reads a rank's rows of sharded weights from their file, to where units gather them from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from raylight.parallel.heartbeat import cancellation_point
+
+from .assign import set_parameter
+from .file_weight import FileWeight
+from .pinned import PinnedBuffer
+from .rows import rows_of
+from .unit_weights import ShardedWeight, UnitWeights, aligned, cut
+
+
+class ShardReader:
+    """Reads units of one model in turn. `nbytes` counts this rank's rows of what was read."""
+
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device, offload: bool
+    ) -> None:
+        """`weights` give the values of the model's parameters by name. With `offload`, rows stay in system memory."""
+        self._model, self._weights, self._mesh = model, weights, mesh
+        self._device, self._offload = device, offload
+        self.nbytes = 0
+
+    def read(self, names: Sequence[str]) -> UnitWeights:
+        """Let these parameters be DTensors of this rank's rows, and return them as one unit."""
+        like = {name: self._model.get_parameter(name) for name in names}
+        shapes = {name: (-(-one.shape[0] // self._mesh.size()), *one.shape[1:]) for name, one in like.items()}
+        flat, rooms = None, {}
+        if self._offload and names:
+            sizes = [torch.Size(shape).numel() * like[name].element_size() for name, shape in shapes.items()]
+            flat = self._room(sum(map(aligned, sizes)))
+            rooms = dict(zip(names, cut(flat, sizes), strict=True))
+        members = []
+        for name, parameter in like.items():
+            cancellation_point()
+            owner, _, leaf = name.rpartition(".")
+            padded = self._padded(name, parameter, shapes[name], rooms.get(name))
+            members.append(ShardedWeight(self._model.get_submodule(owner), leaf, parameter.shape, padded))
+        if flat is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # copies to the host end before others begin from it
+        return UnitWeights(members, self._mesh.size(), flat)
+
+    def _room(self, nbytes: int) -> Tensor:
+        """Return system memory (nbytes,), pinned if the device is a GPU."""
+        like = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+        if self._device.type != "cuda":
+            return torch.zeros(nbytes, dtype=torch.uint8)
+        return PinnedBuffer([nbytes]).take(like).zero_()
+
+    def _padded(self, name: str, parameter: nn.Parameter, shape: Sequence[int], room: Tensor | None) -> Tensor:
+        """Return this rank's rows of a weight, padded to `shape`, in `room` (bytes,) if there is one."""
+        rows = rows_of(parameter.shape[0], self._mesh.size(), self._mesh.get_local_rank())
+        weight = FileWeight.of(self._weights[name], parameter.dtype).rows(rows.start, rows.stop)
+        # A copy in any case: a view of the file would change, or fault, with the file. By way of the device, which
+        # converts it.
+        own = weight.read(self._device)
+        count = own.shape[0]
+        if room is not None:
+            padded = room.view(parameter.dtype).view(shape)
+            padded[:count].copy_(own, non_blocking=True)
+        elif count == shape[0]:
+            padded = own
+        else:
+            padded = torch.empty(shape, dtype=parameter.dtype, device=self._device)
+            padded.view(-1).view(torch.uint8).zero_()
+            padded[:count] = own
+        self.nbytes += weight.nbytes
+        meta = TensorMeta(parameter.shape, parameter.stride(), parameter.dtype)
+        # Not by `DTensor.from_local`, which would move it to the device of the mesh.
+        spec = DTensorSpec(self._mesh, (Shard(0),), tensor_meta=meta)
+        set_parameter(self._model, name, DTensor(padded[:count], spec, requires_grad=False))
+        return padded

@@ -1,0 +1,108 @@
+"""The sharded weights of one unit: where their shards are, and where they lie in a buffer when they are gathered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .gather_buffers import Buffer
+
+ALIGNMENT = 256  # bytes: what kernels and collectives read in the widest words begins at a multiple
+
+
+def aligned(nbytes: int) -> int:
+    """Return the next multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedWeight:
+    """The parameter `leaf` of a module, of full `shape` and a dtype; `padded` are this rank's rows (rows, ...), padded
+    to as many as the first rank has.
+    """
+
+    module: nn.Module
+    leaf: str
+    shape: torch.Size
+    padded: Tensor
+
+
+class UnitWeights:
+    """The weights that are gathered together, by `degree` ranks; `offloaded` if their shards are in system memory.
+
+    With offloaded shards, `flat` (bytes,) has all of them, each at a multiple of `ALIGNMENT`: one copy brings them.
+    """
+
+    def __init__(self, weights: list[ShardedWeight], degree: int, flat: Tensor | None) -> None:
+        self._weights, self._degree, self._flat = weights, degree, flat
+        self._shards = [_bytes(weight.padded) for weight in weights]
+        self._starts, end = [], 0
+        for shard in self._shards:
+            self._starts.append(end)
+            end += aligned(degree * shard.numel())
+        self._resting: list[nn.Parameter | None] = []
+        self._views: dict[Buffer | None, list[nn.Parameter]] = {}
+        self._regions: dict[Buffer, tuple[list[Tensor], list[Tensor]]] = {}
+        self.needs_gather = bool(weights) and (degree > 1 or flat is not None)
+        self.full_bytes = end if self.needs_gather else 0
+        self.staged_bytes = flat.numel() if flat is not None and degree > 1 else 0
+
+    def transfers(self, buffer: Buffer) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what each rank sends and receives to have the weights in a buffer: bytes of shards, (n,), and of full
+        weights, (degree * n,). Offloaded shards are copied to the device by this.
+        """
+        if self._flat is not None:
+            to = buffer.full if self._degree == 1 else buffer.staged
+            to[: self._flat.numel()].copy_(self._flat, non_blocking=True)
+        if buffer not in self._regions:
+            sizes = [shard.numel() for shard in self._shards]
+            full = [
+                buffer.full[start : start + self._degree * size]
+                for start, size in zip(self._starts, sizes, strict=True)
+            ]
+            shards = self._shards if self._flat is None else cut(buffer.staged, sizes) if self._degree > 1 else []
+            self._regions[buffer] = shards, full
+        return self._regions[buffer]
+
+    def show(self, buffer: Buffer) -> None:
+        """Let the parameters be the full weights in a buffer."""
+        key = buffer if self.needs_gather else None
+        if key not in self._views:
+            self._views[key] = [self._view(buffer, index) for index in range(len(self._weights))]
+        # Into the dict itself: `nn.Module` checks what is set, for a time that adds up.
+        parameters = [weight.module._parameters for weight in self._weights]
+        self._resting = [of_module[weight.leaf] for of_module, weight in zip(parameters, self._weights, strict=True)]
+        for of_module, weight, view in zip(parameters, self._weights, self._views[key], strict=True):
+            of_module[weight.leaf] = view
+
+    def hide(self) -> None:
+        """Let the parameters be the shards again, if they are not."""
+        if self._resting:
+            for weight, resting in zip(self._weights, self._resting, strict=True):
+                weight.module._parameters[weight.leaf] = resting
+            self._resting = []
+
+    def _view(self, buffer: Buffer, index: int) -> nn.Parameter:
+        weight = self._weights[index]
+        with torch.inference_mode(False), torch.no_grad():
+            value = weight.padded
+            if self.needs_gather:
+                start, nbytes = self._starts[index], self._degree * self._shards[index].numel()
+                region = buffer.full[start : start + nbytes].view(value.dtype)
+                value = region.view(-1, *weight.shape[1:])
+            return nn.Parameter(value[: weight.shape[0]], requires_grad=False)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def cut(flat: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Return pieces of these sizes, each at the next multiple of `ALIGNMENT`."""
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(flat[start : start + size])
+        start += aligned(size)
+    return pieces
