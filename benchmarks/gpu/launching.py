@@ -1,9 +1,10 @@
 """The eager forward on several GPUs: what the host spends to launch it, and the exchange in variants.
 
-    COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/launching.py --ranks 1 2 4 --parts forward exchange shards
+    COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/launching.py --ranks 1 2 4
 
-`launch` is the time until a forward returns, with the GPU idle before; `step` until the GPU is done. `exchange` is one
-attention call with its exchange, in variants: milliseconds on the GPU, and microseconds of the host. Each variant's
+Each part runs in processes of its own and prints as it goes. `launch` is the time until a forward returns, with the GPU
+idle before; `step` until the GPU is done; `graph` that of the same forward as one CUDA graph. `exchange-...` is one
+attention call with its exchange, in variants: milliseconds on the GPU, and microseconds of the host; each variant's
 result is compared with Raylight's, bit by bit.
 """
 
@@ -17,8 +18,8 @@ import os
 import pstats
 import statistics
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +34,38 @@ EXCHANGES = {"flux-1024": (24, 4608), "wan-480p": (40, 14040)}  # heads and toke
 WIDTH = 128
 
 
-def measure(rank: int, world: int, parts: list[str], sizes: list[str], layers: int | None) -> dict[str, Any]:
+def measure(rank: int, world: int, part: str, sizes: list[str], layers: int | None) -> dict[str, Any]:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     found: dict[str, Any] = {}
     with torch.no_grad():
-        for part in parts:
-            try:
-                if part == "exchange" and world > 1:
-                    found[part] = exchanges(world, device)
-                elif part == "forward" or (part == "shards" and world > 1):
-                    for size in sizes:
-                        found[f"{part} {size}"] = forward(size, layers, world, device, part == "shards")
-            except Exception:
-                found[part] = traceback.format_exc()[-1500:]
+        if part.startswith("exchange-"):
+            found = exchanges(world, device, part.removeprefix("exchange-"))
+        else:
+            for size in sizes:
+                found[size] = forward(size, layers, world, device, part)
+                say(
+                    f"{world} ranks, {part}, {size}: "
+                    + ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in times(found[size]))
+                )
+                say(found[size].get("profile", ""))
     return found
 
 
-def forward(size: str, layers: int | None, world: int, device: torch.device, shards: bool) -> dict[str, Any]:
-    """Return seconds to launch and to finish a forward, and rank 0's profile of the host."""
+def times(found: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(key, value) for key, value in found.items() if isinstance(value, float)]
+
+
+def say(text: str) -> None:
+    """Print on rank 0, at once."""
+    if (not dist.is_initialized() or dist.get_rank() == 0) and text:
+        print(text, flush=True)
+
+
+def forward(size: str, layers: int | None, world: int, device: torch.device, part: str) -> dict[str, Any]:
+    """Return seconds to launch and to finish a forward, also as a CUDA graph, and the profile of the host. `part` is
+    "forward", "shards" or "offload".
+    """
     from raylight.attention.kernels import kernel
     from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.plans import plan_for
@@ -60,21 +74,30 @@ def forward(size: str, layers: int | None, world: int, device: torch.device, sha
 
     model = skeleton(size, layers)
     options: dict[str, Any] = {}
+    mesh = build_mesh(MeshShape(ulysses=world), device)
     if world > 1:
-        mesh = build_mesh(MeshShape(ulysses=world), device)
         split = apply_sequence_parallel(model.diffusion_model, plan_for(model.diffusion_model), mesh)
         split.install(options, kernel("auto", device))
     weights = RandomWeights(model.diffusion_model, device)
-    if shards:
-        shard(model.diffusion_model, weights, world_axis(mesh), device)
-    else:
+    if part == "forward":
         fill(model.diffusion_model, weights, device)
+    else:
+        shard(model.diffusion_model, weights, world_axis(mesh), device, part == "offload")
+    torch.cuda.empty_cache()
     given, inner = inputs(size, device), dict(options.get("transformer_options", {}))
 
     def step() -> Any:
         return model.apply_model(**given, transformer_options=dict(inner))
 
-    found = timed(step, device, 7)
+    found: dict[str, Any] = timed(step, device, 7)
+    torch.cuda.reset_peak_memory_stats()
+    result = step().clone()
+    found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    calls: dict[str, float] = {}
+    with counted(calls):
+        step()
+        synchronize(device)
+    found["collectives"] = calls.get("seconds", 0.0)
     profile = cProfile.Profile()
     profile.enable()
     for _ in range(2):
@@ -82,8 +105,53 @@ def forward(size: str, layers: int | None, world: int, device: torch.device, sha
         synchronize(device)
     profile.disable()
     text = io.StringIO()
-    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(22)
-    return found | {"profile": text.getvalue()}
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(16)
+    say(f"{world} ranks, {part}, {size}: eager " + str({k: round(1e3 * v, 2) for k, v in times(found)}))
+    say(f"peak {found['peak_bytes'] / 1e9:.2f} GB; collectives: {calls}")
+    return found | graphed(step, result, device) | {"profile": text.getvalue()}
+
+
+def graphed(step: Callable[[], Any], expected: Any, device: torch.device) -> dict[str, Any]:
+    """Return the seconds of the forward as a graph."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            static = step()
+        graph.replay()
+        synchronize(device)
+        equal = bool(torch.equal(static, expected))
+        found = timed(graph.replay, device, 7)
+    except Exception as failure:
+        say(f"as a graph: {type(failure).__name__}: {str(failure)[:500]}")
+        return {}
+    say(f"as a graph: {1e3 * found['step']:.2f} ms, {'equal' if equal else 'ANOTHER RESULT'}")
+    return {"graph": found["step"]}
+
+
+@contextmanager
+def counted(calls: dict[str, float]) -> Iterator[None]:
+    """Count the host's seconds in collectives, without a profiler."""
+    originals = {name: getattr(dist, name) for name in ("all_to_all_single", "all_gather_into_tensor")}
+
+    def wrap(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            taken = time.perf_counter() - start
+            calls[name] = calls.get(name, 0) + 1
+            calls["seconds"] = calls.get("seconds", 0.0) + taken
+            calls["longest"] = max(calls.get("longest", 0.0), taken)
+            return result
+
+        return call
+
+    for name, function in originals.items():
+        setattr(dist, name, wrap(name, function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
 
 
 def timed(function: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, float]:
@@ -100,72 +168,73 @@ def timed(function: Callable[[], Any], device: torch.device, repeats: int) -> di
     return {"launch": statistics.median(launched[2:]), "step": statistics.median(finished[2:])}
 
 
-def exchanges(world: int, device: torch.device) -> dict[str, Any]:
-    """Return, for each size and variant, seconds of the GPU and of the host for one call."""
+def exchanges(world: int, device: torch.device, which: str) -> dict[str, Any]:
+    """Return, for each size and variant, milliseconds of the GPU and microseconds of the host for one call."""
     from raylight.attention.kernels import kernel
 
     attend, group = kernel("auto", device), dist.group.WORLD
     found: dict[str, Any] = {}
-    strategies = variants(group, world)
+    strategies = variants(group, which)
+    say(f"{world} ranks: one attention call{'':<14} GPU ms   host us")
     for size, (heads, tokens) in EXCHANGES.items():
         local = tokens // world
         generator = torch.Generator(device).manual_seed(dist.get_rank())
         # As a model makes them after its norms and position tables: (1, H, S_LOCAL, D), contiguous.
         q, k, v = (torch.randn(1, heads, local, WIDTH, generator=generator, device=device).bfloat16() for _ in range(3))
         own = [torch.randn(1, heads // world, tokens, WIDTH, device=device).bfloat16() for _ in range(3)]
-        found[f"{size} attention alone"] = per_call(lambda own=own: attend(*own, None, None), device)
+        shown(found, f"{size} attention alone", per_call(lambda own=own: attend(*own, None, None), device))
         expected = None
         for name, make in strategies.items():
-            try:
-                strategy = make()
+            strategy = make()
 
-                def call(strategy: Any = strategy, q: Any = q, k: Any = k, v: Any = v, local: int = local) -> Any:
-                    return strategy(attend, q, k, v, (local,) * world, None, None)
+            def call(strategy: Any = strategy, q: Any = q, k: Any = k, v: Any = v, local: int = local) -> Any:
+                return strategy(attend, q, k, v, (local,) * world, None, None)
 
-                call()
-                result = call().clone()
-                expected = result if expected is None else expected
-                found[f"{size} {name}"] = per_call(call, device) | {"equal": bool(torch.equal(result, expected))}
-            except Exception as failure:
-                found[f"{size} {name}"] = {"failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
+            call()
+            result = call().clone()
+            expected = result if expected is None else expected
+            equal = bool(torch.equal(result, expected))
+            shown(found, f"{size} {name}", per_call(call, device) | {"equal": equal})
     return found
 
 
-def variants(group: Any, world: int) -> dict[str, Callable[[], Any]]:
-    """Return what makes each strategy, once; the first is the one that Raylight uses."""
+def shown(found: dict[str, Any], name: str, values: dict[str, Any]) -> None:
+    found[name] = values
+    other = "" if values.get("equal", True) else "  ANOTHER RESULT"
+    say(f"{name:<40} {values['gpu_ms']:>8.3f} {values['host_us']:>8.0f}{other}")
+
+
+def variants(group: Any, which: str) -> dict[str, Callable[[], Any]]:
+    """Return what makes each strategy; the first is the one that Raylight uses."""
     from raylight.parallel.ulysses import UlyssesAttention
 
-    made: dict[Any, Any] = {}
+    ours: dict[str, Callable[[], Any]] = {"raylight": lambda: UlyssesAttention(group)}
+    if which == "parts":
+        return ours | {
+            "1 part": lambda: UlyssesAttention(group, chunks=1),
+            "2 parts": lambda: UlyssesAttention(group, large_bytes=0, chunks=2),
+            "4 parts": lambda: UlyssesAttention(group, large_bytes=0, chunks=4),
+        }
+    if which == "channels":
+        made = {ctas: limited(ctas) for ctas in (2, 4, 8, 16)}
+        return ours | {
+            f"{parts} parts, {ctas} CTAs": lambda parts=parts, one=one: UlyssesAttention(
+                one, large_bytes=0, chunks=parts
+            )
+            for ctas, one in made.items()
+            for parts in (1, 2)
+        }
+    from symmetric import SymmetricUlysses
 
-    def once(key: Any, make: Callable[[], Any]) -> Any:
-        if key not in made:
-            made[key] = make()
-        return made[key]
+    strategy = SymmetricUlysses(group, which)
+    return ours | {f"symmetric memory, {which}": lambda: strategy}
 
-    def limited(ctas: int) -> Any:
-        options = dist.ProcessGroupNCCL.Options()
-        options.config.max_ctas, options.config.min_ctas = ctas, 1
-        return dist.new_group(backend="nccl", pg_options=options)
 
-    def symmetric(how: str) -> Any:
-        from symmetric import SymmetricUlysses
-
-        return once(how, lambda: SymmetricUlysses(group, how))
-
-    found: dict[str, Callable[[], Any]] = {
-        "raylight": lambda: UlyssesAttention(group),
-        "1 part": lambda: UlyssesAttention(group, chunks=1),
-        "2 parts": lambda: UlyssesAttention(group, large_bytes=0, chunks=2),
-        "4 parts": lambda: UlyssesAttention(group, large_bytes=0, chunks=4),
-    }
-    for ctas in (2, 4, 8, 16):
-        found[f"1 part, {ctas} CTAs"] = lambda ctas=ctas: UlyssesAttention(once(ctas, lambda: limited(ctas)), chunks=1)
-        found[f"2 parts, {ctas} CTAs"] = lambda ctas=ctas: UlyssesAttention(
-            once(ctas, lambda: limited(ctas)), large_bytes=0, chunks=2
-        )
-    found["symmetric memory, copies"] = lambda: symmetric("copies")
-    found["symmetric memory, a kernel"] = lambda: symmetric("kernel")
-    return found
+def limited(ctas: int) -> Any:
+    """Return a group of all ranks whose kernels take at most so many blocks. Collective."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas, options.config.min_ctas = ctas, 1
+    return dist.new_group(backend="nccl", pg_options=options)
 
 
 def per_call(function: Callable[[], Any], device: torch.device, calls: int = 20) -> dict[str, float]:
@@ -193,56 +262,36 @@ def per_call(function: Callable[[], Any], device: torch.device, calls: int = 20)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--parts", nargs="+", default=["forward", "exchange"])
+    parser.add_argument("--parts", nargs="+", default=["forward", "shards", "exchange-parts", "exchange-channels"])
     parser.add_argument("--sizes", nargs="+", default=["flux-1024"])
     parser.add_argument("--layers", type=int)
     parser.add_argument("--variables", nargs="*", default=[], help="NAME=VALUE for the ranks")
-    parser.add_argument("--timeout", type=float, default=110)
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for one part")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ.update(dict(one.split("=", 1) for one in options.variables))
     figures: dict[str, Any] = {"versions": versions()}
-    print(figures["versions"], options.variables)
+    print(figures["versions"], options.variables, flush=True)
     for world in options.ranks:
-        answers = run_ranks(
-            world,
-            measure,
-            options.parts,
-            options.sizes,
-            options.layers,
-            timeout_s=options.timeout,
-            collective_timeout_s=60,
-            device_type="cuda",
-        )
-        for rank, answer in enumerate(answers):
-            if answer.error:
-                print(f"{world} ranks, rank {rank}: {answer.error[-1500:]}")
-        if any(answer.error for answer in answers):
-            continue
-        figures[str(world)] = [answer.value for answer in answers]
-        for name in answers[0].value:
-            of_ranks = [answer.value[name] for answer in answers]
-            report(world, name, of_ranks)
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1))
-
-
-def report(world: int, name: str, of_ranks: list[Any]) -> None:
-    if isinstance(of_ranks[0], str):
-        print(f"{world} ranks, {name}: failed\n" + of_ranks[0])
-    elif name == "exchange":
-        print(f"\n{world} ranks: one attention call\n{'':<40} {'GPU ms':>8} {'host us':>8}")
-        for variant in of_ranks[0]:
-            values = [one[variant] for one in of_ranks]
-            if any("failed" in one for one in values):
-                print(f"{variant:<40} {next(one['failed'] for one in values if 'failed' in one)}")
+        for part in options.parts:
+            if world == 1 and part.startswith("exchange"):
                 continue
-            equal = "" if all(one.get("equal", True) for one in values) else "  ANOTHER RESULT"
-            gpu, host = (max(one[key] for one in values) for key in ("gpu_ms", "host_us"))
-            print(f"{variant:<40} {gpu:>8.3f} {host:>8.0f}{equal}")
-    else:
-        launch, step = (1e3 * max(one[key] for one in of_ranks) for key in ("launch", "step"))
-        print(f"\n{world} ranks, {name}: launch {launch:.1f} ms, step {step:.1f} ms\n" + of_ranks[0]["profile"])
+            answers = run_ranks(
+                world,
+                measure,
+                part,
+                options.sizes,
+                options.layers,
+                timeout_s=options.timeout,
+                collective_timeout_s=options.timeout / 2,
+                device_type="cuda",
+            )
+            for rank, answer in enumerate(answers):
+                if answer.error:
+                    print(f"{world} ranks, {part}, rank {rank}: {answer.error[-900:]}", flush=True)
+            figures[f"{world} {part}"] = [answer.value for answer in answers]
+            if options.json:
+                options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
