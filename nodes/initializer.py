@@ -67,7 +67,7 @@ def _inputs() -> dict[str, io.Input]:
         switch("clear_vram_after_sampling", "Free the model's GPU memory after each run. The next run starts slower."),
         switch(
             "FSDP",
-            "Split the model's weights over the workers (FSDP2), which gather one block at a time. "
+            "Split the model's weights over the workers (FSDP), which gather one block at a time. "
             "For models that do not fit on one GPU.",
         ),
         switch(

@@ -6,8 +6,7 @@ All ranks use one GPU, over gloo: their memory is as on separate GPUs, but gloo,
 their times mean nothing. `weights` is the memory between forwards; `more` the peak in a forward beyond that; `in
 blocks` is `more` less that of replicated weights on as many ranks, which is the memory of gathering.
 
-Offloading is timed with one rank on NCCL, where FSDP2 gathers nothing, so nothing starts ahead: `hidden` is the share
-of the copy that no forward waits for.
+Offloading is timed with one rank on NCCL: `hidden` is the share of the copy that no forward waits for.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Weights split over the ranks with FSDP2: what is split, how a rank reads its rows, what streams from the CPU."""
+"""Weights split over the ranks: what is split, how a rank reads its rows, what streams from the CPU."""

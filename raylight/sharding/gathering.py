@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .gather_buffers import Buffer, Gatherer
+from .gather_buffers import Buffer
+from .gatherer import Gatherer
 from .unit_weights import UnitWeights
 
 AHEAD = 2  # units that are gathered ahead
@@ -48,6 +49,7 @@ class Gathering:
         self._buffers = [Buffer(largest.full_bytes, largest.staged_bytes) for _ in range(min(BUFFERS, len(blocks)))]
         self._rest_buffer = Buffer(rest.full_bytes, rest.staged_bytes)
         self._depth = 0
+        self._in_forward = False
         self._running: list[UnitWeights] = []
         self._turn = 0
         # The order of the last forward, which the next one will most likely have, and this one's so far.
@@ -64,16 +66,23 @@ class Gathering:
 
     def reset(self) -> None:
         """Let every parameter be its shard again, after a forward that did not end."""
-        self._depth = 0
+        self._depth, self._in_forward = 0, False
         self._end()
 
     def _enter_model(self, *_: Any) -> None:
+        if self._in_forward:  # the last one was ended by what is no Exception, of which hooks are not told
+            self.reset()
+        self._in_forward = True
         if self._depth == 0:
             self._begin()
             self._gather_ahead(self._last[:AHEAD])
         self._depth += 1
 
     def _leave_model(self, *_: Any) -> None:
+        self._in_forward = False
+        self._release()
+
+    def _release(self) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
             self._end()
@@ -87,7 +96,7 @@ class Gathering:
             try:
                 return method(*args, **kwargs)
             finally:
-                self._leave_model()
+                self._release()
 
         return held
 

@@ -75,7 +75,6 @@ class PinnedBuffer:
             return torch.empty(like.shape, dtype=like.dtype)
         if self._used + like.nbytes > len(self._memory):
             raise ValueError(f"{like.nbytes} bytes do not fit into the pinned memory that is left")
-        # A storage of its own for each tensor: FSDP2 tells shards apart by where their storages begin.
         raw = torch.frombuffer(self._memory, dtype=torch.uint8, count=like.nbytes, offset=self._used)
         self._used += _aligned(like.nbytes)
         return raw.view(like.dtype).view(like.shape)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# The dtype in which 8-bit components are stored: not every version of FSDP2 takes integers. Bytes are only copied.
+# The dtype in which 8-bit components are stored: not every parameter can be of integers. Bytes are only copied.
 STORED_AS = torch.float8_e4m3fn
 
 _FLATTENED = "_flattened_weights"

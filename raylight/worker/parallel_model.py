@@ -61,8 +61,7 @@ class ParallelModel:
     def __init__(
         self, base: BaseModel, mesh: DeviceMesh, device: torch.device, by_run: DegreesByRun | None = None
     ) -> None:
-        """Install the hooks of sequence parallelism. Call it before weights are sharded: FSDP changes the model's
-        class, by which its plan is found. With `by_run`, each forward has the mesh that it chooses.
+        """Install the hooks of sequence parallelism. With `by_run`, each forward has the mesh that it chooses.
 
         Raises ValueError: when tokens must be split and the model has no plan, or cannot be split by it.
         """

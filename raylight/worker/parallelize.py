@@ -29,8 +29,7 @@ def load_parallel(
     """
     # First the model as ComfyUI builds it, with weights still in the file: no rank ever holds more than it keeps.
     mapped = loading.map_file(recipe)
-    # Sequence-parallel hooks before weights: a plan is found by the class of the model, which FSDP2 replaces, and a
-    # refusal costs nothing as long as no weight was read.
+    # Sequence-parallel hooks before weights: a refusal costs nothing as long as no weight was read.
     parallel = ParallelModel(mapped.model, mesh, device, by_run)
     # Weights: read from the file only now, by rows where they are sharded.
     with loading.file_errors(recipe):

@@ -42,7 +42,7 @@ def apply_sequence_parallel(
     """Split the tokens of `model` by `plan` over the sequence axis of `mesh`; `remove` of the result undoes it.
 
     `strategy` exchanges tokens around attention: by default Ulysses within the mesh's Ulysses axis, a ring between
-    these groups (USP). Collective. Apply it before weights are sharded, since FSDP changes the model's class.
+    these groups (USP). Collective.
 
     Raises ValueError: when `model` does not match `plan`, has too few heads, or cannot be split.
     """

@@ -1,4 +1,4 @@
-"""Model files loaded by ranks, split with FSDP2, against ComfyUI's own loader in the same process."""
+"""Model files loaded by ranks, with sharded weights, against ComfyUI's own loader in the same process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family with its weights sharded by FSDP2, with and without split tokens, against ComfyUI in one process."""
+"""Every family with its weights sharded, with and without split tokens, against ComfyUI in one process."""
 
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""The ranks' work in tests of gathering: a net whose blocks run in an order that each forward is given."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from raylight.parallel import heartbeat
+from raylight.sharding.fsdp import reset, shard
+
+CPU = torch.device("cpu")
+BLOCKS = 5
+
+
+@dataclass(frozen=True)
+class Order:
+    """The blocks that a forward enters, -1 for an error there, and the most gathers of its second time."""
+
+    blocks: tuple[int, ...]
+    gathers: int
+
+
+ORDERS = {
+    "as listed": Order((0, 1, 2, 3, 4), 6),
+    "some are skipped": Order((0, 1, 4), 4),
+    "backwards": Order((4, 3, 2, 1, 0), 6),
+    "in turns": Order((0, 3, 1, 4, 2), 6),
+    "twice each": Order((0, 0, 1, 1, 2, 2, 3, 3, 4, 4), 6),
+    "an error on all ranks": Order((0, 1, -1), 5),
+    "as listed again": Order((0, 1, 2, 3, 4), 6),
+    "one block by itself": Order((), 2),
+    "as listed at last": Order((0, 1, 2, 3, 4), 6),
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 7)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(7, 7), nn.Tanh()) for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor, order: tuple[int, ...]) -> Tensor:
+        x = self.first(x)
+        for index in order:
+            if index < 0:
+                raise ValueError("simulated fault")
+            x = x + self.blocks[index](x)
+        return x
+
+
+def orders_of_blocks(rank: int, world: int, offload: bool) -> dict[str, tuple[bool, bool, int]]:
+    """Return for each order whether two forwards gave the net's result, weights were shards afterwards, and the number
+    of gathers of the second.
+    """
+    torch.manual_seed(0)
+    whole = Net().requires_grad_(False)
+    net = Net().requires_grad_(False).to("meta")
+    shard(net, dict(whole.named_parameters()), init_device_mesh("cpu", (world,)), CPU, offload)
+    found, x = {}, torch.randn(2, 6)
+    for name, order in ORDERS.items():
+        equal = at_rest = True
+        before = 0
+        for mode in (torch.inference_mode, torch.no_grad):
+            before = heartbeat.beats()
+            with mode():
+                if not order.blocks:
+                    middle = torch.ones(2, 7)
+                    equal &= torch.equal(net.blocks[2](middle), whole.blocks[2](middle))
+                elif -1 in order.blocks:
+                    with suppress(ValueError):
+                        net(x, order.blocks)
+                        equal = False
+                    reset(net)
+                else:
+                    equal &= torch.equal(net(x, order.blocks), whole(x, order.blocks))
+            at_rest &= all(isinstance(one, DTensor) for one in net.parameters() if one.ndim > 1)
+        found[name] = equal, at_rest, heartbeat.beats() - before
+    return found
