@@ -9,42 +9,36 @@ from torch import Tensor
 
 
 class Buffer:
-    """Room for the full weights of one unit at a time, which has memory only during a forward.
+    """Bytes (`size`,) on a device that have memory only between `allocate` and `free`.
 
-    `staged` is for shards that come from system memory before they are gathered.
+    As what weights are gathered into, it has those of one unit at a time, `holds`, from when `work` is done or `ready`
+    is reached.
     """
 
-    def __init__(self, full_bytes: int, staged_bytes: int) -> None:
-        self._sizes = {"full": full_bytes, "staged": staged_bytes}
-        self._tensors: dict[str, Tensor] = {}
-        self.holds: object = None  # the unit whose weights are, or will be, in it
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._tensor: Tensor | None = None
+        self.holds: object = None
         self.work: Any = None
         self.ready: torch.cuda.Event | None = None
 
     def allocate(self, device: torch.device) -> None:
         """Take memory. Views of it that were made before are valid again."""
-        if not self._tensors:
-            # Not inference tensors, whatever the mode: forwards in another mode write to them too.
+        if self._tensor is None:
+            # Not an inference tensor, whatever the mode: forwards in another mode write to it too.
             with torch.inference_mode(False):
-                self._tensors = {name: torch.empty(0, dtype=torch.uint8, device=device) for name in self._sizes}
-                for name, tensor in self._tensors.items():
-                    tensor.resize_(self._sizes[name])
-            return
-        for name, tensor in self._tensors.items():
-            tensor.untyped_storage().resize_(self._sizes[name])
+                self._tensor = torch.empty(self._size, dtype=torch.uint8, device=device)
+        else:
+            self._tensor.untyped_storage().resize_(self._size)
 
     def free(self) -> None:
         """Give the memory back; nothing on the current stream uses it any more."""
         self.holds = None
-        for tensor in self._tensors.values():
-            tensor.untyped_storage().resize_(0)
+        if self._tensor is not None:
+            self._tensor.untyped_storage().resize_(0)
 
     @property
-    def full(self) -> Tensor:
-        """The bytes (n,) for full weights."""
-        return self._tensors["full"]
-
-    @property
-    def staged(self) -> Tensor:
-        """The bytes (n,) for a rank's shards."""
-        return self._tensors["staged"]
+    def bytes(self) -> Tensor:
+        """The bytes, of a buffer that has been allocated."""
+        assert self._tensor is not None, "a buffer is used before it has memory"
+        return self._tensor

@@ -18,8 +18,10 @@ from .unit_weights import UnitWeights
 class Gatherer:
     """All-gathers the weights of units into buffers, on a GPU on a stream of its own."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, staged_bytes: int) -> None:
+        """`staged_bytes` are the most that the offloaded shards of a unit take."""
         self.device = device
+        self._staging = Buffer(staged_bytes)
         self._group, self._degree = group, dist.get_world_size(group)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # PyTorch 2.14 gave it another name.
@@ -28,6 +30,10 @@ class Gatherer:
         self._one_by_one = device.type == "cuda" and "nccl" not in str(dist.get_backend_config(group))
         self._options = AllgatherOptions()
         self._options.asyncOp = self._stream is None
+
+    def begin(self) -> None:
+        """Take memory for what `start` needs, until `end`."""
+        self._staging.allocate(self.device)
 
     def start(self, weights: UnitWeights, buffer: Buffer) -> None:
         """Start to gather the weights of a unit into a buffer that is not used any more. Collective."""
@@ -52,12 +58,14 @@ class Gatherer:
         if buffer.ready is not None:
             torch.cuda.current_stream(self.device).wait_event(buffer.ready)
 
-    def join(self, buffers: list[Buffer]) -> None:
-        """Let the current stream wait for all that was started, into these buffers."""
+    def end(self, buffers: list[Buffer]) -> None:
+        """Let the current stream wait for all that was started, and give the memory of these buffers back."""
         for buffer in buffers:
             self._finish(buffer)
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        for buffer in (*buffers, self._staging):
+            buffer.free()
 
     def _finish(self, buffer: Buffer) -> None:
         """Wait for what the CPU gathers."""
@@ -66,7 +74,7 @@ class Gatherer:
             buffer.work = None
 
     def _gather(self, weights: UnitWeights, buffer: Buffer) -> Any:
-        shards, full = weights.transfers(buffer)
+        shards, full = weights.transfers(buffer, self._staging)
         if self._degree == 1:
             return None
         beat()

@@ -24,7 +24,7 @@ from .gatherer import Gatherer
 from .unit_weights import UnitWeights
 
 AHEAD = 2  # units that are gathered ahead
-BUFFERS = AHEAD + 1
+AHEAD_OFFLOADED = 1  # who keeps weights in system memory is short of a GPU's
 
 
 class Gathering:
@@ -44,10 +44,12 @@ class Gathering:
         """
         self._model, self._rest = model, rest
         self._listed = [weights for _, weights in blocks]
-        self._gatherer = Gatherer(group, device)
-        largest = max(self._listed, key=lambda one: one.full_bytes, default=rest)
-        self._buffers = [Buffer(largest.full_bytes, largest.staged_bytes) for _ in range(min(BUFFERS, len(blocks)))]
-        self._rest_buffer = Buffer(rest.full_bytes, rest.staged_bytes)
+        staged_bytes = max(one.staged_bytes for one in (*self._listed, rest))
+        self._gatherer = Gatherer(group, device, staged_bytes)
+        self._ahead = AHEAD_OFFLOADED if any(one.is_offloaded for one in (*self._listed, rest)) else AHEAD
+        largest = max((one.full_bytes for one in self._listed), default=0)
+        self._buffers = [Buffer(largest) for _ in range(min(1 + self._ahead, len(blocks)))]
+        self._rest_buffer = Buffer(rest.full_bytes)
         self._depth = 0
         self._in_forward = False
         self._running: list[UnitWeights] = []
@@ -75,7 +77,7 @@ class Gathering:
         self._in_forward = True
         if self._depth == 0:
             self._begin()
-            self._gather_ahead(self._last[:AHEAD])
+            self._gather_ahead(self._last[: self._ahead])
         self._depth += 1
 
     def _leave_model(self, *_: Any) -> None:
@@ -102,6 +104,8 @@ class Gathering:
 
     def _entering(self, weights: UnitWeights) -> Callable[..., None]:
         def enter(*_: Any) -> None:
+            if self._is_alone:
+                self._gatherer.begin()
             buffer = self._gathered(weights, [])
             self._gatherer.wait(buffer)
             weights.show(buffer)
@@ -117,13 +121,19 @@ class Gathering:
             if weights in self._running:
                 weights.hide()
                 self._running.remove(weights)
-            if self._depth == 0:  # a block that is called by itself
+            if self._is_alone:
                 self._end()
 
         return leave
 
+    @property
+    def _is_alone(self) -> bool:
+        """Whether a block is called by itself, outside of the model."""
+        return self._depth == 0 and not self._running
+
     def _begin(self) -> None:
         self._order = []
+        self._gatherer.begin()
         self._rest_buffer.allocate(self._gatherer.device)
         self._gatherer.start(self._rest, self._rest_buffer)
         self._gatherer.wait(self._rest_buffer)
@@ -136,17 +146,15 @@ class Gathering:
         if self._order:
             self._last, self._order = self._order, []
         buffers = [self._rest_buffer, *self._buffers]
-        self._gatherer.join(buffers)
-        for buffer in buffers:
-            buffer.free()
+        self._gatherer.end(buffers)
 
     def _following(self, weights: UnitWeights) -> list[UnitWeights]:
         """Return the units that will be entered next."""
         place = len(self._order) - 1
         if place < len(self._last) and self._last[place] is weights:
-            return self._last[place + 1 : place + 1 + AHEAD]
+            return self._last[place + 1 : place + 1 + self._ahead]
         place = self._listed.index(weights)
-        return self._listed[place + 1 : place + 1 + AHEAD]
+        return self._listed[place + 1 : place + 1 + self._ahead]
 
     def _gather_ahead(self, following: list[UnitWeights]) -> None:
         room = len(self._buffers) - len(self._running)

@@ -45,24 +45,25 @@ class UnitWeights:
         self._resting: list[nn.Parameter | None] = []
         self._views: dict[Buffer | None, list[nn.Parameter]] = {}
         self._regions: dict[Buffer, tuple[list[Tensor], list[Tensor]]] = {}
+        self.is_offloaded = flat is not None
         self.needs_gather = bool(weights) and (degree > 1 or flat is not None)
         self.full_bytes = end if self.needs_gather else 0
         self.staged_bytes = flat.numel() if flat is not None and degree > 1 else 0
 
-    def transfers(self, buffer: Buffer) -> tuple[list[Tensor], list[Tensor]]:
+    def transfers(self, buffer: Buffer, staging: Buffer) -> tuple[list[Tensor], list[Tensor]]:
         """Return what each rank sends and receives to have the weights in a buffer: bytes of shards, (n,), and of full
-        weights, (degree * n,). Offloaded shards are copied to the device by this.
+        weights, (degree * n,). Offloaded shards are copied to the device by this, by way of `staging`.
         """
         if self._flat is not None:
-            to = buffer.full if self._degree == 1 else buffer.staged
-            to[: self._flat.numel()].copy_(self._flat, non_blocking=True)
+            to = buffer if self._degree == 1 else staging
+            to.bytes[: self._flat.numel()].copy_(self._flat, non_blocking=True)
         if buffer not in self._regions:
             sizes = [shard.numel() for shard in self._shards]
             full = [
-                buffer.full[start : start + self._degree * size]
+                buffer.bytes[start : start + self._degree * size]
                 for start, size in zip(self._starts, sizes, strict=True)
             ]
-            shards = self._shards if self._flat is None else cut(buffer.staged, sizes) if self._degree > 1 else []
+            shards = self._shards if self._flat is None else cut(staging.bytes, sizes) if self._degree > 1 else []
             self._regions[buffer] = shards, full
         return self._regions[buffer]
 
@@ -90,7 +91,7 @@ class UnitWeights:
             value = weight.padded
             if self.needs_gather:
                 start, nbytes = self._starts[index], self._degree * self._shards[index].numel()
-                region = buffer.full[start : start + nbytes].view(value.dtype)
+                region = buffer.bytes[start : start + nbytes].view(value.dtype)
                 value = region.view(-1, *weight.shape[1:])
             return nn.Parameter(value[: weight.shape[0]], requires_grad=False)
 
