@@ -24,6 +24,7 @@ class Gatherer:
         self._staging = Buffer(staged_bytes)
         self._group, self._degree = group, dist.get_world_size(group)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._is_forked = False
         # PyTorch 2.14 gave it another name.
         self._coalesced = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
         # Gloo takes tensors of a GPU one by one only: ranks that share one use it.
@@ -40,12 +41,14 @@ class Gatherer:
         self._finish(buffer)
         buffer.holds = weights
         if not weights.needs_gather:
+            buffer.ready = None  # nor may a CUDA graph wait for what was before it
             return
         if self._stream is None:
             buffer.work = self._gather(weights, buffer)
             return
         # The unit that the buffer had is done where the current stream is now.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._is_forked = True
         with torch.cuda.stream(self._stream):
             if (work := self._gather(weights, buffer)) is not None:
                 work.wait()  # of this stream, not of the host
@@ -62,8 +65,9 @@ class Gatherer:
         """Let the current stream wait for all that was started, and give the memory of these buffers back."""
         for buffer in buffers:
             self._finish(buffer)
-        if self._stream is not None:
+        if self._stream is not None and self._is_forked:  # else there is nothing that a CUDA graph could wait for
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._is_forked = False
         for buffer in (*buffers, self._staging):
             buffer.free()
 
