@@ -53,15 +53,44 @@ class Net(nn.Module):
         return x
 
 
-def orders_of_blocks(rank: int, world: int, offload: bool) -> dict[str, tuple[bool, bool, int]]:
-    """Return for each order whether two forwards gave the net's result, weights were shards afterwards, and the number
-    of gathers of the second.
-    """
+def nets(world: int, offload: bool, device: torch.device) -> tuple[Net, Net, Tensor]:
+    """Return a whole net, the same with its weights sharded, and an input (2, 6), on a device."""
     torch.manual_seed(0)
     whole = Net().requires_grad_(False)
     net = Net().requires_grad_(False).to("meta")
-    shard(net, dict(whole.named_parameters()), init_device_mesh("cpu", (world,)), CPU, offload)
-    found, x = {}, torch.randn(2, 6)
+    shard(net, dict(whole.named_parameters()), init_device_mesh(device.type, (world,)), device, offload)
+    return whole.to(device), net, torch.randn(2, 6).to(device)
+
+
+def as_a_graph(rank: int, world: int, offload: bool) -> list[bool]:
+    """Return whether forwards on a GPU gave the net's result: eager, as a CUDA graph, and eager again."""
+    device = torch.device("cuda", rank)
+    whole, net, x = nets(world, offload, device)
+    order, equal = ORDERS["in turns"].blocks, []
+    with torch.no_grad():
+        expected = whole(x, order)
+        for _ in range(3):
+            equal.append(torch.equal(net(x, order), expected))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = net(x, order)
+        for _ in range(3):
+            output.zero_()
+            graph.replay()
+            equal.append(torch.equal(output, expected))
+        equal.append(torch.equal(net(x, order), expected))
+    return equal
+
+
+def orders_of_blocks(
+    rank: int, world: int, offload: bool, device_type: str = "cpu"
+) -> dict[str, tuple[bool, bool, int]]:
+    """Return for each order whether two forwards gave the net's result, weights were shards afterwards, and the number
+    of gathers of the second.
+    """
+    device = torch.device(device_type, rank) if device_type == "cuda" else CPU
+    whole, net, x = nets(world, offload, device)
+    found = {}
     for name, order in ORDERS.items():
         equal = at_rest = True
         before = 0
@@ -69,7 +98,7 @@ def orders_of_blocks(rank: int, world: int, offload: bool) -> dict[str, tuple[bo
             before = heartbeat.beats()
             with mode():
                 if not order.blocks:
-                    middle = torch.ones(2, 7)
+                    middle = torch.ones(2, 7, device=device)
                     equal &= torch.equal(net.blocks[2](middle), whole.blocks[2](middle))
                 elif -1 in order.blocks:
                     with suppress(ValueError):
