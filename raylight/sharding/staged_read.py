@@ -75,15 +75,17 @@ def collected() -> Iterator[list[Copy]]:
 
 
 def copy_weight(source: Tensor, destination: Tensor, through: Sequence[torch.dtype] = ()) -> None:
-    """Fill `destination` from `source`, a plain tensor of the same shape on the CPU, by way of the dtypes `through`.
+    """Fill `destination` from `source`, a plain tensor of the same shape, by way of the dtypes `through`. It is one of
+    a mapped file as a rule; one that is on a GPU already, as a benchmark's, is only converted.
 
     On a GPU nothing is converted, or kept, in system memory. The current stream of the GPU waits for the copy, the
     caller does not. Raises what a listener of `reported_to` raises.
     """
-    if _collected is not None and source.is_contiguous() and destination.is_contiguous():
+    is_there = source.device.type == "cuda"  # in a benchmark, whose random weights are
+    if _collected is not None and not is_there and source.is_contiguous() and destination.is_contiguous():
         _collected.append(Copy(source, destination, tuple(through)))
         return
-    if destination.device.type != "cuda":
+    if destination.device.type != "cuda" or is_there:
         # First to the device as it is: a copy to another dtype may be converted here.
         convert(source.to(destination.device), destination, through)
         _report(source.nbytes)
