@@ -121,6 +121,8 @@ class HybridAttention:
 
         Ulysses: (B, H, S_LOCAL, D) -> (B, H_LOCAL, tokens of the Ulysses group, D); the ring attends over all S.
         """
+        if len(lengths) == self._ulysses_degree:
+            return self._ulysses(kernel, q, k, v, lengths, mask, scale)
         starts = range(0, len(lengths), self._ulysses_degree)
         groups = [lengths[start : start + self._ulysses_degree] for start in starts]
         group_lengths = [sum(group) for group in groups]
