@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import faulthandler
 import io
 import json
 import os
@@ -32,23 +33,20 @@ from raylight.dev.local_ranks import run_ranks
 
 EXCHANGES = {"flux-1024": (24, 4608), "wan-480p": (40, 14040)}  # heads and tokens of a call
 WIDTH = 128
+HANGS_AFTER_S = 25  # a rank that still works on a part says where
 
 
 def measure(rank: int, world: int, part: str, sizes: list[str], layers: int | None) -> dict[str, Any]:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
+    faulthandler.dump_traceback_later(HANGS_AFTER_S, repeat=True)
     found: dict[str, Any] = {}
     with torch.no_grad():
         if part.startswith("exchange-"):
-            found = exchanges(world, device, part.removeprefix("exchange-"))
-        else:
+            return exchanges(world, device, part.removeprefix("exchange-"))
+        for one in part.split("+"):
             for size in sizes:
-                found[size] = forward(size, layers, world, device, part)
-                say(
-                    f"{world} ranks, {part}, {size}: "
-                    + ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in times(found[size]))
-                )
-                say(found[size].get("profile", ""))
+                found[f"{one} {size}"] = forward(size, layers, world, device, one)
     return found
 
 
@@ -89,6 +87,7 @@ def forward(size: str, layers: int | None, world: int, device: torch.device, par
     def step() -> Any:
         return model.apply_model(**given, transformer_options=dict(inner))
 
+    say(f"{world} ranks, {part}, {size}: weights are there")
     found: dict[str, Any] = timed(step, device, 7)
     torch.cuda.reset_peak_memory_stats()
     result = step().clone()

@@ -50,14 +50,15 @@ class ShardReader:
         return UnitWeights(members, self._mesh.size(), flat)
 
     def _room(self, nbytes: int) -> Tensor:
-        """Return system memory (nbytes,), pinned if the device is a GPU."""
-        like = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+        """Return system memory (nbytes,), pinned if the device is a GPU. Its values are undefined."""
         if self._device.type != "cuda":
-            return torch.zeros(nbytes, dtype=torch.uint8)
-        return PinnedBuffer([nbytes]).take(like).zero_()
+            return torch.empty(nbytes, dtype=torch.uint8)
+        return PinnedBuffer([nbytes]).take(torch.empty(nbytes, dtype=torch.uint8, device="meta"))
 
     def _padded(self, name: str, parameter: nn.Parameter, shape: Sequence[int], room: Tensor | None) -> Tensor:
-        """Return this rank's rows of a weight, padded to `shape`, in `room` (bytes,) if there is one."""
+        """Return this rank's rows of a weight, padded to `shape`, in `room` (bytes,) if there is one. What pads them is
+        undefined, and never read.
+        """
         rows = rows_of(parameter.shape[0], self._mesh.size(), self._mesh.get_local_rank())
         weight = FileWeight.of(self._weights[name], parameter.dtype).rows(rows.start, rows.stop)
         # A copy in any case: a view of the file would change, or fault, with the file. By way of the device, which
@@ -71,7 +72,6 @@ class ShardReader:
             padded = own
         else:
             padded = torch.empty(shape, dtype=parameter.dtype, device=self._device)
-            padded.view(-1).view(torch.uint8).zero_()
             padded[:count] = own
         self.nbytes += weight.nbytes
         meta = TensorMeta(parameter.shape, parameter.stride(), parameter.dtype)

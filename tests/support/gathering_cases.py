@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -60,6 +61,19 @@ def nets(world: int, offload: bool, device: torch.device) -> tuple[Net, Net, Ten
     net = Net().requires_grad_(False).to("meta")
     shard(net, dict(whole.named_parameters()), init_device_mesh(device.type, (world,)), device, offload)
     return whole.to(device), net, torch.randn(2, 6).to(device)
+
+
+def on_gpus(rank: int, world: int) -> tuple[dict[str, tuple[bool, bool, int]], dict[str, list[bool]]]:
+    """Return what `orders_of_blocks` and `as_a_graph` find on GPUs, of shards there and in system memory."""
+    faulthandler.dump_traceback_later(60)  # a rank that hangs says where
+    orders = {
+        f"{name}, {'offloaded' if offload else 'sharded'}": found
+        for offload in (False, True)
+        for name, found in orders_of_blocks(rank, world, offload, "cuda").items()
+    }
+    graphs = {"sharded": as_a_graph(rank, world, False), "offloaded": as_a_graph(rank, world, True)}
+    faulthandler.cancel_dump_traceback_later()
+    return orders, graphs
 
 
 def as_a_graph(rank: int, world: int, offload: bool) -> list[bool]:
