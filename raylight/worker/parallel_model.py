@@ -168,9 +168,10 @@ class ParallelModel:
         patches = job.patches.key if job.patches is not None else ""
         weights = (job.recipe.loras, patches) if job.recipe.gguf_pack else ()
         mode = job.graphs
-        if mode == AUTO and torch.version.hip is not None:
-            mode = OFF  # not tried with ROCm
         is_sharded = job.recipe.sharding != REPLICATED
+        # Not measured through the product with ROCm or with sharded weights, so only if the user asks for it.
+        if mode == AUTO and (torch.version.hip is not None or is_sharded):
+            mode = OFF
         if self._batch is not None and self._batch.in_step and not obstacle:
             obstacle = "all workers gather its weights, and agree before each forward of their runs"
         self._graphs.use(mode, (job.attention, job.strategy, weights), obstacle, whole_call=is_sharded)
