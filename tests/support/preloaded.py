@@ -6,8 +6,18 @@ import external_cases
 import gguf_cases
 import loaded_cases
 import pytest
+import row_cases
 import sharded_cases
 import split_cases
 import vae_split_cases
 
-__all__ = ["external_cases", "gguf_cases", "loaded_cases", "pytest", "sharded_cases", "split_cases", "vae_split_cases"]
+__all__ = [
+    "external_cases",
+    "gguf_cases",
+    "loaded_cases",
+    "pytest",
+    "row_cases",
+    "sharded_cases",
+    "split_cases",
+    "vae_split_cases",
+]

@@ -1,0 +1,38 @@
+"""Every operation that has a rule for rows gives the rows of the whole; what mixes rows is refused."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from row_cases import IMAGES, REFUSED, VIDEOS, refuse_all, run_all
+
+from raylight.dev.local_ranks import run_ranks, values
+
+HEIGHTS = (13, 16)
+NAMES = [f"image: {name}" for name in IMAGES] + [f"video: {name}" for name in VIDEOS]
+
+
+@functools.cache
+def errors(world: int) -> list[dict[tuple[str, int], float | str]]:
+    return values(run_ranks(world, run_all, HEIGHTS))
+
+
+@functools.cache
+def refusals() -> list[dict[str, str]]:
+    return values(run_ranks(2, refuse_all))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_those_of_the_whole(name: str, height: int, world: int) -> None:
+    for rank in errors(world):
+        error = rank[name, height]
+        assert isinstance(error, float), error
+        assert error < 1e-3 if "far from 0" in name else error < 2e-5
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rejects_what_mixes_rows(name: str) -> None:
+    assert all(rank[name] for rank in refusals()), "computed from this rank's rows alone"
