@@ -15,6 +15,7 @@ from torch import Tensor
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject, pack, unpack
 from raylight.host.jobs import NeedsBytes, random_state, set_random_state
+from raylight.host.loading import file_errors
 from raylight.host.log_messages import gb, warn_on_first_rank
 from raylight.host.machine_memory import available_memory
 from raylight.host.shared_picture import open_picture, resize_picture
@@ -86,7 +87,8 @@ class VaeWork:
             if model is None:
                 run.enter(f"loading {recipe.name}")
                 vae = RowVae(map_vae(recipe))
-                patcher, own_bytes = vae.build_patcher()
+                with file_errors(recipe):  # what needs another dtype is read here on the CPU
+                    patcher, own_bytes = vae.build_patcher()
                 parallel: Any = vae
                 model = CachedModel(recipe, patcher, parallel, {}, {}, own_bytes)
                 self._models.add(model)
