@@ -81,7 +81,7 @@ def _read(recipe: VaeRecipe) -> tuple[dict[str, Tensor], Any]:
     return read(recipe.path, safe_load=True, return_metadata=True)
 
 
-def _build(tensors: dict[str, Tensor], metadata: Any) -> comfy.sd.VAE:
+def _build(tensors: dict[str, Tensor], metadata: Any) -> Any:
     with (
         replaced(comfy.model_patcher, "CoreModelPatcher", lambda _: _AssigningPatcher),
         # Some classes are never moved in part, and have ComfyUI's plain patcher.
