@@ -82,7 +82,7 @@ REASONS: dict[str, str] = {
     f"{LDM}.triposplat.vae.OctreeGaussianDecoder": "it makes a set of Gaussians, which has no rows",
     f"{LDM}.mage_flow.vae.MageVAE": "its attention looks at windows of 512 rows, which no cut may cross",
     f"{LDM}.minimax.vae.MiniMaxH3VideoVAE": "it cuts the picture into tiles of 256 pixels itself, and blends them",
-    f"{LDM}.seedvr.vae.VideoAutoencoderKLWrapper": "it cuts large convolutions along the height itself, to limit their memory",
+    f"{LDM}.seedvr.vae.VideoAutoencoderKLWrapper": "it cuts large convolutions along the height itself",
     "comfy.pixel_space_convert.PixelspaceConversionVAE": "it computes nothing",
 }
 
