@@ -138,6 +138,7 @@ REFUSED: dict[str, Operation] = {
     "norm over rows": lambda x: functional.layer_norm(x, x.shape[1:]),
     "linear along rows": lambda x: functional.linear(x.transpose(2, 3), torch.ones(3, x.shape[2])),
     "joined along rows": lambda x: torch.cat([x, x], dim=2),
+    "rows by index": lambda x: x[:, :, torch.arange(x.shape[2])],
     "flipped": lambda x: x.flip(2),
     "decided by a value": lambda x: x if (x > 0).all() else -x,
     "written into an ordinary tensor": _plain_copy,

@@ -33,9 +33,9 @@ class Factories(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func is torch.randn and self._noise_of is not None:
-            return self._noise(args, kwargs)
+            return self._noise(args, dict(kwargs))
         result = func(*args, **kwargs)
         return mark_constant(result) if func in CONSTANTS else result
 

@@ -58,6 +58,8 @@ def aligned(name: str, values: Any, rows: Rows, local: int) -> Any:
     Raises RowsError: an ordinary tensor has rows of its own, which may be of the whole image.
     """
     if isinstance(values, RowTensor):
+        if values.rows is rows:
+            return values
         if values.rows.dim != rows.dim:
             raise mixes(name, values, f"beside a tensor with rows along dim {rows.dim}")
         return realigned(values, rows)
@@ -78,11 +80,12 @@ def _first(values: Any) -> RowTensor:
 def pointwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute this rank's rows from this rank's rows."""
     name = func.__name__
-    lead = _first((args, kwargs))
+    lead = args[0] if args and isinstance(args[0], RowTensor) else _first((args, kwargs))
     rows, ranks = lead.rows, lead.ranks
     local = lead.shape[rows.dim]
-    args = tuple(aligned(name, arg, rows, local) for arg in args)
-    kwargs = {key: aligned(name, value, rows, local) for key, value in kwargs.items()}
+    args = tuple(arg if arg is lead else aligned(name, arg, rows, local) for arg in args)
+    if kwargs:
+        kwargs = {key: aligned(name, value, rows, local) for key, value in kwargs.items()}
     result = func(*args, **kwargs)
     return wrap(result, rows, ranks) if isinstance(result, Tensor) else result
 

@@ -17,6 +17,9 @@ from .row_tensor import RowsError, RowTensor, local_rows, mixes, plain, position
 
 # Tells the dimension of rows after a view has moved it: the other strides of the probe are 0.
 STRIDE = 7919
+# A model takes few kinds of views, over and over.
+KEPT = 4096
+_known: dict[Any, tuple[int, ...]] = {}
 
 
 def _found(name: str, probe: Tensor, size: int, tensor: RowTensor) -> int:
@@ -29,25 +32,52 @@ def _found(name: str, probe: Tensor, size: int, tensor: RowTensor) -> int:
 
 @rule(
     *"permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze expand narrow select chunk split".split(),
-    *"split_with_sizes tensor_split unbind __getitem__ t unsqueeze_ squeeze_ expand_as".split(),
+    *"split_with_sizes tensor_split unbind __getitem__ t unsqueeze_ squeeze_".split(),
 )
 def view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take a view that keeps this rank's rows whole, wherever it puts them."""
     name, tensor = func.__name__, args[0]
     if not isinstance(tensor, RowTensor) or any(row_tensors([args[1:], kwargs])):
         raise RowsError(f"'{name}' with an argument that has rows")
+    key = (name, tuple(tensor.shape), tensor.rows.dim, _hashable(args[1:]), _hashable(kwargs))
+    dims = _known.get(key)
+    if dims is None:
+        dims = _known[key] = _dims_of_rows(func, tensor, args[1:], kwargs)
+        if len(_known) > KEPT:
+            _known.clear()
+    result = func(*args, **kwargs)
+    if isinstance(result, Tensor):
+        return wrap(result, _moved(tensor.rows, dims[0]), tensor.ranks)
+    return type(result)(
+        wrap(part, _moved(tensor.rows, dim), tensor.ranks) for part, dim in zip(result, dims, strict=True)
+    )
+
+
+def _moved(rows: Rows, dim: int) -> Rows:
+    return rows if dim == rows.dim else replace(rows, dim=dim)
+
+
+def _hashable(value: Any) -> Any:
+    """Return the arguments of a view as a key; slices have no hash before Python 3.12. Raises RowsError: a tensor."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _hashable(item)) for name, item in value.items())
+    if isinstance(value, Tensor):
+        raise RowsError("an index that is a tensor cannot be followed by rows")
+    return ("slice", value.start, value.stop, value.step) if isinstance(value, slice) else value
+
+
+def _dims_of_rows(
+    func: Callable[..., Any], tensor: RowTensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, ...]:
+    """Return the dimension of rows in each tensor that a view returns, by a probe without memory."""
     strides = [0] * tensor.ndim
     strides[tensor.rows.dim] = STRIDE
     size = tensor.shape[tensor.rows.dim]
-    # The storage is far larger than the probe, which has none.
-    probe = torch.empty_strided(tuple(tensor.shape), strides, device="meta")
-    probed, result = func(probe, *args[1:], **kwargs), func(*args, **kwargs)
-    if isinstance(result, Tensor):
-        return wrap(result, replace(tensor.rows, dim=_found(name, probed, size, tensor)), tensor.ranks)
-    return type(result)(
-        wrap(part, replace(tensor.rows, dim=_found(name, probe, size, tensor)), tensor.ranks)
-        for part, probe in zip(result, probed, strict=True)
-    )
+    probed = func(torch.empty_strided(tuple(tensor.shape), strides, device="meta"), *args, **kwargs)
+    parts = (probed,) if isinstance(probed, Tensor) else probed
+    return tuple(_found(func.__name__, part, size, tensor) for part in parts)
 
 
 @rule("__setitem__")
