@@ -122,6 +122,7 @@ class Gathering:
                 weights.hide()
                 self._running.remove(weights)
             if self._is_alone:
+                self._order = []  # of no forward
                 self._end()
 
         return leave
