@@ -49,7 +49,7 @@ def _indexed(device: torch.device) -> torch.device:
 
 def release(device: torch.device) -> int:
     """Drop all graphs on a device, for memory that is needed; return how many bytes they kept to themselves."""
-    pool = _pools.get(_indexed(device))
+    pool = _pool_on(device)
     held = 0 if pool is None else pool.held_bytes
     if pool is not None:
         pool.drop_all()
@@ -66,13 +66,18 @@ def release_if_full(device: torch.device) -> None:
 
 def held_bytes(device: torch.device) -> int:
     """Return how many bytes of a device graphs keep to themselves."""
-    pool = _pools.get(_indexed(device))
+    pool = _pool_on(device)
     return 0 if pool is None else pool.held_bytes
+
+
+def _pool_on(device: torch.device) -> GraphPool | None:
+    # Without a graph on any device, CUDA is not asked for the current one.
+    return _pools.get(_indexed(device)) if _pools else None
 
 
 def number(device: torch.device) -> int:
     """Return how many graphs a device has."""
-    pool = _pools.get(_indexed(device))
+    pool = _pool_on(device)
     return 0 if pool is None else len(pool)
 
 

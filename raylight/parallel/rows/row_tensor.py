@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 RULES: dict[str, Rule] = {}
 
 
-_SHAPE, _DEVICE, _DTYPE = Tensor.shape.__get__, Tensor.device.__get__, Tensor.dtype.__get__
+_SHAPE, _DEVICE, _DTYPE = (cast("Any", of).__get__ for of in (Tensor.shape, Tensor.device, Tensor.dtype))
 
 
 class RowsError(RuntimeError):
