@@ -43,13 +43,17 @@ def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda" or device in _pools
 
 
+def _pool(device: torch.device) -> GraphPool | None:
+    return _pools.get(_indexed(device)) if _pools else None
+
+
 def _indexed(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def release(device: torch.device) -> int:
     """Drop all graphs on a device, for memory that is needed; return how many bytes they kept to themselves."""
-    pool = _pool_on(device)
+    pool = _pool(device)
     held = 0 if pool is None else pool.held_bytes
     if pool is not None:
         pool.drop_all()
@@ -66,18 +70,13 @@ def release_if_full(device: torch.device) -> None:
 
 def held_bytes(device: torch.device) -> int:
     """Return how many bytes of a device graphs keep to themselves."""
-    pool = _pool_on(device)
+    pool = _pool(device)
     return 0 if pool is None else pool.held_bytes
-
-
-def _pool_on(device: torch.device) -> GraphPool | None:
-    # Without a graph on any device, CUDA is not asked for the current one.
-    return _pools.get(_indexed(device)) if _pools else None
 
 
 def number(device: torch.device) -> int:
     """Return how many graphs a device has."""
-    pool = _pool_on(device)
+    pool = _pool(device)
     return 0 if pool is None else len(pool)
 
 

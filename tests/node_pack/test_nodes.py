@@ -62,6 +62,7 @@ INPUTS = {
         "ray_dashboard_address",
         "torch_dist_address",
         "sequence_attention",
+        "cuda_graphs",
     ],
     "RayUNETLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],
     "RayModelLoader": ["unet_name", "weight_dtype", "ray_actors_init", "lora"],

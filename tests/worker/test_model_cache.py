@@ -12,7 +12,7 @@ import torch
 
 from raylight.host.jobs import NeedsBytes
 from raylight.host.recipe import FileStamp, ModelRecipe
-from raylight.worker import model_cache
+from raylight.worker import cuda_graphs, model_cache
 from raylight.worker.model_cache import CachedModel, ModelCache
 from raylight.worker.service import ModelService
 
@@ -53,6 +53,16 @@ class Patcher:
         return self is other
 
 
+class Parallel:
+    """What residents ask of a parallel model: whether it has graphs, and to drop them."""
+
+    def __init__(self) -> None:
+        self.has_graphs = False
+
+    def drop_graphs(self) -> None:
+        self.has_graphs = False
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(gpu=4 * GB, host=100 * GB)
@@ -64,7 +74,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def resident(machine: Machine, name: str, size: int, on_gpu: bool = True) -> CachedModel:
     recipe = ModelRecipe(f"/models/{name}", "default", FileStamp(size), "sharded")
-    return CachedModel(recipe, Patcher(name, size, machine, on_gpu), None, {}, {}, size)
+    return CachedModel(recipe, Patcher(name, size, machine, on_gpu), Parallel(), {}, {}, size)
 
 
 def three(machine: Machine, device: str) -> tuple[ModelCache, list[CachedModel]]:
@@ -173,3 +183,26 @@ def test_loading_asks_for_nothing_if_weights_stay_in_the_file(
     monkeypatch.setattr(service, "_load", lambda *_: SimpleNamespace(patched=lambda _: None))
     recipe = replace(resident(machine, "d", 60 * GB).recipe, sharding="replicated")
     assert service.load(SimpleNamespace(enter=lambda _: None), recipe, may_refuse=True) is None
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_graphs_go_before_weights_unless_they_are_what_runs(
+    replays: bool, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, entries = three(machine, "cuda")
+    held = [2 * GB]
+
+    def release(_: torch.device) -> int:
+        freed, held[0] = held[0], 0
+        return freed
+
+    monkeypatch.setattr(cuda_graphs, "held_bytes", lambda _: held[0])
+    monkeypatch.setattr(cuda_graphs, "release", release)
+    shapes = [(1, 16, 8, 8)]
+    entries[0].patcher.model = SimpleNamespace(memory_required=lambda _: 2 * GB)
+    if replays:
+        entries[0].parallel.has_graphs, entries[0].sampled = True, tuple(shapes)
+    models.make_room_on_device(entries[0].recipe, shapes)  # 3 GB of the 4 that are free, with what graphs hold
+    assert held == [2 * GB if replays else 0]
+    assert machine.moved == []
+    assert entries[0].sampled == tuple(shapes)
