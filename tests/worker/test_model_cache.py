@@ -163,7 +163,7 @@ def test_refuses_a_job_once_where_memory_is_short(
     device: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raylight.worker.service.gpu_identity", lambda _: "")
-    service = ModelService(SimpleNamespace(device=torch.device(device), world_size=2))
+    service = ModelService(SimpleNamespace(device=torch.device(device), world_size=2, links=None))
     done: list[str] = []
     held = SimpleNamespace(patched=lambda _: done.append("loaded"))
     monkeypatch.setattr(service, "_load", lambda *_: held)
@@ -179,7 +179,7 @@ def test_loading_asks_for_nothing_if_weights_stay_in_the_file(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raylight.worker.service.gpu_identity", lambda _: "")
-    service = ModelService(SimpleNamespace(device=torch.device("cuda"), world_size=2))
+    service = ModelService(SimpleNamespace(device=torch.device("cuda"), world_size=2, links=None))
     monkeypatch.setattr(service, "_load", lambda *_: SimpleNamespace(patched=lambda _: None))
     recipe = replace(resident(machine, "d", 60 * GB).recipe, sharding="replicated")
     assert service.load(SimpleNamespace(enter=lambda _: None), recipe, may_refuse=True) is None
