@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
-from torch.distributed.fsdp import FSDPModule
 
 from raylight.host.jobs import Inside, ModelJob
 from raylight.host.patcher_state import DIFFUSION_MODEL, OVERRIDE, Change
@@ -25,8 +24,6 @@ def obstacle(patcher: ModelPatcher, changes: Sequence[Change], job: ModelJob) ->
     ):
         if getattr(patcher, name, None):
             return f"the model has {what}, which must run each time"
-    if isinstance(patcher.model.diffusion_model, FSDPModule):
-        return "its weights are gathered by FSDP2, which cannot be captured"
     return ""
 
 
