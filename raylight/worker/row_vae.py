@@ -13,7 +13,6 @@ import comfy.utils
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.host.checkpoint import MappedModel
 from raylight.host.vae_file import MappedVae
@@ -74,8 +73,10 @@ class RowVae:
         self.vae.patcher = patcher
         return patcher, own_bytes
 
-    def arrange(self, _: DeviceMesh) -> None:
-        """Do nothing: all ranks share the rows, whatever the mesh."""
+    has_graphs = False  # CUDA graphs are of transformers
+
+    def drop_graphs(self) -> None:
+        """Do nothing: as `ParallelModel`, whose place it has in the cache."""
 
     def latent_to_decode(self, latent: Tensor) -> Tensor:
         """Return the latent as the VAE takes it: an image's VAE decodes the first frame of a video."""

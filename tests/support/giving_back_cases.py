@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -30,6 +31,9 @@ from raylight.worker.sharded_patcher import build_sharded
 
 CPU, GPU = torch.device("cpu"), torch.device("cpu", 0)
 Sizes = tuple[float, float]
+
+# What memory concerns of the parallelism of a model.
+WITHOUT_GRAPHS: Any = SimpleNamespace(has_graphs=False, drop_graphs=lambda: None)
 
 
 def sizes_after_each(rank: int, world: int, path: Path, wanted: list[dict[int, float]]) -> list[Sizes]:
@@ -104,11 +108,13 @@ def _whole(path: Path) -> CachedModel:
         patcher, own_bytes = build_replicated(mapped, CPU, in_file=True)
         patcher.load_device = GPU
         comfy.model_management.load_models_gpu([patcher])
-    return CachedModel(ModelRecipe("whole", "default", FileStamp(1)), patcher, None, {}, {}, own_bytes)
+    return CachedModel(ModelRecipe("whole", "default", FileStamp(1)), patcher, WITHOUT_GRAPHS, {}, {}, own_bytes)
 
 
 def _split(path: Path, world: int) -> CachedModel:
     with mode_of(SHARDED):
         mesh = world_axis(build_mesh(MeshShape(ulysses=world), CPU))
         patcher, report = build_sharded(load_mapped(str(path), {}), mesh, offload=False)
-    return CachedModel(ModelRecipe("split", "default", FileStamp(1), SHARDED), patcher, None, {}, {}, report.bytes)
+    return CachedModel(
+        ModelRecipe("split", "default", FileStamp(1), SHARDED), patcher, WITHOUT_GRAPHS, {}, {}, report.bytes
+    )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from comfy.model_management import current_loaded_models, load_models_gpu
 from comfy_cases import CASES, checkpoint
-from giving_back_cases import agreed_after_loads, bytes_after_a_cancel, sizes_after_each
+from giving_back_cases import WITHOUT_GRAPHS, agreed_after_loads, bytes_after_a_cancel, sizes_after_each
 from mode_cases import patches_for
 
 from raylight.dev.local_ranks import run_ranks, values
@@ -55,7 +55,7 @@ def held(models: ModelCache, path: Path, name: str) -> CachedModel:
     patcher, own_bytes = build_replicated(mapped, CPU, in_file=True)
     patcher.load_device = GPU
     model = CachedModel(
-        ModelRecipe(name, "default", FileStamp(1)), patcher, None, mapped.lora_keys, mapped.shapes, own_bytes
+        ModelRecipe(name, "default", FileStamp(1)), patcher, WITHOUT_GRAPHS, mapped.lora_keys, mapped.shapes, own_bytes
     )
     models.add(model)
     use(patcher)
