@@ -87,7 +87,7 @@ def test_all_of_a_job_is_done_in_the_mode_of_its_model(sharding: str, monkeypatc
         raise StopIteration
 
     monkeypatch.setattr(ModelService, "_load", hold)
-    service = ModelService(SimpleNamespace(device=CPU, world_size=1))
+    service = ModelService(SimpleNamespace(device=CPU, world_size=1, links=None))
     calls: list[Callable[[], object]] = [
         lambda: service.load(None, recipe),
         lambda: service.sample(None, (job,)),
