@@ -30,7 +30,7 @@ def _loaded(
         return (
             parts.as_actors(workflow, file, init),
             parts.text_encoder(workflow, "flux", *text),
-            parts.vae(workflow, models.FLUX_VAE, init),
+            parts.vae(workflow, models.FLUX_VAE),
         )
 
 
@@ -82,7 +82,7 @@ def _drop_in(workflow: Workflow) -> None:
     with workflow.group("Step 1 - Models", column=True):
         model = parts.as_model(workflow, models.FLUX_DEV, None)
         clip = parts.text_encoder(workflow, "flux", *_TEXT)
-        decoder = parts.vae(workflow, models.FLUX_VAE, None)
+        decoder = parts.vae(workflow, models.FLUX_VAE)
     with workflow.group("Step 2 - Prompt", column=True):
         positive = parts.prompt(workflow, clip, _GLASSHOUSE)
         negative = parts.no_negative(workflow, positive)

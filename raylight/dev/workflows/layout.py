@@ -23,7 +23,6 @@ _SIZES = {
     "RayLoraLoader": (400, 86),
     "RayModelLoader": (400, 106),
     "RayUNETLoader": (400, 106),
-    "RayVAELoaderAsVAE": (400, 102),
     "CLIPLoader": (400, 110),
     "DualCLIPLoader": (400, 134),
     "VAELoader": (400, 62),

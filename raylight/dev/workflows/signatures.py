@@ -93,9 +93,6 @@ SIGNATURES: dict[str, Signature] = {
     ),
     "RayUNETLoader": _node("ray_actors_init:RAY_ACTORS_INIT lora:RAY_LORA?", "ray_actors:RAY_ACTORS", *_FILE),
     "RayModelLoader": _node("ray_actors_init:RAY_ACTORS_INIT? lora:RAY_LORA?", "model:MODEL", *_FILE),
-    "RayVAELoaderAsVAE": _node(
-        "ray_actors_init:RAY_ACTORS_INIT? ray_actors:RAY_ACTORS?", "vae:VAE", Widget("vae_name", "")
-    ),
     "RayLoraLoader": _node(
         "prev_ray_lora:RAY_LORA?", "ray_lora:RAY_LORA", Widget("lora_name", ""), Widget("strength_model", 1.0)
     ),
@@ -151,6 +148,14 @@ SIGNATURES: dict[str, Signature] = {
     "FluxKontextImageScale": _node("image:IMAGE", "IMAGE"),
     "VAEEncode": _node("pixels:IMAGE vae:VAE", "LATENT"),
     "VAEDecode": _node("samples:LATENT vae:VAE", "IMAGE"),
+    "VAEDecodeTiled": _node(
+        "samples:LATENT vae:VAE",
+        "IMAGE",
+        Widget("tile_size", 512),
+        Widget("overlap", 64),
+        Widget("temporal_size", 64),
+        Widget("temporal_overlap", 8),
+    ),
     "EmptySD3LatentImage": _node("", "LATENT", *_size(1024, 1024, None)),
     "EmptyHunyuanLatentVideo": _node("", "LATENT", *_size(848, 480, 25)),
     "WanImageToVideo": _node(
