@@ -11,6 +11,7 @@ order; so it does not matter to the others whether a rank replays.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class GraphPool:
         self.replays = 0
         self._largest_number = largest_number
         self._graphs: OrderedDict[int, tuple[_Graph, _Kind]] = OrderedDict()
+        _pools.add(self)
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -121,6 +123,17 @@ class GraphPool:
             del graph
         if keys and not self._graphs:
             self.backend.released()
+
+
+_pools: weakref.WeakSet[GraphPool] = weakref.WeakSet()
+
+
+def drop_all() -> None:
+    """Drop all graphs of this process, before a process group ends: NCCL would wait for ever for those with its
+    collectives in them.
+    """
+    for pool in tuple(_pools):
+        pool.drop_all()
 
 
 class ForwardGraphs:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 from comfy.cli_args import args
+from fake_graphs import FakeBackend, cpu_as_device
 from torch import nn
 from torch.distributed import distributed_c10d
 
 args.cpu = True  # before ComfyUI picks a device
 
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe
+from raylight.parallel.graphs import ForwardGraphs, GraphPool
 from raylight.parallel.mesh import Meshes, MeshShape
 from raylight.worker.parallelize import load_parallel
 from raylight.worker.patcher import mode_of
@@ -44,6 +46,21 @@ def arrange_many_times(rank: int, world: int, path: Path) -> dict[str, tuple[lis
             last.append(traces(model.patcher.model.diffusion_model)[1])
         found[sharding] = first, last
     return found
+
+
+def graphs_of_ended_meshes(rank: int, world: int) -> list[int]:
+    """Return how many graphs there are with a mesh that was kept, and once another has taken its place."""
+    meshes, pool = Meshes(CPU, limit=1), GraphPool(FakeBackend())
+    model = ForwardGraphs("Model", lambda args, *_: args[0] * 2, lambda: None, pool)
+    shape, counts = MeshShape(batch=world), []
+    with cpu_as_device(), torch.inference_mode():
+        for _ in range(3):
+            meshes.of(shape)
+            model.call("context", list, True, (torch.ones(1),), {}, {})
+    for one in (shape, MeshShape(world // 2, 1, 2)):
+        meshes.of(one)
+        counts.append(len(pool))
+    return counts
 
 
 def count_groups(rank: int, world: int, limit: int) -> list[int]:

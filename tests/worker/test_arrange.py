@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arranged_cases import arrange_many_times, count_groups
+from arranged_cases import arrange_many_times, count_groups, graphs_of_ended_meshes
 from comfy_cases import CASES, checkpoint
 
 from raylight.dev.local_ranks import run_ranks
@@ -26,3 +26,10 @@ def test_process_groups_are_ended_with_their_mesh() -> None:
     for result in run_ranks(4, count_groups, 2):
         assert result.error is None, result.error
         assert result.value[1] == result.value[2] == result.value[3], "groups pile up"
+
+
+def test_graphs_go_before_a_mesh_is_ended() -> None:
+    """NCCL does not end a communicator that a graph still uses."""
+    for result in run_ranks(4, graphs_of_ended_meshes):
+        assert result.error is None, result.error
+        assert result.value == [1, 0]
