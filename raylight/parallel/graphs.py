@@ -118,7 +118,8 @@ class GraphPool:
         for key in keys:
             graph, kind = self._graphs.pop(key)
             kind.graphs.remove(graph)
-            kind.recording, kind.forwards = None, 0  # its constants are recorded anew, should it be wanted again
+            # Its constants are recorded once more, should it be wanted again.
+            kind.recording, kind.forwards, kind.recordings = None, 0, 0
             kind.crowded_out += crowded_out
             del graph
         if keys and not self._graphs:

@@ -226,6 +226,16 @@ def test_graphs_that_are_dropped_give_their_memory_back() -> None:
     assert model.backend.releases == 2
 
 
+def test_graphs_that_are_dropped_after_each_run_are_captured_again() -> None:
+    """As on a GPU that ComfyUI needs, too."""
+    model, x = Model(), drawn(2)
+    for _ in range(6):
+        model.often(4, x)
+        model.pool.drop_all()
+    assert model.counts == (6, 12)
+    assert not model.graphs.reasons
+
+
 def test_options_tell_what_was_read() -> None:
     options = WatchedOptions({"a": 1, "b": 2, "c": 3, "uuids": 4})
     options["own"] = 5
