@@ -195,10 +195,8 @@ class ForwardGraphs:
             kind = self._kind((context, torch.is_inference_mode_enabled(), outline))
             if kind.refused:
                 return self._forward(args, kwargs, options)
-            for graph in kind.graphs:
-                read, more = graph_inputs.outline_read(options, graph.recording.reads)
-                if read == graph.recording.options:
-                    return self._replay(graph, [*tensors, *more])
+            if (found := self._found(kind, options)) is not None:
+                return self._replay(found[0], [*tensors, *found[1]])
             recording = kind.recording
             if recording is not None:
                 read, more = graph_inputs.outline_read(options, recording.reads)
@@ -214,6 +212,15 @@ class ForwardGraphs:
         if kind.forwards == 1:
             return self._forward(args, kwargs, options)
         return self._record(kind, args, kwargs, options, always, keeps)
+
+    @staticmethod
+    def _found(kind: _Kind, options: dict[str, Any]) -> tuple[_Graph, list[Tensor]] | None:
+        """Return the graph of a forward with these options, and the tensors among those that it reads."""
+        for graph in kind.graphs:
+            read, tensors = graph_inputs.outline_read(options, graph.recording.reads)
+            if read == graph.recording.options:
+                return graph, tensors
+        return None
 
     def _kind(self, key: Hashable) -> _Kind:
         kind = self._kinds.pop(key, None) or _Kind()

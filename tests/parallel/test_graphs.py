@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -233,6 +234,19 @@ def test_graphs_that_are_dropped_after_each_run_are_captured_again() -> None:
         model.often(4, x)
         model.pool.drop_all()
     assert model.counts == (6, 12)
+    assert not model.graphs.reasons
+
+
+def test_a_graph_that_makes_room_is_gone_before_the_next_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Model(), drawn(2)
+    model.often(3, x, options={"factor": 3})
+    ((graph, _),) = model.pool._graphs.values()
+    first = weakref.ref(graph.captured)
+    del graph
+    # Its memory is free when nothing refers to it any more.
+    monkeypatch.setattr(model.backend, "shortage", lambda cost: 1 if first() else 0, raising=False)
+    model.often(3, x, options={"factor": 4})
+    assert model.backend.captures == 2
     assert not model.graphs.reasons
 
 
