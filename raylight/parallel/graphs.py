@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import graph_inputs
+from . import graph_inputs, heartbeat
 from .graph_capture import Backend, Captured, Cost
 from .graph_constants import Constants, recorded, supplied
 from .graph_inputs import NotStaticError, WatchedOptions
-from .heartbeat import beat
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +54,7 @@ class _Graph:
     inputs: list[Tensor]
     captured: Captured
     outside: list[Tensor]
+    signs: heartbeat.Signs
 
 
 @dataclass(slots=True, eq=False)
@@ -309,16 +309,17 @@ class ForwardGraphs:
             graph_inputs.copies_of(output, lambda tensor: tensor)
             return output
 
-        state = torch.get_rng_state()
+        state, before = torch.get_rng_state(), heartbeat.signs()
         try:
             captured = backend.capture(forward)
         except Exception as failure:  # whatever the model, a library or CUDA has against it
             torch.set_rng_state(state)
+            heartbeat.take_back(before)
             self._reset()
             self._refuse(kind, f"it cannot be captured: {_first_line(failure)}")
             return None
         kind.recording = None
-        graph = _Graph(recording, inputs, captured, outside)
+        graph = _Graph(recording, inputs, captured, outside, heartbeat.take_back(before))
         self._pool.add(graph, kind)
         shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in inputs[:2])
         logger.info(
@@ -330,7 +331,7 @@ class ForwardGraphs:
         return graph
 
     def _replay(self, graph: _Graph, tensors: list[Tensor]) -> Any:
-        beat()
+        heartbeat.repeat(graph.signs)
         self._pool.use(graph)
         for static, tensor in zip(graph.inputs, tensors, strict=True):
             graph_inputs.fill_static(static, tensor)

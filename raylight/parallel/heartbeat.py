@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -47,6 +48,8 @@ def cancellation_checked_by(check: Callable[[], None]):
 
 Tally = dict[tuple[str, ...], int]  # collectives begun, by the group's name, ranks and device
 
+_of_graphs: Tally = {}  # collectives of replays, less those of captures, of which PyTorch counts only the latter
+
 
 def begun() -> Tally | None:
     """Return how many collectives each process group has begun since it was created.
@@ -57,7 +60,7 @@ def begun() -> Tally | None:
     if not dist.is_initialized():
         return {}
     try:
-        return {
+        counted = {
             (name, str(dist.get_process_group_ranks(group)), str(device)): _sequence_number(group, device)
             for group, name in dict(distributed_c10d._world.pg_names).items()
             if isinstance(group, dist.ProcessGroup)
@@ -65,6 +68,41 @@ def begun() -> Tally | None:
         }
     except (AttributeError, RuntimeError):
         return None
+    return {group: count + _of_graphs.get(group, 0) for group, count in counted.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """Heartbeats, and collectives that each group has begun, None if they are not known."""
+
+    beats: int
+    begun: Tally | None
+
+
+def signs() -> Signs:
+    """Return this rank's signs of progress so far."""
+    return Signs(_beats, begun())
+
+
+def take_back(before: Signs) -> Signs:
+    """Count no sign since `before`, as they were those of a capture, which runs nothing; return them, for `repeat`."""
+    earlier, now = before.begun, begun()
+    new = {} if earlier is None or now is None else {group: now[group] - earlier.get(group, 0) for group in now}
+    captured = Signs(_beats - before.beats, {group: count for group, count in new.items() if count})
+    _count(captured, -1)
+    return captured
+
+
+def repeat(captured: Signs) -> None:
+    """Count the signs of a graph that is replayed, so that this rank has as many as one that runs without."""
+    _count(captured, 1)
+
+
+def _count(captured: Signs, times: int) -> None:
+    global _beats
+    _beats += times * captured.beats
+    for group, count in (captured.begun or {}).items():
+        _of_graphs[group] = _of_graphs.get(group, 0) + times * count
 
 
 def _sequence_number(group: Any, device: Any) -> int:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from fake_graphs import FakeBackend, cpu_as_device
 from torch import Tensor
 
+from raylight.parallel import heartbeat
 from raylight.parallel.graph_capture import Cost
 from raylight.parallel.graph_inputs import WatchedOptions
 from raylight.parallel.graphs import ForwardGraphs, GraphPool
@@ -248,6 +250,36 @@ def test_a_graph_that_makes_room_is_gone_before_the_next_is_captured(monkeypatch
     model.often(3, x, options={"factor": 4})
     assert model.backend.captures == 2
     assert not model.graphs.reasons
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rank_shows_the_progress_of_one_without_graphs(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are compared by their collectives and heartbeats, and one may capture what another runs as it is."""
+    group = "group", "[0, 1]", "cuda"
+    counted = 0  # by PyTorch
+
+    def forward(args: tuple[Any, ...], *_: Any) -> Tensor:
+        nonlocal counted
+        counted += 3
+        heartbeat.beat()
+        return args[0] * 2
+
+    def capture(function: Callable[[], Any]) -> Any:
+        output = function()
+        if fails:
+            raise RuntimeError("not here")
+        return SimpleNamespace(replay=lambda: output)
+
+    monkeypatch.setattr(heartbeat, "_of_graphs", {})
+    monkeypatch.setattr(heartbeat, "begun", lambda: {group: counted + heartbeat._of_graphs.get(group, 0)})
+    model = Model()
+    model.graphs = ForwardGraphs("Model", forward, model.reset, model.pool)
+    monkeypatch.setattr(model.backend, "capture", capture)
+    before = heartbeat.beats()
+    for call in range(1, 7):
+        model(torch.ones(2))
+        assert (heartbeat.beats() - before, heartbeat.begun()) == (call, {group: 3 * call})
+    assert model.pool.replays == (0 if fails else 4)
 
 
 def test_options_tell_what_was_read() -> None:
