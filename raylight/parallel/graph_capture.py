@@ -47,7 +47,9 @@ class Backend(Protocol):
         ...
 
     def shortage(self, cost: Cost) -> int:
-        """Return how many bytes of GPU memory are missing to capture a forward that took so much; 0 if none."""
+        """Return how many bytes of GPU memory are missing to capture a forward that took so much, and to run another
+        without a graph afterwards; 0 if none.
+        """
         ...
 
     def capture(self, function: Callable[[], Any]) -> Captured:
@@ -87,7 +89,7 @@ class CudaBackend:
     def shortage(self, cost: Cost) -> int:
         free, _ = torch.cuda.mem_get_info(self.device)
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return max(0, int(cost.peak_bytes * _GROWTH) + _MARGIN_BYTES - free - unused)
+        return max(0, int(cost.peak_bytes * (_GROWTH + 1)) + _MARGIN_BYTES - free - unused)
 
     @property
     def held_bytes(self) -> int:
