@@ -93,7 +93,8 @@ def run_with_wrappers(
     model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """Call `inner(*args, **kwargs)` within the wrappers that the model's own forward would run."""
-    options = kwargs.get(OPTIONS) or {}
+    options = kwargs.get(OPTIONS)
+    options = {} if options is None else options  # to ask whether it is empty would read all, for a graph
     wrappers = comfy.patcher_extension.get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
     forward = type(model).forward
     # Not every model of ComfyUI runs them.

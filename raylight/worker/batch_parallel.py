@@ -99,22 +99,31 @@ class BatchParallel:
 
     def _batch_split(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = bind_arguments(type(self._model).forward, self._model, args, kwargs)
-        options = kwargs.pop(OPTIONS, None) or {}
+        options = _options(kwargs.pop(OPTIONS, None))
         assert self._batch is not None, "the forward splits its batch"
 
         def call(rows: Rows) -> Any:
             marks = {name: rows.of_chunks(options[name]) for name in _MARKS if options.get(name)}
-            inner = {name: value for name, value in options.items() if name != _STOCK} | marks
+            inner = options.copy()
+            inner.pop(_STOCK, None)
+            inner.update(marks)
             return self._own(*rows.of(args), **rows.of(kwargs), **{OPTIONS: inner})
 
         return self._batch.call(call, self._total)
+
+
+def _options(given: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the options of a forward. A graph that has this code in it depends on those only that are read one by
+    one: not on all, as it would if they were looked at for being empty.
+    """
+    return {} if given is None else given
 
 
 def _rows_in(kwargs: Mapping[str, Any]) -> RowsAre:
     """Return how the batch rows of a forward with these arguments depend on each other."""
     if any(kwargs.get(name) is not None for name in _BATCH_IS_FRAMES):
         return RowsAre.TOGETHER
-    options = kwargs.get(OPTIONS) or {}
+    options = _options(kwargs.get(OPTIONS))
     kinds = [kind for kind, patches in options.get("patches", {}).items() if patches]
     # Such as ComfyUI's NAGuidance, which compares the positive with the negative prompt.
     if any(kind.startswith("attn") for kind in kinds):

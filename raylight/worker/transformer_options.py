@@ -80,7 +80,8 @@ def install_patches(model: nn.Module, plan: SequencePlan, tokens: TokenState) ->
     """Wrap the patches that the model's forward sees until the handle is removed. The caller's options stay."""
 
     def wrap_all(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        options = kwargs.get("transformer_options") or {}
+        options = kwargs.get("transformer_options")
+        options = {} if options is None else options  # to ask whether it is empty would read all, for a graph
         tokens.patched = frozenset(kind for kind, patches in options.get("patches", {}).items() if patches)
         if options.get("patches") or options.get("patches_replace", {}).get("dit"):
             kwargs["transformer_options"] = _wrapped(options, plan, tokens)

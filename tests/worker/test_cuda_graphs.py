@@ -9,7 +9,10 @@ from graph_cases import FORWARDS, Outcome, every_call
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.dev.zoo import families
+from raylight.parallel.graph_inputs import WatchedOptions
 from raylight.parallel.mesh import MeshShape
+from raylight.worker import batch_parallel
+from raylight.worker.layouts import RowsAre
 
 CALLS = [(family.name, call) for family in families().values() for call in family.calls]
 PATCHED = "nodes have put patches into the model"
@@ -46,3 +49,10 @@ def test_a_replayed_forward_equals_the_eager_one(family: str, call: str, world: 
         assert first.replays == FORWARDS - 2, first.reasons
     if world > 1:
         assert outcomes[-1].replays == 0  # it cannot capture, and the others replay beside it
+
+
+def test_the_split_of_rows_reads_few_options() -> None:
+    """Within a graph of a whole call; others, such as the number of a step, may change from call to call."""
+    options = WatchedOptions({"step": 1, "patches": {}})
+    assert batch_parallel._rows_in({"transformer_options": options}) is RowsAre.INDEPENDENT
+    assert options.reads == {"patches", "patches_replace"}
