@@ -129,7 +129,7 @@ class ChosenLayouts(Layouts):
         self._layouts.clear()
 
     def tell(self, tell: Tell, begins_run: bool) -> None:
-        """Tell from now on what is chosen, if it was not told since a run began."""
+        """Report each choice by `tell` from now on, once per run; `begins_run` forgets those of the last run."""
         self._tell = tell
         if begins_run:
             self._told.clear()

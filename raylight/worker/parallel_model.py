@@ -211,7 +211,7 @@ class ParallelModel:
         self, model_options: dict[str, Any], job: ModelJob, tell: Tell = lambda _: None, begins_run: bool = True
     ) -> None:
         """Make forwards with these options of a patcher run in parallel, as `job` says. If degrees are chosen by the
-        run, `tell` gets those of a run that were not told yet, in words.
+        run, `tell` gets them in words, once per run.
 
         Raises ValueError: when the job's attention kernel or sequence attention cannot be used here.
         """
