@@ -56,6 +56,15 @@ def reset(model: nn.Module) -> None:
         gathering.reset()
 
 
+def keep_steady(model: nn.Module, on: bool) -> None:
+    """Let forwards of a model of `shard` gather the same whatever ran before, as `Gathering.keep_steady`, or no longer.
+    Does nothing to a model that is not sharded.
+    """
+    gathering = getattr(model, _GATHERING, None)
+    if gathering is not None:
+        gathering.keep_steady(on)
+
+
 @dataclass(frozen=True, slots=True)
 class ShardReport:
     """How many units there are, and the bytes of this rank's shards, of the tensors that every rank holds in full, of

@@ -57,6 +57,8 @@ class Gathering:
         # The order of the last forward, which the next one will most likely have, and this one's so far.
         self._last: list[UnitWeights] = self._listed
         self._order: list[UnitWeights] = []
+        self._is_steady = False
+        self._steady: list[UnitWeights] | None = None  # the order that all forwards are expected to have then
         model.register_forward_pre_hook(self._enter_model)
         model.register_forward_hook(self._leave_model, always_call=True)
         for module, weights in blocks:
@@ -71,13 +73,20 @@ class Gathering:
         self._depth, self._in_forward = 0, False
         self._end()
 
+    def keep_steady(self, on: bool) -> None:
+        """With `on`, let a forward gather the same in the same order whatever ran before it: a rank that replays it as
+        a CUDA graph gathers what it did at its capture, beside ranks that do not. All of them are then expected to have
+        the order of the first one that ran so. The same on all ranks.
+        """
+        self._is_steady = on
+
     def _enter_model(self, *_: Any) -> None:
         if self._in_forward:  # the last one was ended by what is no Exception, of which hooks are not told
             self.reset()
         self._in_forward = True
         if self._depth == 0:
             self._begin()
-            self._gather_ahead(self._last[: self._ahead])
+            self._gather_ahead(self._expected[: self._ahead])
         self._depth += 1
 
     def _leave_model(self, *_: Any) -> None:
@@ -144,16 +153,23 @@ class Gathering:
         for weights in (*self._running, self._rest):
             weights.hide()
         self._running.clear()
-        if self._order:
-            self._last, self._order = self._order, []
+        if self._order and not self._is_steady:
+            self._last = self._order
+        elif self._order and self._steady is None:
+            self._steady = self._order
+        self._order, self._turn = [], 0
         buffers = [self._rest_buffer, *self._buffers]
         self._gatherer.end(buffers)
 
+    @property
+    def _expected(self) -> list[UnitWeights]:
+        return self._steady if self._is_steady and self._steady is not None else self._last
+
     def _following(self, weights: UnitWeights) -> list[UnitWeights]:
         """Return the units that will be entered next."""
-        place = len(self._order) - 1
-        if place < len(self._last) and self._last[place] is weights:
-            return self._last[place + 1 : place + 1 + self._ahead]
+        expected, place = self._expected, len(self._order) - 1
+        if place < len(expected) and expected[place] is weights:
+            return expected[place + 1 : place + 1 + self._ahead]
         place = self._listed.index(weights)
         return self._listed[place + 1 : place + 1 + self._ahead]
 

@@ -29,7 +29,7 @@ from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_attention import Strategy
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceGroups
 from raylight.plans import has_known_rows, plan_for
-from raylight.sharding.fsdp import reset
+from raylight.sharding.fsdp import keep_steady, reset
 
 from .batch_parallel import BatchParallel
 from .cuda_graphs import GraphedForward, has_graphs, pool_of
@@ -172,6 +172,7 @@ class ParallelModel:
         # Not measured through the product with ROCm or with sharded weights, so only if the user asks for it.
         if mode == AUTO and (torch.version.hip is not None or is_sharded):
             mode = OFF
+        keep_steady(self._model, mode != OFF)
         if self._batch is not None and self._batch.in_step and not obstacle:
             obstacle = "all workers gather its weights, and agree before each forward of their runs"
         self._graphs.use(mode, (job.attention, job.strategy, weights), obstacle, whole_call=is_sharded)

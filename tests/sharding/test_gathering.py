@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gathering_cases import ORDERS, orders_of_blocks
+from gathering_cases import ORDERS, gathers_after_others, orders_of_blocks
 
 from raylight.dev.local_ranks import run_ranks, values
 
@@ -18,3 +18,9 @@ def test_any_order_of_blocks(world: int, offload: bool) -> None:
             assert at_rest, f"{name}: a weight is not its shard after a forward"
             # The second forward of an order gathers nothing in vain.
             assert gathers <= (ORDERS[name].gathers if world > 1 else 0), name
+
+
+def test_a_forward_gathers_the_same_whatever_ran_before_where_ranks_may_replay_it() -> None:
+    for first, *later in values(run_ranks(2, gathers_after_others)):
+        assert first
+        assert all(gathered == first for gathered in later)

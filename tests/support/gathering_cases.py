@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from raylight.parallel import heartbeat
-from raylight.sharding.fsdp import reset, shard
+from raylight.sharding.fsdp import keep_steady, reset, shard
+from raylight.sharding.gatherer import Gatherer
 
 CPU = torch.device("cpu")
 BLOCKS = 5
@@ -94,6 +95,24 @@ def as_a_graph(rank: int, world: int, offload: bool) -> list[bool]:
             equal.append(torch.equal(output, expected))
         equal.append(torch.equal(net(x, order), expected))
     return equal
+
+
+def gathers_after_others(rank: int, world: int) -> list[list[object]]:
+    """Return the units that a forward gathers, in order, first and after forwards of other blocks."""
+    gathered: list[object] = []
+    start = Gatherer.start
+    Gatherer.start = lambda self, weights, buffer: (gathered.append(id(weights)), start(self, weights, buffer))[1]
+    _, net, x = nets(world, False, CPU)
+    net(x, (3, 1))  # before graphs are wanted
+    keep_steady(net, True)
+    found = []
+    with torch.no_grad():
+        for others in ((0, 1, 2, 3, 4), (0, 1, 4), (4, 3, 2), (0,)):
+            net(x, others)
+            gathered.clear()
+            net(x, (0, 1, 2, 3, 4))
+            found.append([*gathered])
+    return found
 
 
 def orders_of_blocks(
