@@ -25,6 +25,7 @@ class Gatherer:
         self._group, self._degree = group, dist.get_world_size(group)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._is_forked = False
+        self._last = self._staging  # the last buffer that was gathered into
         # PyTorch 2.14 gave it another name.
         self._coalesced = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
         # Gloo takes tensors of a GPU one by one only: ranks that share one use it.
@@ -44,6 +45,8 @@ class Gatherer:
             buffer.ready = None  # nor may a CUDA graph wait for what was before it
             return
         if self._stream is None:
+            self._finish(self._last)  # on a GPU the stream does: it may still read the staged shards of another unit
+            self._last = buffer
             buffer.work = self._gather(weights, buffer)
             return
         # The unit that the buffer had is done where the current stream is now.
