@@ -28,7 +28,6 @@ import torch
 from full_size import SIZES, RandomWeights, fill, inputs, skeleton, versions
 from measure import between, mark, relative, synchronize
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from raylight.dev.local_ranks import run_ranks, values
 
@@ -179,7 +178,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tu
         }
     axis = BatchAxis(mesh.get_group("batch"))
     graphed = None
-    if setting.graphs and device.type == "cuda" and not isinstance(diffusion_model, FSDPModule):
+    if setting.graphs and device.type == "cuda":
         graphed = GraphedForward(diffusion_model, pool_of(device), lambda: way, split.tokens.begin)
 
     def call(rows: Rows) -> Tensor:

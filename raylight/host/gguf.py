@@ -118,7 +118,7 @@ class PatchedOnUse:
         """Return the pack's tensor of `raw`, (weight rows, bytes of a row) uint8."""
         raw = components["raw"]
         if raw.device.type == "cpu":
-            # The pack uses numpy for rare formats, which on the CPU would keep FSDP from freeing what it gathered.
+            # The pack uses numpy for rare formats, which would keep the buffer of gathered weights from being freed.
             raw = raw.clone()
         return self._kind(raw, tensor_type=self._type, tensor_shape=self._shape, patches=list(self.patches))
 

@@ -245,7 +245,7 @@ class ModelCache:
     @staticmethod
     def sweep() -> None:
         """Free the memory of released objects."""
-        gc.collect()  # hooks, and FSDP's states, refer to the modules that hold them
+        gc.collect()  # hooks, also those that gather weights, refer to the modules that hold them
         comfy.model_management.soft_empty_cache()
 
     @staticmethod

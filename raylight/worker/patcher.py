@@ -30,8 +30,8 @@ def mode_of(sharding: str) -> Iterator[None]:
     """Within it weights that are kept this way may be made, moved, patched and used, whatever the mode around it.
 
     Replicated ones in inference mode, as ComfyUI does all that it does: its quantised tensors can only be used in the
-    mode in which they were made. Sharded ones outside of it and without gradients: not every version of FSDP2 can be
-    used in inference mode.
+    mode in which they were made. Sharded ones outside of it and without gradients: what is made so can be used in any
+    mode.
 
     One mode for all of it, because a weight that was made in inference mode and is moved outside of it (`Module.to`
     puts what it moves into the same parameter) is spoilt: it has no version counter, and the first view of it raises
