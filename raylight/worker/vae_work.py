@@ -23,7 +23,7 @@ from raylight.host.vae_file import map_vae
 from raylight.host.vae_jobs import VaeJob, VaeProgress, VaeRecipe, VaeResult
 from raylight.parallel.process_group import any_rank, of_all_ranks, smallest
 
-from . import load_progress
+from . import cuda_graphs, load_progress
 from .model_cache import CachedModel, ModelCache
 from .patcher import mode_of
 from .row_vae import RowVae, slices
@@ -122,6 +122,7 @@ class VaeWork:
     def _end(self, job: VaeJob) -> None:
         if job.free_memory_after:
             comfy.model_management.unload_all_models()
+            cuda_graphs.release(self._context.device)
             comfy.model_management.soft_empty_cache()
         if self._beside_comfyui:  # whose nodes may need it now, and not all of them ask
             self._models.free_unused()
