@@ -75,6 +75,15 @@ def test_decode_and_encode_equal_stock(form: str, file: Path, compare: Callable[
         compare(encoded(ours, pixels), code, f"encode, {turn}")
 
 
+def test_a_latent_of_zeros(form: str, file: Path, compare: Callable[..., None]) -> None:
+    """Channels that are constant in a rank's rows have no variance, and groups of them have one."""
+    theirs, ours, samples = read(file), on_all_gpus(file), torch.zeros(LATENTS[form])
+    picture = decoded(theirs, samples)
+    comfy.model_management.unload_all_models()
+    assert picture.isfinite().all()
+    compare(decoded(ours, samples), picture, "decode of zeros", largest=3e-2)
+
+
 @several
 def test_where_stock_runs_out_of_memory(
     form: str, file: Path, compare: Callable[..., None], caplog: pytest.LogCaptureFixture

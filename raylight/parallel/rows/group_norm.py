@@ -14,6 +14,10 @@ from ..heartbeat import beat
 from .exchange import own
 from .row_tensor import RowTensor, mixes, plain, position, rule, wrap
 
+# Of variances of activations of any size it changes nothing in float32. With 0 PyTorch's kernel has an inverse of 0 for
+# a variance of 0, which would become infinite.
+_EPSILON = 1e-30
+
 
 @rule("batch_norm")
 def batch_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -51,7 +55,7 @@ def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance of each channel of (B, C, ...) on this rank, both (B, C) in float32."""
     if x.is_cuda and x.dtype != torch.float32:
         # In float32, without a copy of the image in it.
-        parts = [torch.batch_norm_stats(image.unsqueeze(0), 0.0) for image in x]
+        parts = [torch.batch_norm_stats(image.unsqueeze(0), _EPSILON) for image in x]
         means, inverse = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
         variances = inverse.square().reciprocal()
         return means, variances
