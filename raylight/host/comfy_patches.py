@@ -5,6 +5,8 @@ For as long as a `with` block (`replaced`, `replaced_on`), after which the origi
 - `comfy.model_patcher.CoreModelPatcher`, `comfy.utils.load_torch_file` and
   `comfy.model_detection.convert_diffusers_mmdit`, while `checkpoint` has ComfyUI load a model: weights are to stay in
   their file.
+- `comfy.model_patcher.CoreModelPatcher` and `ModelPatcher`, and `comfy.model_management.xformers_enabled_vae`, while
+  `vae_file` has ComfyUI load a VAE: rows are followed through PyTorch's attention.
 - Functions of ComfyUI's models, their classes and Python modules that node packs have replaced in ComfyUI's process:
   replaced in the workers too, for one run (`patcher_state.changed`).
 - `memory_required` of a model whose weights are on the workers, and `comfy.model_management.load_models_gpu` and

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
@@ -86,6 +87,8 @@ def _build(tensors: dict[str, Tensor], metadata: Any) -> Any:
         replaced(comfy.model_patcher, "CoreModelPatcher", lambda _: _AssigningPatcher),
         # Some classes are never moved in part, and have ComfyUI's plain patcher.
         replaced(comfy.model_patcher, "ModelPatcher", lambda _: _AssigningPatcher),
+        # Its operations cannot be followed by rows, and those of PyTorch's attention can.
+        replaced(comfy.model_management, "xformers_enabled_vae", lambda _: lambda: False),
         captured_log("Missing VAE keys", "WARNING: No VAE weights", "VAE load device"),
         WithoutMemory(),
     ):

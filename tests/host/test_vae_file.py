@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.ldm.modules.diffusionmodules.model as model_code
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import pytest
@@ -30,6 +32,15 @@ def test_is_the_vae_of_comfyui(stored: torch.dtype, computed: str, tmp_path: Pat
         assert ours[name].dtype == stored, "it is the tensor of the file"
         assert mapped.dtypes[name] == weight.dtype
         assert torch.equal(ours[name].to(weight.dtype), weight)
+
+
+def test_attention_is_not_that_of_xformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are not followed through xformers, which ComfyUI would take where it is installed."""
+    monkeypatch.setattr(comfy.model_management, "xformers_enabled_vae", lambda: True)
+    path = write_vae(tmp_path / "vae.safetensors", "wan-narrow")
+    model = map_vae(VaeRecipe.of_file(str(path), "float32")).vae.first_stage_model
+    chosen = [one.optimized_attention for one in model.modules() if hasattr(one, "optimized_attention")]
+    assert chosen and model_code.xformers_attention not in chosen
 
 
 def test_weights_of_an_encoder_may_be_missing(tmp_path: Path) -> None:
