@@ -87,8 +87,12 @@ class RowTensor(Tensor):
         rule = RULES.get(name)
         if rule is None:
             raise RowsError(f"the operation '{name}' cannot be followed by rows")
-        with torch._C.DisableTorchFunctionSubclass():
-            return rule(func, args, dict(kwargs or {}))
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return rule(func, args, dict(kwargs or {}))
+        except torch.OutOfMemoryError as error:
+            # Models catch PyTorch's own error and try in another way, with collectives in which no other rank is.
+            raise MemoryError(str(error)) from error
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
