@@ -7,6 +7,8 @@ For as long as a `with` block (`replaced`, `replaced_on`), after which the origi
   their file.
 - `comfy.model_patcher.CoreModelPatcher` and `ModelPatcher`, and `comfy.model_management.xformers_enabled_vae`, while
   `vae_file` has ComfyUI load a VAE: rows are followed through PyTorch's attention.
+- Functions that decide by a GPU's memory in how many parts a VAE computes, while it is split by rows: they return the
+  smallest of all ranks (`RowRule.by_memory`).
 - Functions of ComfyUI's models, their classes and Python modules that node packs have replaced in ComfyUI's process:
   replaced in the workers too, for one run (`patcher_state.changed`).
 - `memory_required` of a model whose weights are on the workers, and `comfy.model_management.load_models_gpu` and

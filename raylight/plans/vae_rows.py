@@ -20,11 +20,14 @@ class RowRule:
     """How a VAE class is split by rows.
 
     `ratio` is the number of image rows of one latent row, or a function that reads it from the model. `noise` names the
-    methods, as Class.method, that draw noise of their first argument's height and width.
+    methods, as Class.method, that draw noise of their first argument's height and width. `by_memory` names functions of
+    the class's Python module whose result depends on the memory of the GPU, and decides in how many parts it computes:
+    all ranks have to take the smallest.
     """
 
     ratio: int | Callable[[Any], int]
     noise: tuple[str, ...] = ()
+    by_memory: tuple[str, ...] = ()
 
     def rows_per_latent(self, model: nn.Module) -> int:
         """Return the number of image rows that one latent row of `model` stands for."""
@@ -60,7 +63,9 @@ RULES: dict[str, RowRule] = {
     f"{LDM}.hunyuan_video.vae_refiner.Decoder": RowRule(_upsamplers),
     f"{LDM}.wan.vae.WanVAE": RowRule(8),
     f"{LDM}.wan.vae2_2.WanVAE": RowRule(16),
-    f"{LDM}.lightricks.vae.causal_video_autoencoder.VideoVAE": RowRule(32, ("ResnetBlock3D._feed_spatial_noise",)),
+    f"{LDM}.lightricks.vae.causal_video_autoencoder.VideoVAE": RowRule(
+        32, ("ResnetBlock3D._feed_spatial_noise",), ("get_max_chunk_size",)
+    ),
     f"{LDM}.cosmos.vae.CausalContinuousVideoTokenizer": RowRule(8),
     f"{LDM}.genmo.vae.model.VideoVAE": RowRule(8),
     f"{LDM}.cogvideo.vae.AutoencoderKLCogVideoX": RowRule(8),

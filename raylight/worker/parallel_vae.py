@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch.distributed as dist
 from comfy import model_management
 from torch import Tensor, nn
 
+from raylight.host.comfy_patches import replaced
+from raylight.parallel.process_group import smallest
 from raylight.parallel.rows.engine import Factories, finished, shared
 from raylight.parallel.rows.layout import Cuts, Rows, cut
 from raylight.parallel.rows.row_tensor import RowGroup, wrap
@@ -44,6 +48,7 @@ class RowParallel:
         rule = rule_for(model)
         self._model: Any = model
         self._ratio = rule.rows_per_latent(model)
+        self._by_memory = rule.by_memory
         self._output: Cuts | None = None
         self._factories = Factories()
         self._replaced: list[tuple[nn.Module, str]] = []
@@ -105,7 +110,10 @@ class RowParallel:
         return encode_rows
 
     def _by_rows(self, method: Callable[..., Tensor], full: Tensor, cuts: Cuts, args: tuple, kwargs: dict) -> Tensor:
-        with self._factories:
+        code = sys.modules[type(self._model).__module__]
+        with self._factories, ExitStack() as replacements:
+            for name in self._by_memory:
+                replacements.enter_context(replaced(code, name, _smallest_of_ranks))
             result = method(shared(full, cuts, self.counts), *args, **kwargs)
         local, self._output = finished(result)
         return local
@@ -157,3 +165,8 @@ class RowParallel:
                 return method(tensor, *args, **kwargs)
 
         return with_noise
+
+
+def _smallest_of_ranks(function: Callable[..., int]) -> Callable[..., int]:
+    """Return a function whose result is the smallest of all ranks. Collective."""
+    return lambda *args, **kwargs: smallest(int(function(*args, **kwargs)))

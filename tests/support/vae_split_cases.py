@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,3 +77,18 @@ def _compare(model: torch.nn.Module, direction: str, given: torch.Tensor, expect
         parallel.halo_bytes,
         direction in vars(model),
     )
+
+
+def compare_with_other_memory(rank: int, world: int, name: str, function: str) -> Comparison:
+    """Decode a video with ranks whose GPUs have other sizes: `function`, of the class's module, differs by rank."""
+    torch.manual_seed(0)
+    model: Any = with_random_weights(VAES[name].build())
+    code: Any = sys.modules[type(model).__module__]
+    latent = torch.randn(VAES[name].latent, generator=torch.Generator().manual_seed(1))
+    expected = _run(model.decode, latent)
+    before = getattr(code, function)
+    setattr(code, function, lambda *_: 1 << 12 if rank == 0 else 1 << 40)
+    try:
+        return _compare(model, "decode", latent, expected)
+    finally:
+        setattr(code, function, before)

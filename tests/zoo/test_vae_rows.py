@@ -6,7 +6,7 @@ import functools
 from itertools import pairwise
 
 import pytest
-from vae_split_cases import Comparison, compare
+from vae_split_cases import Comparison, compare, compare_with_other_memory
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.dev.vae_zoo import VAES
@@ -44,3 +44,9 @@ def test_parity(name: str, direction: str, world: int, report_parity) -> None:
         # A rule that gathered the picture would convolve all rows on every rank.
         assert rank.share <= -(-latent_rows // world) / latent_rows + HALO_SHARE
         assert not rank.whole_again, "`remove` leaves the class's own method"
+
+
+def test_ranks_with_other_memory_compute_in_as_many_parts() -> None:
+    """LTX decides by a GPU's memory how many frames it computes at once."""
+    ranks = values(run_ranks(2, compare_with_other_memory, "LTX Video 0.9", "get_max_chunk_size", timeout_s=120))
+    assert all(rank.error <= TOLERANCE for rank in ranks)
