@@ -62,8 +62,8 @@ class VaeRun:
             if error.kind != OUT_OF_MEMORY:
                 raise
             logger.warning(
-                "a worker ran out of memory with whole rows; new workers try again, with %d pieces of the width that "
-                "are blended as ComfyUI's tiles are: %s",
+                "a worker ran out of memory with whole rows; new workers try again, image by image and with up to %d "
+                "pieces of the width that are blended as ComfyUI's tiles are: %s",
                 _PIECES_AFTER_FAILURE,
                 error,
             )

@@ -96,7 +96,8 @@ class RowVae:
 
     def pieces(self, least: int, pixel_width: int) -> tuple[int, int]:
         """Bring the weights to the device. Return how many images are computed at once, and in how many pieces of the
-        width each: several where this rank's share of one image will not fit into what is free. Collective.
+        width each: several where this rank's share of one image will not fit into what is free. With a `least` above 1,
+        after memory ran out, that is one image, however narrow it is. Collective.
         """
         vae, needed = self.vae, max(1, self.model.expected_bytes)
         comfy.model_management.load_models_gpu(
@@ -105,7 +106,8 @@ class RowVae:
         free: Any = vae.patcher.get_free_memory(vae.device)
         wanted = max(least, math.ceil(needed / _GENEROSITY / max(1, int(free))))
         most = max(1, pixel_width // _LEAST_WIDTH)
-        return max(1, int(free) // needed), min(wanted, most)
+        batch = 1 if least > 1 else max(1, int(free) // needed)
+        return batch, min(wanted, most)
 
     def decode(self, latent: Tensor, batch: int, pieces: int, options: dict[str, Any], consume: Consume) -> None:
         """Decode a latent, (B, C, [T,] H, W), and pass each part of the batch on with the index of its first image:
