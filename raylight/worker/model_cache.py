@@ -261,6 +261,12 @@ class ModelCache:
             self.drop(model)
         staged_read.release()
 
+    def unload_from_device(self) -> None:
+        """Move the weights of all models to the CPU, and give the device's memory back to other programs."""
+        comfy.model_management.unload_all_models()
+        cuda_graphs.release(self._device)  # of weights that have left the GPU
+        comfy.model_management.soft_empty_cache()
+
     @staticmethod
     def _forget_as_loaded(model: CachedModel) -> None:
         # Not every model is in ComfyUI's list: shards are on the GPU before they are sampled for the first time.

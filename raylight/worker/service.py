@@ -6,7 +6,6 @@ import functools
 import logging
 from collections.abc import Sequence
 
-import comfy.model_management
 from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.cluster.actor import RankContext, Run
@@ -71,9 +70,7 @@ class ModelService(WorkerService):
             results = self._sample_all(run, model, patcher, jobs, mesh)
             run.enter("sending the result")
             if first.free_memory_after:
-                comfy.model_management.unload_all_models()
-                cuda_graphs.release(self._context.device)
-                comfy.model_management.soft_empty_cache()
+                self._models.unload_from_device()
         if self._beside_comfyui:  # whose nodes may need it now, and not all of them ask
             self._models.free_unused()
             cuda_graphs.release_if_full(self._context.device)

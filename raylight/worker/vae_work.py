@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from raylight.host.vae_file import map_vae
 from raylight.host.vae_jobs import VaeJob, VaeProgress, VaeRecipe, VaeResult
 from raylight.parallel.process_group import any_rank, of_all_ranks, smallest
 
-from . import cuda_graphs, load_progress
+from . import load_progress
 from .model_cache import CachedModel, ModelCache
 from .patcher import mode_of
 from .row_vae import RowVae, slices
@@ -121,9 +120,7 @@ class VaeWork:
 
     def _end(self, job: VaeJob) -> None:
         if job.free_memory_after:
-            comfy.model_management.unload_all_models()
-            cuda_graphs.release(self._context.device)
-            comfy.model_management.soft_empty_cache()
+            self._models.unload_from_device()
         if self._beside_comfyui:  # whose nodes may need it now, and not all of them ask
             self._models.free_unused()
 
