@@ -12,7 +12,7 @@ from torch import Tensor
 from .heartbeat import beat
 
 # torch 2.14 has the new name and deprecates the old one; earlier versions have only the old one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def all_gather(local: Tensor, sizes: Sequence[int], dim: int, group: dist.Proces
         shard = torch.cat([shard, shard.new_zeros(longest - shard.shape[0], *shard.shape[1:])])
     shard = shard.contiguous()  # (longest, ...)
     gathered = shard.new_empty(len(sizes) * longest, *shard.shape[1:])
-    _all_gather(gathered, shard, group=group)
+    all_gather_single(gathered, shard, group=group)
     shards = [padded[:size] for padded, size in zip(gathered.split(longest), sizes, strict=True)]
     # Contiguous, since a model may call `view` on it, as it could on its own output.
     return torch.cat(shards).movedim(0, dim).contiguous()

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+from raylight.parallel.collectives import all_gather_single
 from raylight.parallel.heartbeat import beat
 
 from .gather_buffers import Buffer
-from .rows import all_gather
 from .unit_weights import UnitWeights
 
 
@@ -89,5 +89,5 @@ class Gatherer:
         if not self._one_by_one:
             return self._coalesced(full, shards, self._options)
         for whole, shard in zip(full, shards, strict=True):
-            all_gather(whole, shard, group=self._group)
+            all_gather_single(whole, shard, group=self._group)
         return None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-# PyTorch 2.14 gave it another name and warns at the old one.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from raylight.parallel.collectives import all_gather_single
 
 
 def rows_of(count: int, world_size: int, rank: int) -> slice:
@@ -29,5 +27,5 @@ def gather_rows(local: Tensor, count: int, mesh: DeviceMesh) -> Tensor:
     padded = torch.zeros(most, *local.shape[1:], dtype=local.dtype, device=local.device)  # (most, ...)
     padded[: local.shape[0]] = local
     full = torch.empty(most * mesh.size(), *local.shape[1:], dtype=local.dtype, device=local.device)
-    all_gather(full.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8), group=mesh.get_group())
+    all_gather_single(full.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8), group=mesh.get_group())
     return full[:count]

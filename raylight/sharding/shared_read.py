@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raylight.parallel.collectives import all_gather_single
 from raylight.parallel.process_group import any_rank
 
 from . import staged_read
@@ -27,8 +28,6 @@ ROUND_BYTES = 128 << 20  # twice of it on each device
 VOTE_BYTES = 512 << 20  # read between two agreements whether to stop
 _ALIGNMENT = 64  # of tensors in the stream and of shares: no number lies in two
 _ADVISED_ROUNDS = 2  # that the system reads ahead
-# As later versions of PyTorch call it.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class SharedRead:
@@ -105,7 +104,7 @@ class SharedRead:
     def _spread(self, begin: int, staging: Tensor) -> None:
         """Complete a round on every rank, and convert what is in it."""
         own = staging[self._rank * self._share : (self._rank + 1) * self._share]
-        _all_gather(staging, own, group=self._group)
+        all_gather_single(staging, own, group=self._group)
         for copy, start, stop, at in self._within(begin, self._round):
             size = copy.source.itemsize
             into = copy.destination.view(-1)[start // size : stop // size]
