@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .alignment import aligned
+
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 256
@@ -55,7 +57,7 @@ class PinnedBuffer:
     """Room for tensors of `sizes` bytes, in one piece of pinned memory."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        nbytes = max(1, sum(map(_aligned, sizes)))
+        nbytes = max(1, sum(aligned(size, _ALIGNMENT) for size in sizes))
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
         self._memory = _PinnedMemory(-1, nbytes, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # it is pinned in a fraction of the time
@@ -76,9 +78,5 @@ class PinnedBuffer:
         if self._used + like.nbytes > len(self._memory):
             raise ValueError(f"{like.nbytes} bytes do not fit into the pinned memory that is left")
         raw = torch.frombuffer(self._memory, dtype=torch.uint8, count=like.nbytes, offset=self._used)
-        self._used += _aligned(like.nbytes)
+        self._used += aligned(like.nbytes, _ALIGNMENT)
         return raw.view(like.dtype).view(like.shape)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

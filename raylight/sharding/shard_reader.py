@@ -12,11 +12,12 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from raylight.parallel.heartbeat import cancellation_point
 
+from .alignment import aligned
 from .assign import set_parameter
 from .file_weight import FileWeight
 from .pinned import PinnedBuffer
 from .rows import rows_of
-from .unit_weights import ShardedWeight, UnitWeights, aligned, cut
+from .unit_weights import ALIGNMENT, ShardedWeight, UnitWeights, cut
 
 
 class ShardReader:
@@ -37,7 +38,7 @@ class ShardReader:
         flat, rooms = None, {}
         if self._offload and names:
             sizes = [torch.Size(shape).numel() * like[name].element_size() for name, shape in shapes.items()]
-            flat = self._room(sum(map(aligned, sizes)))
+            flat = self._room(sum(aligned(size, ALIGNMENT) for size in sizes))
             rooms = dict(zip(names, cut(flat, sizes), strict=True))
         members = []
         for name, parameter in like.items():

@@ -22,6 +22,7 @@ from raylight.parallel.collectives import all_gather_single
 from raylight.parallel.process_group import any_rank
 
 from . import staged_read
+from .alignment import aligned
 from .staged_read import Copy, ReadingStopped, convert, copy_weight
 
 ROUND_BYTES = 128 << 20  # twice of it on each device
@@ -46,8 +47,8 @@ class SharedRead:
         self._starts, self.nbytes = [], 0
         for copy in self._copies:
             self._starts.append(self.nbytes)
-            self.nbytes += _aligned(copy.source.nbytes)
-        self._share = _aligned(-(-min(ROUND_BYTES, self.nbytes) // self._ranks))
+            self.nbytes += aligned(copy.source.nbytes, _ALIGNMENT)
+        self._share = aligned(-(-min(ROUND_BYTES, self.nbytes) // self._ranks), _ALIGNMENT)
         self._rounds = -(-self.nbytes // self._round) if self.nbytes else 0
         self._staging = [torch.empty(self._round, dtype=torch.uint8, device=device) for _ in range(2)]
         self.fingerprint = self._hash(names)
@@ -127,10 +128,6 @@ class SharedRead:
 def _raw(tensor: Tensor) -> Tensor:
     """Return the bytes of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class _NoLanes:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .alignment import aligned
+
 SLOTS, SLOT_BYTES = 8, 16 << 20  # of pinned memory
 _SMALL_BYTES = 1 << 20  # below it more threads, or advice to the system, cost more than they save
 _THREADS = 8  # that fill a slot: one core copies slower than a GPU takes
@@ -175,7 +177,7 @@ class _Reader:
             self._sent[self._turn].synchronize()
         nbytes = min(source.nbytes - start, SLOT_BYTES - self._used)
         room = self._slots[self._turn][self._used : self._used + nbytes]
-        self._used = min(SLOT_BYTES, -(-(self._used + nbytes) // _ALIGNMENT) * _ALIGNMENT)
+        self._used = min(SLOT_BYTES, aligned(self._used + nbytes, _ALIGNMENT))
         self._fill(room, source.data_ptr() + start)
         into = destination.view(-1)[start // source.itemsize : (start + nbytes) // source.itemsize]
         with torch.cuda.stream(self._stream):

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .alignment import aligned
 from .gather_buffers import Buffer
 
 ALIGNMENT = 256  # bytes: what kernels and collectives read in the widest words begins at a multiple
-
-
-def aligned(nbytes: int) -> int:
-    """Return the next multiple of `ALIGNMENT`."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +37,7 @@ class UnitWeights:
         self._starts, end = [], 0
         for shard in self._shards:
             self._starts.append(end)
-            end += aligned(degree * shard.numel())
+            end += aligned(degree * shard.numel(), ALIGNMENT)
         self._resting: list[nn.Parameter | None] = []
         self._views: dict[Buffer | None, list[nn.Parameter]] = {}
         self._regions: dict[Buffer, tuple[list[Tensor], list[Tensor]]] = {}
@@ -105,5 +101,5 @@ def cut(flat: Tensor, sizes: list[int]) -> list[Tensor]:
     pieces, start = [], 0
     for size in sizes:
         pieces.append(flat[start : start + size])
-        start += aligned(size)
+        start += aligned(size, ALIGNMENT)
     return pieces
