@@ -14,23 +14,23 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-import comfy.model_management
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from raylight.cluster.serialization import as_bytes
 from raylight.host import pickling
 from raylight.host.exported import ALIGNMENT, Blueprint, Entry, header_of
 from raylight.host.foreign_code import node_name_of
 from raylight.host.gguf import open_pack
 from raylight.host.log_messages import gb
 from raylight.host.recipe import Export, ModelRecipe
+from raylight.sharding.alignment import aligned
 
 from . import stock_weights
 from .memory_file import MemoryFile
+from .tensors_in_memory import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -184,29 +184,19 @@ def _write(
                 item.weight_shape,
             )
         )
-        end += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+        end += aligned(value.nbytes, ALIGNMENT)
     count = len(weights)
     header = header_of(
         dict(zip(weights, entries[:count], strict=True)), dict(zip(around, entries[count:], strict=True))
     )
-    file = MemoryFile(f"raylight {model}", len(header) + end)
-    try:
-        file.write(header, 0)
-        for item, entry in zip((*weights.values(), *around.values()), entries, strict=True):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            file.write(as_bytes(item.value).data, len(header) + entry.offset)
-        status = file.finish()
-    except OSError as error:
-        file.close()
-        raise ValueError(f"the weights of the {model} model cannot be written to {file.where}: {error}") from error
-    except BaseException:
-        file.close()
-        raise
+    values = [item.value for item in (*weights.values(), *around.values())]
+    placed = ((entry.offset, value) for entry, value in zip(entries, values, strict=True))
+    file = write_tensors(f"{model} model", header, placed, end)
     logger.info(
         "the workers get the weights of the %s model from ComfyUI's memory, as they are in no file: this takes %s once "
         "for all of them, in %s",
         model,
-        gb(status.st_size),
+        gb(file.nbytes),
         file.where,
     )
     made = Export(f"{model} (from memory)", blueprint)

@@ -74,8 +74,8 @@ class MemoryFile:
             count = os.pwrite(self._fd, rest, offset)
             rest, offset = rest[count:], offset + count
 
-    def finish(self) -> os.stat_result:
-        """Make the file read-only for every process, and return its status."""
+    def finish(self) -> None:
+        """Make the file read-only for every process."""
         os.ftruncate(self._fd, self.nbytes)
         os.fchmod(self._fd, 0o400)
         if self.in_memory:
@@ -83,7 +83,6 @@ class MemoryFile:
 
             seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
-        return os.fstat(self._fd)
 
     def close(self) -> None:
         """Close the file; its room is free when no process maps it any more. Happens too when this object is garbage

@@ -18,19 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from raylight.cluster.serialization import as_bytes
+from raylight.host.exported import ALIGNMENT
 from raylight.host.log_messages import first_few, gb
 from raylight.host.recipe import Export
 from raylight.host.tensor_file import DTYPES
 from raylight.host.vae_file import map_vae, structure
 from raylight.host.vae_jobs import VaeRecipe
+from raylight.sharding.alignment import aligned
 
 from . import stock_weights
 from .memory_file import MemoryFile
+from .tensors_in_memory import write_tensors
 
 logger = logging.getLogger(__name__)
 
-_ALIGNMENT = 64
 # Of ComfyUI's VAE: what decides how it decodes and encodes, beside the model.
 _ATTRIBUTES = ("latent_channels", "latent_dim", "output_channels", "crop_input", "not_video", "pad_channel_value")
 _FUNCTIONS = ("process_input", "process_output")
@@ -158,26 +159,15 @@ def _export(vae: Any, weights: Mapping[str, Tensor], dtype: str, metadata: Any) 
             "shape": tuple(value.shape),
             "data_offsets": (end, end + value.nbytes),
         }
-        end += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
+        end += aligned(value.nbytes, ALIGNMENT)
     header = json.dumps(entries).encode()
-    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
-    file = MemoryFile(f"raylight {kind}", 8 + len(header) + end)
-    try:
-        file.write(len(header).to_bytes(8, "little") + header, 0)
-        for name, value in weights.items():
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            file.write(as_bytes(value).data, 8 + len(header) + entries[name]["data_offsets"][0])
-        status = file.finish()
-    except OSError as error:
-        file.close()
-        raise ValueError(f"the weights of the {kind} cannot be written to {file.where}: {error}") from error
-    except BaseException:
-        file.close()
-        raise
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    placed = ((entries[name]["data_offsets"][0], value) for name, value in weights.items())
+    file = write_tensors(kind, len(header).to_bytes(8, "little") + header, placed, end)
     logger.info(
         "the workers get the weights of the VAE (%s) from ComfyUI's memory: this takes %s once for all of them, in %s",
         kind,
-        gb(status.st_size),
+        gb(file.nbytes),
         file.where,
     )
     return VaeRecipe.of_file(file.path, dtype, Export(f"{kind} (from memory)", b"")), file
