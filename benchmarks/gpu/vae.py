@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), os.environ["COMFYUI_PATH"]]
 
+from raylight.dev import full_vaes
 from raylight.dev.local_ranks import run_ranks, values
 
 GOALS = {  # speed-up at least, share of stock's memory at most
@@ -41,44 +42,12 @@ LARGEST_ERROR = 1e-2
 
 def wan(tiny: bool) -> tuple[nn.Module, tuple[int, ...]]:
     """Return the Wan 2.1 VAE, without weights, and the shape of a latent of 81 frames at 1280x720."""
-    from comfy.ldm.wan.vae import WanVAE
-
-    model = WanVAE(
-        dim=8 if tiny else 96,
-        z_dim=16,
-        dim_mult=[1, 2, 4, 4],
-        num_res_blocks=2,
-        attn_scales=[],
-        temperal_downsample=[False, True, True],
-        image_channels=3,
-        conv_out_channels=3,
-    )
-    return model, (1, 16, 3, 18, 8) if tiny else (1, 16, 21, 90, 160)
+    return full_vaes.wan(8 if tiny else 96), (1, 16, 3, 18, 8) if tiny else (1, 16, 21, 90, 160)
 
 
 def flux(tiny: bool) -> tuple[nn.Module, tuple[int, ...]]:
     """Return Flux's VAE, without weights, and the shape of a latent of 2048x2048."""
-    from comfy.ldm.models.autoencoder import AutoencodingEngine
-
-    place = "comfy.ldm.modules.diffusionmodules.model"
-    config = {
-        "double_z": True,
-        "z_channels": 16,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 32 if tiny else 128,
-        "ch_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
-    model = AutoencodingEngine(
-        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
-        encoder_config={"target": f"{place}.Encoder", "params": config},
-        decoder_config={"target": f"{place}.Decoder", "params": config},
-    )
-    return model, (1, 16, 18, 8) if tiny else (1, 16, 256, 256)
+    return full_vaes.flux(32 if tiny else 128), (1, 16, 18, 8) if tiny else (1, 16, 256, 256)
 
 
 MODELS = {"wan": wan, "flux": flux}
