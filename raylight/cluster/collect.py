@@ -24,7 +24,7 @@ POLL_S = 0.1
 # at its own pace; after another error they may be stuck in a collective.
 GRACE_S = 3.0
 REFUSAL_GRACE_S = 60.0
-CANCEL_GRACE_S = 1.5
+CANCEL_GRACE_S = 1.5  # for what is neither a step nor a VAE's work, and after it
 WATCHDOG_S = 3.0
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
@@ -70,7 +70,7 @@ def wait_for_all(refs: Mapping[int, ray.ObjectRef], options: WaitOptions, stream
     Raises what `options.cancel` raises.
     """
     outcome, pending = Outcome(), {ref: rank for rank, ref in refs.items()}
-    cancelled_at, deadline = None, time.monotonic() + options.timeout_s
+    cancelled_at, computed_at, deadline = None, -math.inf, time.monotonic() + options.timeout_s
     while pending or stream is not None:
         waiting = [*pending, *([] if stream is None else [stream])]
         ready, _ = ray.wait(waiting, num_returns=1, timeout=POLL_S)
@@ -87,11 +87,14 @@ def wait_for_all(refs: Mapping[int, ray.ObjectRef], options: WaitOptions, stream
                 grace_s = REFUSAL_GRACE_S if isinstance(cause_of(error), ValueError) else GRACE_S
                 deadline = min(deadline, time.monotonic() + grace_s)
         now = time.monotonic()
+        if is_computing(options.watchdog.phases.values()):
+            computed_at = now
         if cancelled_at is None and (outcome.interruption is not None or options.wants_cancel()):
             cancelled_at = now
             options.cancel()
         outcome.failure = options.watchdog.failure
-        outcome.overdue = cancelled_at is not None and is_overdue(now - cancelled_at, options.watchdog.phases.values())
+        # Counted from the end of what may take longer: a rank's new phase can be here before its result.
+        outcome.overdue = cancelled_at is not None and now - max(cancelled_at, computed_at) > CANCEL_GRACE_S
         if outcome.failure is not None or outcome.overdue:
             break
         if now > deadline:
@@ -108,9 +111,9 @@ def wait_for_all(refs: Mapping[int, ray.ObjectRef], options: WaitOptions, stream
     return outcome
 
 
-def is_overdue(since_cancel_s: float, phases: Iterable[str]) -> bool:
-    """Return whether workers must be ended that were asked to cancel: only a step, or a VAE, may take longer."""
-    return since_cancel_s > CANCEL_GRACE_S and not any(phase.startswith((STEP, *VAE)) for phase in phases)
+def is_computing(phases: Iterable[str]) -> bool:
+    """Return whether a rank is in a step, or in a VAE, which may take long to get to where a cancel is looked at."""
+    return any(phase.startswith((STEP, *VAE)) for phase in phases)
 
 
 def common_error(outcome: Outcome) -> BaseException | None:

@@ -19,6 +19,7 @@ import ray
 from echo_service import EchoService
 
 from raylight.cluster import active_session
+from raylight.cluster.collect import CANCEL_GRACE_S
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import RunCancelled, WorkerError
 from raylight.parallel.mesh import MeshShape
@@ -85,6 +86,20 @@ def test_cancel_ends_all_ranks_and_the_next_run_works() -> None:
     assert time.monotonic() - started < 10
     assert session.alive
     assert session.run(EchoService.count, 1)[2] == 1
+
+
+def test_workers_stay_where_a_long_step_ends_before_its_result_is_here() -> None:
+    session = active_session.session(config(), SERVICE)
+    asked = threading.Event()
+    with pytest.raises(RunCancelled):
+        session.run(
+            EchoService.finish_step_late,
+            CANCEL_GRACE_S + 0.5,
+            0.5 * CANCEL_GRACE_S,
+            on_event=lambda _: asked.set(),
+            wants_cancel=asked.is_set,
+        )
+    assert session.alive
 
 
 def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped() -> None:

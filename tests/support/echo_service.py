@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.config import Service
+from raylight.cluster.status import IDLE, STEP
 from raylight.parallel.process_group import any_rank
 
 
@@ -102,6 +103,15 @@ class EchoService(Service):
         """Never check whether the run was cancelled."""
         run.enter("deep in thought")
         time.sleep(60)
+
+    def finish_step_late(self, run: Run, step_s: float, rest_s: float) -> None:
+        """Be in one step for long, and let the result come some time after the step's end is reported."""
+        run.enter(f"{STEP} 1 of 1")
+        run.emit(1)
+        time.sleep(step_s)
+        run.enter(IDLE)
+        time.sleep(rest_s)
+        run.check_cancelled()
 
     def die_alone(self, run: Run) -> None:
         if self.context.rank == 1:
