@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import older_prompts
+from . import early_ray, older_prompts
 from .derived import derived_nodes
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayLoraLoader, RayModelLoader, RayParallelizeModel, RayUNETLoader
@@ -18,6 +18,7 @@ class RaylightExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         older_prompts.register()
+        early_ray.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

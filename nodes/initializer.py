@@ -116,10 +116,14 @@ class _Initializer(io.ComfyNode):
         return check_product(GPU, ulysses_degree, ring_degree, cfg_degree, dp_degree)
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the default of each input."""
+        return {one.id: getattr(one, "default", None) for one in cls.define_schema().inputs}
+
+    @classmethod
     async def execute(cls, **inputs: Any) -> io.NodeOutput:
         # ComfyUI executes asynchronous nodes first: workers start while text encoder and VAE are loaded.
-        defaults = {one.id: getattr(one, "default", None) for one in cls.define_schema().inputs}
-        workers, degrees = workers_from(defaults | inputs)
+        workers, degrees = workers_from(cls.defaults() | inputs)
         begin_workers(workers)
         return io.NodeOutput(workers, ui=show(cls, str(degrees)))
 

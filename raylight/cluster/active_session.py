@@ -14,7 +14,7 @@ from .config import ServiceSpec, SessionConfig
 from .diagnosis import Remedies, no_remedies
 from .ray_runtime import RUNTIME
 from .session import Session
-from .starting import Start
+from .starting import RayStart, Start
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,24 @@ def begin(config: SessionConfig, service: ServiceSpec, remedies: Remedies = no_r
         try:
             if _start is not None and _start.error is not None:
                 _start = None
-            if replace or (_start is None and running() is None):
+            has_workers = running() is not None or (_start is not None and _start.has_workers)
+            if replace or not has_workers:
                 _ensure(config, service, remedies)
+        finally:
+            _lock.release()
+
+
+def begin_ray(config: SessionConfig, service: ServiceSpec) -> None:
+    """Start Ray on this machine in the background, for workers of this configuration that may be wanted soon.
+
+    Does nothing for a cluster, nor where there are or were workers. `session` meets the errors again, and raises them.
+    """
+    global _start
+    if config.is_local and _lock.acquire(blocking=False):
+        try:
+            if _start is None and _session is None:
+                _end_at_exit()
+                _start = RayStart(config, service, no_remedies, None, None, lambda _: None)
         finally:
             _lock.release()
 
@@ -99,7 +115,10 @@ def _ensure(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> 
     if _start is not None and _start.session is not None:
         _session, _start = _start.session, None
     if _start is not None:
-        if _start.config != config and (_start.error is not None or not _start.config.can_become(config)):
+        fits = _start.has_workers and (
+            _start.config == config or (_start.error is None and _start.config.can_become(config))
+        )
+        if not fits:
             _replace(config, service, remedies)
     elif _session is None or not _session.alive or not _session.config.can_become(config):
         if _session is not None and _session.alive:
@@ -110,12 +129,16 @@ def _ensure(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> 
 def _replace(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> None:
     global _session, _start
     if _start is None and _session is None:
-        atexit.unregister(_exit)
-        atexit.register(_exit)  # before Ray's own: a call after that would start another Ray
+        _end_at_exit()
     if _start is not None:
         _start.cancel()
     _start = Start(config, service, remedies, _start, _session, _restart)
     _session = None
+
+
+def _end_at_exit() -> None:
+    atexit.unregister(_exit)
+    atexit.register(_exit)  # before Ray's own: a call after that would start another Ray
 
 
 def _restart(failed: Session) -> None:

@@ -1,4 +1,4 @@
-"""The start of a session, in a thread of its own."""
+"""The start of a session, or of Ray for a later one, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from . import placement
 from .config import ServiceSpec, SessionConfig
 from .diagnosis import Remedies
 from .errors import RunCancelled
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 # More than the sum of the limits of all that a start waits for.
 _STEPS = 6
 _END_S = 120.0
+_LOOK_S = 1.0
 
 
 class Start:
@@ -25,6 +27,8 @@ class Start:
 
     `session` is set when it is ready, `error` when it has failed.
     """
+
+    has_workers = True
 
     def __init__(
         self,
@@ -42,7 +46,7 @@ class Start:
         self._service, self._remedies, self._on_failure = service, remedies, on_failure
         self._cancelled = threading.Event()
         self._progress = "Starting workers"
-        self._call: BackgroundCall[Session] = BackgroundCall(lambda: self._run(before, old))
+        self._call: BackgroundCall[None] = BackgroundCall(lambda: self._run(before, old))
 
     @property
     def ended(self) -> bool:
@@ -60,7 +64,9 @@ class Start:
                 on_progress(shown)
             return wants_cancel()
 
-        return self._call.wait(_STEPS * self.config.start_timeout_s, "the start of the workers", poll)
+        self._call.wait(_STEPS * self.config.start_timeout_s, "the start of the workers", poll)
+        assert self.session is not None, "it has started"
+        return self.session
 
     def cancel(self) -> None:
         """Have the start end without a session, if it can still be stopped. Does not wait."""
@@ -75,7 +81,7 @@ class Start:
         except (Exception, RunCancelled) as error:
             logger.debug("the start of workers that are not wanted any more has ended: %s", error)
 
-    def _run(self, before: Start | None, old: Session | None) -> Session:
+    def _run(self, before: Start | None, old: Session | None) -> None:
         try:
             if before is not None:
                 before.settle()
@@ -84,13 +90,37 @@ class Start:
                 old.close()
             if not RUNTIME.serves(self.config):  # also one that a start has left which failed or was cancelled
                 RUNTIME.disconnect()
-            self.session = Session(
-                self.config, self._service, self._cancelled.is_set, self._remedies, self._note, self._on_failure
-            )
+            self.session = self._open()
         except BaseException as error:
             self.error = error
             raise
-        return self.session
+
+    def _open(self) -> Session | None:
+        return Session(self.config, self._service, self._cancelled.is_set, self._remedies, self._note, self._on_failure)
 
     def _note(self, ready: int) -> None:
         self._progress = f"Starting workers: {ready} of {self.config.world_size} ready"
+
+
+class RayStart(Start):
+    """The start of Ray, and of the process that workers are forked from, for a session that is not wanted yet.
+
+    It goes on, without a session, until it is cancelled, and looks after Ray, as a session would.
+    """
+
+    has_workers = False
+
+    def _open(self) -> None:
+        service = self._service
+        RUNTIME.connect(
+            self.config,
+            placement.environment(self.config, service),
+            self._cancelled.is_set,
+            (service.forked_imports, service.tried_imports),
+        )
+        logger.info("Ray is ready to start workers")
+        while not self._cancelled.wait(_LOOK_S):
+            if lost := RUNTIME.lost():
+                RUNTIME.abandon()  # or Ray would end this process
+                logger.warning("Ray has ended, as its process %s has: it starts again with the workers", lost)
+                return

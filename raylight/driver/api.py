@@ -28,10 +28,11 @@ from .outer_sample import run_on_workers
 from .remote_model import RemotePatcher
 from .remote_vae import RemoteVAE
 from .status import overview
-from .workers import ask_with_room, begin, open_session
+from .workers import ask_with_room, begin, begin_ray, open_session
 
 __all__ = [
     "begin",
+    "begin_ray",
     "end_workers",
     "guided_by",
     "ksampler",

@@ -204,25 +204,11 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[WorkerConfig, Degrees]:
 
     Raises ValueError naming the input, its value and what would fit; and as `device_type`.
     """
-    kind = device_type()
-    selected = _selected_gpus(inputs)
-    degrees = degrees_from(inputs, selected)
+    config, degrees = config_from(inputs)
     logger.info("Ray initializer: %s", degrees)
-    _validate(inputs, degrees.mesh.world_size, selected)
     ignored = [name for name, default in _IGNORED.items() if inputs.get(name, default) != default]
     if ignored:
         logger.info("these inputs of the Ray initializer have no effect: %s", ", ".join(ignored))
-    store_gb = inputs.get("ray_object_store_gb")
-    config = SessionConfig(
-        mesh=degrees.mesh,
-        device_type=kind,
-        address=(inputs["ray_cluster_address"] or LOCAL).strip(),
-        namespace=inputs["ray_cluster_namespace"] or "default",
-        gpu_select=selected,
-        object_store_bytes=None if store_gb is None else int(store_gb * 1e9),
-        check_links=not inputs.get("skip_comm_test", False),
-        by_run=degrees.by_run,
-    )
     workers = WorkerConfig(
         config,
         inputs["XFuser_attention"],
@@ -234,13 +220,41 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[WorkerConfig, Degrees]:
     return workers, degrees
 
 
+def config_from(inputs: Mapping[str, Any]) -> tuple[SessionConfig, Degrees]:
+    """Return what the workers of an initializer's inputs are started with, and their degrees. Raises as
+    `workers_from`.
+    """
+    kind = device_type()
+    selected = _selected_gpus(inputs)
+    degrees = degrees_from(inputs, selected)
+    _validate(inputs, degrees.mesh.world_size, selected)
+    store_gb = inputs.get("ray_object_store_gb")
+    config = SessionConfig(
+        mesh=degrees.mesh,
+        device_type=kind,
+        address=(inputs["ray_cluster_address"] or LOCAL).strip(),
+        namespace=inputs["ray_cluster_namespace"] or "default",
+        gpu_select=selected,
+        object_store_bytes=None if store_gb is None else int(store_gb * 1e9),
+        check_links=not inputs.get("skip_comm_test", False),
+        by_run=degrees.by_run,
+    )
+    return config, degrees
+
+
 def all_workers() -> WorkerConfig:
     """Return one worker for each GPU of this machine, or CPU_WORKERS, with degrees by the run. Raises as
     `device_type`.
     """
-    degrees = Degrees(default_worker_count(), chosen=("GPU", "ulysses_degree"))
+    config, degrees = config_of_all()
     logger.info("no Ray initializer: %s", degrees)
-    return WorkerConfig(SessionConfig(degrees.mesh, device_type(), by_run=degrees.by_run), kernels.AUTO)
+    return WorkerConfig(config, kernels.AUTO)
+
+
+def config_of_all() -> tuple[SessionConfig, Degrees]:
+    """Return what `all_workers` are started with, and their degrees. Raises as `device_type`."""
+    degrees = Degrees(default_worker_count(), chosen=("GPU", "ulysses_degree"))
+    return SessionConfig(degrees.mesh, device_type(), by_run=degrees.by_run), degrees
 
 
 def _validate(inputs: Mapping[str, Any], workers: int, selected: tuple[int, ...]) -> None:

@@ -85,6 +85,11 @@ def begin(workers: WorkerConfig, replace: bool) -> None:
     )
 
 
+def begin_ray(config: SessionConfig) -> None:
+    """Start Ray in the background for workers that may be wanted soon, unless there are any."""
+    active_session.begin_ray(config, service_spec())
+
+
 def open_session(workers: WorkerConfig) -> Session:
     """Return the workers' session; start it if it is not running, and say so on the executing node.
 

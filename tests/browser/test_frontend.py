@@ -140,6 +140,19 @@ def test_menu_shows_all_templates(user: User) -> None:
     user.click('[aria-label="Close dialog"]')
 
 
+def test_ray_starts_when_a_workflow_with_its_nodes_is_opened(user: User, server: ComfyServer) -> None:
+    def log() -> str:
+        return server.log.read_text("utf-8", errors="replace")
+
+    assert "starting Ray" not in log(), "no workflow with its nodes was opened"
+    user.load(workflow("flux-dev-usp"), "early")
+    deadline = time.monotonic() + PATIENCE
+    while "Ray is ready to start workers" not in log():
+        assert time.monotonic() < deadline, log()
+        time.sleep(0.2)
+    assert "workers ready" not in log(), "they take memory of GPUs"
+
+
 def test_templates_open_without_errors(user: User) -> None:
     for template in TEMPLATES:
         open_menu(user)

@@ -15,6 +15,7 @@ from echo_service import EchoService
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import RunCancelled, WorkerError
+from raylight.cluster.ray_runtime import RUNTIME
 from raylight.parallel.mesh import MeshShape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,10 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 90.0) -> None
     while not condition():
         assert time.monotonic() < deadline, "it never became true"
         time.sleep(0.05)
+
+
+def raylets() -> list[int]:
+    return [child.pid for child in psutil.Process().children() if child.name().startswith("raylet")]
 
 
 def workers() -> list[psutil.Process]:
@@ -164,3 +169,41 @@ def test_a_rank_that_dies_while_the_mesh_changes() -> None:
         session.reshape(SessionConfig(MeshShape(batch=2), "cpu"), lambda _: "", lambda: False)
     assert not session.alive
     assert active_session.session(TWO, SERVICE).run(EchoService.mesh_shape) == (1, 1, 2)
+
+
+def test_ray_that_was_started_early_is_that_of_the_workers() -> None:
+    active_session.close()
+    began = time.monotonic()
+    active_session.begin_ray(TWO, SERVICE)
+    active_session.begin_ray(ANOTHER, SERVICE)
+    assert time.monotonic() - began < 1 and active_session.running() is None
+    wait_until(lambda: ray.is_initialized() and raylets())
+    before = raylets()
+    assert not workers()
+    session = active_session.session(ANOTHER, SERVICE)
+    assert raylets() == before and len(session.places) == 1
+    active_session.begin_ray(TWO, SERVICE)
+    assert active_session.running() is session
+    active_session.close(keep_ray=True)
+    assert raylets() == before
+
+
+@pytest.mark.slow
+def test_workers_do_not_wait_for_another_ray_that_was_started_early() -> None:
+    active_session.close()
+    active_session.begin_ray(replace(TWO, namespace="early"), SERVICE)
+    session = active_session.session(TWO, SERVICE)
+    assert ray.get_runtime_context().namespace == TWO.namespace
+    assert session.run(EchoService.count, 1)[2] == 1
+
+
+@pytest.mark.slow
+def test_the_end_of_ray_that_was_started_early_does_not_end_this_process() -> None:
+    active_session.close()
+    active_session.begin_ray(TWO, SERVICE)
+    wait_until(lambda: ray.is_initialized() and RUNTIME.lost() is None and raylets())
+    time.sleep(1)
+    psutil.Process(raylets()[0]).kill()
+    wait_until(lambda: not ray.is_initialized(), 30)
+    session = active_session.session(TWO, SERVICE)
+    assert session.run(EchoService.count, 1)[2] == 1
