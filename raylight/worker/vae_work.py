@@ -22,7 +22,7 @@ from raylight.host.vae_file import map_vae
 from raylight.host.vae_jobs import VaeJob, VaeProgress, VaeRecipe, VaeResult
 from raylight.parallel.process_group import any_rank, of_all_ranks, smallest
 
-from . import load_progress
+from . import cuda_graphs, load_progress
 from .model_cache import CachedModel, ModelCache
 from .patcher import mode_of
 from .row_vae import RowVae, slices
@@ -123,6 +123,7 @@ class VaeWork:
             self._models.unload_from_device()
         if self._beside_comfyui:  # whose nodes may need it now, and not all of them ask
             self._models.free_unused()
+            cuda_graphs.release_if_full(self._context.device)
 
 
 class _Output:
