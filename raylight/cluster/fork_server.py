@@ -45,7 +45,7 @@ _GPU_FILES = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/dri")
 _CUDA, _CUDA_NOT_INITIALIZED = "libcuda.so.1", 3
 _NVML, _MOST_SHUTDOWNS = "libnvidia-ml.so.1", 1000
 _REPORT_BYTES = 1 << 16
-_END_S = 5.0
+_END_S, _TRIAL_S = 5.0, 20.0
 # Libraries of linear algebra start threads when they are loaded.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Without it the question whether there is a GPU would start CUDA.
@@ -257,8 +257,13 @@ def _tried(module: str, has_gpu: bool) -> str:
         os._exit(0)
     os.close(writes)
     with open(reads, "rb") as answer:
+        in_time = bool(select.select([answer], [], [], _TRIAL_S)[0])
+        if not in_time:
+            os.kill(pid, signal.SIGKILL)
         why = answer.read().decode()
     _, status = os.waitpid(pid, 0)
+    if not in_time:
+        return f"has not ended within {_TRIAL_S:g} s"
     return why or (f"has ended a process (status {status})" if status else "")
 
 

@@ -204,6 +204,20 @@ def test_a_module_that_is_tried_first_is_left_out_if_it_starts_threads(
     server.close()
 
 
+@pytest.mark.slow
+def test_a_module_whose_trial_does_not_end_is_left_out(tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "endless.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    server = ForkServer(str(tmp_path / "s"), ["queue"], ["endless"])
+    deadline = time.monotonic() + WAIT_S
+    while not server.left_out():
+        assert time.monotonic() < deadline and server.why_ended() is None
+        time.sleep(0.1)
+    assert server.left_out()["endless"] == "has not ended within 20 s"
+    assert json.loads(run(server, script).stdout)["parent"] == server.pid
+    server.close()
+
+
 def test_libraries_are_told_of_a_gpu_while_they_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("from . import cuda")
