@@ -13,8 +13,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from . import shares
 from .collectives import all_gather
-from .partition import offsets, partition
+from .partition import divide, offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class BatchAxis:
 
         The output is a tensor, or a list or tuple of tensors: (this rank's rows, ...) -> (total, ...).
         """
-        sizes = partition(total, self.degree)
+        sizes = divide(total, self.degree, shares.of_batch(self.degree))
         start = offsets(sizes)[self._rank]
         return self._gather(function(Rows(start, start + sizes[self._rank], total)), sizes)
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .partition import offsets, partition
+from .partition import divide, offsets, partition
+from .shares import Weights
 
 HeadRange = tuple[int, int]  # start, stop
 
@@ -35,15 +36,16 @@ class Chunk:
 
 
 @functools.cache
-def head_chunks(heads: int, group: int, ranks: int, count: int) -> tuple[Chunk, ...]:
-    """Divide an exchange of `heads` query heads into at most `count` chunks, in each of which every rank has heads.
+def head_chunks(heads: int, group: int, ranks: int, count: int, weights: Weights = ()) -> tuple[Chunk, ...]:
+    """Divide an exchange of `heads` query heads into at most `count` chunks, in each of which every rank has heads, in
+    proportion to `weights` if there are any.
 
     `group` query heads share one key head; if a group lies on two ranks, both get its key head.
 
     >>> head_chunks(heads=6, group=3, ranks=2, count=1)
     (Chunk(queries=((0, 3), (3, 6)), keys=((0, 1), (1, 2))),)
     """
-    of_ranks = partition(heads, ranks)
+    of_ranks = divide(heads, ranks, weights)
     count = min(count, min(of_ranks))
     result = []
     for chunk in range(count):

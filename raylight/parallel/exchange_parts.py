@@ -14,6 +14,7 @@ from torch import Tensor
 from .collectives import Splits
 from .exchange_layout import Chunk, HeadRange, head_chunks, pack_heads, unpack_heads
 from .sequence_attention import Kernel
+from .shares import Weights
 
 Sizes = tuple[int, int, int, int, int, int, int]  # B, H, HKV, D of q, of k and of v, bytes of an element
 
@@ -56,10 +57,10 @@ class Part:
 
 @functools.lru_cache(maxsize=256)
 def exchange_parts(
-    sizes: Sizes, lengths: tuple[int, ...], rank: int, large_bytes: int, chunks: int
+    sizes: Sizes, lengths: tuple[int, ...], rank: int, large_bytes: int, chunks: int, weights: Weights = ()
 ) -> tuple[Part, ...]:
     """Return the parts of an exchange among ranks with `lengths` tokens, in order: `chunks` at most, if a rank receives
-    at least `large_bytes`, else one.
+    at least `large_bytes` (on average), else one. Heads are divided by `weights`.
 
     The number of parts is the same on every rank, since it depends on the tokens of all.
     """
@@ -72,7 +73,7 @@ def exchange_parts(
     in_words = per_word > 1 and all(width % per_word == 0 for width in (q_width, k_width, v_width))
     per_word = per_word if in_words else 1
     parts = []
-    for chunk in head_chunks(heads, group, degree, chunks if is_large else 1):
+    for chunk in head_chunks(heads, group, degree, chunks if is_large else 1, weights):
         of_ranks = [  # elements of a token for each rank
             batch * ((stop - start) * q_width + (last - first) * (k_width + v_width)) // per_word
             for (start, stop), (first, last) in zip(chunk.queries, chunk.keys, strict=True)

@@ -1,10 +1,13 @@
-"""How many tokens or heads each rank gets. Sizes are uneven instead of padded: the first ranks get one more."""
+"""How many tokens or heads each rank gets. Sizes are uneven instead of padded: the first ranks get one more, or by
+weights the faster ranks more (see `shares`).
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 
 
@@ -20,6 +23,24 @@ def partition(total: int, parts: int) -> tuple[int, ...]:
         raise ValueError(f"partition needs at least one part, got {parts}")
     base, extra = divmod(total, parts)
     return tuple(base + (i < extra) for i in range(parts))
+
+
+def divide(total: int, parts: int, weights: Sequence[int] = (), least: int = 1) -> tuple[int, ...]:
+    """As `partition`, or in proportion to `weights`, whole numbers: what takes longest, the largest size by weight, is
+    as small as it can be. No size is below `least` then, unless `total` is too small for that: it is divided evenly.
+
+    >>> divide(12, 2, (2, 1))
+    (8, 4)
+    """
+    if not weights or total < parts * least:
+        return partition(total, parts)
+    sizes = [max(least, total * weight // sum(weights)) for weight in weights]
+    while sum(sizes) > total:  # some were raised to `least`
+        above = [i for i, size in enumerate(sizes) if size > least]
+        sizes[max(above, key=lambda i: Fraction(sizes[i], weights[i]))] -= 1
+    while sum(sizes) < total:
+        sizes[min(range(parts), key=lambda i: Fraction(sizes[i] + 1, weights[i]))] += 1
+    return tuple(sizes)
 
 
 def offsets(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -61,8 +82,9 @@ class Shards:
         return Shards(sizes, tuple((start, max(min(stop, count), start)) for start, stop in self.spans))
 
 
-def shard_stream(total: int, loads: Sequence[int]) -> Shards:
-    """Shard `total` tokens of a stream over ranks that have `loads[r]` tokens of other streams already.
+def shard_stream(total: int, loads: Sequence[int], weights: Sequence[int] = ()) -> Shards:
+    """Shard `total` tokens of a stream, by `weights` if there are any, over ranks that have `loads[r]` tokens of other
+    streams already.
 
     Fewer tokens than ranks go one each to the ranks with the smallest loads, the last ones among equals.
 
@@ -71,9 +93,10 @@ def shard_stream(total: int, loads: Sequence[int]) -> Shards:
     """
     ranks = len(loads)
     if total >= ranks:
-        sizes = partition(total, ranks)
+        sizes = divide(total, ranks, weights)
     else:
-        taking = sorted(range(ranks), key=lambda rank: (loads[rank], -rank))[:total]
+        relative = [Fraction(load, weight) for load, weight in zip(loads, weights or (1,) * ranks, strict=True)]
+        taking = sorted(range(ranks), key=lambda rank: (relative[rank], -rank))[:total]
         sizes = tuple(int(rank in taking) for rank in range(ranks))
     spans = tuple(
         (start, start + size) if size else (max(total - 1, 0), total)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
+from . import shares
 from .hooks import SequenceHooks
 from .mesh import outer_axis, sequence_axis, world_axis
 from .plan import SequencePlan
@@ -23,7 +24,8 @@ from .ulysses import UlyssesAttention
 
 @dataclass(frozen=True, slots=True)
 class SequenceGroup:
-    """Rank `rank` of the `degree` ranks of `group`, and the strategy by which their attention exchanges tokens.
+    """Rank `rank` of the `degree` ranks of `group`, the strategy by which their attention exchanges tokens, and the
+    weights by which they divide these.
 
     With a degree of 1, each rank computes full sequences by itself.
     """
@@ -32,11 +34,14 @@ class SequenceGroup:
     group: dist.ProcessGroup | None = None
     rank: int = 0
     degree: int = 1
+    weights: shares.Weights = ()
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, strategy: Strategy) -> SequenceGroup:
         """Return the sequence group of all ranks of `group`."""
-        return cls(strategy, group, dist.get_rank(group), dist.get_world_size(group))
+        has_ring = isinstance(strategy, HybridAttention) and strategy.degrees[1] > 1
+        weights = shares.of_tokens(group, has_ring)
+        return cls(strategy, group, dist.get_rank(group), dist.get_world_size(group), weights)
 
     @classmethod
     def single_rank(cls) -> SequenceGroup:
@@ -81,13 +86,13 @@ class SequenceParallel:
 
         Raises ValueError: when `model` does not match `plan`, has too few heads, or cannot be split.
         """
-        self.tokens = TokenState(group.rank, group.degree, group.group)
+        self.tokens = TokenState(group.rank, group.degree, group.group, group.weights)
         self.attention = SequenceAttention(self.tokens, group.strategy)
         self._handles: list[SequenceHooks | RemovableHandle] = [SequenceHooks(model, plan, self.tokens, ulysses_degree)]
 
     def use(self, group: SequenceGroup) -> None:
         """Split the following forwards over the ranks of `group`."""
-        self.tokens.use_group(group.rank, group.degree, group.group)
+        self.tokens.use_group(group.rank, group.degree, group.group, group.weights)
         self.attention.strategy = group.strategy
 
     def remove(self) -> None:

@@ -27,6 +27,7 @@ from .plan import (
     Unsupported,
     alternatives,
 )
+from .shares import Weights
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class Scope:
 
 
 class TokenState:
-    """Tokens of rank `rank` of the `degree` ranks of `group`, which split a sequence.
+    """Tokens of rank `rank` of the `degree` ranks of `group`, which split a sequence by `weights` (see `shares`).
 
     Streams are sharded when a forward first meets them after `begin`, so every rank knows all sizes without exchanging
     them. A stream may have fewer tokens than there are ranks: some ranks then hold a placeholder (see `Shards`), which
@@ -51,14 +52,15 @@ class TokenState:
     Shapes: S tokens on all ranks, S_LOCAL on this one; tensors keep their dtype.
     """
 
-    def __init__(self, rank: int, degree: int, group: dist.ProcessGroup | None = None) -> None:
-        self.use_group(rank, degree, group)
+    def __init__(self, rank: int, degree: int, group: dist.ProcessGroup | None = None, weights: Weights = ()) -> None:
+        self.use_group(rank, degree, group, weights)
 
-    def use_group(self, rank: int, degree: int, group: dist.ProcessGroup | None) -> None:
+    def use_group(self, rank: int, degree: int, group: dist.ProcessGroup | None, weights: Weights = ()) -> None:
         """Split the following forwards over these ranks; with a degree of 1, tokens stay full."""
         self.rank = rank
         self.degree = degree
         self.group = group
+        self.weights = weights
         self.begin()
 
     def begin(self) -> None:
@@ -232,7 +234,7 @@ class TokenState:
         known = self._shards.get(rule.name)
         if known is None or known.total != total:
             sharded = [name for name in self._shards if self.is_sharded(name)]
-            self._shards[rule.name] = shard_stream(total, self.lengths(sharded))
+            self._shards[rule.name] = shard_stream(total, self.lengths(sharded), self.weights)
         self._gathered.discard(rule.name)
         self._kept.clear()
         return self.local_shard(value, rule.name, rule.dim)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from . import shares
 from .collectives import Splits, exchange, start_exchange
 from .exchange_layout import pack_tokens, place_all_heads, place_heads
 from .exchange_parts import Part, exchange_parts
@@ -25,10 +26,19 @@ LARGE_BYTES = 32 * 2**20  # received per rank; below it, launching everything tw
 
 
 class UlyssesAttention:
-    """The exchange of one Ulysses group. Exchanges of at least `large_bytes` are made in `chunks`."""
+    """The exchange of one Ulysses group. Exchanges of at least `large_bytes` are made in `chunks`. If a ring joins it
+    with other groups, `ring` is this rank's.
+    """
 
-    def __init__(self, group: dist.ProcessGroup, large_bytes: int = LARGE_BYTES, chunks: int = CHUNKS) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        large_bytes: int = LARGE_BYTES,
+        chunks: int = CHUNKS,
+        ring: dist.ProcessGroup | None = None,
+    ) -> None:
         self._group = group
+        self._weights = shares.of_heads(group, ring)
         self._rank = dist.get_rank(group)
         self._degree = dist.get_world_size(group)
         self._large_bytes, self._chunks = large_bytes, chunks
@@ -61,6 +71,7 @@ class UlyssesAttention:
             self._rank,
             self._large_bytes,
             self._chunks,
+            self._weights,
         )
         if len(parts) == 1:
             return self._at_once(kernel, q, k, v, parts[0], mask, scale)

@@ -19,6 +19,7 @@ from raylight.attention.kernels import kernel
 from raylight.host.jobs import Inside, ModelJob
 from raylight.host.patcher_state import OVERRIDE
 from raylight.host.recipe import REPLICATED
+from raylight.parallel import shares
 from raylight.parallel.degrees import DegreesByRun
 from raylight.parallel.external_strategies import OURS, ExternalAttention
 from raylight.parallel.graphs import AUTO, OFF
@@ -175,7 +176,8 @@ class ParallelModel:
         keep_steady(self._model, mode != OFF)
         if self._batch is not None and self._batch.in_step and not obstacle:
             obstacle = "all workers gather its weights, and agree before each forward of their runs"
-        self._graphs.use(mode, (job.attention, job.strategy, weights), obstacle, whole_call=is_sharded)
+        context = job.attention, job.strategy, weights, shares.in_use()
+        self._graphs.use(mode, context, obstacle, whole_call=is_sharded)
 
     @property
     def has_graphs(self) -> bool:

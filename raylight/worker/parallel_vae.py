@@ -15,6 +15,7 @@ from comfy import model_management
 from torch import Tensor, nn
 
 from raylight.host.comfy_patches import replaced
+from raylight.parallel import shares
 from raylight.parallel.process_group import smallest
 from raylight.parallel.rows.engine import Factories, finished, shared
 from raylight.parallel.rows.layout import Cuts, Rows, cut
@@ -92,7 +93,7 @@ class RowParallel:
         def decode_rows(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if not self._is_tall_enough(z.shape[-2]):
                 return self._own_rows(decode(z, *args, **kwargs), z.shape[-2])
-            cuts = cut(z.shape[-2], self.counts.ranks)
+            cuts = self._cut(z.shape[-2])
             if hasattr(self._model, "decode_output_shape"):
                 kwargs["output_buffer"] = self._buffer(z, cuts, kwargs.get("output_buffer"))
             return self._by_rows(decode, z, cuts, args, kwargs)
@@ -105,7 +106,7 @@ class RowParallel:
             if not self._is_tall_enough(x.shape[-2] // self._ratio):
                 latent = encode(x, *args, **kwargs)
                 return self._own_rows(latent, latent.shape[-2])
-            return self._by_rows(encode, x, cut(x.shape[-2], self.counts.ranks, self._ratio), args, kwargs)
+            return self._by_rows(encode, x, self._cut(x.shape[-2], self._ratio), args, kwargs)
 
         return encode_rows
 
@@ -117,6 +118,10 @@ class RowParallel:
             result = method(shared(full, cuts, self.counts), *args, **kwargs)
         local, self._output = finished(result)
         return local
+
+    def _cut(self, rows: int, unit: int = 1) -> Cuts:
+        """Cut rows over the ranks, by their speeds if these are unlike. A latent row is `unit` of them."""
+        return cut(rows, self.counts.ranks, unit, shares.of_rows(self.counts.group), LEAST_LATENT_ROWS)
 
     def _is_tall_enough(self, latent_rows: int) -> bool:
         least = LEAST_LATENT_ROWS * self.counts.ranks
@@ -131,7 +136,7 @@ class RowParallel:
 
     def _own_rows(self, full: Tensor, latent_rows: int) -> Tensor:
         """Return this rank's rows of a result that every rank has in full."""
-        self._output = cut(full.shape[-2], self.counts.ranks, full.shape[-2] // latent_rows)
+        self._output = self._cut(full.shape[-2], full.shape[-2] // latent_rows)
         start, stop = self._output.spans[self.counts.rank]
         return full.narrow(-2, start, stop - start)
 
@@ -141,7 +146,7 @@ class RowParallel:
         def output_shape(input_shape: tuple[int, ...]) -> tuple[int, ...]:
             rows = input_shape[-2]
             if rows >= LEAST_LATENT_ROWS * self.counts.ranks:
-                rows = cut(rows, self.counts.ranks).sizes[self.counts.rank]
+                rows = self._cut(rows).sizes[self.counts.rank]
             return tuple(whole((*input_shape[:-2], rows, input_shape[-1])))
 
         return output_shape

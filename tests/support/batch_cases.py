@@ -6,10 +6,15 @@ import torch
 import torch.distributed as dist
 
 from raylight.parallel.batch import BatchAxis, Rows
+from raylight.parallel.shares import ALIKE, Speeds, use
 
 
-def doubled(rank: int, world: int, totals: list[int]) -> list[tuple[int, bool, bool]]:
-    """Return, for each batch, the rows computed by this rank, and whether each result in a list is that of all rows."""
+def doubled(rank: int, world: int, totals: list[int], speeds: Speeds = ALIKE) -> list[tuple[int, bool, bool]]:
+    """Return, for each batch, the rows computed by this rank, and whether each result in a list is that of all rows.
+
+    The ranks share rows by `speeds`.
+    """
+    use(speeds)
     axis, report = BatchAxis(dist.group.WORLD), []
     for total in totals:
         whole, seen = torch.arange(total * 6.0).view(total, 2, 3), []

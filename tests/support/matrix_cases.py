@@ -21,6 +21,7 @@ from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw, Family
 from raylight.parallel.mesh import MeshShape, build_mesh
 from raylight.parallel.ring import HybridAttention
+from raylight.parallel.shares import ALIKE, Speeds, use
 from raylight.plans import plan_for
 from raylight.worker.sequence_parallel import apply_sequence_parallel
 
@@ -55,11 +56,14 @@ def compare(
     names: tuple[str, ...],
     shapes: dict[str, MeshShape],
     calls_of: Callable[[Family], Calls] = attrgetter("calls"),
+    speeds: Speeds = ALIKE,
 ) -> dict[tuple[str, str, str], Comparison]:
-    """Compare every call of the named families on each of these meshes of `world` ranks, by family, call and mesh.
+    """Compare every call of the named families on each of these meshes of `world` ranks, by family, call and mesh. The
+    ranks share the work by `speeds`.
 
     Each rank builds a family once, and rank 0 computes the expected output for all before the model is split.
     """
+    use(speeds)
     meshes = {name: build_mesh(shape, torch.device("cpu")) for name, shape in shapes.items()}
     results = {}
     for name in names:

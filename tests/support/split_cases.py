@@ -16,6 +16,7 @@ from raylight.parallel.partition import partition
 from raylight.parallel.process_group import any_rank, smallest
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceParallel
+from raylight.parallel.shares import ALIKE, Speeds, use
 from raylight.parallel.ulysses import UlyssesAttention
 
 
@@ -77,14 +78,15 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
 
 
 def split_toy(
-    rank: int, world: int, ring: int = 1, kernel_name: str = "", chunks: int = 1
+    rank: int, world: int, ring: int = 1, kernel_name: str = "", chunks: int = 1, speeds: Speeds = ALIKE
 ) -> dict[str, tuple[float, int, int, int]]:
     """Return, for each case, the largest error in standard deviations of the output, the largest number of queries, the
     number of exchanged calls, and the smallest number of heads.
 
     `ring` ranks are in the ring, the rest in Ulysses. `kernel_name`: the kernel; `plain_kernel` if it is empty. With
-    several `chunks`, every exchange is made in chunks, as large ones are.
+    several `chunks`, every exchange is made in chunks, as large ones are. The ranks share the work by `speeds`.
     """
+    use(speeds)
     mesh = build_mesh(MeshShape(ring=ring, ulysses=world // ring), torch.device("cpu"))
     group = sequence_axis(mesh).get_group()
     report = {}

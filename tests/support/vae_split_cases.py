@@ -15,6 +15,7 @@ from comfy.cli_args import args
 args.cpu = True  # before ComfyUI picks a device
 
 from raylight.dev.vae_zoo import VAES, with_random_weights
+from raylight.parallel.shares import ALIKE, Speeds, use
 from raylight.worker.parallel_vae import apply_row_parallel
 
 
@@ -32,8 +33,12 @@ class Comparison:
     failure: str = ""
 
 
-def compare(rank: int, world: int, names: Sequence[str]) -> dict[tuple[str, str], Comparison]:
-    """Compare decode and encode of the named VAEs on all ranks; a failure on any rank ends its VAE on all."""
+def compare(rank: int, world: int, names: Sequence[str], speeds: Speeds = ALIKE) -> dict[tuple[str, str], Comparison]:
+    """Compare decode and encode of the named VAEs on all ranks; a failure on any rank ends its VAE on all.
+
+    The ranks share the rows by `speeds`.
+    """
+    use(speeds)
     results = {}
     for name in names:
         tiny = VAES[name]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from ..partition import partition
+from ..partition import divide
+from ..shares import Weights
 
 Span = tuple[int, int]  # rows from start up to stop
 
@@ -42,13 +43,14 @@ class Cuts:
         return Cuts(tuple(bound // factor for bound in self.bounds))
 
 
-def cut(total: int, ranks: int, unit: int = 1) -> Cuts:
-    """Cut `total` rows over `ranks` as evenly as multiples of `unit` allow; the last rank has the remainder.
+def cut(total: int, ranks: int, unit: int = 1, weights: Weights = (), least: int = 1) -> Cuts:
+    """Cut `total` rows over `ranks` as evenly, or as close to `weights`, as multiples of `unit` allow; the last rank
+    has the remainder. `least` is the smallest number of units for a rank, where there are weights.
 
     >>> cut(90, 4, 8).bounds
     (0, 24, 48, 72, 90)
     """
-    inner = list(accumulate(partition(total // unit, ranks), initial=0))
+    inner = list(accumulate(divide(total // unit, ranks, weights, least), initial=0))
     return Cuts((*(bound * unit for bound in inner[:-1]), total))
 
 
