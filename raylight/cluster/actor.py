@@ -22,7 +22,7 @@ import psutil
 import ray
 import torch
 
-from raylight.parallel import bandwidth, heartbeat
+from raylight.parallel import bandwidth, heartbeat, shares, speed_trial
 from raylight.parallel.degrees import Arrangement, DegreesByRun
 from raylight.parallel.mesh import Meshes
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
@@ -120,7 +120,7 @@ class RankActor:
     """One rank, in a process of its own.
 
     To start it, the session calls `prepare`, and beside it `place`, `open_store` on rank 0, `join` and
-    `measure_links`; then `open`.
+    `measure_links`; then `try_speed` and `open`.
     """
 
     def __init__(
@@ -197,6 +197,18 @@ class RankActor:
         self._status.enter(before)
         return measured
 
+    @ray.method(concurrency_group="control")
+    def try_speed(self) -> speed_trial.Trial:
+        """Try how fast the ranks are. Collective: no other collective may run beside it."""
+        before = self._status.phase
+        self._status.enter("trying how fast the workers are")
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread
+        with self._explain_out_of_memory():
+            trial = speed_trial.measure(self._device)
+        self._status.enter(before)
+        return trial
+
     def open(self, arrangement: Arrangement, service: ServiceSpec, links: bandwidth.Links | None) -> dict[str, float]:
         """Open the service, and return the moments of this worker's start. Collective."""
         if self._device.type == "cuda":
@@ -220,6 +232,7 @@ class RankActor:
     def _arrange(self, arrangement: Arrangement) -> None:
         assert self._meshes is not None and self._context is not None, "the service is open"
         self._context.mesh = self._meshes.of(arrangement.mesh)
+        shares.use(arrangement.speeds)
         self._context.by_run = DegreesByRun(arrangement, self._meshes) if arrangement.by_run else None
 
     def run(self, run_id: str, verb: str, *args: Any) -> Any:

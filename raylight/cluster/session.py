@@ -18,7 +18,7 @@ from raylight.parallel.bandwidth import Links
 from raylight.parallel.degrees import Arrangement
 from raylight.parallel.heartbeat import agree
 
-from . import bandwidth_check, placement
+from . import bandwidth_check, placement, speed_check
 from .actor import Place, RankActor
 from .collect import Outcome, WaitOptions, common_error, results_or_raise, wait_for_all
 from .config import ServiceSpec, SessionConfig
@@ -66,6 +66,7 @@ class Session:
         self._group: Any = None
         self._watchdog = Watchdog(config, self._on_failure)
         self._printed: dict[int, dict[str, int]] = {}
+        self._arranged: Arrangement | None = None
         self.times: StartTimes | None = None  # when it is ready
         self._timeline = Timeline()
         self._ready, self._closed = False, False
@@ -116,7 +117,11 @@ class Session:
         self._results(prepared, replace(options, on_result=on_ready))
         self._timeline.mark("prepared")
         self._check_links(options)
-        opened = self._on_each(lambda actor: actor.open.remote(self._arrangement, self.service, self.links), options)
+        self._try_speed(options)
+        arrangement = self._arranged = self.arrangement
+        opened = self._on_each(lambda actor: actor.open.remote(arrangement, self.service, self.links), options)
+        for line in speed_check.describe(self.places, arrangement):
+            logger.info("%s", line)
         self._timeline.ranks = list(opened.values())
 
     def _find_places(self, options: WaitOptions) -> None:
@@ -156,6 +161,13 @@ class Session:
         if keep:
             bandwidth_check.keep(self.places, links)
 
+    def _try_speed(self, options: WaitOptions) -> None:
+        """Try how fast the workers are, unless it is known or not wanted."""
+        if self.config.check_links and speed_check.is_wanted(self.places):
+            options = replace(options, timeout_s=speed_check.TIMEOUT_S)
+            speed_check.keep(self.places, self._on_each(lambda actor: actor.try_speed.remote(), options)[0])
+            self._timeline.mark("speed")
+
     def reshape(self, config: SessionConfig, remedies: Remedies, wants_cancel: Callable[[], bool]) -> None:
         """Give the workers another configuration, which they can have by `SessionConfig.can_become`.
 
@@ -168,12 +180,13 @@ class Session:
         began, mesh = time.monotonic(), config.mesh
         with self._running:
             try:
-                before = self._arrangement
                 self.config, self.remedies = config, remedies
                 self._watchdog.config = config
                 self._check_links(options)
-                if (arrangement := self._arrangement) != before:
+                self._try_speed(options)
+                if (arrangement := self.arrangement) != self._arranged:
                     self._on_each(lambda actor: actor.reshape.remote(arrangement), options)
+                    self._arranged = arrangement
             except BaseException:
                 self.close()  # some ranks may have the other mesh
                 raise
@@ -181,10 +194,11 @@ class Session:
         logger.info("the workers are arranged %s, in %.2f s", how, time.monotonic() - began)
 
     @property
-    def _arrangement(self) -> Arrangement:
+    def arrangement(self) -> Arrangement:
         """How the ranks are to be arranged by this configuration."""
-        by_run = self.config.by_run
-        return Arrangement(self.config.mesh, by_run, bandwidth_check.known_fast_ranks(self.places) if by_run else 0)
+        by_run, speeds = self.config.by_run, speed_check.speeds_of(self.places)
+        fast_ranks = bandwidth_check.known_fast_ranks(self.places) if by_run else 0
+        return Arrangement(self.config.mesh, by_run, fast_ranks, speeds)
 
     @property
     def links(self) -> Links | None:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from raylight.cluster import active_session
+from raylight.cluster import active_session, speed_check
 from raylight.cluster.actor import Place
 from raylight.cluster.session import Session
 from raylight.host.jobs import RankMemory
@@ -50,6 +50,7 @@ def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
     if running.config.by_run:
         how = "degrees by the run" if shape.ring == 1 else f"ring {shape.ring}, other degrees by the run"
     lines = [f"{running.config.world_size} workers: {how}"]
+    lines += speed_check.describe(running.places, running.arrangement)
     for rank, place in running.places.items():
         of_rank = memory[rank]
         where = "GPU" if place.gpu is not None else "machine"

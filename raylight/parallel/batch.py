@@ -47,6 +47,15 @@ class Rows:
         return [marks[row // height] for row in range(self.start, self.stop)]
 
 
+def runs_of(group: int, groups: int, runs: int) -> list[int]:
+    """Return which of several `runs` a group of the batch axis does: as many as the others, or by its speed."""
+    weights = shares.of_batch(groups)
+    if not weights:
+        return list(range(group, runs, groups))
+    sizes = divide(runs, groups, weights)
+    return list(range(offsets(sizes)[group], offsets(sizes)[group] + sizes[group]))
+
+
 class BatchAxis:
     """The ranks of one group, over which a batch is split. All ranks of a sequence have the same rows."""
 

@@ -4,8 +4,8 @@ Every way to divide the ranks is estimated, relative to one row on one rank, and
 
 - Groups of the batch axis divide rows. They exchange nothing within a forward, but the one with most rows is waited
   for.
-- Ranks of a sequence divide tokens evenly. Their exchange was measured on H100 with NVLink (docs/performance.md): it
-  costs 8 to 12 % on 2 and 4 ranks, more in a ring when sequences are short.
+- Ranks of a sequence divide tokens, evenly or by their speeds. Their exchange was measured on H100 with NVLink
+  (docs/performance.md): it costs 8 to 12 % on 2 and 4 ranks, more in a ring when sequences are short.
 - Ulysses divides heads: with few of them some ranks have more than others. A ring does not, and its exchange runs
   beside attention, so it is what crosses a slow link.
 """
@@ -20,6 +20,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from .mesh import Meshes, MeshShape
+from .partition import divide
+from .shares import ALIKE, Speeds
 
 _EXCHANGE = 0.04  # of a forward, for each doubling of the ranks that split its tokens, and once more
 _RING = 0.18  # of a forward, for each doubling of a ring: with a short sequence it hides little of its exchange
@@ -41,12 +43,13 @@ class Limits:
 class Arrangement:
     """How ranks are arranged: on `mesh`, or with `by_run` for each forward as `DegreesByRun` chooses. Then `mesh` has
     the whole sequence, and a ring of more than 1 is kept. Ranks next to each other in groups of `fast_ranks` have links
-    that are several times faster than those to others; 0 if none are.
+    that are several times faster than those to others; 0 if none are. All work is shared by `speeds`.
     """
 
     mesh: MeshShape
     by_run: bool = False
     fast_ranks: int = 0
+    speeds: Speeds = ALIKE
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +99,43 @@ def _can(shape: MeshShape, limits: Limits) -> bool:
 
 
 def _cost(shape: MeshShape, rows: int, arrangement: Arrangement, limits: Limits) -> float:
-    """Estimate the time of a forward on `shape`, relative to one row on one rank."""
-    each = math.ceil(rows / shape.batch) if rows >= shape.batch else rows
+    """Estimate the time of a forward on `shape`, relative to one row on the fastest rank."""
     ranks = shape.ring * shape.ulysses
+    speeds = arrangement.speeds.overall or (1,) * shape.world_size
+    groups = [speeds[first : first + ranks] for first in range(0, len(speeds), ranks)]
+    totals, fastest = [sum(group) for group in groups], max(speeds)
+    each = divide(rows, shape.batch, totals) if rows >= shape.batch else (rows,) * shape.batch
     if limits.heads is None or ranks == 1:
-        return each
-    extra = _EXCHANGE * (1 + math.log2(ranks)) + _ATTENTION * (_imbalance(limits.heads, shape.ulysses) - 1)
-    extra += _RING * math.log2(shape.ring) + _SLOW_EXCHANGE * _is_slow(shape.ulysses, arrangement)
-    return each / ranks * (1 + extra)
+        return max(count * fastest / min(group) for count, group in zip(each, groups, strict=True))
+    extra = _exchange(shape, arrangement) + _ATTENTION * (_imbalance(limits.heads, shape, arrangement.speeds) - 1)
+    return max(count * fastest / total for count, total in zip(each, totals, strict=True)) * (1 + extra)
 
 
-def _imbalance(heads: int, degree: int) -> float:
-    """Return the heads of the rank with most, relative to an even share."""
-    return math.ceil(heads / degree) * degree / heads
+def _exchange(shape: MeshShape, arrangement: Arrangement) -> float:
+    """Estimate what the ranks of a sequence exchange takes, as a part of a forward."""
+    extra = _EXCHANGE * (1 + math.log2(shape.ring * shape.ulysses)) + _RING * math.log2(shape.ring)
+    return extra + _SLOW_EXCHANGE * _is_slow(shape.ulysses, arrangement)
+
+
+def _imbalance(heads: int, shape: MeshShape, speeds: Speeds) -> float:
+    """Return how long the rank with most heads for its speed takes for them, relative to all of a group together."""
+    of_all, ranks = speeds.attention or (1,) * shape.world_size, shape.ring * shape.ulysses
+    worst = 0.0
+    for first in range(0, len(of_all), ranks):
+        weights = [sum(of_all[first + place : first + ranks : shape.ulysses]) for place in range(shape.ulysses)]
+        counts = divide(heads, shape.ulysses, weights)
+        worst = max(worst, *(count * sum(weights) / weight for count, weight in zip(counts, weights, strict=True)))
+    return worst / heads
+
+
+def gain(arrangement: Arrangement, by_speed: bool = True) -> float:
+    """Estimate how many times as fast as the fastest rank all ranks of one sequence are, with shares `by_speed` or
+    equal ones.
+    """
+    speeds, shape = arrangement.speeds.overall, arrangement.mesh
+    ranks = shape.ring * shape.ulysses
+    total = sum(speeds) if by_speed else len(speeds) * min(speeds)
+    return total / max(speeds) / (1 + (_exchange(shape, arrangement) if ranks > 1 else 0.0))
 
 
 def _is_slow(ulysses: int, arrangement: Arrangement) -> bool:
@@ -129,6 +156,8 @@ def _why(shape: MeshShape, rows: int, arrangement: Arrangement, limits: Limits, 
         said.append(_why_ring(shape, arrangement, limits.heads))
     elif ranks < world_size and rows < shape.batch:
         said.append(f"{_heads(limits.heads)}, and no ring with this attention")
+    if arrangement.speeds != ALIKE and ranks > 1 and limits.heads is not None:
+        said.append("each worker by its speed")
     if rows < shape.batch or (limits.heads is None and ranks > 1):
         said.append("some workers do the same work")
     return ", ".join(said)

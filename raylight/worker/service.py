@@ -15,6 +15,7 @@ from raylight.host.jobs import DegreesChosen, ForwardJob, GivenBack, ModelJob, N
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
 from raylight.host.vae_jobs import VaeJob, VaeResult
 from raylight.host.worker_service import WorkerService
+from raylight.parallel.batch import runs_of
 from raylight.parallel.mesh import sequence_axis
 from raylight.sharding.fsdp import reset
 
@@ -85,7 +86,7 @@ class ModelService(WorkerService):
         batch = mesh["batch"]
         if batch.size() == 1:
             return {index: self._sample(run, model, patcher.clone(), index, job) for index, job in enumerate(jobs)}
-        mine = list(range(batch.get_local_rank(), len(jobs), batch.size()))
+        mine = runs_of(batch.get_local_rank(), batch.size(), len(jobs))
         with model.parallel.independent_groups(mesh, in_step=model.recipe.sharding != REPLICATED):
             # A group without a run does the first one too, as it would only wait otherwise.
             return {index: self._sample(run, model, patcher.clone(), index, jobs[index]) for index in mine or [0]}

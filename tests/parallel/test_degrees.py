@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raylight.parallel.degrees import Arrangement, Limits, choose
+from raylight.parallel.degrees import Arrangement, Limits, choose, gain
 from raylight.parallel.mesh import MeshShape
+from raylight.parallel.shares import Speeds
 
 
 def chosen(rows: int, workers: int, heads: int | None = 40, ring: int = 1, fast: int = 0, may_ring: bool = True):
@@ -109,6 +110,41 @@ def test_every_choice_is_a_mesh_of_all_workers() -> None:
                     assert not one.splits_rows or rows >= one.shape.batch
                     assert heads is None or one.shape.ulysses <= heads
                     assert may_ring or one.shape.ring == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "speeds", "expected"),
+    [
+        (2, (10, 9), (2, 1, 1)),
+        (2, (2, 1), (1, 1, 2)),  # the slow worker's row would be waited for
+        (3, (2, 1), (2, 1, 1)),  # two rows and one
+        (2, (2, 1, 2, 1), (2, 1, 2)),  # groups are alike, though their workers are not
+        (2, (2, 2, 1, 1), (1, 1, 4)),
+    ],
+)
+def test_unlike_workers_have_rows_only_if_these_fit_their_speeds(rows, speeds, expected) -> None:
+    arrangement = Arrangement(MeshShape(ulysses=len(speeds)), by_run=True, speeds=Speeds(speeds, speeds))
+    choice = choose(rows, arrangement, Limits(40))
+    assert (choice.shape.batch, choice.shape.ring, choice.shape.ulysses) == expected
+    assert ("each worker by its speed" in str(choice)) == (choice.shape.ulysses > 1)
+
+
+def test_alike_workers_are_as_workers_of_unknown_speed() -> None:
+    for workers in (2, 3, 4, 8):
+        for rows in range(1, 6):
+            for heads in (None, 3, 12, 40):
+                speeds = Speeds((5,) * workers, (5,) * workers)
+                arrangement = Arrangement(MeshShape(ulysses=workers), by_run=True, speeds=speeds)
+                assert choose(rows, arrangement, Limits(heads)).shape == chosen(rows, workers, heads).shape
+
+
+def test_the_gain_of_unlike_workers() -> None:
+    speeds = Speeds((100, 50), (100, 50))
+    arrangement = Arrangement(MeshShape(ulysses=2), speeds=speeds)
+    assert gain(arrangement) == pytest.approx(1.5 / 1.08)
+    assert gain(arrangement, by_speed=False) == pytest.approx(1 / 1.08)
+    alone = Arrangement(MeshShape(ulysses=2), speeds=Speeds((100, 5), (100, 5)))
+    assert gain(alone) < 1, "the fast worker alone would be faster"
 
 
 @pytest.mark.parametrize(

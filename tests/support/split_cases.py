@@ -17,6 +17,7 @@ from raylight.parallel.process_group import any_rank, smallest
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceParallel
 from raylight.parallel.shares import ALIKE, Speeds, use
+from raylight.parallel.speed_trial import Trial, measure
 from raylight.parallel.ulysses import UlyssesAttention
 
 
@@ -158,6 +159,11 @@ def uneven_collectives(rank: int, world: int) -> bool:
 def votes(rank: int, world: int) -> tuple[bool, bool, int]:
     """Return whether one rank's flag, and no flag, reach all ranks, and the smallest number."""
     return any_rank(rank == world - 1), any_rank(False), smallest(100 - rank)
+
+
+def speed_on_the_cpu(rank: int, world: int) -> Trial:
+    """Return what this rank found in a trial of all."""
+    return measure(torch.device("cpu"))
 
 
 def one_rank_fails(rank: int, world: int, how: str) -> None:

@@ -1,0 +1,99 @@
+"""How fast the ranks are: a short trial of what transformers spend their time in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from .process_group import of_all_ranks
+from .shares import ALIKE, Speeds
+
+ALIKE_WITHIN = 1.05  # times the slower speed: GPUs of one kind differ by less
+_WHOLE = 1000  # the fastest rank's speed, of which those of others are parts
+
+# On a GPU large enough to fill it, and in half precision, which all have.
+_CUDA_SIZE, _CUDA_TOKENS, _CPU_SIZE, _CPU_TOKENS = 4096, 4096, 512, 512
+_HEADS, _HEAD_SIZE = 8, 128
+_WARM_UP_S, _TIMED_S, _REPEATS = 0.03, 0.01, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What each rank has done, in operations per second: of products of matrices, and of attention."""
+
+    products: tuple[int, ...]
+    attention: tuple[int, ...]
+
+    @property
+    def speeds(self) -> Speeds:
+        """The ranks' speeds; those that differ by no more than the trial does are the same."""
+        products, attention = _levelled(self.products), _levelled(self.attention)
+        return ALIKE if len({*products}) == len({*attention}) == 1 else Speeds(products, attention)
+
+
+def measure(device: torch.device) -> Trial:
+    """Try all ranks at once, each for about 0.1 s. Collective. Return the same on every rank."""
+    on_gpu = device.type == "cuda"
+    size, tokens = (_CUDA_SIZE, _CUDA_TOKENS) if on_gpu else (_CPU_SIZE, _CPU_TOKENS)
+    dtype = torch.float16 if on_gpu else torch.float32
+    with torch.inference_mode():
+        products, attention = _products(size, device, dtype), _attention(tokens, device, dtype)
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return Trial(tuple(of_all_ranks(products)), tuple(of_all_ranks(attention)))
+
+
+def _products(size: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the operations per second of the product of two matrices (size, size)."""
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    return int(2 * size**3 / _seconds(lambda: matrix @ matrix, device))
+
+
+def _attention(tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the operations per second of attention of PyTorch's choice over so many tokens."""
+    q = torch.randn(1, _HEADS, tokens, _HEAD_SIZE, device=device, dtype=dtype)
+    seconds = _seconds(lambda: functional.scaled_dot_product_attention(q, q, q), device)
+    return int(4 * _HEADS * tokens**2 * _HEAD_SIZE / seconds)
+
+
+def _seconds(call: Callable[[], torch.Tensor], device: torch.device) -> float:
+    """Return the shortest of a few times of `call`, each the mean of some calls, after some to raise the clock."""
+    once = _timed(call, 1, device)
+    began = time.perf_counter()
+    while time.perf_counter() - began < _WARM_UP_S:
+        once = _timed(call, 1, device)
+    calls = max(1, round(_TIMED_S / once))
+    return max(min(_timed(call, calls, device) for _ in range(_REPEATS)), 1e-9)
+
+
+def _timed(call: Callable[[], torch.Tensor], calls: int, device: torch.device) -> float:
+    """Return the seconds of one of several calls; on a GPU without what launching them takes."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return max((time.perf_counter() - began) / calls, 1e-9)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(calls):
+        call()
+    ended.record()
+    ended.synchronize()
+    return max(began.elapsed_time(ended) / 1000 / calls, 1e-9)
+
+
+def _levelled(measured: Sequence[int]) -> tuple[int, ...]:
+    """Return speeds relative to the fastest, `_WHOLE`. Ranks that are alike have the mean of their speeds."""
+    level: dict[int, float] = {}
+    group: list[int] = []
+    for one in sorted(measured, reverse=True):
+        if group and group[0] > ALIKE_WITHIN * one:
+            group = []
+        group.append(one)
+        level.update(dict.fromkeys(group, sum(group) / len(group)))
+    fastest = max(level.values())
+    return tuple(max(1, round(_WHOLE * level[one] / fastest)) for one in measured)
