@@ -16,8 +16,9 @@ For as long as a `with` block (`replaced`, `replaced_on`), after which the origi
 
 For the life of the process:
 
-- `optimized_attention` in the Python modules of models that call it without their `transformer_options`
-  (`route_unhooked_calls`): ComfyUI's `optimized_attention_override` is one of these options.
+- `optimized_attention`, and `optimized_attention_for_device`, which chooses such a function, in the Python modules of
+  models that call it without their `transformer_options` (`route_unhooked_calls`): ComfyUI's
+  `optimized_attention_override` is one of these options.
 
 Not here, as it is not ComfyUI's: methods of model instances that Raylight has built for itself (`driver.weightless`,
 `worker.batch_parallel`); and the command line and folders that `settings` gives to ComfyUI in a worker.
@@ -32,10 +33,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 NAME = "optimized_attention"
+FOR_DEVICE = "optimized_attention_for_device"
 _MARK = "raylight_routed"
 _MISSING = object()
 
@@ -81,20 +84,35 @@ def route_unhooked_calls(model: nn.Module, modules: Iterable[str]) -> list[Remov
         return []
     for name in modules:
         module = importlib.import_module(name)
-        function = getattr(module, NAME, None)
-        if not callable(function) or not hasattr(function, "__wrapped__"):
+        found = doors_in(module)
+        if not found:
             raise RuntimeError(
                 f"this version of ComfyUI has changed {name}: it has no {NAME} that takes an override, so "
                 f"{type(model).__name__} cannot be split over workers. Update Raylight, or use GPU = 1"
             )
-        if not hasattr(function, _MARK):
-            setattr(module, NAME, _with_options(function))
+        for door in found:
+            function = getattr(module, door)
+            if not hasattr(function, _MARK):
+                setattr(module, door, (_with_options if door == NAME else _choosing)(function))
     return [
         model.register_forward_pre_hook(_enter, with_kwargs=True),
         model.register_forward_hook(_leave, always_call=True),
     ]
 
 
+def doors_in(module: ModuleType) -> tuple[str, ...]:
+    """Return the names by which a module of ComfyUI has attention functions that take an override. None if one of them
+    does not take any.
+    """
+    found = {door: getattr(module, door) for door in (NAME, FOR_DEVICE) if callable(getattr(module, door, None))}
+    for door, function in found.items():
+        attention = function if door == NAME else function(torch.device("cpu"))
+        if not hasattr(attention, "__wrapped__"):
+            return ()
+    return tuple(found)
+
+
+@functools.cache
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def attention(*args: Any, **kwargs: Any) -> Any:
@@ -104,6 +122,17 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     setattr(attention, _MARK, True)
     return attention
+
+
+def _choosing(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that chooses as ComfyUI's does, of functions that get the options."""
+
+    @functools.wraps(choose)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return _with_options(choose(*args, **kwargs))
+
+    setattr(chosen, _MARK, True)
+    return chosen
 
 
 def _enter(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

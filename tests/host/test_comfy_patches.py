@@ -60,15 +60,34 @@ def test_a_forward_that_fails_leaves_nothing_behind(module: types.ModuleType) ->
     assert split(q, transformer_options=OPTIONS) == "overridden"
 
 
+class Choosing(Model):
+    def forward(self, q: torch.Tensor, transformer_options: dict[str, Any]) -> torch.Tensor:
+        return self.module.optimized_attention_for_device(q.device)(q, q, q, 2)
+
+
+def test_options_reach_an_attention_that_is_chosen_by_device(module: types.ModuleType) -> None:
+    del module.optimized_attention
+    module.optimized_attention_for_device = comfy.ldm.modules.attention.optimized_attention_for_device
+    q, split, other = torch.randn(1, 3, 8), Choosing(module), Choosing(module)
+    for _ in range(2):
+        comfy_patches.route_unhooked_calls(split, [NAME])
+    assert split(q, transformer_options=OPTIONS) == "overridden"
+    assert torch.is_tensor(other(q, transformer_options=OPTIONS)), "another model with this module stays as it is"
+    here, stock = module.optimized_attention_for_device(q.device), comfy.ldm.modules.attention.attention_sub_quad
+    assert here is not stock and here.__wrapped__ is stock
+
+
 def test_is_opened_once(module: types.ModuleType) -> None:
     for _ in range(2):
         comfy_patches.route_unhooked_calls(Model(module), [NAME])
     assert module.optimized_attention.__wrapped__ is comfy.ldm.modules.attention.attention_pytorch
 
 
-@pytest.mark.parametrize("function", [None, lambda q, k, v, heads: q])
-def test_refuses_a_comfyui_that_has_changed(module: types.ModuleType, function: Any) -> None:
-    module.optimized_attention = function
+@pytest.mark.parametrize("door", ["optimized_attention", "optimized_attention_for_device"])
+@pytest.mark.parametrize("function", [None, lambda *_: lambda q, k, v, heads: q])
+def test_refuses_a_comfyui_that_has_changed(module: types.ModuleType, function: Any, door: str) -> None:
+    module.optimized_attention = None
+    setattr(module, door, function)
     with pytest.raises(RuntimeError, match=f"this version of ComfyUI has changed {NAME}: .* Update Raylight"):
         comfy_patches.route_unhooked_calls(Model(module), [NAME])
 
