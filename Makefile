@@ -7,7 +7,7 @@ COMFYUI ?=
 BOOTSTRAP = $(PYTHON) raylight/dev/setup/bootstrap.py $(if $(COMFYUI),--comfyui $(COMFYUI))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu smoke lint format types models versions workflows screenshots clean
+.PHONY: help setup demo test test-all test-gpu smoke check lint format types models versions workflows screenshots clean
 
 help:
 	@echo "make demo                   draw with a small model in a real ComfyUI, by stock nodes and by Ray workers"
@@ -15,6 +15,7 @@ help:
 	@echo "make test ARGS=\"-k parity\"  run the tests that a path in tests/, -k or -m selects, slow or not"
 	@echo "make test-all               run all tests; some need Chromium"
 	@echo "make smoke                  run a few tests that show whether a release of ComfyUI works at all"
+	@echo "make check                  say what of ComfyUI is gone that Raylight stands on, in less than a minute"
 	@echo "make test-gpu               run the tests that need GPUs, on all GPUs (CUDA_VISIBLE_DEVICES selects)"
 	@echo "make lint                   check style (ruff), formatting (ruff format) and types (pyright)"
 	@echo "make format                 format the code with ruff format"
@@ -27,6 +28,7 @@ help:
 	@echo
 	@echo "make test COMFYUI=0.24                use that release of ComfyUI: 0.24, 0.27 or 0.30"
 	@echo "COMFYUI_PATH=/my/ComfyUI make demo    use your ComfyUI"
+	@echo "make check COMFYUI_PATH=/my/ComfyUI   check yours, of whatever release, after an update"
 	@echo "make demo ARGS=\"--help\"               list the options of the demo"
 
 setup:
@@ -43,6 +45,9 @@ test-all:
 
 smoke:
 	@$(BOOTSTRAP) smoke $(ARGS)
+
+check:
+	@$(BOOTSTRAP) check
 
 test-gpu:
 	@$(BOOTSTRAP) test-gpu $(ARGS)

@@ -42,7 +42,16 @@ def test_rejects_wrong_comfyui_path_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["setup", "more"], ["comfyui-path", "more"], ["--comfyui"], ["--comfyui", "0.24"]]
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["setup", "more"],
+        ["check", "more"],
+        ["comfyui-path", "more"],
+        ["--comfyui"],
+        ["--comfyui", "0.24"],
+    ],
 )
 def test_rejects_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert bootstrap.main(arguments) == 2
@@ -85,6 +94,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[st
         (["test", "-x", "tests/setup"], ["-m", "pytest", "-q", "-x", "tests/setup"]),
         (["test", "tests/setup/test_link.py::t"], ["-m", "pytest", "-q", "tests/setup/test_link.py::t"]),
         (["smoke"], ["-m", "pytest", "-q", "-m", "smoke", "tests"]),
+        (["check"], ["-m", "raylight.dev.check"]),
         (["test-gpu", "-k", "lora"], ["-m", "pytest", "-q", "-rs", "tests/gpu", "-k", "lora"]),
         (["lint"], ["-m", "ruff", "check"]),
         (["format", "--check"], ["-m", "ruff", "format", "--check"]),
@@ -104,6 +114,29 @@ def test_types_use_environment_and_comfyui(ready: list[tuple[list[str], Path, di
     ((command, _, environ),) = ready
     assert command[1:] == ["-m", "basedpyright", "--pythonpath", command[0]]
     assert environ["PYTHONPATH"] == str(tmp_path)
+
+
+def test_checks_a_comfyui_beside_what_is_set_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it wants in other versions goes into an environment of its own, and nothing into `.venv`."""
+    own = tmp_path / "own"
+    for name in ("main.py", "nodes.py", "comfy/ops.py", "requirements.txt", "comfyui_version.py"):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / name).write_text('__version__ = "0.99.1"\n')
+    asked: list[object] = []
+    runs: list[tuple[list[str], str]] = []
+    env = Environment(tmp_path / ".venv")
+    monkeypatch.setenv("COMFYUI_PATH", str(own))
+    monkeypatch.setattr(bootstrap, "set_up", lambda _, environ: asked.append(environ) or (None, env))
+    monkeypatch.setattr(bootstrap.overlay, "create_over", lambda below, root: Environment(root))
+    monkeypatch.setattr(bootstrap.overlay, "requirements_over", lambda *_: None)
+    monkeypatch.setattr(bootstrap.environment, "install", lambda over, *_: True)
+    monkeypatch.setattr(
+        bootstrap, "run_child", lambda command, cwd, environ: runs.append((command, environ["COMFYUI_PATH"])) or 0
+    )
+    assert bootstrap.main(["check"]) == 0
+    python = Environment(ROOT / ".venv-0.99").python
+    assert asked == [{}] and runs == [([str(python), "-m", "raylight.dev.check"], str(own))]
+    assert not (own / "custom_nodes").exists()
 
 
 def test_runs_with_release(ready: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@
                     tests: a path in tests/, -k, -m, --last-failed
     test-all [...]  the same with slow tests
     smoke [...]     set up, then run a few tests that show whether a release of ComfyUI works at all
+    check           set up, then say what of ComfyUI is gone that Raylight stands on
     test-gpu [...]  set up, then run the tests that need GPUs, on all that PyTorch sees
     lint [...]      set up, then run ruff check with these arguments
     format [...]    set up, then run ruff format with these arguments
@@ -18,7 +19,8 @@
 
 The ComfyUI is that of $COMFYUI_PATH, or the one whose custom_nodes/ holds this checkout, or a downloaded copy. With
 --comfyui 0.24 (0.27, 0.30) it is a copy of that release; packages that it needs in other versions than those in .venv
-go into .venv-0.24. A second run finds everything in place and does nothing.
+go into .venv-0.24. check does so for the ComfyUI of $COMFYUI_PATH too, and changes nothing in .venv or in that ComfyUI.
+A second run finds everything in place and does nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ COMMANDS = {
     "test": ["-m", "pytest", "-q"],
     "test-all": ["-m", "pytest", "-q"],
     "smoke": ["-m", "pytest", "-q", "-m", "smoke"],
+    "check": ["-m", "raylight.dev.check"],
     "test-gpu": ["-m", "pytest", "-q", "-rs", "tests/gpu"],
     "lint": ["-m", "ruff", "check"],
     "format": ["-m", "ruff", "format"],
@@ -67,7 +70,7 @@ def main(arguments: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(__doc__)
         return 0
-    if command not in (*COMMANDS, "comfyui-path") or (rest and command in ("setup", "comfyui-path")):
+    if command not in (*COMMANDS, "comfyui-path") or (rest and command in ("setup", "check", "comfyui-path")):
         print(__doc__, file=sys.stderr)
         return 2
     try:
@@ -78,7 +81,10 @@ def main(arguments: list[str]) -> int:
         if command == "comfyui-path":
             print(found_comfyui(checkouts).root)
             return 0
-        host, env = set_up(checkouts)
+        if command == "check" and os.environ.get(comfyui.VARIABLE):
+            host, env = set_up_own(checkouts)
+        else:
+            host, env = set_up(checkouts)
         if release:
             host, env = set_up_release(checkouts[0], release, host, env)
     except SetupError as error:
@@ -133,11 +139,14 @@ def found_comfyui(checkouts: list[Path]) -> comfyui.ComfyUI:
     return found
 
 
-def set_up(checkouts: list[Path]) -> tuple[comfyui.ComfyUI, environment.Environment]:
+def set_up(
+    checkouts: list[Path], environ: Mapping[str, str] | None = None
+) -> tuple[comfyui.ComfyUI, environment.Environment]:
     """Set up all that the demo and the tests need. Cheap if it is already there."""
     checkout = checkouts[0]
     say(f"Python {'.'.join(map(str, sys.version_info[:3]))}")
-    host = comfyui.find(checkouts, os.environ)  # before pip takes minutes: COMFYUI_PATH may be wrong
+    # Before pip takes minutes: COMFYUI_PATH may be wrong.
+    host = comfyui.find(checkouts, os.environ if environ is None else environ)
     if host is not None:
         check_place(host.root, checkout)  # likewise
     env = environment.Environment(checkout / ".venv")
@@ -164,12 +173,30 @@ def set_up_release(
     else:
         copy = comfyui.fetch(checkout, env.python, version)
     say(f"ComfyUI {copy.version} {copy.origin}: {copy.root}")
-    over = overlay.create_over(env, overlay.overlay_root(checkout, version))
-    what = f"what ComfyUI {version} wants in other versions (0.5 GB, less than a minute)"
-    changed = environment.install(over, overlay.requirements_over(env, copy.root), what)
-    say(f"the environment {over.root} is {'complete now' if changed else 'up to date'}")
+    over = environment_over(checkout, env, copy)
     link(copy, checkout)
     return copy, over
+
+
+def set_up_own(checkouts: list[Path]) -> tuple[comfyui.ComfyUI, environment.Environment]:
+    """Set up an environment for the ComfyUI of $COMFYUI_PATH over the one of `set_up` without it, which stays as it is.
+
+    Raises SetupError: it is not a ComfyUI.
+    """
+    own = comfyui.find(checkouts, os.environ)
+    assert own is not None
+    _, env = set_up(checkouts, {})
+    say(f"ComfyUI {own.version} {own.origin}: {own.root}")
+    return own, environment_over(checkouts[0], env, own)
+
+
+def environment_over(checkout: Path, env: environment.Environment, host: comfyui.ComfyUI) -> environment.Environment:
+    """Set up an environment over `env` with what a ComfyUI wants in other versions."""
+    over = overlay.create_over(env, overlay.overlay_root(checkout, host.version))
+    what = f"what ComfyUI {host.version} wants in other versions (0.5 GB, less than a minute)"
+    changed = environment.install(over, overlay.requirements_over(env, host.root), what)
+    say(f"the environment {over.root} is {'complete now' if changed else 'up to date'}")
+    return over
 
 
 def link(host: comfyui.ComfyUI, checkout: Path) -> None:

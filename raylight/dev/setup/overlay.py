@@ -17,8 +17,8 @@ PATH_FILE = "raylight-below.pth"
 
 
 def overlay_root(checkout: Path, version: str) -> Path:
-    """Return the path of a release's environment: .venv-0.24 for 0.24.0."""
-    return checkout / f".venv-{version.rpartition('.')[0]}"
+    """Return the path of a release's environment: .venv-0.24 for 0.24.0, .venv-own for one that has no version."""
+    return checkout / f".venv-{version.rpartition('.')[0] or 'own'}"
 
 
 def create_over(below: Environment, root: Path) -> Environment:
