@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import logging
 import os
+import platform
 import queue
 import threading
 import time
@@ -27,7 +28,7 @@ from raylight.parallel.degrees import Arrangement, DegreesByRun
 from raylight.parallel.mesh import Meshes
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
 
-from . import ray_environment, status
+from . import network, ray_environment, status
 from .config import ServiceSpec
 from .errors import NCCL_BYTES, OutOfMemory, RunCancelled, is_out_of_memory, may_be_out_of_memory
 from .quick_imports import quick_imports
@@ -39,17 +40,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank runs. `gpu` is the index of its GPU on that machine, None if unknown or without one."""
+    """Where a rank runs: the address and the name of its machine, and Ray's id for it. `gpu` is the index of its GPU
+    on that machine, None if unknown or without one.
+    """
 
     rank: int
     host: str
     pid: int
     device: str
     gpu: int | None = None
+    machine: str = ""
+    node: str = ""
+
+    @property
+    def where(self) -> str:
+        """The machine, for messages: its name and address, or the address alone within one machine."""
+        is_here = self.host.startswith("127.") or not self.machine
+        return self.host if is_here else f"{self.machine}, {self.host}"
 
     def __str__(self) -> str:
         device = self.device if self.gpu is None else f"{self.device}, GPU {self.gpu}"
-        return f"rank {self.rank} ({device}, pid {self.pid} on {self.host})"
+        return f"rank {self.rank} ({device}, pid {self.pid} on {self.where})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +177,9 @@ class RankActor:
                 raise RuntimeError(f"the worker of rank {self._rank} sees no GPU")
             device = torch.cuda.get_device_name(0)
             WORKER.mark("CUDA")
-        return Place(self._rank, ray.util.get_node_ip_address(), os.getpid(), device, self._gpu)
+        node = ray.get_runtime_context().get_node_id()
+        host = ray.util.get_node_ip_address()
+        return Place(self._rank, host, os.getpid(), device, self._gpu, platform.node(), node)
 
     @ray.method(concurrency_group="control")
     def open_store(self, host: str, timeout_s: float) -> Rendezvous:
@@ -180,6 +193,7 @@ class RankActor:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             WORKER.mark("CUDA context")
+        network.use_route_to(rendezvous.host)
         with self._explain_out_of_memory():
             join_world(rendezvous, self._rank, self._device, self._store)
         WORKER.mark("met")

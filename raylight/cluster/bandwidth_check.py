@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from raylight.parallel.bandwidth import UNEVEN, Links, fast_ranks
 
+from . import machines
 from .actor import Place
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,13 @@ def known(places: Iterable[Place]) -> Links | None:
     return _known.get(key_of(places))
 
 
-def known_fast_ranks(places: Mapping[int, Place]) -> int:
-    """Return `fast_ranks` of the GPUs at these places, 0 if their links are not known or if there are no GPUs."""
+def fast_ranks_of(places: Mapping[int, Place]) -> int:
+    """Return how many ranks, next to each other, form groups with links that are several times faster than others, as
+    measured between GPUs, or else by their machines; 0 if no link is.
+    """
     links = known(places.values())
     if links is None or any(place.gpu is None for place in places.values()):
-        return 0
+        return machines.fast_ranks([places[rank].node for rank in sorted(places)])
     return fast_ranks(links, len(places))
 
 

@@ -1,7 +1,8 @@
-"""The GPU and CPU of each rank, and the environment that its process starts with."""
+"""The machine, GPU and CPU of each rank, and the environment that its process starts with."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,34 +11,44 @@ import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from . import ray_environment
+from . import machines, ray_environment
 from .config import ServiceSpec, SessionConfig
 from .errors import RunCancelled
-from .ray_environment import user_variables
+from .ray_environment import PATH_VARIABLE, user_variables
 from .ray_runtime import loopback_interface
+from .timeouts import with_timeout
+
+logger = logging.getLogger(__name__)
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _LOCAL_S, _POLL_S = 30.0, 0.1
+_GROW_S = 30.0  # a cluster may grow; a machine does not
+_CLUSTER_S = 10.0  # for Ray to answer, and to reserve what is free
+_PINNED = 0.001  # of the resource that each machine has one of
 
 
 def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> PlacementGroup:
-    """Reserve a CPU, and a GPU if Ray is to choose it, for each rank.
+    """Reserve a CPU, and a GPU if Ray is to choose it, for each rank. In a cluster, choose the machine of each rank.
 
-    Raises RuntimeError: when there are not enough. Raises RunCancelled: when cancelled.
+    Raises RuntimeError: when there are not enough. Raises TimeoutError: when the cluster does not answer. Raises
+    RunCancelled: when cancelled.
     """
     bundle = {"CPU": 1.0}
     if config.device_type == "cuda" and not config.gpu_select:
         bundle["GPU"] = 1.0
+    return _reserve_here(config, bundle, wants_cancel) if config.is_local else _reserve(config, bundle, wants_cancel)
+
+
+def _reserve_here(
+    config: SessionConfig, bundle: Mapping[str, float], wants_cancel: Callable[[], bool]
+) -> PlacementGroup:
     group = placement_group([dict(bundle) for _ in range(config.world_size)], strategy="PACK")
-    deadline = time.monotonic() + (_LOCAL_S if config.is_local else config.start_timeout_s)
+    deadline = time.monotonic() + _LOCAL_S
     while not group.wait(timeout_seconds=_POLL_S):
         if wants_cancel():
             remove_placement_group(group)
             raise RunCancelled
-        # A cluster may grow; a machine does not.
-        never = config.is_local and any(
-            ray.cluster_resources().get(name, 0) < count * config.world_size for name, count in bundle.items()
-        )
+        never = any(ray.cluster_resources().get(name, 0) < count * config.world_size for name, count in bundle.items())
         if time.monotonic() < deadline and not never:
             continue
         free = ray.cluster_resources() if never else ray.available_resources()
@@ -50,6 +61,60 @@ def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> Placemen
     return group
 
 
+def _reserve(config: SessionConfig, bundle: Mapping[str, float], wants_cancel: Callable[[], bool]) -> PlacementGroup:
+    """Reserve on machines of a cluster that answer. Wait for what others use, and a while for more machines."""
+    began = time.monotonic()
+    while True:
+        found, free = with_timeout(machines.alive_and_free, _CLUSTER_S, "Ray's list of the cluster's machines")
+        assigned = machines.assign([machines.workers_on(free[one.node], bundle) for one in found], config.mesh)
+        if assigned is not None:
+            group = _reserve_on([found[index] for index in assigned], bundle, wants_cancel)
+            if group is not None:
+                _note(config, [found[index].name for index in assigned])
+                return group
+        elif wants_cancel():
+            raise RunCancelled
+        in_all = sum(machines.workers_on(one.resources, bundle) for one in found)
+        waited_s = time.monotonic() - began
+        if waited_s > config.start_timeout_s or (in_all < config.world_size and waited_s > _GROW_S):
+            have = "; ".join(f"{one} has {_counts(free[one.node], bundle)} free" for one in found)
+            raise RuntimeError(
+                f"{config.world_size} workers need {_counts(bundle, bundle)} each, and the cluster has room for "
+                f"{in_all} when nothing else uses it. Machines that answer: {have or 'none'}. Lower GPU (0 takes what "
+                f"is there), free what uses them, or add a machine"
+            )
+        time.sleep(_POLL_S)
+
+
+def _reserve_on(
+    places: list[machines.Machine], bundle: Mapping[str, float], wants_cancel: Callable[[], bool]
+) -> PlacementGroup | None:
+    """Reserve for each rank on its machine; None if something else was faster."""
+    group = placement_group([{**bundle, place.resource: _PINNED} for place in places], strategy="PACK")
+    deadline = time.monotonic() + _CLUSTER_S
+    while not group.wait(timeout_seconds=_POLL_S):
+        cancelled = wants_cancel()
+        if cancelled or time.monotonic() > deadline:
+            remove_placement_group(group)
+            if cancelled:
+                raise RunCancelled
+            return None
+    return group
+
+
+def _note(config: SessionConfig, names: list[str]) -> None:
+    """Log how the ranks are spread, and warn where Ulysses exchanges over the network."""
+    if len(set(names)) == 1:
+        return
+    logger.info("ranks by machine: %s", ", ".join(f"{rank} on {name}" for rank, name in enumerate(names)))
+    if not config.by_run and machines.splits_ulysses(names, config.mesh):
+        logger.warning(
+            "ulysses_degree = %d goes over the network, as no machine has room for so many workers: ring_degree, "
+            "cfg_degree, dp_degree or FSDP send less there, or degrees of 0",
+            config.mesh.ulysses,
+        )
+
+
 def _counts(resources: Mapping[str, float], names: Iterable[str]) -> str:
     counts = {name: f"{resources.get(name, 0):g}" for name in sorted(names, reverse=True)}
     return " and ".join(f"{count} {name}{'' if count == '1' else 's'}" for name, count in counts.items())
@@ -58,6 +123,9 @@ def _counts(resources: Mapping[str, float], names: Iterable[str]) -> str:
 def environment(config: SessionConfig, service: ServiceSpec) -> dict[str, str]:
     """Return the environment variables that all ranks' processes start with."""
     path = [*service.python_path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if not config.is_local:
+        # Ray replaces it on each machine: one that was set up by `raylight.machine` names its own folders.
+        path.insert(0, f"${{{PATH_VARIABLE}}}")
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
     for name in ALLOCATOR_VARIABLES:
         if "cudaMallocAsync" in os.environ.get(name, ""):

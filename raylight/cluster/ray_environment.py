@@ -157,6 +157,7 @@ def folder_remedy() -> str:
     )
 
 
+PATH_VARIABLE = "RAYLIGHT_PATH"  # of a machine of a cluster: where its workers find ComfyUI and Raylight
 TOKEN, TOKEN_PATH, AUTH_MODE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",

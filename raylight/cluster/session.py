@@ -197,7 +197,7 @@ class Session:
     def arrangement(self) -> Arrangement:
         """How the ranks are to be arranged by this configuration."""
         by_run, speeds = self.config.by_run, speed_check.speeds_of(self.places)
-        fast_ranks = bandwidth_check.known_fast_ranks(self.places) if by_run else 0
+        fast_ranks = bandwidth_check.fast_ranks_of(self.places) if by_run else 0
         return Arrangement(self.config.mesh, by_run, fast_ranks, speeds)
 
     @property

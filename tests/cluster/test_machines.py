@@ -1,0 +1,48 @@
+"""Which machine gets which rank."""
+
+from __future__ import annotations
+
+import pytest
+
+from raylight.cluster.machines import assign, fast_ranks, splits_ulysses, workers_on
+from raylight.parallel.mesh import MeshShape
+
+
+@pytest.mark.parametrize(
+    ("room", "mesh", "expected"),
+    [
+        # All on one machine if one has room, the first that does.
+        ([2, 4], MeshShape(ulysses=4), [1, 1, 1, 1]),
+        ([4, 8], MeshShape(batch=2, ulysses=2), [0, 0, 0, 0]),
+        # Sequence groups as a whole, though more would fit on the first.
+        ([3, 3], MeshShape(batch=2, ulysses=2), [0, 0, 1, 1]),
+        ([0, 2, 2], MeshShape(batch=2, ring=2), [1, 1, 2, 2]),
+        # A ring goes across, Ulysses does not.
+        ([3, 2], MeshShape(ring=2, ulysses=2), [0, 0, 1, 1]),
+        ([5, 3], MeshShape(ring=2, ulysses=3), [0, 0, 0, 1, 1, 1]),
+        # Ulysses goes across only where nothing else is possible.
+        ([1, 1], MeshShape(ulysses=2), [0, 1]),
+        ([3, 1], MeshShape(ring=2, ulysses=2), [0, 0, 0, 1]),
+        ([1, 1], MeshShape(ulysses=3), None),
+    ],
+)
+def test_ranks_are_spread_by_what_they_exchange(room: list[int], mesh: MeshShape, expected: list[int] | None) -> None:
+    assert assign(room, mesh) == expected
+
+
+@pytest.mark.parametrize(
+    ("machines", "expected"), [("aa", 0), ("ab", 1), ("aabb", 2), ("aaab", 1), ("aaaabb", 2), ("aabbcc", 2)]
+)
+def test_links_within_a_machine_are_fast(machines: str, expected: int) -> None:
+    assert fast_ranks(machines) == expected
+
+
+def test_ulysses_across_machines_is_noticed() -> None:
+    assert not splits_ulysses("aabb", MeshShape(ring=2, ulysses=2))
+    assert splits_ulysses("aaab", MeshShape(ring=2, ulysses=2))
+
+
+def test_room_is_that_of_the_scarcest_resource() -> None:
+    assert workers_on({"CPU": 3.5, "GPU": 2}, {"CPU": 1, "GPU": 1}) == 2
+    assert workers_on({"CPU": 1.5, "GPU": 2}, {"CPU": 1, "GPU": 1}) == 1
+    assert workers_on({"CPU": 8}, {"CPU": 1, "GPU": 1}) == 0
