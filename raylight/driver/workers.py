@@ -11,13 +11,13 @@ import comfy.model_management
 
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
-from raylight.cluster.errors import DIED, HUNG, OUT_OF_MEMORY, RunCancelled
+from raylight.cluster.errors import DIED, HUNG, MACHINE_LOST, OUT_OF_MEMORY, RunCancelled
 from raylight.cluster.session import Session
 from raylight.host import settings
 from raylight.host.jobs import DegreesChosen, LoadProgress, NeedsBytes
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 
-from . import memory, progress
+from . import machine_files, memory, progress
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,11 @@ def remedies(config: SessionConfig, sharding: str | None, kind: str) -> str:
         return (
             f"{_RESTART}. If it happens again, the system's memory may be too small: "
             f"{'; '.join(_for_memory(config, sharding))}."
+        )
+    if kind == MACHINE_LOST:
+        return (
+            f"{_RESTART}: with GPU = 0 and degrees of 0 on the machines that are left, else when as many workers have "
+            f"room again."
         )
     if kind == HUNG:
         return (
@@ -163,6 +168,10 @@ def ask_with_room(
 
     Raises what `ask_all` raises.
     """
+    try:
+        machine_files.ensure(session, about, comfy.model_management.processing_interrupted)
+    except RunCancelled:
+        _interrupt()
     refusals_left = _REFUSALS if session.config.device_type == "cuda" else 0
     try:
         while True:

@@ -19,6 +19,7 @@ from .checkpoint import MappedModel, load_mapped
 from .exported import load_exported
 from .gguf import load_gguf
 from .log_messages import first_few, is_worker
+from .model_files import here
 from .recipe import ModelRecipe
 from .tensor_file import describe_error
 
@@ -60,9 +61,9 @@ def map_file(recipe: ModelRecipe, log_unused: bool = True) -> MappedModel:
         if recipe.export is not None:
             return load_exported(recipe)
         if recipe.gguf_pack:
-            mapped = load_gguf(recipe.path, recipe.gguf_pack)
+            mapped = load_gguf(here(recipe.path), recipe.gguf_pack)
         else:
-            mapped = load_mapped(recipe.path, _OPTIONS[recipe.weight_dtype])
+            mapped = load_mapped(here(recipe.path), _OPTIONS[recipe.weight_dtype])
     if mapped.unused and log_unused and not is_worker():
         logger.warning(
             "%s is loaded without %d of its tensors, for which %s has no place (unet unexpected: %s)",
@@ -85,7 +86,7 @@ def file_errors(recipe: ModelRecipe) -> Iterator[None]:
             f"the weights of {recipe.name} that workers had in memory have gone with the model that they "
             f"were of, or others have taken their place: run the prompt again from its loader"
         )
-    if not os.path.isfile(recipe.path):
+    if not os.path.isfile(here(recipe.path)):
         raise ValueError(f"the model file {recipe.path} is not there on the machine of this worker")
     try:
         yield

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import other_machine
+
 # Libraries that the import of ComfyUI and of Raylight's workers takes most of its time for. None of them starts CUDA or
 # a thread. One that is not there is left out.
 LIBRARIES = tuple(
@@ -24,18 +26,31 @@ LIBRARIES = tuple(
 )
 # One that looks for GPUs when it is imported.
 LIBRARIES_FOR_GPUS = ("comfy_kitchen",)
+# Arguments of ComfyUI that name folders and files of its machine.
+_FOLDER_ARGUMENTS = (
+    "base_directory",
+    "models_directory",
+    "output_directory",
+    "temp_directory",
+    "input_directory",
+    "user_directory",
+    "extra_model_paths_config",
+)
 PACK_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True)
 class HostSettings:
     """The parsed command line and the model folders of the ComfyUI that started the workers, and the `gpu_identity` of
-    the GPU that it uses itself.
+    the GPU that it uses itself. `machine` is the identity of its machine, and `versions` are those by which workers on
+    others must be alike.
     """
 
     arguments: dict[str, Any]
     model_folders: dict[str, tuple[tuple[str, ...], frozenset[str]]] = field(default_factory=dict)
     gpu: str = ""
+    machine: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def comfy_root() -> str:
@@ -62,13 +77,15 @@ def capture() -> HostSettings:
         name: (tuple(os.path.abspath(path) for path in paths), frozenset(extensions))
         for name, (paths, extensions) in folder_paths.folder_names_and_paths.items()
     }
-    return HostSettings(dict(vars(args)), folders, gpu_identity(comfy.model_management.get_torch_device()))
+    gpu = gpu_identity(comfy.model_management.get_torch_device())
+    return HostSettings(dict(vars(args)), folders, gpu, other_machine.identity(), other_machine.versions())
 
 
 def apply(settings: HostSettings, device_type: str) -> None:
     """Set ComfyUI up in a worker, before any other import of ComfyUI in its process.
 
-    Raises RuntimeError: when ComfyUI was imported before.
+    Raises RuntimeError: when ComfyUI was imported before. Raises ValueError: on another machine than that of ComfyUI's
+    process, when this one has other versions.
     """
     if "comfy.model_management" in sys.modules:
         raise RuntimeError("ComfyUI was imported in this worker before its settings were applied")
@@ -78,8 +95,18 @@ def apply(settings: HostSettings, device_type: str) -> None:
     args.cpu = device_type == "cpu"
     # The worker's one GPU is chosen by Ray; the driver's choice of device is not the worker's.
     args.cuda_device = args.default_device = None
+    is_other = settings.machine not in ("", other_machine.identity())
+    if is_other:
+        other_machine.check_versions(settings.versions)
+        for name in _FOLDER_ARGUMENTS:
+            if hasattr(args, name):
+                setattr(args, name, None)
 
     import folder_paths
+
+    if is_other:
+        other_machine.add_model_folders(settings.model_folders)
+        return
 
     folder_paths.folder_names_and_paths.update(
         {name: (list(paths), set(extensions)) for name, (paths, extensions) in settings.model_folders.items()}

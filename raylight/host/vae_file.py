@@ -21,6 +21,7 @@ from .checkpoint import WithoutMemory
 from .comfy_patches import replaced
 from .loading import file_errors
 from .log_messages import captured_log, first_few
+from .model_files import here
 from .vae_jobs import VaeRecipe
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def _read(recipe: VaeRecipe) -> tuple[dict[str, Tensor], Any]:
     if recipe.export is not None:
         return tensor_file.by_header(recipe.path)
     read = tensor_file.tolerant_reader(comfy.utils.load_torch_file)
-    return read(recipe.path, safe_load=True, return_metadata=True)
+    return read(here(recipe.path), safe_load=True, return_metadata=True)
 
 
 def _build(tensors: dict[str, Tensor], metadata: Any) -> Any:

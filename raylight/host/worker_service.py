@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Protocol
 
+import numpy as np
+
 from raylight.cluster.actor import Run
 from raylight.cluster.config import Service
 from raylight.cluster.serialization import SerializedObject
 
 from .jobs import ForwardJob, GivenBack, NeedsBytes, RankMemory, RunJob, RunResult
+from .model_files import FoundFile, ModelFile
 from .recipe import ModelRecipe
 from .vae_jobs import VaeJob, VaeResult
 
@@ -75,3 +78,14 @@ class WorkerService(Service, Protocol):
     @abstractmethod
     def memory(self, run: Run) -> RankMemory:
         """Return how much memory this rank uses, and its models, the least recently used first."""
+
+    @abstractmethod
+    def find_files(self, run: Run, files: tuple[ModelFile, ...]) -> tuple[FoundFile, ...]:
+        """Return what this rank's machine has of files of ComfyUI's machine. Where it has them, they are read there."""
+
+    @abstractmethod
+    def receive_file(self, run: Run, file: ModelFile, offset: int, data: np.ndarray, ranks: frozenset[int]) -> None:
+        """Write a part of a file, (bytes,) uint8, into the cache of this rank's machine, if `ranks` has this rank.
+
+        Raises OSError: when it cannot be written. Raises ValueError: when the file is not what was described.
+        """

@@ -22,6 +22,7 @@ from torch import Tensor
 from raylight.cluster.errors import is_out_of_memory
 from raylight.host import tensor_file
 from raylight.host.log_messages import captured_log, first_few
+from raylight.host.model_files import here
 from raylight.host.recipe import LoraRecipe
 
 _META = torch.device("meta")
@@ -166,10 +167,10 @@ def read_lora(recipe: LoraRecipe, keys: Mapping[str, Any], shapes: WeightShapes)
     Raises ValueError: when the file cannot be read, has nothing that fits the model, or would end the run in ComfyUI;
     the message names the file.
     """
-    if not os.path.isfile(recipe.path):
+    if not os.path.isfile(here(recipe.path)):
         raise ValueError(f"the LoRA file {recipe.path} is not there on the machine of this worker")
     try:
-        tensors = tensor_file.read(recipe.path)
+        tensors = tensor_file.read(here(recipe.path))
     except Exception as error:  # of safetensors, pickle, zip, the system: whatever the file is instead
         if is_out_of_memory(error):
             raise

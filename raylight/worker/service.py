@@ -6,12 +6,15 @@ import functools
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
+from raylight.host import model_files
 from raylight.host.gpu_identity import gpu_identity
 from raylight.host.jobs import DegreesChosen, ForwardJob, GivenBack, ModelJob, NeedsBytes, RankMemory, RunJob, RunResult
+from raylight.host.model_files import FoundFile, ModelFile
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
 from raylight.host.vae_jobs import VaeJob, VaeResult
 from raylight.host.worker_service import WorkerService
@@ -119,6 +122,17 @@ class ModelService(WorkerService):
     def vae_encode(self, run: Run, job: VaeJob, may_refuse: bool = False) -> VaeResult | NeedsBytes:
         """Encode pictures."""
         return self._vaes.encode(run, job, may_refuse)
+
+    def find_files(self, run: Run, files: tuple[ModelFile, ...]) -> tuple[FoundFile, ...]:
+        """Return what this machine has of files."""
+        run.enter("looking for model files")
+        return tuple(map(model_files.find, files))
+
+    def receive_file(self, run: Run, file: ModelFile, offset: int, data: np.ndarray, ranks: frozenset[int]) -> None:
+        """Write a part of a file into this machine's cache."""
+        if run.rank in ranks:
+            run.enter(f"receiving {file.name}")
+            model_files.receive(file, offset, data)
 
     def free(self, run: Run) -> None:
         """Unload every model."""

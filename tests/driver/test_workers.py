@@ -41,7 +41,7 @@ class FakeSession:
     """Two ranks, of which one lacks `missing` bytes."""
 
     def __init__(self, device_type: str, missing: int) -> None:
-        self.config = SimpleNamespace(device_type=device_type)
+        self.config = SimpleNamespace(is_local=True, device_type=device_type)
         self.missing = missing
         self.calls: list[tuple[Any, ...]] = []
 
