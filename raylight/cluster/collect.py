@@ -102,9 +102,14 @@ def wait_for_all(refs: Mapping[int, ray.ObjectRef], options: WaitOptions, stream
                 outcome.failure = Failure(HUNG, min(pending.values()), f"no answer within {options.timeout_s:g} s")
             break
     outcome.unfinished = set(pending.values())
+    patience_s = 0.0
     if any(isinstance(error, (RayActorError, OutOfMemoryError)) for error in outcome.errors.values()):
-        # The watchdog finds out why a process has ended, a moment later.
-        until = time.monotonic() + WATCHDOG_S
+        patience_s = max(WATCHDOG_S, options.watchdog.patience_s)
+    elif any(diagnosis.is_lost_peer(cause_of(error)) for error in outcome.errors.values()):
+        patience_s = options.watchdog.patience_s
+    if patience_s:
+        # The watchdog finds out why a process has ended, or a connection, a moment later.
+        until = time.monotonic() + patience_s
         while outcome.failure is None and time.monotonic() < until:
             time.sleep(POLL_S)
             outcome.failure = options.watchdog.failure

@@ -18,10 +18,12 @@ import psutil
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
+from . import machines
 from .actor import Place
 from .config import SessionConfig
 from .diagnosis import Failure, dead_process, oom_kills
-from .errors import HUNG, RAY_LOST
+from .errors import HUNG, MACHINE_LOST, RAY_LOST
+from .machine_watch import LOST_S, MachineWatch
 from .ray_runtime import RUNTIME
 from .status import IDLE, LogLine, Report, repeat
 
@@ -45,6 +47,7 @@ class Watchdog:
         self._on_failure = on_failure
         self._actors: Sequence[Any] = ()
         self._places: dict[int, Place] = {}
+        self._machines: MachineWatch | None = None
         self._refs: dict[Any, int] = {}
         self._reports: dict[int, Report] = {}
         self._reported_at: dict[int, float] = {}
@@ -71,6 +74,9 @@ class Watchdog:
     def set_places(self, places: Mapping[int, Place]) -> None:
         """Set where the ranks run, so that their processes can be watched."""
         self._places = dict(places)
+        if not self.config.is_local and not self._end.is_set():
+            used = {place.node for place in places.values()}
+            self._machines = MachineWatch(machine for machine in machines.known() if machine.node in used)
 
     def begin(self, run: str) -> None:
         """Set the id of the ranks' run: what they have logged before does not matter any more."""
@@ -83,6 +89,8 @@ class Watchdog:
     def stop(self) -> None:
         """Stop watching. Does not wait for the thread."""
         self._end.set()
+        if self._machines is not None:
+            self._machines.stop()
         atexit.unregister(self._stop_at_exit)
 
     def _stop_at_exit(self) -> None:
@@ -109,7 +117,7 @@ class Watchdog:
             last = now
 
     def _check(self) -> Failure | None:
-        if (failure := self._ray_lost()) is not None:
+        if (failure := self._ray_lost() or self._machine_lost()) is not None:
             return failure
         if not ray.is_initialized():  # any call would start another Ray
             if threading.main_thread().is_alive():
@@ -124,9 +132,10 @@ class Watchdog:
                 self._receive(rank, ray.get(ref, timeout=_TICK_S))
             except (RayActorError, OutOfMemoryError) as error:
                 time.sleep(_TICK_S)  # ranks die with Ray, and may be noticed first
-                return self._ray_lost() or dead_process(rank, error, oom_kills() > self._oom_kills)
+                lost = self._ray_lost() or self._machine_lost(rank)
+                return lost or dead_process(rank, error, oom_kills() > self._oom_kills)
             except RayError as error:
-                return Failure(RAY_LOST, rank, f"Ray has failed: {error}")
+                return self._machine_lost(rank) or Failure(RAY_LOST, rank, f"Ray has failed: {error}")
             self._ask(rank)
         return self._stopped() or self._silent() or self._stalled()
 
@@ -135,6 +144,27 @@ class Watchdog:
         if lost is None:
             return None
         return Failure(RAY_LOST, None, f"Ray's process {lost} has ended, without which workers cannot run")
+
+    @property
+    def patience_s(self) -> float:
+        """How long it may take to find out that another machine is why a rank has met an error."""
+        return 0.0 if self._machines is None else 1.5 * LOST_S
+
+    def _machine_lost(self, suspect: int | None = None) -> Failure | None:
+        """Find a machine that does not answer. The machine of the rank `suspect` is asked at once."""
+        if self._machines is None:
+            return None
+        place = None if suspect is None else self._places.get(suspect)
+        machine = self._machines.lost(None if place is None else place.node)
+        if machine is None:
+            return None
+        ranks = [rank for rank, place in self._places.items() if place.node == machine.node]
+        return Failure(
+            MACHINE_LOST,
+            None,
+            f"the machine {machine} does not answer any more, where {_names(ranks)} ran: it is off, its Ray has ended, "
+            f"or the network between it and ComfyUI is interrupted",
+        )
 
     def _ask(self, rank: int) -> None:
         self._refs[self._actors[rank].report.remote(_PATIENCE_S)] = rank
@@ -182,3 +212,7 @@ class Watchdog:
         for times in (self._reported_at, self._progress_at, self._stopped_since):
             for rank in times:
                 times[rank] += gap_s
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return f"rank{'' if len(ranks) == 1 else 's'} {' and '.join(map(str, ranks))}"
