@@ -30,7 +30,9 @@ class Library:
     `capabilities`: the lowest and the highest CUDA compute capability (None: no upper bound). `head_sizes`: those that
     it supports. `attribute`: a function that older versions of the module lack. `key_block`: the number of keys is
     padded to a multiple of this, and the padding is not masked. `through`: the package that calls it, if any.
-    `largest_error`: of values of size 1 in the self-test: far above its rounding, far below a wrong result.
+    `largest_error`: of values of size 1 in the self-test: far above its rounding, far below a wrong result. `rocm`:
+    whether it needs an AMD GPU, None if it has kernels for both kinds and says itself which GPUs it lacks. `yields`:
+    it leaves calls that a model wants in full precision to PyTorch, as ComfyUI does with the same library.
     """
 
     module: str
@@ -40,10 +42,11 @@ class Library:
     head_sizes: tuple[int, ...] | range = range(8, 257, 8)
     has_lse: bool = True
     attribute: str = ""
-    rocm: bool = False
+    rocm: bool | None = False
     key_block: Callable[[], int] = lambda: 1
     through: str = ""
     largest_error: float = 0.05
+    yields: bool = False
 
     def missing(self) -> str | None:
         """Return why it cannot be used in this environment, or None. Imports `module` only to look up `attribute`."""
@@ -63,9 +66,10 @@ class Library:
         """Return why it does not run on this device, or None."""
         if device.type != "cuda":
             return "it needs a GPU"
-        if self.rocm != (torch.version.hip is not None):
+        on_rocm = torch.version.hip is not None
+        if self.rocm not in (None, on_rocm):
             return f"it needs an {'AMD' if self.rocm else 'NVIDIA'} GPU"
-        if self.rocm:
+        if on_rocm:
             return None
         capability, (low, high) = torch.cuda.get_device_capability(device), self.capabilities
         if capability < low or (high is not None and capability > high):
@@ -104,6 +108,11 @@ class LibraryKernel:
             reason = f"{library.module} cannot be imported: {error}"
             raise ValueError(f"XFuser_attention = {name}: {reason}; {library.install}, or choose auto") from error
         self._masked = TorchKernel("TORCH")
+
+    @property
+    def precise(self) -> LibraryKernel | TorchKernel:
+        """The kernel for calls that a model wants in full precision."""
+        return self._masked if self._library.yields else self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """Attend with q (B, H, Sq, D), k and v (B, HKV, Sk, D), all float16 or bfloat16, and mask (B|1, H|1, Sq|1, Sk).
@@ -157,6 +166,16 @@ LIBRARIES = {
     "AITER": Library(
         "aiter", "see https://github.com/ROCm/aiter", through_yunchang("AITER"), rocm=True, through=YUNCHANG
     ),
+    # The name by which ComfyUI registers it.
+    "COMFY_KITCHEN_INT8": Library(
+        "comfy_kitchen",
+        "run pip install --upgrade 'comfy-kitchen>=0.2.31'",
+        library_functions.comfy_kitchen_int8,
+        capabilities=((7, 5), None),
+        has_lse=False,
+        attribute="int8_attention",
+        rocm=None,
+    ),
     "FA": Library(
         "flash_attn.flash_attn_interface",
         "run pip install flash-attn --no-build-isolation",
@@ -184,6 +203,7 @@ LIBRARIES = {
         sage("sageattn"),
         head_sizes=_SAGE_SIZES,
         key_block=sage_key_block,
+        yields=True,
     ),
     "SAGE_FP16": Library(
         "sageattention",
@@ -191,6 +211,7 @@ LIBRARIES = {
         sage("sageattn_qk_int8_pv_fp16_cuda", pv_accum_dtype="fp32"),
         head_sizes=_SAGE_SIZES,
         attribute="sageattn_qk_int8_pv_fp16_cuda",
+        yields=True,
     ),
     # The only one of version 1, where it is named sageattn.
     "SAGE_FP16_TRITON": Library(
@@ -199,6 +220,7 @@ LIBRARIES = {
         sage("sageattn_qk_int8_pv_fp16_triton"),
         head_sizes=_SAGE_SIZES,
         key_block=sage_key_block,
+        yields=True,
     ),
     "SAGE_FP8": Library(
         "sageattention",
@@ -207,6 +229,7 @@ LIBRARIES = {
         capabilities=((8, 9), None),
         head_sizes=_SAGE_SIZES,
         attribute="sageattn_qk_int8_pv_fp8_cuda",
+        yields=True,
     ),
     "SAGE_FP8_SM90": Library(
         "sageattention",
@@ -215,6 +238,7 @@ LIBRARIES = {
         capabilities=((9, 0), (9, 0)),
         head_sizes=_SAGE_SIZES,
         attribute="sageattn_qk_int8_pv_fp8_cuda_sm90",
+        yields=True,
     ),
     "SAGE3": Library(
         "sageattn3",
@@ -224,5 +248,6 @@ LIBRARIES = {
         head_sizes=(64, 128),
         has_lse=False,
         largest_error=0.4,
+        yields=True,
     ),
 }

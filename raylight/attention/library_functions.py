@@ -114,6 +114,16 @@ def sage_3() -> Function:
     return call
 
 
+def comfy_kitchen_int8() -> Function:
+    """Return ComfyUI's own attention in 8 bits, which takes (B, H, S, D) of any strides with D contiguous."""
+    attention = importlib.import_module("comfy_kitchen").int8_attention
+
+    def call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, None]:
+        return attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale).transpose(1, 2), None
+
+    return call
+
+
 def sage_has_lse() -> bool:
     """Return whether the installed SageAttention has a log-sum-exp: version 2 has, 1 has not."""
     try:

@@ -51,7 +51,10 @@ def install_override(
             return present(func, q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, **given)
 
         chained.in_order = True  # it may address tokens by their position
-        out = attention(kernel if present is None else chained, q, k, v, mask, rest.get("scale"))
+        chosen = kernel if present is None else chained
+        if rest.get("low_precision_attention") is False:  # the model says that it suffers
+            chosen = getattr(chosen, "precise", chosen)
+        out = attention(chosen, q, k, v, mask, rest.get("scale"))
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     setattr(override, OURS, present is None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,8 +135,25 @@ def test_a_library_that_lacks_what_it_needs_is_refused(monkeypatch: pytest.Monke
         kernels.kernel.__wrapped__("FA4", CPU)
 
 
+def test_calls_in_full_precision_are_left_to_pytorch() -> None:
+    assert LibraryKernel("SAGE_AUTO", replace(STAND_IN, yields=True)).precise.name == "TORCH"
+    kernel = LibraryKernel("FA", STAND_IN)
+    assert kernel.precise is kernel
+
+
+def test_names_the_version_that_has_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = replace(LIBRARIES["COMFY_KITCHEN_INT8"], attribute="a_function_of_later_versions")
+    monkeypatch.setitem(LIBRARIES, "COMFY_KITCHEN_INT8", older)
+    with pytest.raises(
+        ValueError,
+        match=r"COMFY_KITCHEN_INT8: comfy_kitchen 0\.\S+ is installed, which does not have it: "
+        r"run pip install --upgrade 'comfy-kitchen>=0\.2\.31'; or choose auto",
+    ):
+        kernels.check_kernel("COMFY_KITCHEN_INT8")
+
+
 def test_libraries_are_called_by_their_signatures(tmp_path: Path) -> None:
-    """Packages with the signatures of flash-attn 2 and 4 and FlashInfer, computed by the definition."""
+    """Packages with the signatures of flash-attn 2 and 4, FlashInfer and comfy-kitchen, computed by the definition."""
     package = tmp_path / "flash_attn"
     (package / "cute").mkdir(parents=True)
     (tmp_path / "flashinfer").mkdir()
@@ -157,9 +175,15 @@ def test_libraries_are_called_by_their_signatures(tmp_path: Path) -> None:
         "    out, lse = by_definition(q[None], k[None], v[None], sm_scale)\n"
         "    return out[0], lse[0].T / math.log(2)\n"
     )
+    (tmp_path / "comfy_kitchen.py").write_text(
+        "from test_library import by_definition\n"
+        "def int8_attention(q, k, v, *, scale=None, attn_mask=None):\n"
+        "    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1\n"
+        "    return by_definition(*(t.transpose(1, 2) for t in (q, k, v)), scale)[0].transpose(1, 2)\n"
+    )
     script = (
         "import torch\nfrom test_library import draw, plain_kernel\n"
-        "from raylight.attention.library import LIBRARIES, LibraryKernelWithLse\n"
+        "from raylight.attention.library import LIBRARIES, LibraryKernel, LibraryKernelWithLse\n"
         "from raylight.attention.torch_kernels import reference_attention\n"
         "q, k, v = draw(2, 4, 7, 64), draw(2, 2, 11, 64), draw(2, 2, 11, 64)\n"
         "full = [t.float().repeat_interleave(4 // t.shape[1], 1) for t in (q, k, v)]\n"
@@ -169,6 +193,9 @@ def test_libraries_are_called_by_their_signatures(tmp_path: Path) -> None:
         "    out, lse = LibraryKernelWithLse(name, LIBRARIES[name]).with_lse(q, k, v, None, 0.2)\n"
         "    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2, msg=name)\n"
         "    torch.testing.assert_close(lse, true_lse, rtol=1e-2, atol=1e-2, msg=name)\n"
+        "assert LIBRARIES['COMFY_KITCHEN_INT8'].missing() is None\n"
+        "out = LibraryKernel('INT8', LIBRARIES['COMFY_KITCHEN_INT8'])(q, k, v, None, 0.2)\n"
+        "torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)\n"
     )
     path = [str(tmp_path), str(Path(__file__).parent), *sys.path]
     subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from toy import TOY_PLAN
 
 from raylight.parallel.plan import Stream
 from raylight.parallel.tokens import TokenState
-from raylight.worker.transformer_options import install_patches, wrap
+from raylight.worker.transformer_options import install_override, install_patches, wrap
 
 
 class Recorder(torch.nn.Module):
@@ -53,3 +54,19 @@ def test_the_options_of_the_caller_stay_as_they_are() -> None:
     assert options == {"patches": {"double_block": [patch]}, "patches_replace": {"dit": {("double_block", 0): after}}}
     handle.remove()
     assert model(torch.zeros(1), transformer_options=options) is options
+
+
+@pytest.mark.parametrize("asked", [{}, {"low_precision_attention": True}, {"low_precision_attention": False}])
+def test_calls_in_full_precision_go_to_the_precise_kernel(asked: dict[str, bool]) -> None:
+    called = []
+
+    def attend(kernel: Any, q: torch.Tensor, *_: Any) -> torch.Tensor:
+        called.append(kernel)
+        return q
+
+    kernel = SimpleNamespace(precise=object())
+    options: dict[str, Any] = {}
+    install_override(options, attend, kernel)
+    q = torch.zeros(1, 3, 8)
+    options["transformer_options"]["optimized_attention_override"](None, q, q, q, 2, **asked)
+    assert called == [kernel.precise if asked.get("low_precision_attention") is False else kernel]
