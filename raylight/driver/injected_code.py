@@ -35,7 +35,12 @@ def is_kernel(override: Any) -> bool:
     ComfyUI's own do. A pack's does if it calls a library of attention kernels, which packs add by an override for
     speed; any other may use heads and tokens by their index.
     """
-    return not is_foreign(override) or any(_LIBRARIES.search(name) for name in _names(override))
+    return not _is_foreign(override) or any(_LIBRARIES.search(name) for name in _names(override))
+
+
+def _is_foreign(value: Any) -> bool:
+    """Return whether it is code of a pack, also behind a decorator of ComfyUI's, as attention functions are."""
+    return is_foreign(value) or any(_is_foreign(getattr(value, name)) for name in _WRAPPED if hasattr(value, name))
 
 
 def _names(function: Any) -> set[str]:
@@ -60,7 +65,7 @@ def _names(function: Any) -> set[str]:
             if isinstance(value, (FunctionType, MethodType))
         ]
         names |= used | {value.__name__ for value in called}
-        rest += [value for value in called if is_foreign(value) or _LIBRARIES.search(value.__name__)]
+        rest += [value for value in called if _is_foreign(value) or _LIBRARIES.search(value.__name__)]
     return names
 
 

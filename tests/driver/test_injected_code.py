@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from comfy.ldm.modules.attention import wrap_attn
 from comfy.model_patcher import ModelPatcher
 
 from raylight.cluster.config import SessionConfig
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import weightless
-from raylight.driver.injected_code import inside_of
+from raylight.driver.injected_code import inside_of, is_kernel
+from raylight.host import foreign_code
 from raylight.host.jobs import Inside
 from raylight.host.patcher_state import Change
 from raylight.host.recipe import ModelRecipe, WorkerConfig
@@ -108,3 +110,30 @@ def test_an_override_and_a_ring(model: Any) -> None:
         patcher = patched(model, ring)
         patcher.model_options = {"transformer_options": {"optimized_attention_override": theirs}}
         assert bool(inside_of(patcher, []).full_tokens_for) == full
+
+
+def sageattn(q: Any, k: Any, v: Any) -> Any:
+    return q
+
+
+def first_head(q: Any, k: Any, v: Any) -> Any:
+    return q[..., :64]
+
+
+@pytest.mark.parametrize(("attention", "kernel"), [(sageattn, True), (first_head, False)])
+def test_an_override_behind_decorators(
+    attention: Callable[..., Any], kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As packs write it: their attention function has ComfyUI's decorator, and what it calls has PyTorch's."""
+    monkeypatch.setattr(foreign_code, "is_foreign_file", lambda path: path == __file__)
+    library = torch.compiler.disable()(lambda *call: attention(*call))
+
+    @wrap_attn
+    def theirs_of_any_name(q: Any, k: Any, v: Any, heads: int, **kwargs: Any) -> Any:
+        return library(q, k, v)
+
+    def override(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return theirs_of_any_name.__wrapped__(*args, **kwargs)
+
+    assert is_kernel(override) == kernel
+    assert is_kernel(theirs_of_any_name) == kernel
