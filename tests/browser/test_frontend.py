@@ -89,7 +89,7 @@ def flux_files() -> dict[str, Any]:
                 )
             },
         }
-        for names in [{"RayUNETLoader": "unet_name", "VAELoader": "vae_name", "DualCLIPLoader": "clip_name1"}]
+        for names in [{"RayUNETLoader": "unet_name", "RayVAELoaderAsVAE": "vae_name", "DualCLIPLoader": "clip_name1"}]
         for node in workflow("flux-dev-usp")["nodes"]
         if node["properties"].get("models")
     }

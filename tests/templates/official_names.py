@@ -138,38 +138,27 @@ TEXT_ENCODERS = (
 WITH_PIECES = r"umt5|gemma|jina|t5-base"
 WITH_TEKKEN = r"mistral|ministral"
 
-_WAN_VAE = {
-    "decoder.middle.0.residual.0.gamma": (1,),
-    "decoder.head.0.gamma": (16,),
-    "encoder.conv1.weight": (16, 3),
-    "decoder.head.2.weight": (3, 16),
-}
-
-
-def _image_vae(channels: int) -> Shapes:
-    return {
-        "decoder.conv_in.weight": (512, channels, 3, 3),
-        "encoder.down.2.downsample.conv.weight": (1,),
-        "decoder.up.3.upsample.conv.weight": (1,),
-    }
-
-
-# What ComfyUI's detection reads: names of weights, and the shapes of some.
+# VAEs of raylight/dev/vae_zoo.py that take the latents of official ones, and Wan's own class.
+SMALL_VAES = (
+    (r"wan_?2\.?2", "TAEHV (Wan 2.2)"),
+    (r"wan|qwen_image|capybara", "Wan 2.1"),
+    (r"hunyuan_?video(?!_?1\.?5)|kandinsky", "TAEHV (Wan 2.1)"),
+    (r"flux-?2|full_encoder_small_decoder", "TAESD of Flux 2"),
+    (r"^ae\b|flux|lumina|netayume|sd3", "TAESD"),
+)
+# What ComfyUI's detection reads of others: names of weights, and the shapes of some.
 VAES: tuple[tuple[str, Shapes], ...] = (
-    (r"wan_?2\.?2", _WAN_VAE | {"decoder.upsamples.0.upsamples.0.residual.2.weight": (1,)}),
-    (r"wan|qwen_image|capybara", _WAN_VAE),
     (r"hunyuanvideo15", {"decoder.conv_in.conv.weight": (1024, 32, 3, 3, 3)}),
-    (
-        r"hunyuan_video|kandinsky",
-        {"decoder.conv_in.conv.weight": (512, 16, 3, 3, 3), "post_quant_conv.weight": (16, 16)},
-    ),
     (r"hunyuan_image", {"decoder.conv_in.weight": (1024, 64, 3, 3)}),
     (
-        r"flux-?2|full_encoder_small_decoder",
-        {**_image_vae(32), "bn.running_mean": (128,), "post_quant_conv.weight": (32, 32)},
+        r"vae-ft-mse|sd_?xl",
+        {
+            "decoder.conv_in.weight": (512, 4, 3, 3),
+            "encoder.down.2.downsample.conv.weight": (1,),
+            "decoder.up.3.upsample.conv.weight": (1,),
+            "post_quant_conv.weight": (4, 4),
+        },
     ),
-    (r"^ae\b|flux|lumina|netayume|sd3", _image_vae(16)),
-    (r"vae-ft-mse|sd_?xl", {**_image_vae(4), "post_quant_conv.weight": (4, 4)}),
     (
         r"ltx",
         {"decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": (1024, 1), "encoder.down_blocks.1.conv.conv.bias": (1,)},

@@ -118,6 +118,8 @@ def as_stock(graph: Graph) -> Graph:
         if kind in ("RayUNETLoader", "RayModelLoader"):
             kind = "UNETLoader"
             inputs = {name: inputs[name] for name in ("unet_name", "weight_dtype")}
+        elif kind == "RayVAELoaderAsVAE":
+            kind, inputs = "VAELoader", {"vae_name": inputs["vae_name"]}
         elif kind == "XFuserKSamplerAdvanced":
             kind = "KSamplerAdvanced"
             inputs["model"] = inputs.pop("ray_actors")

@@ -30,7 +30,7 @@ def _loaded(
         return (
             parts.as_actors(workflow, file, init),
             parts.text_encoder(workflow, "flux", *text),
-            parts.vae(workflow, models.FLUX_VAE),
+            parts.vae(workflow, models.FLUX_VAE, init),
         )
 
 
@@ -73,16 +73,16 @@ def _drop_in(workflow: Workflow) -> None:
     files = (models.FLUX_DEV,)
     parts.note(
         workflow,
-        "Flux.1 dev: only the loader is another one",
+        "Flux.1 dev: only the loaders are others",
         "Any workflow becomes parallel this way: Load Diffusion Model as MODEL (Ray) takes the place of Load "
-        "Diffusion Model, and all other nodes stay as they are.",
+        "Diffusion Model, Load VAE (Ray) that of Load VAE, and all other nodes stay as they are.",
         (*files, *_TEXT, models.FLUX_VAE),
         notes.drop_in(files),
     )
     with workflow.group("Step 1 - Models", column=True):
         model = parts.as_model(workflow, models.FLUX_DEV, None)
         clip = parts.text_encoder(workflow, "flux", *_TEXT)
-        decoder = parts.vae(workflow, models.FLUX_VAE)
+        decoder = parts.vae(workflow, models.FLUX_VAE, None)
     with workflow.group("Step 2 - Prompt", column=True):
         positive = parts.prompt(workflow, clip, _GLASSHOUSE)
         negative = parts.no_negative(workflow, positive)

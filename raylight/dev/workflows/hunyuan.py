@@ -27,7 +27,7 @@ def _text_to_video(workflow: Workflow) -> None:
         model = parts.as_model(workflow, models.HUNYUAN, init)
         shifted = workflow.add("ModelSamplingSD3", model=model, shift=7.0)["MODEL"]
         clip = parts.text_encoder(workflow, "hunyuan_video", models.CLIP_L, models.LLAVA)
-        decoder = parts.vae(workflow, models.HUNYUAN_VAE)
+        decoder = parts.vae(workflow, models.HUNYUAN_VAE, init)
     with workflow.group("Step 3 - Prompt", column=True):
         positive = parts.prompt(workflow, clip, _MARKET)
         positive = workflow.add("FluxGuidance", conditioning=positive, guidance=6.0)["CONDITIONING"]
@@ -41,14 +41,7 @@ def _text_to_video(workflow: Workflow) -> None:
         sampled = workflow.add(
             "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
         )["output"]
-    parts.save_video(
-        workflow,
-        sampled,
-        decoder,
-        "hunyuan-video",
-        24.0,
-        tiles={"tile_size": 256, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8},
-    )
+    parts.save_video(workflow, sampled, decoder, "hunyuan-video", 24.0)
 
 
 TEMPLATES = (Template("hunyuan-video-usp", "Hunyuan Video", "Text to video", Mode.USP, _text_to_video),)

@@ -23,9 +23,9 @@ _SIZES = {
     "RayLoraLoader": (400, 86),
     "RayModelLoader": (400, 106),
     "RayUNETLoader": (400, 106),
+    "RayVAELoaderAsVAE": (400, 102),
     "CLIPLoader": (400, 110),
     "DualCLIPLoader": (400, 134),
-    "VAELoader": (400, 62),
     # With room for the preview.
     "KSampler": (330, 540),
     "KSamplerAdvanced": (330, 580),

@@ -50,8 +50,10 @@ def text_encoder(workflow: Workflow, kind: str, *files: ModelFile) -> Output:
     ]
 
 
-def vae(workflow: Workflow, file: ModelFile) -> Output:
-    return workflow.add("VAELoader", files=[file], vae_name=file.name)["VAE"]
+def vae(workflow: Workflow, file: ModelFile, init: Output | None) -> Output:
+    """Add a VAE on the workers of `init`, or without it on one worker for each GPU."""
+    workers = {} if init is None else {"ray_actors_init": init}
+    return workflow.add("RayVAELoaderAsVAE", files=[file], vae_name=file.name, **workers)["vae"]
 
 
 def prompt(workflow: Workflow, clip: Output, text: str, title: str = "Positive prompt") -> Output:
@@ -73,11 +75,8 @@ def save_image(workflow: Workflow, latent: Output, decoder: Output, prefix: str)
         workflow.add("SaveImage", images=image, filename_prefix=f"raylight/{prefix}")
 
 
-def save_video(
-    workflow: Workflow, latent: Output, decoder: Output, prefix: str, fps: float, tiles: dict[str, int] | None = None
-) -> None:
+def save_video(workflow: Workflow, latent: Output, decoder: Output, prefix: str, fps: float) -> None:
     with workflow.group("Step 6 - Video", column=True):
-        kind = "VAEDecode" if tiles is None else "VAEDecodeTiled"
-        image = workflow.add(kind, samples=latent, vae=decoder, **(tiles or {}))["IMAGE"]
+        image = workflow.add("VAEDecode", samples=latent, vae=decoder)["IMAGE"]
         video = workflow.add("CreateVideo", images=image, fps=fps)["VIDEO"]
         workflow.add("SaveVideo", video=video, filename_prefix=f"video/raylight/{prefix}")

@@ -25,7 +25,7 @@ def _text_to_image(title: str, text: str, degrees: str, name: str, **settings: A
             model = parts.as_model(workflow, models.QWEN, init)
             model = workflow.add("ModelSamplingAuraFlow", model=model, shift=3.1)["MODEL"]
             clip = parts.text_encoder(workflow, "qwen_image", models.QWEN_VL)
-            decoder = parts.vae(workflow, models.QWEN_VAE)
+            decoder = parts.vae(workflow, models.QWEN_VAE, init)
         positive, negative = parts.prompts(workflow, clip, _SHOP, "")
         with workflow.group("Step 4 - Size"):
             latent = workflow.add("EmptySD3LatentImage", width=1328, height=1328)["LATENT"]
@@ -51,7 +51,7 @@ def _edited(
         model = workflow.add("ModelSamplingAuraFlow", model=model, shift=3.0)["MODEL"]
         model = workflow.add("CFGNorm", model=model)["patched_model"]
         clip = parts.text_encoder(workflow, "qwen_image", models.QWEN_VL)
-        decoder = parts.vae(workflow, models.QWEN_VAE)
+        decoder = parts.vae(workflow, models.QWEN_VAE, init)
     with workflow.group("Step 3 - Image", column=True):
         picture = workflow.add("LoadImage", title="Image to edit")["IMAGE"]
         scaled = workflow.add("FluxKontextImageScale", image=picture)["IMAGE"]

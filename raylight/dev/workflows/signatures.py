@@ -93,6 +93,9 @@ SIGNATURES: dict[str, Signature] = {
     ),
     "RayUNETLoader": _node("ray_actors_init:RAY_ACTORS_INIT lora:RAY_LORA?", "ray_actors:RAY_ACTORS", *_FILE),
     "RayModelLoader": _node("ray_actors_init:RAY_ACTORS_INIT? lora:RAY_LORA?", "model:MODEL", *_FILE),
+    "RayVAELoaderAsVAE": _node(
+        "ray_actors_init:RAY_ACTORS_INIT? ray_actors:RAY_ACTORS?", "vae:VAE", Widget("vae_name", "")
+    ),
     "RayLoraLoader": _node(
         "prev_ray_lora:RAY_LORA?", "ray_lora:RAY_LORA", Widget("lora_name", ""), Widget("strength_model", 1.0)
     ),
@@ -122,7 +125,6 @@ SIGNATURES: dict[str, Signature] = {
     "DualCLIPLoader": _node(
         "", "CLIP", Widget("clip_name1", ""), Widget("clip_name2", ""), Widget("type", ""), Widget("device", "default")
     ),
-    "VAELoader": _node("", "VAE", Widget("vae_name", "")),
     "ControlNetLoader": _node("", "CONTROL_NET", Widget("control_net_name", "")),
     "LoadImage": _node("", "IMAGE MASK", Widget("image", "example.png"), Widget("upload", "image")),
     # ComfyUI: models and prompts
@@ -148,14 +150,6 @@ SIGNATURES: dict[str, Signature] = {
     "FluxKontextImageScale": _node("image:IMAGE", "IMAGE"),
     "VAEEncode": _node("pixels:IMAGE vae:VAE", "LATENT"),
     "VAEDecode": _node("samples:LATENT vae:VAE", "IMAGE"),
-    "VAEDecodeTiled": _node(
-        "samples:LATENT vae:VAE",
-        "IMAGE",
-        Widget("tile_size", 512),
-        Widget("overlap", 64),
-        Widget("temporal_size", 64),
-        Widget("temporal_overlap", 8),
-    ),
     "EmptySD3LatentImage": _node("", "LATENT", *_size(1024, 1024, None)),
     "EmptyHunyuanLatentVideo": _node("", "LATENT", *_size(848, 480, 25)),
     "WanImageToVideo": _node(

@@ -29,7 +29,7 @@ def _wan21(file: DiffusionFile, title: str, text: str, degrees: str, name: str, 
         with workflow.group("Step 2 - Models", column=True):
             actors = parts.as_actors(workflow, file, init)
             clip = parts.text_encoder(workflow, "wan", models.UMT5)
-            decoder = parts.vae(workflow, models.WAN21_VAE)
+            decoder = parts.vae(workflow, models.WAN21_VAE, init)
         positive, negative = parts.prompts(workflow, clip, _FOX)
         with workflow.group("Step 4 - Size"):
             latent = workflow.add("EmptyHunyuanLatentVideo", width=832, height=480, length=81)["LATENT"]
@@ -99,7 +99,7 @@ def _wan22_t2v(workflow: Workflow) -> None:
     with workflow.group("Step 2 - Models", column=True):
         loaded = _high_and_low(workflow, files, init)
         clip = parts.text_encoder(workflow, "wan", models.UMT5)
-        decoder = parts.vae(workflow, models.WAN21_VAE)
+        decoder = parts.vae(workflow, models.WAN21_VAE, init)
     positive, negative = parts.prompts(workflow, clip, _LIGHTHOUSE)
     with workflow.group("Step 4 - Size"):
         latent = workflow.add("EmptyHunyuanLatentVideo", width=640, height=640, length=81)["LATENT"]
@@ -120,7 +120,7 @@ def _wan22_i2v(workflow: Workflow) -> None:
     with workflow.group("Step 2 - Models", column=True):
         loaded = _high_and_low(workflow, files, init)
         clip = parts.text_encoder(workflow, "wan", models.UMT5)
-        decoder = parts.vae(workflow, models.WAN21_VAE)
+        decoder = parts.vae(workflow, models.WAN21_VAE, init)
     positive, negative = parts.prompts(workflow, clip, _ALIVE)
     with workflow.group("Step 4 - Image and size", column=True):
         picture = workflow.add("LoadImage", title="First frame")["IMAGE"]
@@ -151,7 +151,7 @@ def _wan22_ti2v(workflow: Workflow) -> None:
         model = parts.as_model(workflow, models.WAN22_TI2V, init)
         model = workflow.add("ModelSamplingSD3", model=model, shift=8.0)["MODEL"]
         clip = parts.text_encoder(workflow, "wan", models.UMT5)
-        decoder = parts.vae(workflow, models.WAN22_VAE)
+        decoder = parts.vae(workflow, models.WAN22_VAE, init)
     positive, negative = parts.prompts(workflow, clip, _STATION)
     with workflow.group("Step 4 - Image and size", column=True):
         picture = workflow.add("LoadImage", title="First frame")["IMAGE"]
@@ -177,7 +177,7 @@ def _vace(title: str, text: str, degrees: str, name: str, **settings: Any) -> An
         with workflow.group("Step 2 - Models", column=True):
             actors = parts.as_actors(workflow, models.VACE, init)
             clip = parts.text_encoder(workflow, "wan", models.UMT5)
-            decoder = parts.vae(workflow, models.WAN21_VAE)
+            decoder = parts.vae(workflow, models.WAN21_VAE, init)
         positive, negative = parts.prompts(workflow, clip, _ALIVE)
         with workflow.group("Step 4 - Reference and size", column=True):
             picture = workflow.add("LoadImage", title="What should be in the video")["IMAGE"]
