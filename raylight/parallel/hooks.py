@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -22,6 +21,7 @@ from .collectives import all_gather
 from .plan import (
     Attention,
     CrossAttention,
+    Dropped,
     FullAttention,
     Gather,
     GatherAround,
@@ -47,7 +47,7 @@ class SequenceHooks:
         """
         self._plan, self._tokens = plan, tokens
         self._handles: list[RemovableHandle] = []
-        heads, degree = attrgetter(plan.heads)(model), ulysses_degree or tokens.degree
+        heads, degree = plan.heads_of(model), ulysses_degree or tokens.degree
         if heads < degree:
             raise ValueError(
                 f"{type(model).__name__} has {heads} attention heads, too few for ulysses_degree = {degree}: "
@@ -67,8 +67,8 @@ class SequenceHooks:
                 boundaries.setdefault(module, Boundary(module, tokens)).add_attention(attention)
         for path, gather in plan.outputs.items():
             for module in matching(model, path, plan):
-                gathers = gather if isinstance(gather, tuple) else (gather,)
-                boundaries.setdefault(module, Boundary(module, tokens)).gathers += gathers
+                rules = gather if isinstance(gather, tuple) else (gather,)
+                boundaries.setdefault(module, Boundary(module, tokens)).add_outputs(rules)
         for boundary in boundaries.values():
             self._handles += boundary.install()
         self._handles.append(model.register_forward_hook(self._check_all_gathered))
@@ -94,7 +94,8 @@ class Boundary:
         self._inputs: list[tuple[str | int, int, Input]] = []  # name, position, rule
         self._scopes: list[tuple[Attention | GatherAround, tuple[SelfAttention, ...]]] = []
         self._shards: list[GatherAround] = []
-        self.gathers: tuple[Gather, ...] = ()
+        self._gathers: list[Gather] = []
+        self._drops: list[str] = []
 
     def add_inputs(self, rules: Mapping[str | int, Input], positions: Mapping[str | int, int]) -> None:
         """Convert these arguments, which are by name or at these positions."""
@@ -111,6 +112,11 @@ class Boundary:
         rule = cast("Attention", kinds if isinstance(attention, tuple) else kinds[0])
         self._scopes.append((rule, tuple(kind for kind in kinds if isinstance(kind, SelfAttention))))
 
+    def add_outputs(self, rules: tuple[Gather | Dropped, ...]) -> None:
+        """Gather these streams of the output, and let others end here."""
+        self._gathers += [rule for rule in rules if isinstance(rule, Gather)]
+        self._drops += [rule.name for rule in rules if isinstance(rule, Dropped)]
+
     def install(self) -> list[RemovableHandle]:
         """Register the hooks that the rules need."""
         handles = []
@@ -118,7 +124,7 @@ class Boundary:
             handles.append(self._module.register_forward_pre_hook(self._enter, with_kwargs=True))
         elif self._scopes:
             handles.append(self._module.register_forward_pre_hook(self._push))
-        if self._scopes or self.gathers:
+        if self._scopes or self._gathers or self._drops:
             handles.append(self._module.register_forward_hook(self._leave))
         return handles
 
@@ -151,21 +157,29 @@ class Boundary:
         if self._tokens.degree > 1:
             for rule in self._shards:
                 output = self._tokens.local_shard(output, rule.stream, rule.dim)
-        for gather in self.gathers:
+        # Before any of them: a module may return a stream twice, as it was before and after its last layer.
+        due = {(gather.stream, gather.index): gather for gather in self._gathers if self._is_due(gather)}
+        for name in self._drops:
+            if self._tokens.is_sharded(name):
+                self._tokens.mark_gathered(name)
+        for gather in due.values():
             output = self._gathered(output, gather)
         return output
 
     def _convert(self, value: Any, rule: Input) -> Any:
         if isinstance(rule, (GatherAround, Gathered)):
-            return self._all_gather(value, rule.stream, rule.dim)
+            if isinstance(value, (list, tuple)):
+                return type(value)(self._convert(item, rule) for item in value)
+            return self._all_gather(value, rule.stream, rule.dim) if isinstance(value, Tensor) else value
         return self._tokens.shard(value, rule)
 
     def _are_sharded(self, kind: SelfAttention) -> bool:
         return self._tokens.degree > 1 and all(self._tokens.is_sharded(name) for name in kind.streams)
 
+    def _is_due(self, gather: Gather) -> bool:
+        return self._tokens.is_sharded(gather.stream) and gather.patched in ("", *self._tokens.patched)
+
     def _gathered(self, output: Any, gather: Gather) -> Any:
-        if not self._tokens.is_sharded(gather.stream) or (gather.patched not in ("", *self._tokens.patched)):
-            return output
         if gather.index is None:
             return self._gather(output, gather)
         full = self._gather(output[gather.index], gather)

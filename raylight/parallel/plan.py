@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -121,8 +122,8 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The argument is the sharded `stream`, which is all-gathered along `dim` for this module only. The module's output
-    is not sharded.
+    """The argument is the sharded `stream`, or is aligned with it, a tensor or a tuple or list of tensors: it is
+    all-gathered along `dim` for this module only. The module's output is not sharded.
     """
 
     stream: str
@@ -161,6 +162,13 @@ class Gather:
     index: int | None = None
     after: tuple[str, ...] = ()
     patched: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The sharded stream `name` ends with this module: no code uses it after that."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +217,7 @@ Attention = SelfAttention | CrossAttention | FullAttention | tuple[SelfAttention
 class SequencePlan:
     """The rules by which one model class is split by sequence.
 
-    `model`: the import path of the class. `heads`: the path of the attribute with its number of attention heads.
+    `model`: the import path of the class. `heads`: its number of attention heads, or the path of the attribute with it.
     `patches`: for each kind of node patch in or between blocks, which of its arguments have one row per token; results
     by the same names have, too. `unhooked`: Python modules of the model that call ComfyUI's attention without passing
     its options. `refused(model)`: why this instance cannot be split, or None. `independent_rows`: whether the model
@@ -221,8 +229,8 @@ class SequencePlan:
     model: str
     inputs: Mapping[str, Mapping[str | int, Input]]
     attention: Mapping[str, Attention]
-    outputs: Mapping[str, Gather | tuple[Gather, ...]]
-    heads: str = "num_heads"
+    outputs: Mapping[str, Gather | tuple[Gather | Dropped, ...]]
+    heads: str | int = "num_heads"
     patches: Mapping[str, Mapping[str, Aligned]] = field(default_factory=dict)
     unhooked: tuple[str, ...] = ()
     refused: Callable[[Any], str | None] = lambda model: None
@@ -240,7 +248,12 @@ class SequencePlan:
 
     def gathers(self) -> list[Gather]:
         """Return every `Gather` of the plan."""
-        return [gather for rule in self.outputs.values() for gather in (rule if isinstance(rule, tuple) else (rule,))]
+        rules = [one for rule in self.outputs.values() for one in (rule if isinstance(rule, tuple) else (rule,))]
+        return [rule for rule in rules if isinstance(rule, Gather)]
+
+    def heads_of(self, model: Any) -> int:
+        """Return the number of attention heads of a model of this plan."""
+        return self.heads if isinstance(self.heads, int) else attrgetter(self.heads)(model)
 
 
 def alternatives(attention: Attention) -> tuple[SelfAttention | CrossAttention | FullAttention, ...]:

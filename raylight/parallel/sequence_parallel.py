@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
 from . import shares
+from .collectives import Simulated
 from .hooks import SequenceHooks
 from .mesh import outer_axis, sequence_axis, world_axis
 from .plan import SequencePlan
@@ -31,7 +32,7 @@ class SequenceGroup:
     """
 
     strategy: Strategy
-    group: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | Simulated | None = None
     rank: int = 0
     degree: int = 1
     weights: shares.Weights = ()
@@ -47,6 +48,19 @@ class SequenceGroup:
     def single_rank(cls) -> SequenceGroup:
         """Return a group of this rank alone, which keeps full tokens."""
         return cls(lambda kernel, q, k, v, lengths, mask, scale: kernel(q, k, v, mask, scale))
+
+    @classmethod
+    def simulated(cls, rank: int, degree: int) -> SequenceGroup:
+        """Return a group in which this process does the part of `rank` by itself: what others would send is zeros.
+
+        So all processes can try one rank after another, alike, and an error is an error of all of them.
+        """
+        return cls(
+            lambda kernel, q, k, v, lengths, mask, scale: q.new_zeros(*q.shape[:3], v.shape[3]),
+            Simulated(),
+            rank,
+            degree,
+        )
 
 
 class SequenceGroups:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import Simulated
 from .partition import Shards, shard_stream
 from .plan import (
     Aligned,
@@ -52,10 +53,14 @@ class TokenState:
     Shapes: S tokens on all ranks, S_LOCAL on this one; tensors keep their dtype.
     """
 
-    def __init__(self, rank: int, degree: int, group: dist.ProcessGroup | None = None, weights: Weights = ()) -> None:
+    def __init__(
+        self, rank: int, degree: int, group: dist.ProcessGroup | Simulated | None = None, weights: Weights = ()
+    ) -> None:
         self.use_group(rank, degree, group, weights)
 
-    def use_group(self, rank: int, degree: int, group: dist.ProcessGroup | None, weights: Weights = ()) -> None:
+    def use_group(
+        self, rank: int, degree: int, group: dist.ProcessGroup | Simulated | None, weights: Weights = ()
+    ) -> None:
         """Split the following forwards over these ranks; with a degree of 1, tokens stay full."""
         self.rank = rank
         self.degree = degree

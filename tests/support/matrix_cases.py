@@ -131,7 +131,7 @@ class Split:
 
     def __init__(self, model: torch.nn.Module, mesh: Any) -> None:
         plan = plan_for(model)
-        self.heads = attrgetter(plan.heads)(model)
+        self.heads = plan.heads_of(model)
         self.counts = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
         self._parallel = apply_sequence_parallel(model, plan, mesh, self.counts)
         self.remove = self._parallel.remove
