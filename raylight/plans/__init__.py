@@ -51,8 +51,5 @@ def plan_of(kind: type[nn.Module], config: str = "") -> SequencePlan:
     plan = all_plans().get(name)
     if plan is None:
         reason = f" ({EXCEPTIONS[config]})" if config in EXCEPTIONS else ""
-        raise ValueError(
-            f"no sequence plan for {name}: this model cannot be split over several workers{reason}. "
-            f"Use GPU = 1, or ComfyUI's own loader. What can be split is listed in docs/models.md of Raylight"
-        )
+        raise ValueError(f"no sequence plan for {name}{reason}. What has one is listed in docs/models.md of Raylight")
     return plan

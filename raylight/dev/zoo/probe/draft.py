@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .record import Record, Shape
+from raylight.plans.draft.record import Record, Shape
+
 from .subject import SIZES
 
 Counts = tuple[int, ...]  # one for each of SIZES
@@ -75,7 +76,8 @@ def describe(pattern: str, path: str, records: Mapping[str, Record], known: dict
 def queries(block: Block, records: Mapping[str, Record]) -> set[Counts]:
     """Return the query counts of the attention calls within a block, at each of SIZES."""
     counted = [
-        [call[1] for call in records[size].attention if f"{call[0]}.".startswith(f"{block.path}.")] for size in SIZES
+        [call.queries for call in records[size].attention if f"{call.path}.".startswith(f"{block.path}.")]
+        for size in SIZES
     ]
     return set(zip(*counted, strict=False))
 
@@ -124,11 +126,13 @@ def _aligned(block: Block, key: str, found: list[tuple[int, Counts]], counts: Ma
 
 def attention(block: Block, records: Mapping[str, Record]) -> dict[str, str]:
     """Describe where the block attends, by the paths of a plan."""
-    calls = [[call for call in records[size].attention if f"{call[0]}.".startswith(f"{block.path}.")] for size in SIZES]
+    calls = [
+        [call for call in records[size].attention if f"{call.path}.".startswith(f"{block.path}.")] for size in SIZES
+    ]
     lines = {}
-    for module in dict.fromkeys(call[0] for call in calls[0]):
-        rows = [next(call for call in of_size if call[0] == module) for of_size in calls]
-        queries, keys = (tuple(row[place] for row in rows) for place in (1, 2))
+    for module in dict.fromkeys(call.path for call in calls[0]):
+        rows = [next(call for call in of_size if call.path == module) for of_size in calls]
+        queries, keys = tuple(row.queries for row in rows), tuple(row.keys for row in rows)
         same = queries == keys
         path = block.pattern + module[len(block.path) :]
         lines[path] = f"{'SelfAttention' if same else 'CrossAttention'} of {dict(zip(SIZES, queries, strict=True))}"

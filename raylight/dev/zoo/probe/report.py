@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torch import nn
+
+from raylight.plans.draft.draft import Undrafted, drafts
+from raylight.plans.draft.record import Record, block_lists
+from raylight.plans.draft.text import to_python
+
 from .draft import Block, attention, describe
-from .record import Record, block_lists, record
+from .forward import record
 from .subject import SIZES, subject
 
 
@@ -28,10 +34,24 @@ def report(name: str, given: Sequence[str], device: str) -> str:
                 f"{error}. Give what it needs with --input, or try --device cpu"
             ) from error
     known: dict[str, tuple[int, ...]] = {}
-    blocks = [block for pattern, path in block_lists(model) if (block := describe(pattern, path, records, known))]
+    blocks = [
+        block for pattern, paths in block_lists(model).items() if (block := describe(pattern, paths[0], records, known))
+    ]
     if not any(block.streams for block in blocks):
         raise ValueError(f"{type(model).__name__} has no list of blocks with a token stream in and out")
-    return "\n".join([*_table(blocks, records), "", *_draft(type(model), blocks, records)])
+    return "\n".join(
+        [*_table(blocks, records), "", *_draft(type(model), blocks, records), "", *_by_workers(model, records)]
+    )
+
+
+def _by_workers(model: nn.Module, records: dict[str, Record]) -> list[str]:
+    """Return the first of the plans that workers would try by themselves."""
+    kind = type(model)
+    try:
+        plan = drafts(model, f"{kind.__module__}.{kind.__qualname__}", records[SIZES[0]])[0]
+    except Undrafted as error:
+        return [f"# Workers draft no plan by themselves: {error}"]
+    return ["# What workers try first by themselves, which splits each list of blocks on its own:", to_python(plan)]
 
 
 def _table(blocks: Sequence[Block], records: dict[str, Record]) -> list[str]:
