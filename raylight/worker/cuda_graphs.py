@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,14 +89,20 @@ class GraphedForward:
     """
 
     def __init__(
-        self, model: nn.Module, pool: GraphPool, split: Callable[[], Hashable], reset: Callable[[], None]
+        self,
+        model: nn.Module,
+        pool: GraphPool,
+        split: Callable[[], Hashable],
+        reset: Callable[[], None],
+        way: Callable[[], Hashable] = lambda: None,
     ) -> None:
         """Replace `model.forward`, and what a call of the model does.
 
         `split` returns what the split of its tokens depends on at this moment, and `reset` brings it back to the start
-        of a forward.
+        of a forward. `way` returns what of it is decided before the model is called, by more than its arguments.
         """
-        self._model, self._split = model, split
+        self._model, self._split, self._way = model, split, way
+        self._paused = False
         self._own = model.forward
         self._replaced = vars(model).get("forward")
         self._graphs = ForwardGraphs(type(model).__name__, self._run, reset, pool)
@@ -126,6 +133,15 @@ class GraphedForward:
         if obstacle and mode != OFF:
             self._graphs.log(obstacle)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run all forwards within this context as they are: none is counted, captured or replayed."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     @property
     def reasons(self) -> frozenset[str]:
         """Why forwards have run as they are."""
@@ -155,7 +171,7 @@ class GraphedForward:
     def _graphed(self, own: Callable[..., Any], here: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replay what `own` does if graphs are taken `here` and can be, else do it."""
         # What compiles the model would look into this, and can do without.
-        if not here or self._mode == OFF or self._obstacle or torch.compiler.is_compiling():
+        if not here or self._mode == OFF or self._obstacle or self._paused or torch.compiler.is_compiling():
             return own(*args, **kwargs)
         found = obstacle_in(kwargs.get(OPTIONS) or {}) or self._obstacle_of_weights()
         if found:
@@ -170,7 +186,7 @@ class GraphedForward:
         self._override = options.pop(OVERRIDE, None)
         # In a whole call the split is chosen within, by what is in its arguments.
         split = None if self._whole_call else self._split()
-        context = self._context, split, self._override is not None
+        context = self._context, self._way(), split, self._override is not None
         try:
             return self._graphs.call(context, self._weight_tensors, self._mode == ON, args, kwargs, options)
         finally:
