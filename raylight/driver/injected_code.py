@@ -18,6 +18,7 @@ from raylight.host.jobs import Inside
 from raylight.host.patcher_state import HOOKS, OVERRIDE, Change
 from raylight.parallel.plan import SequencePlan
 from raylight.plans import plan_of
+from raylight.plans.exceptions import EXCEPTIONS
 
 from . import weightless
 from .baseline import INNER
@@ -88,17 +89,20 @@ _warned_of: set[str] = set()
 
 def inside_of(patcher: RemotePatcher, changes: Sequence[Change]) -> Inside:
     """Return what code of nodes inside the diffusion model needs, put there by this patcher or by `changes`."""
-    model = patcher.model.diffusion_model
+    model, mesh = patcher.model.diffusion_model, patcher.workers.config.mesh
+    config = type(patcher.model.model_config).__name__
     try:
         # By its own class: a node may have given it another.
-        plan = plan_of(weightless.baseline_of(patcher.model).diffusion_model, type(patcher.model.model_config).__name__)
-    except ValueError:  # no plan: tokens are not split
+        plan = plan_of(weightless.baseline_of(patcher.model).diffusion_model, config)
+    except ValueError:
+        plan = None
+    if plan is None and (config in EXCEPTIONS or mesh.ring * mesh.ulysses == 1):  # tokens are not split
         return Inside()
     override = patcher.model_options.get("transformer_options", {}).get(OVERRIDE)
     # A ring needs the log-sum-exp of each block, which an override does not return.
-    if override is not None and (patcher.workers.config.mesh.ring > 1 or not is_kernel(override)):
+    if override is not None and (mesh.ring > 1 or not is_kernel(override)):
         return Inside(_named(override, OVERRIDE))
-    split = _split_region(plan)
+    split = None if plan is None else _split_region(plan)
     # As dicts, to keep their order without repetition.
     watched: dict[str, None] = {}
     by_token: dict[str, None] = {}
@@ -108,10 +112,11 @@ def inside_of(patcher: RemotePatcher, changes: Sequence[Change]) -> Inside:
         module = _submodule(model, path)
         if _is_own(module, code):
             continue
-        if _works_by_token(path, module, code):
+        if split is not None and _works_by_token(path, module, code):
             by_token[path] = None
             continue
-        if path == "" or split.matches(path):
+        # What a plan that the workers draft was proven with is the model without code of nodes.
+        if path == "" or split is None or split.matches(path):
             return Inside(_named(code, path))
         watched[path] = None
     return Inside("", tuple(watched), tuple(by_token))

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -110,6 +111,12 @@ def doors_in(module: ModuleType) -> tuple[str, ...]:
         if not hasattr(attention, "__wrapped__"):
             return ()
     return tuple(found)
+
+
+def modules_with_attention(model: nn.Module) -> tuple[str, ...]:
+    """Return the Python modules of a model's classes that have ComfyUI's attention, whose calls can be routed."""
+    names = dict.fromkeys(type(module).__module__ for module in model.modules())
+    return tuple(name for name in names if name in sys.modules and doors_in(sys.modules[name]))
 
 
 @functools.cache

@@ -30,8 +30,8 @@ class WorkerService(Service, Protocol):
     def load(self, run: Run, recipe: ModelRecipe, may_refuse: bool = False) -> NeedsBytes | None:
         """Load the model of `recipe`, split over the ranks, with its LoRAs; does nothing if it is loaded already.
 
-        Collective. Raises ValueError: for a file that is no such model, a model without a plan, too few heads, or a
-        LoRA that does not fit. Other models stay loaded, and the session stays usable.
+        Collective. Raises ValueError: for a file that is no such model, too few heads for its plan, or a LoRA that
+        does not fit. Other models stay loaded, and the session stays usable.
         """
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from raylight.host.patcher_state import OPTIONS, bind_arguments, run_with_wrappers
 from raylight.parallel.batch import BatchAxis, Rows
 from raylight.parallel.process_group import any_rank
-from raylight.parallel.sequence_parallel import SequenceParallel
+from raylight.parallel.sequence_parallel import SequenceGroup
 
 from .layouts import Layouts, RowsAre
 
@@ -26,17 +26,25 @@ _MARKS = ("cond_or_uncond", "uuids")
 _STOCK = "wrappers"
 
 
+class Split(Protocol):
+    """The sequence parallelism of a model."""
+
+    def use(self, group: SequenceGroup) -> None:
+        """Split the following forwards over the ranks of `group`."""
+
+
 class BatchParallel:
     """A model's forwards where their batch may be split. Each forward decides, by its batch and the same on all ranks,
-    over which ranks its batch rows and its tokens are split.
+    over which ranks its batch rows and its tokens are split. While `may_split` is false, batch rows are not.
     """
 
-    def __init__(self, model: nn.Module, layouts: Layouts, split: SequenceParallel | None) -> None:
+    def __init__(self, model: nn.Module, layouts: Layouts, split: Split | None) -> None:
         """Replace `model.forward`. `split` is the model's sequence parallelism, None if its tokens are never split."""
         self._model, self._layouts, self._split = model, layouts, split
         self._batch: BatchAxis | None = None
         self._total = 0
         self._independent = self._in_step = self._idles = False
+        self.may_split = True
         self._latest: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._own = model.forward
         self._replaced = vars(model).get("forward")  # of this one model, where its class has another
@@ -88,7 +96,7 @@ class BatchParallel:
             layout = self._layouts.of_own_run()
         else:
             layout = self._layouts.of(self._total, _rows_in(kwargs))
-        self._batch = layout.batch
+        self._batch = layout.batch if self.may_split else None
         if layout.sequence is not None and self._split is not None:
             self._split.use(layout.sequence)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from operator import attrgetter
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import nn
@@ -34,26 +34,22 @@ from raylight.sharding.fsdp import keep_steady, reset
 
 from .batch_parallel import BatchParallel
 from .cuda_graphs import GraphedForward, has_graphs, pool_of
+from .drafted_plans import DraftedPlans
 from .layouts import ChosenLayouts, GivenLayouts, Tell, given
 from .node_code import TokenProbe
 from .one_worker import OneWorker
 from .sequence_parallel import ComfySequenceParallel, apply_sequence_parallel
+from .unplanned import UnplannedModel
 
 logger = logging.getLogger(__name__)
 
 
-def _once(model: nn.Module, config: str) -> Callable[[], SequencePlan]:
-    """Look up the plan of a model now. Return a function that returns it, or raises that there is none."""
+def _plan_or_none(model: nn.Module, config: str) -> SequencePlan | None:
+    """Return the plan of a model, None if it has none."""
     try:
-        plan = plan_for(model, config)
-    except ValueError as error:
-        message = str(error)
-
-        def refuse() -> SequencePlan:
-            raise ValueError(message)
-
-        return refuse
-    return lambda: plan
+        return plan_for(model, config)
+    except ValueError:
+        return None
 
 
 class ParallelModel:
@@ -64,13 +60,16 @@ class ParallelModel:
     ) -> None:
         """Install the hooks of sequence parallelism. With `by_run`, each forward has the mesh that it chooses.
 
-        Raises ValueError: when tokens must be split and the model has no plan, or cannot be split by it.
+        A model without a plan is split by one that its first forward proves, if any. Raises ValueError: when tokens
+        must be split and the model cannot be split by its plan.
         """
         self._model, self._device = base.diffusion_model, device
         self._config = type(base.model_config).__name__
-        self._find_plan = _once(self._model, self._config)
+        self._plan = _plan_or_none(self._model, self._config)
+        # Collective, so only where there are other ranks.
+        self._drafted = DraftedPlans(base) if self._plan is None and mesh.size() > 1 else None
         self._groups: SequenceGroups | None = None
-        self._split: ComfySequenceParallel | None = None
+        self._split: ComfySequenceParallel | UnplannedModel | None = None
         self._batch: BatchParallel | None = None
         self._layouts: GivenLayouts | ChosenLayouts | None = None
         self._one_worker: OneWorker | None = None
@@ -98,54 +97,67 @@ class ParallelModel:
         self._is_arranged = False
         if self._batch is not None:
             self._batch.remove()
-        if self._graphs is not None:
-            self._graphs.remove()
         if self._split is not None:
             self._split.remove()
+        if self._graphs is not None:
+            self._graphs.remove()
         if self._one_worker is not None:
             self._one_worker.remove()
         self._groups = self._split = self._batch = self._layouts = self._one_worker = self._graphs = None
 
     def _install(self) -> None:
+        # Before whatever replaces the model's forward to divide its rows: a graph is of the rows of this rank.
+        if has_graphs(self._device):
+            self._graphs = GraphedForward(self._model, pool_of(self._device), self._split_now, self._begin, self._way)
         if self._mesh.size() == 1:
-            with suppress(ValueError):  # no plan: ComfyUI's own attention
-                self._one_worker = OneWorker(self._model, self._find_plan())
+            if self._plan is not None:  # else ComfyUI's own attention
+                self._one_worker = OneWorker(self._model, self._plan)
+        elif self._drafted is not None:
+            self._layouts = self._without_plan(self._drafted)
         elif self._by_run is not None:
             self._layouts = self._choosing(self._by_run)
         else:
             self._layouts = given(self._mesh, self._split_as_given())
-        if has_graphs(self._device):
-            self._graphs = GraphedForward(self._model, pool_of(self._device), self._split_now, self._begin)
         if self._layouts is not None:
             self._batch = BatchParallel(self._model, self._layouts, self._split)
         self._is_arranged = True
 
     def _split_as_given(self) -> bool:
         """Install the hooks for the tokens. Return whether batch rows are independent, as far as is known."""
+        assert self._plan is not None, "there is a plan"
         try:
-            plan = self._find_plan()
-            self._split = apply_sequence_parallel(self._model, plan, self._mesh)
-            self._groups = SequenceGroups(self._mesh, attrgetter(plan.heads)(self._model))
+            self._split = apply_sequence_parallel(self._model, self._plan, self._mesh)
+            self._groups = SequenceGroups(self._mesh, self._plan.heads_of(self._model))
         except ValueError as error:
             if sequence_axis(self._mesh).size() > 1:
                 raise
             logger.info("%s: workers can only split its batch", error)
             return True
-        return plan.independent_rows
+        return self._plan.independent_rows
 
     def _choosing(self, by_run: DegreesByRun) -> ChosenLayouts:
-        heads, independent_rows = None, True
-        try:
-            plan = self._find_plan()
-            independent_rows = plan.independent_rows
-            # Each forward brings its group.
-            self._split = ComfySequenceParallel(self._model, plan, SequenceGroup.single_rank(), ulysses_degree=1)
-            heads = int(attrgetter(plan.heads)(self._model))
-        except ValueError as error:
-            if not has_known_rows(self._config):
-                raise
-            logger.warning("%s: workers can only split its batch, and do the same work without one", error)
-        return ChosenLayouts(by_run, heads, independent_rows)
+        assert self._plan is not None, "there is a plan"
+        # Each forward brings its group.
+        self._split = ComfySequenceParallel(self._model, self._plan, SequenceGroup.single_rank(), ulysses_degree=1)
+        return ChosenLayouts(by_run, self._plan.heads_of(self._model), self._plan.independent_rows)
+
+    def _without_plan(self, drafted: DraftedPlans) -> GivenLayouts | ChosenLayouts | None:
+        """Let a draft split the tokens once it is proven, or only rows be split."""
+        if self._by_run is not None and has_known_rows(self._config):
+            logger.warning(
+                "%s has no sequence plan (%s): workers can only split its batch, and do the same work without one",
+                drafted.name,
+                drafted.reason,
+            )
+            return ChosenLayouts(self._by_run, None, independent_rows=True)
+        if sequence_axis(self._mesh).size() > 1:
+            # With degrees by the run too, as it is not known before a draft is proven whether tokens can be split: on
+            # the mesh that has all ranks in the sequence.
+            pause = nullcontext if self._graphs is None else self._graphs.paused
+            self._split = UnplannedModel(self._model, drafted, self._mesh, self._device, pause)
+        else:
+            logger.info("%s has no sequence plan: workers can only split its batch", drafted.name)
+        return given(self._mesh, independent_rows=True)
 
     def _split_now(self) -> Hashable:
         """Return what the split of tokens depends on, at this moment."""
@@ -153,7 +165,12 @@ class ParallelModel:
             return None
         tokens, strategy = self._split.tokens, self._split.attention.strategy
         degrees = strategy.degrees if isinstance(strategy, HybridAttention) else type(strategy)
-        return tokens.group and tokens.group.group_name, tokens.rank, tokens.degree, degrees
+        name = tokens.group.group_name if isinstance(tokens.group, dist.ProcessGroup) else None
+        return name, tokens.rank, tokens.degree, degrees
+
+    def _way(self) -> Hashable:
+        """Return what is proven of the forward that begins, in a model without a plan."""
+        return self._split.way if isinstance(self._split, UnplannedModel) else None
 
     def _begin(self) -> None:
         """Bring the split of tokens, and of weights, back to the start of a forward."""
@@ -193,6 +210,8 @@ class ParallelModel:
         """Install the hook of batch parallelism. Call it when the model's weights are in place, with their hooks."""
         if self._batch is not None:
             self._batch.finalize_hooks()
+        if isinstance(self._split, UnplannedModel):
+            self._split.finalize_hooks()
 
     def mesh_for(self, runs: int, job: ModelJob, tell: Tell) -> DeviceMesh:
         """Return the mesh whose batch axis divides several runs of a job. If its degrees are chosen, `tell` gets them.
@@ -206,6 +225,8 @@ class ParallelModel:
     def independent_groups(self, mesh: DeviceMesh, in_step: bool) -> Iterator[None]:
         """Let each group of the batch axis of `mesh_for` do its own runs; `in_step` as for `BatchParallel`."""
         with among(sequence_axis(mesh).get_group()), ExitStack() as stack:
+            if isinstance(self._split, UnplannedModel):
+                stack.enter_context(self._split.independent_groups())
             if self._batch is not None:
                 stack.enter_context(self._batch.independent_groups(in_step))
             yield
@@ -222,6 +243,9 @@ class ParallelModel:
             self._layouts.tell(tell, begins_run)
         if self._one_worker is not None:
             self._one_worker.install(model_options, kernel(job.attention, self._device))
+        if isinstance(self._split, UnplannedModel):
+            self._install_unplanned(self._split, model_options, job, tell, begins_run)
+            return
         if self._split is None:
             return
         local, full = kernel(job.attention, self._device), bool(job.inside.full_tokens_for)
@@ -238,6 +262,18 @@ class ParallelModel:
                 self._layouts.use(sequence, None if full else self._groups.all_ranks(local))
         self._split.install(model_options, local)
 
+    def _install_unplanned(
+        self, split: UnplannedModel, model_options: dict[str, Any], job: ModelJob, tell: Tell, begins_run: bool
+    ) -> None:
+        if self._by_run is not None:
+            split.tell(tell, begins_run)
+        sequence = SequenceGroup.of(sequence_axis(self._mesh).get_group(), _strategy(job.strategy, self._mesh))
+        kind = (job.attention, job.strategy)
+        split.install(model_options, kernel(job.attention, self._device), kind, job.inside != Inside())
+        split.use(sequence)
+        if isinstance(self._layouts, GivenLayouts):
+            self._layouts.use(sequence, None)
+
     @contextmanager
     def watching(self, patcher: ModelPatcher, inside: Inside) -> Iterator[None]:
         """Check the modules that `inside` names, or their replacements by object patches, within this context.
@@ -250,8 +286,7 @@ class ParallelModel:
             for path in inside.by_token if split is not None else ():
                 module = patcher.get_model_object(f"diffusion_model.{path}")
                 if split is not None and isinstance(module, nn.Module):
-                    tokens = split.tokens
-                    stack.callback(TokenProbe(path, module, lambda tokens=tokens: tokens.is_split).remove)
+                    stack.callback(TokenProbe(path, module, lambda split=split: split.tokens.is_split).remove)
             for path in inside.watched if split is not None else ():
                 module = patcher.get_model_object(f"diffusion_model.{path}")
                 stack.callback(module.register_forward_pre_hook(functools.partial(self._refuse, path)).remove)

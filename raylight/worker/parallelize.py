@@ -25,7 +25,7 @@ def load_parallel(
 
     To be called in `mode_of(recipe.sharding)`.
 
-    Raises ValueError: for a file that is no such model, and for a model without a plan or with too few heads.
+    Raises ValueError: for a file that is no such model, and for a model with too few heads for its plan.
     """
     # First the model as ComfyUI builds it, with weights still in the file: no rank ever holds more than it keeps.
     mapped = loading.map_file(recipe)

@@ -243,13 +243,17 @@ def test_a_model_of_one_head(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     assert told(caplog)[-1].startswith("batch 2 (2 rows over 2 groups)") or "ring 2" in told(caplog)[-1]
 
 
-def test_rejects_a_model_without_a_plan_that_keeps_state(folder: Path) -> None:
+def test_every_worker_does_all_of_a_model_without_a_plan_that_keeps_state(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     case = ParityCase("wan-t2v", (1, 16, 3, 10, 14), 4096, tokens=(11, 11))
     path = folder / "autoregressive.safetensors"
     metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})}
     save_file(load_file(checkpoint(folder, case)), path, metadata=metadata)
-    with pytest.raises(ValueError, match="no sequence plan for comfy.ldm.wan.ar_model.CausalWanModel"):
-        api.load(RayModel(workers(2), ModelRecipe.of(str(path), "default")))
+    with caplog.at_level(logging.INFO, "raylight"):
+        actual = sample_on_workers(RayModel(workers(2), ModelRecipe.of(str(path), "default")), case)
+    assert_equals(actual, sample_stock(path, case))
+    assert told(caplog) == ["every worker does all (no plan, and none is proven)"]
 
 
 def test_prompts_of_several_regions(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

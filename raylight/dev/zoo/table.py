@@ -8,6 +8,7 @@ from raylight.plans import plan_for
 from raylight.plans.exceptions import EXCEPTIONS
 
 from . import families
+from .day_one.section import section
 
 HEAD = """# Models
 
@@ -30,8 +31,15 @@ EXCEPTIONS_HEAD = """
 """
 
 
-def render(passed: Mapping[str, Iterable[str]], meshes: Iterable[str], tolerance: float) -> str:
-    """Return the document. `passed` has, per family, the situations that are equal on all `meshes`."""
+def render(
+    passed: Mapping[str, Iterable[str]],
+    meshes: Iterable[str],
+    tolerance: float,
+    without_plan: Mapping[tuple[str, str], str],
+) -> str:
+    """Return the document. `passed` has, per family, the situations that are equal on all `meshes`; `without_plan` how
+    each situation is computed when the plan is taken away.
+    """
     rows = []
     for name, calls in passed.items():
         model = plan_for(families()[name].outline().diffusion_model).model
@@ -40,4 +48,4 @@ def render(passed: Mapping[str, Iterable[str]], meshes: Iterable[str], tolerance
         rows.append(f"| {name}{note} | `{model.rpartition('.')[2]}` | {'; '.join(calls)} |")
     exceptions = [f"| {name} | {reason} |" for name, reason in sorted(EXCEPTIONS.items())]
     head = HEAD.format(meshes="; ".join(meshes), tolerance=tolerance)
-    return head + "\n".join(rows) + "\n" + EXCEPTIONS_HEAD + "\n".join(exceptions) + "\n"
+    return head + "\n".join(rows) + "\n" + section(without_plan) + EXCEPTIONS_HEAD + "\n".join(exceptions) + "\n"

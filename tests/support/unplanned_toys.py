@@ -1,0 +1,144 @@
+"""Models that no plan is for, and whose split goes wrong in ways that the proof has to find."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from comfy.cli_args import args
+
+args.cpu = not torch.cuda.is_available()  # before ComfyUI picks a device
+
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_cases import CASES, sample, sample_stock
+from counting import CountingStrategy
+from torch import Tensor, nn
+
+from raylight.attention.kernels import kernel
+from raylight.dev.zoo.day_one.logged import logged
+from raylight.host.jobs import ModelJob
+from raylight.host.recipe import ModelRecipe
+from raylight.parallel.external_strategies import OURS
+from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
+from raylight.parallel.ring import HybridAttention
+from raylight.parallel.sequence_parallel import SequenceGroup
+from raylight.worker import parallel_model
+from raylight.worker.drafted_plans import DraftedPlans
+from raylight.worker.parallelize import load_parallel
+from raylight.worker.patcher import mode_of
+from raylight.worker.unplanned import UnplannedModel
+
+WIDTH, HEADS = 16, 4
+
+
+class Block(nn.Module):
+    """A block of one stream, whose `flaw` is what happens to its tokens besides attention."""
+
+    def __init__(self, flaw: str) -> None:
+        super().__init__()
+        self.flaw = flaw
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.neighbours = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor, transformer_options: Any = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + optimized_attention(q, k, v, HEADS, transformer_options=transformer_options)
+        if self.flaw == "odd" and x.shape[1] % 2:
+            raise ValueError("an odd number of tokens")
+        if self.flaw == "convolution":
+            x = x + nn.functional.conv1d(
+                x.movedim(1, 2), self.neighbours.weight, self.neighbours.bias, padding=1
+            ).movedim(2, 1)
+        if self.flaw == "mean":
+            x = x - x.mean(1, keepdim=True)
+        return x
+
+
+class Toy(nn.Module):
+    """Blocks of one stream."""
+
+    def __init__(self, flaw: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(flaw) for _ in range(2))
+        self.forwards = 0
+
+    def forward(self, x: Tensor, transformer_options: Any = None) -> Tensor:
+        self.forwards += 1
+        for block in self.blocks:
+            x = block(x, transformer_options=transformer_options)
+        return x
+
+
+@dataclass(frozen=True)
+class Day:
+    """What one rank measured: the largest error of all outputs in standard deviations, exchanges and forwards of each
+    call, the number of plans that were found, and what was logged.
+    """
+
+    error: float
+    exchanges: tuple[int, ...]
+    forwards: tuple[int, ...]
+    plans: int
+    said: tuple[str, ...]
+
+
+def toy_day(
+    rank: int, world: int, flaw: str, lengths: tuple[int, ...], dtype: torch.dtype, file: Path, on: str = "cpu"
+) -> Day:
+    """Call a toy with sequences of these lengths."""
+    torch.manual_seed(0)
+    device = torch.device(on, rank if on == "cuda" else 0)
+    mesh = build_mesh(MeshShape(ulysses=world), device)
+    model = Toy(flaw).requires_grad_(False).to(device, dtype)
+    base: Any = SimpleNamespace(diffusion_model=model, model_config=SimpleNamespace(unet_config={}))
+    sequences = [torch.randn(1, length, WIDTH).to(device, dtype) for length in lengths]
+    expected = [model(x) for x in sequences]
+    strategy = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
+    options: dict[str, Any] = {}
+    exchanges, forwards, error = [], [], 0.0
+    with logged() as said:
+        split = UnplannedModel(model, DraftedPlans(base, file), mesh, device)
+        split.finalize_hooks()
+        split.install(options, kernel("TORCH"), ("TORCH",), False)
+        split.use(SequenceGroup.of(sequence_axis(mesh).get_group(), strategy))
+        for x, whole in zip(sequences, expected, strict=True):
+            strategy.calls = model.forwards = 0
+            result = model(x, **options)
+            exchanges.append(strategy.calls)
+            forwards.append(model.forwards)
+            error = max(error, ((result - whole).abs().max() / whole.std()).item())
+        found = sum(way.plan is not None for way in split.ways)
+        split.remove()
+    assert model._compiled_call_impl is None
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    return Day(error, tuple(exchanges), tuple(forwards), found, tuple(said))
+
+
+def sampled(
+    rank: int, world: int, path: Path, sharding: str, shape: MeshShape, user: Path, on: str = "cpu"
+) -> tuple[float, list[str]]:
+    """Sample a Wan checkpoint without its plan; return the error in standard deviations, and what was logged."""
+    import folder_paths
+
+    folder_paths.set_user_directory(str(user))
+    case, device = CASES["Wan T2V"], torch.device(on, rank if on == "cuda" else 0)
+    expected = sample_stock(path, case)
+    before = parallel_model.plan_for
+
+    def no_plan(*_: Any) -> Any:
+        raise ValueError("no plan")
+
+    parallel_model.plan_for = no_plan
+    recipe = ModelRecipe.of(str(path), "default", sharding)
+    try:
+        with mode_of(sharding), logged() as said:
+            model = load_parallel(recipe, build_mesh(shape, device), device)
+            patcher = model.patched((), None).clone()
+            model.parallel.install(patcher.model_options, ModelJob(recipe, "TORCH", OURS))
+            actual = sample.__wrapped__(patcher, case)
+    finally:
+        parallel_model.plan_for = before
+    return ((actual - expected).abs().max() / expected.std()).item(), said
