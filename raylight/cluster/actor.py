@@ -245,7 +245,8 @@ class RankActor:
 
     def _arrange(self, arrangement: Arrangement) -> None:
         assert self._meshes is not None and self._context is not None, "the service is open"
-        self._context.mesh = self._meshes.of(arrangement.mesh)
+        # Models use it also where forwards choose other meshes.
+        self._context.mesh = self._meshes.of(arrangement.mesh, keep=True)
         shares.use(arrangement.speeds)
         self._context.by_run = DegreesByRun(arrangement, self._meshes) if arrangement.by_run else None
 

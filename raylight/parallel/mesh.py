@@ -45,21 +45,25 @@ def build_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
 class Meshes:
     """The meshes of one world that were used last, so that going back to one is instant.
 
-    At most `limit`: on GPUs each group that has communicated keeps some memory.
+    At most `limit`, which is 2 or more: on GPUs each group that has communicated keeps some memory.
     """
 
     def __init__(self, device: torch.device, limit: int = 4) -> None:
         self._device, self._limit = device, limit
         self._meshes: OrderedDict[MeshShape, DeviceMesh] = OrderedDict()
+        self._kept: MeshShape | None = None
 
-    def of(self, shape: MeshShape) -> DeviceMesh:
+    def of(self, shape: MeshShape, keep: bool = False) -> DeviceMesh:
         """Return the mesh of a shape, with all its axes. Collective.
 
-        The mesh that was not used for longest may be ended by this: nothing may communicate over it any more.
+        The mesh that was not used for longest may be ended by this: nothing may communicate over it any more. With
+        `keep` this one is not ended until another is kept.
         """
+        if keep:
+            self._kept = shape
         if shape not in self._meshes:
             while len(self._meshes) >= self._limit:
-                _end(self._meshes.popitem(last=False)[1])
+                _end(self._meshes.pop(next(one for one in self._meshes if one != self._kept)))
             mesh = self._meshes[shape] = build_mesh(shape, self._device)
             for axis in (world_axis, outer_axis, sequence_axis):
                 axis(mesh)

@@ -79,3 +79,14 @@ def count_groups(rank: int, world: int, limit: int) -> list[int]:
             assert meshes.of(shape) is meshes.of(shape)
         counts.append(len(distributed_c10d._world.pg_map))
     return counts
+
+
+def keep_one(rank: int, world: int) -> tuple[bool, int]:
+    """Return whether a mesh is kept while others come and go, and how many meshes there are with it."""
+    meshes = Meshes(CPU, 2)
+    kept = meshes.of(MeshShape(ulysses=world), keep=True)
+    for shape in (MeshShape(batch=world), MeshShape(ring=world), MeshShape(2, 1, world // 2)):
+        meshes.of(shape)
+    sum_of_ranks = torch.ones(1)
+    torch.distributed.all_reduce(sum_of_ranks, group=kept.get_group("ulysses"))
+    return meshes.of(MeshShape(ulysses=world)) is kept, int(sum_of_ranks)

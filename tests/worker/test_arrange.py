@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arranged_cases import arrange_many_times, count_groups, graphs_of_ended_meshes
+from arranged_cases import arrange_many_times, count_groups, graphs_of_ended_meshes, keep_one
 from comfy_cases import CASES, checkpoint
 
 from raylight.dev.local_ranks import run_ranks
@@ -33,3 +33,9 @@ def test_graphs_go_before_a_mesh_is_ended() -> None:
     for result in run_ranks(4, graphs_of_ended_meshes):
         assert result.error is None, result.error
         assert result.value == [1, 0]
+
+
+def test_the_mesh_of_the_workers_is_kept_while_others_are_ended() -> None:
+    for result in run_ranks(4, keep_one):
+        assert result.error is None, result.error
+        assert result.value == (True, 4)
