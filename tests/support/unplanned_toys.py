@@ -15,17 +15,22 @@ args.cpu = not torch.cuda.is_available()  # before ComfyUI picks a device
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_cases import CASES, sample, sample_stock
 from counting import CountingStrategy
+from fake_graphs import CPU, FakeBackend, cpu_as_device
 from torch import Tensor, nn
 
 from raylight.attention.kernels import kernel
 from raylight.dev.zoo.day_one.logged import logged
 from raylight.host.jobs import ModelJob
 from raylight.host.recipe import ModelRecipe
+from raylight.parallel.degrees import Arrangement, DegreesByRun
 from raylight.parallel.external_strategies import OURS
-from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
+from raylight.parallel.graphs import ON, GraphPool
+from raylight.parallel.mesh import Meshes, MeshShape, build_mesh, sequence_axis, world_axis
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_parallel import SequenceGroup
+from raylight.sharding.fsdp import reset, shard
 from raylight.worker import parallel_model
+from raylight.worker.cuda_graphs import GraphedForward
 from raylight.worker.drafted_plans import DraftedPlans
 from raylight.worker.parallelize import load_parallel
 from raylight.worker.patcher import mode_of
@@ -117,10 +122,56 @@ def toy_day(
     return Day(error, tuple(exchanges), tuple(forwards), found, tuple(said))
 
 
+def graphed_day(
+    rank: int, world: int, flaw: str, lengths: tuple[int, ...], file: Path, shards: bool
+) -> list[tuple[float, int, int, int]]:
+    """Call a toy with sequences of these lengths, as graphs without a GPU where it is proven. Return for each call its
+    error in standard deviations, the captures and the replays so far, and its exchanges.
+    """
+    torch.manual_seed(0)
+    mesh = build_mesh(MeshShape(ulysses=world), CPU)
+    model = Toy(flaw).requires_grad_(False)
+    base: Any = SimpleNamespace(diffusion_model=model, model_config=SimpleNamespace(unet_config={}))
+    sequences = [torch.randn(1, length, WIDTH) for length in lengths]
+    expected = [model(x) for x in sequences]
+    if shards:
+        weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        shard(model, weights, world_axis(mesh), CPU)
+    strategy = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
+    backend = FakeBackend()
+    graphs = GraphedForward(model, GraphPool(backend), lambda: None, lambda: reset(model), lambda: split.way)
+    split = UnplannedModel(model, DraftedPlans(base, file), mesh, CPU, graphs.paused)
+    split.finalize_hooks()
+    options: dict[str, Any] = {}
+    split.install(options, kernel("TORCH"), ("TORCH",), False)
+    split.use(SequenceGroup.of(sequence_axis(mesh).get_group(), strategy))
+    graphs.use(ON, "test", "", whole_call=shards)
+    found = []
+    with torch.no_grad(), cpu_as_device():
+        for x, whole in zip(sequences, expected, strict=True):
+            strategy.calls = 0
+            result = model(x, **options)
+            error = ((result - whole).abs().max() / whole.std()).item()
+            found.append((error, backend.captures, backend.replays, strategy.calls))
+    split.remove()
+    graphs.remove()
+    assert model._compiled_call_impl is None and "forward" not in vars(model)
+    return found
+
+
 def sampled(
-    rank: int, world: int, path: Path, sharding: str, shape: MeshShape, user: Path, on: str = "cpu"
-) -> tuple[float, list[str]]:
-    """Sample a Wan checkpoint without its plan; return the error in standard deviations, and what was logged."""
+    rank: int,
+    world: int,
+    path: Path,
+    sharding: str,
+    shape: MeshShape,
+    user: Path,
+    on: str = "cpu",
+    degrees_by_run: bool = False,
+) -> tuple[float, list[str], list[str]]:
+    """Sample a Wan checkpoint without its plan; return the error in standard deviations, what was logged, and what was
+    told of degrees by the run.
+    """
     import folder_paths
 
     folder_paths.set_user_directory(str(user))
@@ -135,10 +186,12 @@ def sampled(
     recipe = ModelRecipe.of(str(path), "default", sharding)
     try:
         with mode_of(sharding), logged() as said:
-            model = load_parallel(recipe, build_mesh(shape, device), device)
+            meshes, told = Meshes(device), []
+            by_run = DegreesByRun(Arrangement(shape, by_run=True), meshes) if degrees_by_run else None
+            model = load_parallel(recipe, meshes.of(shape, keep=True), device, by_run)
             patcher = model.patched((), None).clone()
-            model.parallel.install(patcher.model_options, ModelJob(recipe, "TORCH", OURS))
+            model.parallel.install(patcher.model_options, ModelJob(recipe, "TORCH", OURS), told.append)
             actual = sample.__wrapped__(patcher, case)
     finally:
         parallel_model.plan_for = before
-    return ((actual - expected).abs().max() / expected.std()).item(), said
+    return ((actual - expected).abs().max() / expected.std()).item(), said, told

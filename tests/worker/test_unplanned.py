@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_cases import CASES, checkpoint
-from unplanned_toys import sampled, toy_day
+from unplanned_toys import graphed_day, sampled, toy_day
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.host.recipe import REPLICATED, SHARDED
@@ -93,8 +93,31 @@ def test_too_few_heads_are_said(tmp_path: Path) -> None:
 def test_sampling(world: int, sharding: str, shape: MeshShape, tmp_path: Path, report_parity) -> None:
     path = checkpoint(tmp_path, CASES["Wan T2V"])
     user = tmp_path / "user"
-    for error, said in values(run_ranks(world, sampled, path, sharding, shape, user, timeout_s=300)):
+    for error, said, told in values(run_ranks(world, sampled, path, sharding, shape, user, timeout_s=300)):
         report_parity(f"{'Wan T2V without a plan, ' + sharding:<60} {shape}   max error {error:.1e}")
         assert error <= TOLERANCE
         assert "WanModel has no plan: a drafted one splits its tokens over 2 workers" in said[0]
+        assert not told
     assert (user / "__raylight" / "drafted_plans.json").exists()
+
+
+def test_degrees_by_the_run(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, CASES["Wan T2V"])
+    ranks = run_ranks(2, sampled, path, REPLICATED, MeshShape(ulysses=2), tmp_path / "user", "cpu", True, timeout_s=300)
+    for error, said, told in values(ranks):
+        assert error <= TOLERANCE
+        assert "WanModel has no plan: a drafted one splits its tokens over 2 workers" in said[0]
+        assert told == ["ulysses 2 (no plan: a drafted one is proven)"]
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(("flaw", "exchanges"), [("", 2), ("mean", 0)])
+def test_graphs_are_captured_only_of_what_is_proven(flaw: str, exchanges: int, shards: bool, tmp_path: Path) -> None:
+    # The proof; as it is; recorded; captured; another proof, beside the graph; replayed.
+    lengths = (10, 10, 10, 10, 7, 10)
+    for calls in values(run_ranks(2, graphed_day, flaw, lengths, tmp_path / "plans.json", shards)):
+        errors, captures, replays, exchanged = zip(*calls, strict=True)
+        assert max(errors) <= TOLERANCE
+        assert captures == (0, 0, 0, 1, 1, 1)
+        assert replays == (0, 0, 0, 1, 1, 2)
+        assert exchanged[1:4] == (exchanges,) * 3 and exchanged[5] == exchanges
