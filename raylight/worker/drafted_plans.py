@@ -23,7 +23,7 @@ from comfyui_version import __version__ as comfyui_version
 
 from raylight.parallel.plan import SequencePlan
 from raylight.plans.draft.text import from_data, to_data
-from raylight.plans.exceptions import EXCEPTIONS, U_NET
+from raylight.plans.exceptions import EXCEPTIONS
 
 from .proving import Way
 
@@ -44,9 +44,7 @@ class DraftedPlans:
         self.name = kind.__name__
         self.reason = EXCEPTIONS.get(config, "")
         # A proof repeats forwards, which a model that keeps state between them may not stand.
-        is_refused = self.reason not in ("", U_NET)
-        self.refused = f"{self.name} cannot be split over workers: {self.reason}" if is_refused else ""
-        self.only_rows = self.reason == U_NET
+        self.refused = f"{self.name} cannot be split over workers: {self.reason}" if self.reason else ""
         self._file = file or _user_file()
         self._key = _key(kind, config, base.model_config.unet_config)
         self._plans: list[SequencePlan] = []

@@ -20,6 +20,7 @@ from raylight.host.jobs import Inside, ModelJob
 from raylight.host.patcher_state import OVERRIDE
 from raylight.host.recipe import REPLICATED
 from raylight.parallel import shares
+from raylight.parallel.batch import BatchAxis
 from raylight.parallel.degrees import DegreesByRun
 from raylight.parallel.external_strategies import OURS, ExternalAttention
 from raylight.parallel.graphs import AUTO, OFF
@@ -143,13 +144,17 @@ class ParallelModel:
 
     def _without_plan(self, drafted: DraftedPlans) -> GivenLayouts | ChosenLayouts | None:
         """Let a draft split the tokens once it is proven, or only rows be split."""
-        if self._by_run is not None and has_known_rows(self._config):
+        if has_known_rows(self._config):
             logger.warning(
                 "%s has no sequence plan (%s): workers can only split its batch, and do the same work without one",
                 drafted.name,
                 drafted.reason,
             )
-            return ChosenLayouts(self._by_run, None, independent_rows=True)
+            if self._by_run is not None:
+                return ChosenLayouts(self._by_run, None, independent_rows=True)
+            # Ranks that would split tokens divide the rows if no others are there to do so.
+            axis = self._mesh["batch"] if self._mesh["batch"].size() > 1 else sequence_axis(self._mesh)
+            return GivenLayouts(BatchAxis(axis.get_group()), independent_rows=True)
         if sequence_axis(self._mesh).size() > 1:
             # With degrees by the run too, as it is not known before a draft is proven whether tokens can be split: on
             # the mesh that has all ranks in the sequence.

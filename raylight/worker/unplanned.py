@@ -199,8 +199,6 @@ class UnplannedModel:
         that repeated forwards would change.
         """
         options = kwargs.get(OPTIONS) or {}
-        if self._plans.only_rows:
-            return ""
         if self._full:
             return f"a node has changed {self._plans.name}, which has no plan"
         if any(options.get("patches", {}).values()) or options.get("patches_replace", {}).get("dit"):
@@ -237,9 +235,7 @@ class UnplannedModel:
 
     def _find(self, key: Any, record: Record, forward: Forward, rows: int) -> Way:
         """Return the way in which forwards like the recorded one are computed from now on. Collective."""
-        name, ways, reason = self._plans.name, [], self._plans.reason
-        if not self._plans.only_rows:
-            ways, reason = self._drafted(record)
+        name, (ways, reason) = self._plans.name, self._drafted(record)
         outcome = forward.prove(ways)
         if outcome.way is not None and outcome.way.plan is not None:
             self._plans.remember(key, outcome.way.plan)

@@ -168,21 +168,22 @@ def sampled(
     user: Path,
     on: str = "cpu",
     degrees_by_run: bool = False,
+    known_rows: bool = False,
 ) -> tuple[float, list[str], list[str]]:
     """Sample a Wan checkpoint without its plan; return the error in standard deviations, what was logged, and what was
-    told of degrees by the run.
+    told of degrees by the run. With `known_rows` its rows are known to be independent, as those of a U-Net.
     """
     import folder_paths
 
     folder_paths.set_user_directory(str(user))
     case, device = CASES["Wan T2V"], torch.device(on, rank if on == "cuda" else 0)
     expected = sample_stock(path, case)
-    before = parallel_model.plan_for
+    before = parallel_model.plan_for, parallel_model.has_known_rows
 
     def no_plan(*_: Any) -> Any:
         raise ValueError("no plan")
 
-    parallel_model.plan_for = no_plan
+    parallel_model.plan_for, parallel_model.has_known_rows = no_plan, lambda _: known_rows
     recipe = ModelRecipe.of(str(path), "default", sharding)
     try:
         with mode_of(sharding), logged() as said:
@@ -193,5 +194,5 @@ def sampled(
             model.parallel.install(patcher.model_options, ModelJob(recipe, "TORCH", OURS), told.append)
             actual = sample.__wrapped__(patcher, case)
     finally:
-        parallel_model.plan_for = before
+        parallel_model.plan_for, parallel_model.has_known_rows = before
     return ((actual - expected).abs().max() / expected.std()).item(), said, told

@@ -110,6 +110,18 @@ def test_degrees_by_the_run(tmp_path: Path) -> None:
         assert told == ["ulysses 2 (no plan: a drafted one is proven)"]
 
 
+@pytest.mark.parametrize("degrees_by_run", [False, True])
+def test_known_rows_are_divided_without_a_proof(degrees_by_run: bool, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, CASES["Wan T2V"])
+    user, shape = tmp_path / "user", MeshShape(ulysses=2)
+    ranks = run_ranks(2, sampled, path, REPLICATED, shape, user, "cpu", degrees_by_run, True, timeout_s=300)
+    for error, said, told in values(ranks):
+        assert error <= TOLERANCE
+        assert "workers can only split its batch" in said[0]
+        assert told if degrees_by_run else any("a batch of" in line for line in said[1:])
+    assert not (user / "__raylight").exists()
+
+
 @pytest.mark.parametrize("shards", [False, True], ids=["replicated", "sharded"])
 @pytest.mark.parametrize(("flaw", "exchanges"), [("", 2), ("mean", 0)])
 def test_graphs_are_captured_only_of_what_is_proven(flaw: str, exchanges: int, shards: bool, tmp_path: Path) -> None:
