@@ -186,7 +186,7 @@ def sampled(
     parallel_model.plan_for, parallel_model.has_known_rows = no_plan, lambda _: known_rows
     recipe = ModelRecipe.of(str(path), "default", sharding)
     try:
-        with mode_of(sharding), logged() as said:
+        with mode_of(sharding), logged("raylight.worker" if known_rows else "raylight.worker.unplanned") as said:
             meshes, told = Meshes(device), []
             by_run = DegreesByRun(Arrangement(shape, by_run=True), meshes) if degrees_by_run else None
             model = load_parallel(recipe, meshes.of(shape, keep=True), device, by_run)

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def logged() -> Iterator[list[str]]:
-    """Collect what is logged of models without a plan."""
+def logged(name: str = "raylight.worker.unplanned") -> Iterator[list[str]]:
+    """Collect what this logger and those below it log: by default, of models without a plan."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("raylight.worker.unplanned")
+    logger = logging.getLogger(name)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
