@@ -45,7 +45,7 @@ def build_mesh(shape: MeshShape, device: torch.device) -> DeviceMesh:
 class Meshes:
     """The meshes of one world that were used last, so that going back to one is instant.
 
-    At most `limit`, which is 2 or more: on GPUs each group that has communicated keeps some memory.
+    At most `limit`, 2 or more if one is kept: on GPUs each group that has communicated keeps some memory.
     """
 
     def __init__(self, device: torch.device, limit: int = 4) -> None:
