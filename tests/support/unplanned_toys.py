@@ -70,7 +70,7 @@ class Toy(nn.Module):
         self.blocks = nn.ModuleList(Block(flaw) for _ in range(2))
         self.forwards = 0
 
-    def forward(self, x: Tensor, transformer_options: Any = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor | None = None, transformer_options: Any = None) -> Tensor:
         self.forwards += 1
         for block in self.blocks:
             x = block(x, transformer_options=transformer_options)
@@ -150,7 +150,7 @@ def graphed_day(
     with torch.no_grad(), cpu_as_device():
         for x, whole in zip(sequences, expected, strict=True):
             strategy.calls = 0
-            result = model(x, **options)
+            result = model(x, torch.zeros(1), **options)  # by position, as ComfyUI passes both
             error = ((result - whole).abs().max() / whole.std()).item()
             found.append((error, backend.captures, backend.replays, strategy.calls))
     split.remove()
