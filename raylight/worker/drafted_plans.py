@@ -1,13 +1,12 @@
 """The drafted plans of one model that were proven, kept in ComfyUI's user folder for later sessions.
 
-A proof holds for the model's class with its source, its configuration, and the releases of ComfyUI, PyTorch and
-Raylight: all are part of the key, so that a change of any of them asks for another proof.
+A proof holds for the model's class, the sources of its modules, its configuration, and the releases of ComfyUI, PyTorch
+and Raylight: all are part of the key, so that a change of any of them asks for another proof.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -20,7 +19,9 @@ import torch
 import torch.distributed as dist
 from comfy.model_base import BaseModel
 from comfyui_version import __version__ as comfyui_version
+from torch import nn
 
+from raylight import __version__
 from raylight.parallel.plan import SequencePlan
 from raylight.plans.draft.text import from_data, to_data
 from raylight.plans.exceptions import EXCEPTIONS
@@ -46,7 +47,7 @@ class DraftedPlans:
         # A proof repeats forwards, which a model that keeps state between them may not stand.
         self.refused = f"{self.name} cannot be split over workers: {self.reason}" if self.reason else ""
         self._file = file or _user_file()
-        self._key = _key(kind, config, base.model_config.unet_config)
+        self._key = _key(base.diffusion_model, config, base.model_config.unet_config)
         self._plans: list[SequencePlan] = []
         self._proven: dict[str, int] = {}
         self._read()
@@ -120,13 +121,18 @@ def _load(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _key(kind: type, config: str, settings: Mapping[str, Any]) -> str:
+def _key(model: nn.Module, config: str, settings: Mapping[str, Any]) -> str:
     """Return what a proof holds for, in words and a digest of the rest."""
-    source = inspect.getsourcefile(kind) if kind.__module__ in sys.modules else None
-    code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source and os.path.isfile(source) else ""
+    names = {one.__module__ for module in model.modules() for one in type(module).__mro__}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in names if not name.startswith("torch")}
+    code = sorted(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file and _is_source(file))
     rest = _digest((code, sorted((str(name), repr(value)) for name, value in settings.items())))
-    release = f"ComfyUI {comfyui_version}, PyTorch {torch.__version__}, drafts {_FORMAT}"
-    return f"{kind.__module__}.{kind.__qualname__}, {config}, {release}, {rest[:16]}"
+    release = f"ComfyUI {comfyui_version}, PyTorch {torch.__version__}, Raylight {__version__}, drafts {_FORMAT}"
+    return f"{type(model).__module__}.{type(model).__qualname__}, {config}, {release}, {rest[:16]}"
+
+
+def _is_source(file: str) -> bool:
+    return file.endswith(".py") and os.path.isfile(file)
 
 
 def _digest(value: Any) -> str:
