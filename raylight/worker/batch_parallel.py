@@ -69,6 +69,15 @@ class BatchParallel:
             self._model.forward = self._replaced
 
     @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Give every rank all rows within this context."""
+        before, self.may_split = self.may_split, False
+        try:
+            yield
+        finally:
+            self.may_split = before
+
+    @contextmanager
     def independent_groups(self, in_step: bool) -> Iterator[None]:
         """Let each group of the batch axis do its own runs within this context.
 

@@ -121,6 +121,8 @@ class ParallelModel:
             self._layouts = given(self._mesh, self._split_as_given())
         if self._layouts is not None:
             self._batch = BatchParallel(self._model, self._layouts, self._split)
+        if isinstance(self._split, UnplannedModel):
+            self._split.within(self._batch)
         self._is_arranged = True
 
     def _split_as_given(self) -> bool:
@@ -270,8 +272,7 @@ class ParallelModel:
     def _install_unplanned(
         self, split: UnplannedModel, model_options: dict[str, Any], job: ModelJob, tell: Tell, begins_run: bool
     ) -> None:
-        if self._by_run is not None:
-            split.tell(tell, begins_run)
+        split.tell(tell if self._by_run is not None else lambda _: None, begins_run)
         sequence = SequenceGroup.of(sequence_axis(self._mesh).get_group(), _strategy(job.strategy, self._mesh))
         kind = (job.attention, job.strategy)
         split.install(model_options, kernel(job.attention, self._device), kind, job.inside != Inside())

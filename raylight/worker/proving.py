@@ -2,7 +2,8 @@
 
 All ranks go through the same steps. In the trial without exchanges each rank takes the part of every rank in turn, so
 an error is an error of all of them at the same place, and no rank is left waiting in a collective. What is computed for
-real after that has shapes that are known to fit, and needs less memory than the whole forward before it.
+real after that has shapes that are known to fit, and needs less memory than the whole forward before it. It is compared
+for the forward that came, and for another of the same kind: what matters little in one step may matter in others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raylight.cluster.errors import is_out_of_memory
+from raylight.parallel.heartbeat import cancellation_point
 from raylight.parallel.plan import SequencePlan
 from raylight.parallel.process_group import alike, any_rank
 from raylight.plans.draft.proof import difference
@@ -46,54 +49,76 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Forward:
-    """The forward to be proven. `compute(way, rank)` repeats it, as `rank` alone without exchanges if that is not None;
-    `recover` makes the model usable after an error of all ranks. The rest is what the output is compared with, the
-    number of ranks that split tokens, and whether the model computes in 16 bits.
+    """The forward to be proven. `compute(way, rank, other)` repeats it, or another of its kind if `other`; as `rank`
+    alone without exchanges if that is not None. `recover` makes the model usable after an error of all ranks. The rest
+    is what the output is compared with, the number of ranks that split tokens, whether the model computes in 16 bits,
+    and whether its weights are sharded, so that every forward is collective.
     """
 
-    compute: Callable[[Way, int | None], Any]
+    compute: Callable[[Way, int | None, bool], Any]
     recover: Callable[[], None]
     whole: Any
     degree: int
     in_16_bits: bool
+    is_sharded: bool = False
 
     def prove(self, ways: Sequence[Way]) -> Outcome:
-        """Return the first of `ways` with an output equal to `whole`. Collective."""
-        reasons, computed = [], 0
+        """Return the first of `ways` with an output equal to `whole`. Collective.
+
+        Raises RunCancelled: if a rank was asked to cancel. Raises what PyTorch does out of memory, if other ranks may
+        be in a collective.
+        """
+        reasons, computed, wholes = [], 0, [self.whole]
         for way in ways[:_TRIED]:
+            cancellation_point()
             reason = self._simulated(way) if way.plan is not None else ""
-            if reason:
-                reasons.append(reason)
-                continue
-            computed += 1
-            result = self._attempt(way, None)
-            failed = isinstance(result, Exception)
-            share = 0.0 if failed else difference(self.whole, result, self.in_16_bits)
-            reason = f"{type(result).__name__}: {result}" if failed else f"its output differs, {share:.3g} of the limit"
-            del result
-            if not any_rank(failed or not share <= 1.0):
-                return Outcome(way, share)
+            if not reason:
+                computed += 1
+                share, reason = self._compared(way, wholes)
+                if not reason:
+                    return Outcome(way, share)
             reasons.append(reason)
             if computed == _COMPUTED:
                 break
         logger.debug("no way is equal to the whole forward: %s", reasons)
         return Outcome(reason=reasons[-1] if reasons else "")
 
+    def _compared(self, way: Way, wholes: list[Any]) -> tuple[float, str]:
+        """Return the difference as a share of what is allowed, and why this way is not equal, "" if it is. `wholes` are
+        the whole outputs of the forward and of the other one, once that was computed. Collective.
+        """
+        largest = 0.0
+        for other in (False, True):
+            if other and len(wholes) == 1:
+                wholes.append(self._attempt(WHOLE, None, True))
+            result = self._attempt(way, None, other)
+            failed = [one for one in (wholes[other], result) if isinstance(one, Exception)]
+            share = float("inf") if failed else difference(wholes[other], result, self.in_16_bits)
+            del result
+            if any_rank(not share <= 1.0):
+                if failed:
+                    return share, f"{type(failed[0]).__name__}: {failed[0]}"
+                return share, f"its output differs, {share:.3g} of the limit on this worker"
+            largest = max(largest, share)
+        return largest, ""
+
     def _simulated(self, way: Way) -> str:
         """Return why this way does not work on some rank, "" if it does on all. Collective."""
         reason = ""
         for rank in range(self.degree):
-            result = self._attempt(way, rank)
+            result = self._attempt(way, rank, False)
             if isinstance(result, Exception):
                 reason = f"{type(result).__name__}: {result}"
                 break
         return (reason or "another worker met an error") if any_rank(bool(reason)) else ""
 
-    def _attempt(self, way: Way, rank: int | None) -> Any:
+    def _attempt(self, way: Way, rank: int | None, other: bool) -> Any:
         """Return the output, or the error."""
         try:
-            return self.compute(way, rank)
+            return self.compute(way, rank, other)
         except Exception as error:  # whatever a model raises for tensors of other shapes than its own
+            if is_out_of_memory(error) and (rank is None or self.is_sharded):
+                raise  # of this rank only, maybe, while others wait for it
             self.recover()
             return error.with_traceback(None)  # which would keep all tensors of the forward
 

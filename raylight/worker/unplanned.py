@@ -11,40 +11,50 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from raylight.cluster.errors import is_out_of_memory
 from raylight.host import comfy_patches
 from raylight.host.jobs import random_state, set_random_state
-from raylight.host.patcher_state import OPTIONS
 from raylight.parallel.batch import BatchAxis
+from raylight.parallel.heartbeat import beat
 from raylight.parallel.mesh import AXES, sequence_axis
 from raylight.parallel.plan import SequencePlan
+from raylight.parallel.process_group import any_rank
 from raylight.parallel.sequence_attention import Kernel, SequenceAttention
 from raylight.parallel.sequence_parallel import SequenceGroup
 from raylight.parallel.tokens import TokenState
 from raylight.plans.draft.draft import Undrafted, drafts
-from raylight.plans.draft.proof import is_in_16_bits, signature
+from raylight.plans.draft.proof import is_in_16_bits
 from raylight.plans.draft.record import Record, recording
 from raylight.plans.draft.text import to_data
 from raylight.sharding.fsdp import reset
 
 from . import transformer_options
+from .account import Account
 from .batch_parallel import BatchParallel
 from .drafted_plans import DraftedPlans
+from .forward_kinds import another, code_inside, copied, kind_of, rows_of
+from .kept_state import kept_by
 from .layouts import GivenLayouts, Tell
 from .proving import ROWS, WHOLE, Forward, Way, is_same_everywhere
 from .sequence_parallel import ComfySequenceParallel, apply_sequence_parallel
 
 logger = logging.getLogger(__name__)
 
-# Of one model: where sizes change in every step, trying each would only make it slower.
-_SIGNATURES = 32
+# In one run: where sizes change in every step, trying each would only make it slower.
+_PROOFS = 8
+# Kinds of forwards that no draft is equal for, until only plans that were proven for others are tried.
+_FAILURES = 3
+# Of one kind that change what the model keeps, as the first of a kind may for all that follow.
+_CHANGES = 2
 _ALL_WHOLE = "every worker computes all of such a forward"
 
 
@@ -74,17 +84,18 @@ class UnplannedModel:
         self._role: Callable[[SequenceGroup], SequenceGroup] = _whole
         self._record: Record | None = None
         self._ways: dict[Any, Way] = {}
+        self._changes: dict[Any, int] = {}
+        self._proofs = self._failures = 0
         self._kind: tuple[Any, ...] = ()
         self._full = self._is_inside = self._independent = False
-        self._logged: set[str] = set()
+        self._account = Account(mesh, logger.info)
         self._handles = comfy_patches.route_unhooked_calls(model, comfy_patches.modules_with_attention(model))
         self._rows: BatchParallel | None = None
         if mesh["batch"].size() == 1:
             axis = BatchAxis(sequence_axis(mesh).get_group())
             self._rows = BatchParallel(model, GivenLayouts(axis, independent_rows=True), None)
             self._rows.may_split = False
-        self._told: dict[str, None] = {}  # in order
-        self._tell: Tell = lambda _: None
+        self._groups: BatchParallel | None = None
         # Around all hooks, as each of the forwards that one call may become runs them all, and around CUDA graphs: a
         # graph is of one way. `nn.Module` has a place for another call.
         self._replaced = model._compiled_call_impl
@@ -111,11 +122,15 @@ class UnplannedModel:
         """The way of the forward of this moment: the plan that splits it, as text, and whether its rows are split."""
         return self._plan_text if self._way.plan is not None else "", self._way.rows
 
+    def within(self, groups: BatchParallel | None) -> None:
+        """Note what divides rows over the mesh's batch axis, as the degrees say, in whole forwards too."""
+        self._groups = groups
+
     def tell(self, tell: Tell, begins_run: bool) -> None:
-        """Tell from now on how forwards are split, in words, if it was not told since a run began."""
-        self._tell = tell
+        """Tell from now on how forwards are split, in words. When a run begins, as much may be proven as in any."""
+        self._account.use(tell, begins_run)
         if begins_run:
-            self._told.clear()
+            self._proofs = 0
 
     def finalize_hooks(self) -> None:
         """Install the hook of batch rows. Call it when the model's weights are in place, with their hooks."""
@@ -161,6 +176,7 @@ class UnplannedModel:
     def _attend(
         self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
     ) -> Tensor:
+        beat()  # a whole forward has no collective
         if self._record is not None:
             self._record.attended(q, k)
         return self.attention(kernel, q, k, v, mask, scale)
@@ -168,6 +184,9 @@ class UnplannedModel:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """Compute one call of the model, by one forward or several."""
         if self._is_inside:
+            return self._model._call_impl(*args, **kwargs)
+        if torch.compiler.is_compiling():  # which would look into the proof
+            self._enter(WHOLE, _whole)
             return self._model._call_impl(*args, **kwargs)
         self._is_inside = True
         try:
@@ -177,61 +196,85 @@ class UnplannedModel:
 
     def _routed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if reason := self._why_whole(kwargs):
-            self._log(f"{reason}: {_ALL_WHOLE}")
-            self._say(WHOLE)
+            self._account.log(f"{reason}: {_ALL_WHOLE}")
+            self._account.say(WHOLE)
             return self._compute(WHOLE, args, kwargs)
-        key = (self._kind, signature(args), signature({name: kwargs[name] for name in kwargs if name != OPTIONS}))
+        key = (self._kind, *kind_of(args, kwargs))
         way = self._ways.get(key) or self._plans.proven(key)
-        if way is None and (self._independent or len(self._ways) >= _SIGNATURES):
-            self._log(f"{self._plans.name} has no plan, and none is proven for forwards of such sizes: {_ALL_WHOLE}")
-            self._say(WHOLE)
+        if way is None and (self._independent or self._proofs >= _PROOFS):
+            self._account.log(
+                f"{self._plans.name} has no plan, and none is proven for forwards of such sizes: {_ALL_WHOLE}"
+            )
+            self._account.say(WHOLE)
             with self._pause_graphs():
                 return self._compute(WHOLE, args, kwargs)
         if way is None:
             with self._pause_graphs():
                 return self._first(key, args, kwargs)
         self._ways[key] = way
-        self._say(way)
+        self._account.say(way)
         return self._compute(way, args, kwargs)
 
-    def _why_whole(self, kwargs: Mapping[str, Any]) -> str:
-        """Return why a forward must not be split, "" if it may: code of nodes in it may need all tokens, or keep state
-        that repeated forwards would change.
-        """
-        options = kwargs.get(OPTIONS) or {}
+    def _why_whole(self, kwargs: dict[str, Any]) -> str:
+        """Return why a forward must not be split, "" if it may."""
         if self._full:
             return f"a node has changed {self._plans.name}, which has no plan"
-        if any(options.get("patches", {}).values()) or options.get("patches_replace", {}).get("dit"):
-            return f"a node has put patches between the blocks of {self._plans.name}, which has no plan"
-        if any(options.get("wrappers", {}).get("diffusion_model", {}).values()):
-            return f"a node has put code around the forward of {self._plans.name}, which has no plan"
-        return self._plans.refused
+        return code_inside(self._plans.name, kwargs) or self._plans.refused
 
     def _first(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a forward whole, and find the way for others like it."""
-        before = random_state(self._device)
+        """Compute a forward whole, and find the way for others like it. Collective."""
+        self._proofs += 1
+        before, kept = random_state(self._device), kept_by(self._model)
         with recording(self._model) as self._record:
             try:
                 record = self._record
                 output = self._compute(WHOLE, copied(args), copied(kwargs))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    logger.warning(
+                        "%s has no plan, so the first forward of each size is computed whole by every worker, and this "
+                        "one has no memory for it. docs/adding-a-model.md of Raylight says how to write a plan, or "
+                        "what to send",
+                        self._plans.name,
+                    )
+                raise
             finally:
                 self._record = None
         after = random_state(self._device)
+        if any_rank(kept_by(self._model) != kept):
+            self._note_change(key)
+            return output
 
-        def repeat(way: Way, rank: int | None) -> Any:
+        def repeat(way: Way, rank: int | None, other: bool) -> Any:
             set_random_state(before)
             role = _as_given if rank is None else functools.partial(_simulated, rank)
-            return self._compute(way, copied(args), copied(kwargs), role)
+            with nullcontext() if rank is None or self._groups is None else self._groups.undivided():
+                return self._compute(way, copied(another(args) if other else args), copied(kwargs), role)
 
         recover = functools.partial(reset, self._model)
-        forward = Forward(repeat, recover, output, sequence_axis(self._mesh).size(), is_in_16_bits(args))
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in self._model.parameters())
+        degree = sequence_axis(self._mesh).size()
+        forward = Forward(repeat, recover, output, degree, is_in_16_bits(args), is_sharded)
         try:
-            self._ways[key] = self._find(key, record, forward, _rows_of(args))
+            self._ways[key] = self._find(key, record, forward, rows_of(args))
         finally:
             set_random_state(after)
             self._enter(WHOLE, _whole)
-        self._say(self._ways[key])
+        self._account.say(self._ways[key])
         return output
+
+    def _note_change(self, key: Any) -> None:
+        """Have the next forward of this kind proven instead, or none: this one changed what the model keeps."""
+        self._changes[key] = self._changes.get(key, 0) + 1
+        if self._changes[key] == _CHANGES:
+            self._ways[key] = WHOLE
+            logger.warning(
+                "%s has no plan, and keeps something from one forward to the next, so that none can be repeated for a "
+                "proof: %s. docs/adding-a-model.md of Raylight says how to write a plan, or what to send",
+                self._plans.name,
+                _ALL_WHOLE,
+            )
+        self._account.say(WHOLE)
 
     def _find(self, key: Any, record: Record, forward: Forward, rows: int) -> Way:
         """Return the way in which forwards like the recorded one are computed from now on. Collective."""
@@ -239,11 +282,12 @@ class UnplannedModel:
         outcome = forward.prove(ways)
         if outcome.way is not None and outcome.way.plan is not None:
             self._plans.remember(key, outcome.way.plan)
-            self._log(
+            self._account.log(
                 f"{name} has no plan: a drafted one splits its tokens over {forward.degree} workers; its output is "
                 f"equal to that of the whole forward ({outcome.share:.0%} of the difference that is allowed)"
             )
             return outcome.way
+        self._failures += 1
         why = f"{name} has no plan, and none could be drafted ({reason or outcome.reason})"
         how = "docs/adding-a-model.md of Raylight says how to write a plan, or what to send"
         if self._rows is not None and rows >= forward.degree and forward.prove([ROWS]).way is not None:
@@ -255,10 +299,13 @@ class UnplannedModel:
     def _drafted(self, record: Record) -> tuple[list[Way], str]:
         """Return the plans to try, those that are proven for other sizes first; or why there is none. Collective."""
         plans, reason = self._plans.known(), ""
-        try:
-            plans += [plan for plan in drafts(self._model, self._plans.model, record) if plan not in plans]
-        except Undrafted as error:
-            reason = str(error)
+        if self._failures < _FAILURES:
+            try:
+                plans += [plan for plan in drafts(self._model, self._plans.model, record) if plan not in plans]
+            except Undrafted as error:
+                reason = str(error)
+        elif not plans:
+            reason = f"as for {_FAILURES} other sizes"
         if not is_same_everywhere(json.dumps([to_data(plan) for plan in plans]).encode()):
             return [], "the workers have recorded different forwards"
         degree = self._mesh["ulysses"].size()
@@ -292,25 +339,6 @@ class UnplannedModel:
         if self._rows is not None:
             self._rows.may_split = way.rows
 
-    def _say(self, way: Way) -> None:
-        """Tell how forwards are split from now on, once for each run."""
-        if way.plan is not None:
-            degrees = [f"{axis} {self._mesh[axis].size()}" for axis in AXES if self._mesh[axis].size() > 1]
-            text = f"{' x '.join(degrees)} (no plan: a drafted one is proven)"
-        elif way.rows:
-            text = f"batch {sequence_axis(self._mesh).size()} (no plan, and no drafted one is equal)"
-        else:
-            text = "every worker does all (no plan, and none is proven)"
-        if text not in self._told:
-            self._told[text] = None
-            self._tell("; ".join(self._told))
-
-    def _log(self, message: str) -> None:
-        """Log a message once for this model."""
-        if message not in self._logged:
-            self._logged.add(message)
-            logger.info(message)
-
 
 def _whole(_: SequenceGroup) -> SequenceGroup:
     return SequenceGroup.single_rank()
@@ -322,18 +350,3 @@ def _as_given(group: SequenceGroup) -> SequenceGroup:
 
 def _simulated(rank: int, group: SequenceGroup) -> SequenceGroup:
     return SequenceGroup.simulated(rank, group.degree)
-
-
-def _rows_of(args: tuple[Any, ...]) -> int:
-    """Return the number of batch rows of the latent."""
-    first = args[0][0] if args and isinstance(args[0], (list, tuple)) else args[0] if args else None
-    return first.shape[0] if isinstance(first, Tensor) and first.ndim else 0
-
-
-def copied(value: Any) -> Any:
-    """Copy containers and tensors of an argument, which a forward may change in place."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if type(value) is dict:
-        return {name: copied(item) for name, item in value.items()}
-    return type(value)(copied(item) for item in value) if type(value) in (list, tuple) else value

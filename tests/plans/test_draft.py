@@ -213,3 +213,13 @@ def test_a_signature_is_of_shapes_and_flags() -> None:
         {"index": 5},
     ):
         assert signature(inputs) != signature({**inputs, **change})
+
+
+def test_a_mask_without_effect_proves_nothing_of_others() -> None:
+    mask = torch.ones(1, 6)
+    padded = mask.clone()
+    padded[:, 4:] = 0
+    assert signature({"attention_mask": mask}) == signature({"attention_mask": torch.zeros(1, 6)})
+    assert signature({"attention_mask": mask}) != signature({"attention_mask": padded})
+    assert signature([mask.bool()]) != signature([padded.bool()])
+    assert signature({"context": mask}) == signature({"context": padded})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,36 +46,40 @@ class Block(nn.Module):
 
     def __init__(self, flaw: str) -> None:
         super().__init__()
-        self.flaw = flaw
+        self.flaw, self.heads = flaw, 2 if flaw == "few heads" else HEADS
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
         self.neighbours = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.kept = torch.zeros(1)
 
-    def forward(self, x: Tensor, transformer_options: Any = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor | None, transformer_options: Any = None) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
-        x = x + optimized_attention(q, k, v, HEADS, transformer_options=transformer_options)
+        x = x + optimized_attention(q, k, v, self.heads, transformer_options=transformer_options)
         if self.flaw == "odd" and x.shape[1] % 2:
             raise ValueError("an odd number of tokens")
         if self.flaw == "convolution":
             x = x + nn.functional.conv1d(
                 x.movedim(1, 2), self.neighbours.weight, self.neighbours.bias, padding=1
             ).movedim(2, 1)
-        if self.flaw == "mean":
+        if self.flaw == "mean" or (self.flaw == "late" and timesteps is not None and timesteps < 0.5):
             x = x - x.mean(1, keepdim=True)
+        if self.flaw == "keeps":
+            x, self.kept = x + self.kept, x.mean(1, keepdim=True)
         return x
 
 
 class Toy(nn.Module):
     """Blocks of one stream."""
 
+    forwards = 0  # of all, as a number of its own would be something that it keeps
+
     def __init__(self, flaw: str) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(flaw) for _ in range(2))
-        self.forwards = 0
 
     def forward(self, x: Tensor, timesteps: Tensor | None = None, transformer_options: Any = None) -> Tensor:
-        self.forwards += 1
+        Toy.forwards += 1
         for block in self.blocks:
-            x = block(x, transformer_options=transformer_options)
+            x = block(x, timesteps, transformer_options=transformer_options)
         return x
 
 
@@ -90,6 +96,14 @@ class Day:
     said: tuple[str, ...]
 
 
+Case = tuple[str, tuple[int, ...], torch.dtype, Path]  # flaw, lengths of the sequences, their dtype, file of plans
+
+
+def toy_days(rank: int, world: int, cases: Sequence[Case]) -> list[Day]:
+    """Call a new toy for each of these cases."""
+    return [toy_day(rank, world, *case) for case in cases]
+
+
 def toy_day(
     rank: int, world: int, flaw: str, lengths: tuple[int, ...], dtype: torch.dtype, file: Path, on: str = "cpu"
 ) -> Day:
@@ -100,7 +114,9 @@ def toy_day(
     model = Toy(flaw).requires_grad_(False).to(device, dtype)
     base: Any = SimpleNamespace(diffusion_model=model, model_config=SimpleNamespace(unet_config={}))
     sequences = [torch.randn(1, length, WIDTH).to(device, dtype) for length in lengths]
-    expected = [model(x) for x in sequences]
+    time = torch.ones(1, device=device)
+    stock = copy.deepcopy(model)
+    expected = [stock(x, time) for x in sequences]
     strategy = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
     options: dict[str, Any] = {}
     exchanges, forwards, error = [], [], 0.0
@@ -110,16 +126,23 @@ def toy_day(
         split.install(options, kernel("TORCH"), ("TORCH",), False)
         split.use(SequenceGroup.of(sequence_axis(mesh).get_group(), strategy))
         for x, whole in zip(sequences, expected, strict=True):
-            strategy.calls = model.forwards = 0
-            result = model(x, **options)
+            strategy.calls = Toy.forwards = 0
+            result = model(x, time, **options)  # by position, as ComfyUI passes both
             exchanges.append(strategy.calls)
-            forwards.append(model.forwards)
+            forwards.append(Toy.forwards)
             error = max(error, ((result - whole).abs().max() / whole.std()).item())
         found = sum(way.plan is not None for way in split.ways)
         split.remove()
     assert model._compiled_call_impl is None
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     return Day(error, tuple(exchanges), tuple(forwards), found, tuple(said))
+
+
+def graphed_days(
+    rank: int, world: int, lengths: tuple[int, ...], cases: Sequence[tuple[str, bool, Path]]
+) -> list[list[tuple[float, int, int, int]]]:
+    """Return the result of `graphed_day` for each of these flaws, kinds of weights and files."""
+    return [graphed_day(rank, world, flaw, lengths, file, shards) for flaw, shards, file in cases]
 
 
 def graphed_day(
@@ -157,6 +180,36 @@ def graphed_day(
     graphs.remove()
     assert model._compiled_call_impl is None and "forward" not in vars(model)
     return found
+
+
+def compiled_calls(rank: int, world: int, file: Path) -> list[tuple[float, int]]:
+    """Call a toy compiled, as it is twice, and compiled again; return the errors, and the exchanges of each call."""
+    torch.manual_seed(0)
+    mesh = build_mesh(MeshShape(ulysses=world), CPU)
+    model = Toy("").requires_grad_(False)
+    base: Any = SimpleNamespace(diffusion_model=model, model_config=SimpleNamespace(unet_config={}))
+    x, time = torch.randn(1, 10, WIDTH), torch.ones(1)
+    whole = model(x, time)
+    strategy = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
+    split = UnplannedModel(model, DraftedPlans(base, file), mesh, CPU)
+    split.finalize_hooks()
+    options: dict[str, Any] = {}
+    split.install(options, kernel("TORCH"), ("TORCH",), False)
+    split.use(SequenceGroup.of(sequence_axis(mesh).get_group(), strategy))
+    compiled, found = torch.compile(model, backend="eager"), []
+    with torch.inference_mode():
+        for forward in (compiled, model, model, compiled):
+            strategy.calls = 0
+            error = (forward(x, time, **options) - whole).abs().max() / whole.std()
+            found.append((error.item(), strategy.calls))
+    return found
+
+
+def sampled_each(
+    rank: int, world: int, path: Path, cases: Sequence[tuple[Any, ...]]
+) -> list[tuple[float, list[str], list[str]]]:
+    """Return the result of `sampled` for the other arguments of each case."""
+    return [sampled(rank, world, path, *case) for case in cases]
 
 
 def sampled(

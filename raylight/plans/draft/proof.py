@@ -69,17 +69,23 @@ def is_in_16_bits(value: Any) -> bool:
 _BY_VALUE = (int, bool, str, type(None))
 
 
-def signature(value: Any) -> Any:
-    """Return what of the arguments of a forward decides how it is split: shapes and dtypes of tensors, flags and names.
+def signature(value: Any, name: str = "") -> Any:
+    """Return what of the arguments of a forward decides how it is split: shapes and dtypes of tensors, flags and names,
+    and whether a mask is the same everywhere: one without effect proves nothing of one that has any.
 
     Forwards of one signature have the same numbers of tokens in all streams, so a proof of one holds for the others.
     """
     if isinstance(value, Tensor):
-        return (str(value.dtype).removeprefix("torch."), *value.shape)
+        shape = (str(value.dtype).removeprefix("torch."), *value.shape)
+        return (*shape, _is_uniform(value)) if value.dtype == torch.bool or "mask" in name.lower() else shape
     if isinstance(value, Mapping):
         return tuple(
-            (str(name), signature(item)) for name, item in sorted(value.items(), key=lambda item: str(item[0]))
+            (str(key), signature(item, str(key))) for key, item in sorted(value.items(), key=lambda item: str(item[0]))
         )
     if isinstance(value, (list, tuple)):
-        return tuple(signature(item) for item in value)
+        return tuple(signature(item, name) for item in value)
     return value if isinstance(value, _BY_VALUE) else type(value).__name__
+
+
+def _is_uniform(mask: Tensor) -> bool:
+    return mask.numel() == 0 or bool((mask == mask.flatten()[0]).all())

@@ -22,20 +22,22 @@ from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_parallel import SequenceGroup
 from raylight.worker.drafted_plans import DraftedPlans
+from raylight.worker.forward_kinds import copied
 from raylight.worker.proving import ROWS
-from raylight.worker.unplanned import UnplannedModel, copied
+from raylight.worker.unplanned import UnplannedModel
 
 from .logged import logged
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4
+_CALLS = 3  # a first call may fill caches that a model keeps, and is then not proven
 SPLIT, BY_ROWS, WHOLE, PATCHED, WRONG = "split", "batch rows", "whole", "patched by nodes", "wrong"
 
 
 @dataclass(frozen=True)
 class DayOne:
-    """What one rank measured of one situation: the largest error of two calls, in standard deviations of the whole
-    output; the calls of attention that exchanged tokens in the second; and what was logged. `failure` is a traceback.
+    """What one rank measured of one situation: the largest error of all calls, in standard deviations of the whole
+    output; the calls of attention that exchanged tokens in the last; and what was logged. `failure` is a traceback.
     """
 
     error: float
@@ -47,7 +49,9 @@ class DayOne:
 
 
 def first_days(rank: int, world: int, names: Sequence[str], shape: MeshShape) -> dict[tuple[str, str], DayOne]:
-    """Call every situation of these families twice, each with a model that was never seen."""
+    """Call every situation of these families until its way is known and once more, each with a model that was never
+    seen.
+    """
     mesh = build_mesh(shape, CPU)
     results = {}
     for name in names:
@@ -73,10 +77,13 @@ def _first_day(family: Family, call: str, mesh: Any) -> DayOne:
         model_options = {"transformer_options": dict(options)}
         model.install(model_options, kernel("TORCH"), ("TORCH",), False)
         model.use(SequenceGroup.of(sequence_axis(mesh).get_group(), strategy))
-        for _ in range(2):
+        for _ in range(_CALLS):
+            is_known = options or model.ways
             strategy.calls = 0
             actual = base.apply_model(**copied(inputs), **model_options)
             error = max(error, ((actual - expected).abs().max() / expected.std()).item())
+            if is_known:
+                break
         rows = ROWS in model.ways
         model.remove()
     return DayOne(error, strategy.calls, rows, bool(options), tuple(said))
