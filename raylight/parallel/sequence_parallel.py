@@ -50,7 +50,7 @@ class SequenceGroup:
         return cls(lambda kernel, q, k, v, lengths, mask, scale: kernel(q, k, v, mask, scale))
 
     @classmethod
-    def simulated(cls, rank: int, degree: int) -> SequenceGroup:
+    def simulated(cls, rank: int, degree: int, weights: shares.Weights = ()) -> SequenceGroup:
         """Return a group in which this process does the part of `rank` by itself: what others would send is zeros.
 
         So all processes can try one rank after another, alike, and an error is an error of all of them.
@@ -60,6 +60,7 @@ class SequenceGroup:
             Simulated(),
             rank,
             degree,
+            weights,
         )
 
 

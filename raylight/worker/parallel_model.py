@@ -274,7 +274,7 @@ class ParallelModel:
     ) -> None:
         split.tell(tell if self._by_run is not None else lambda _: None, begins_run)
         sequence = SequenceGroup.of(sequence_axis(self._mesh).get_group(), _strategy(job.strategy, self._mesh))
-        kind = (job.attention, job.strategy)
+        kind = (job.attention, job.strategy, shares.in_use())
         split.install(model_options, kernel(job.attention, self._device), kind, job.inside != Inside())
         split.use(sequence)
         if isinstance(self._layouts, GivenLayouts):

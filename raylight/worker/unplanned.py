@@ -56,6 +56,7 @@ _FAILURES = 3
 # Of one kind that change what the model keeps, as the first of a kind may for all that follow.
 _CHANGES = 2
 _ALL_WHOLE = "every worker computes all of such a forward"
+_HOW = "docs/adding-a-model.md of Raylight says how to write a plan, or what to send"
 
 
 class UnplannedModel:
@@ -148,7 +149,7 @@ class UnplannedModel:
         for handle in self._handles:
             handle.remove()
 
-    def install(self, model_options: dict[str, Any], kernel: Kernel, kind: tuple[str, ...], full: bool) -> None:
+    def install(self, model_options: dict[str, Any], kernel: Kernel, kind: tuple[Hashable, ...], full: bool) -> None:
         """Route the attention of forwards with these options here. `kind` names what a proof depends on besides sizes.
         If `full`, code of nodes in the model needs all tokens.
         """
@@ -233,9 +234,9 @@ class UnplannedModel:
                 if is_out_of_memory(error):
                     logger.warning(
                         "%s has no plan, so the first forward of each size is computed whole by every worker, and this "
-                        "one has no memory for it. docs/adding-a-model.md of Raylight says how to write a plan, or "
-                        "what to send",
+                        "one has no memory for it. %s",
                         self._plans.name,
+                        _HOW,
                     )
                 raise
             finally:
@@ -247,7 +248,7 @@ class UnplannedModel:
 
         def repeat(way: Way, rank: int | None, other: bool) -> Any:
             set_random_state(before)
-            role = _as_given if rank is None else functools.partial(_simulated, rank)
+            role = None if rank is None else functools.partial(_simulated, rank)
             with nullcontext() if rank is None or self._groups is None else self._groups.undivided():
                 return self._compute(way, copied(another(args) if other else args), copied(kwargs), role)
 
@@ -270,9 +271,10 @@ class UnplannedModel:
             self._ways[key] = WHOLE
             logger.warning(
                 "%s has no plan, and keeps something from one forward to the next, so that none can be repeated for a "
-                "proof: %s. docs/adding-a-model.md of Raylight says how to write a plan, or what to send",
+                "proof: %s. %s",
                 self._plans.name,
                 _ALL_WHOLE,
+                _HOW,
             )
         self._account.say(WHOLE)
 
@@ -289,11 +291,10 @@ class UnplannedModel:
             return outcome.way
         self._failures += 1
         why = f"{name} has no plan, and none could be drafted ({reason or outcome.reason})"
-        how = "docs/adding-a-model.md of Raylight says how to write a plan, or what to send"
         if self._rows is not None and rows >= forward.degree and forward.prove([ROWS]).way is not None:
-            logger.warning("%s: the workers split the rows of a batch instead. %s", why, how)
+            logger.warning("%s: the workers split the rows of a batch instead. %s", why, _HOW)
             return ROWS
-        logger.warning("%s: %s. %s", why, _ALL_WHOLE, how)
+        logger.warning("%s: %s. %s", why, _ALL_WHOLE, _HOW)
         return WHOLE
 
     def _drafted(self, record: Record) -> tuple[list[Way], str]:
@@ -322,7 +323,7 @@ class UnplannedModel:
         role: Callable[[SequenceGroup], SequenceGroup] | None = None,
     ) -> Any:
         """Compute one forward. Collective if the way is not WHOLE, or weights are sharded."""
-        self._enter(way, role or _as_given)
+        self._enter(way, role or (lambda group: group))
         return self._inner(*args, **kwargs)
 
     def _enter(self, way: Way, role: Callable[[SequenceGroup], SequenceGroup]) -> None:
@@ -344,9 +345,5 @@ def _whole(_: SequenceGroup) -> SequenceGroup:
     return SequenceGroup.single_rank()
 
 
-def _as_given(group: SequenceGroup) -> SequenceGroup:
-    return group
-
-
 def _simulated(rank: int, group: SequenceGroup) -> SequenceGroup:
-    return SequenceGroup.simulated(rank, group.degree)
+    return SequenceGroup.simulated(rank, group.degree, group.weights)

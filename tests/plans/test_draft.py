@@ -83,14 +83,16 @@ def test_what_is_drafted() -> None:
     assert any(len(plan.outputs) == 2 for plan in others)
 
 
+@pytest.mark.parametrize(("weights", "expected"), [((), (3, 2, 2)), ((8, 1, 1), (5, 1, 1))])
 @pytest.mark.parametrize("rank", range(3))
-def test_a_rank_is_simulated_without_others(rank: int) -> None:
-    model = Model().requires_grad_(False)
+def test_a_rank_is_simulated_without_others(rank: int, weights: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    model, sizes = Model().requires_grad_(False), set()
     for plan in drafts(model, "models.Model", recorded(model)):
-        split = SequenceParallel(model, plan, SequenceGroup.simulated(rank, 3), 2)
+        split = SequenceParallel(model, plan, SequenceGroup.simulated(rank, 3, weights), 2)
 
         def attend(tokens: Tensor, split: SequenceParallel = split) -> Tensor:
             q = heads_of(tokens)
+            sizes.add(split.tokens.sizes("blocks.img"))
             # No kernel is called, as there is nothing that other ranks have sent.
             return split.attention(cast("Any", None), q, q, q, None, None).transpose(1, 2).flatten(2)
 
@@ -99,6 +101,7 @@ def test_a_rank_is_simulated_without_others(rank: int) -> None:
             assert not split.tokens.is_split
         finally:
             split.remove()
+    assert sizes == {expected}
 
 
 def test_a_model_without_attention_is_not_drafted() -> None:
