@@ -10,7 +10,7 @@ from torch import nn
 
 from raylight.parallel.plan import SequencePlan
 
-from .exceptions import EXCEPTIONS, U_NET
+from .exceptions import EXCEPTIONS, U_NET, WHOLE_BATCH
 
 
 @functools.cache
@@ -33,6 +33,13 @@ def has_known_rows(config: str) -> bool:
     batch row by itself and to keep nothing from forward to forward.
     """
     return EXCEPTIONS.get(config) == U_NET
+
+
+def needs_whole_batch(config: str) -> bool:
+    """Return whether a model without a plan, by its class name in `comfy.supported_models`, is known not to compute
+    each batch row by itself.
+    """
+    return config in WHOLE_BATCH
 
 
 def plan_for(model: nn.Module, config: str = "") -> SequencePlan:

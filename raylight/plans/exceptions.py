@@ -37,5 +37,12 @@ EXCEPTIONS: dict[str, str] = {
     "HiDreamO1": "it attends causally within its prompt and keeps the prompt's keys and values from step to step",
     "SeedVR2": "it attends within windows of a video, not over a sequence",
     "StableAudio": "it takes a mean over all tokens within its attention",
+    "Trellis2": "it has four models in one, and their tokens are a sparse list of voxels; dp_degree still makes "
+    "several objects at once",
     "WAN21_CausalAR_T2V": "it generates blocks of frames one after another and keeps the keys and values of each",
+    "WAN_Animate2": "each of its frames attends to all frames and to one frame of the pose video, in a buffer for the "
+    "whole sequence; dp_degree still makes several videos at once",
 }
+
+WHOLE_BATCH = frozenset(("Trellis2", "WAN_Animate2"))
+"""Of these, what computes rows of a batch by what it is told of the whole batch, or by its first row."""

@@ -30,7 +30,7 @@ from raylight.parallel.process_group import among
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_attention import Strategy
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceGroups
-from raylight.plans import has_known_rows, plan_for
+from raylight.plans import has_known_rows, needs_whole_batch, plan_for
 from raylight.sharding.fsdp import keep_steady, reset
 
 from .batch_parallel import BatchParallel
@@ -164,7 +164,7 @@ class ParallelModel:
             self._split = UnplannedModel(self._model, drafted, self._mesh, self._device, pause)
         else:
             logger.info("%s has no sequence plan: workers can only split its batch", drafted.name)
-        return given(self._mesh, independent_rows=True)
+        return given(self._mesh, independent_rows=not needs_whole_batch(self._config))
 
     def _split_now(self) -> Hashable:
         """Return what the split of tokens depends on, at this moment."""
