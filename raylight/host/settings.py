@@ -36,6 +36,9 @@ _FOLDER_ARGUMENTS = (
     "user_directory",
     "extra_model_paths_config",
 )
+# Options by which ComfyUI does not capture CUDA graphs of a model's blocks: 0.33 has the first, later ones both. Ranks
+# would have to capture the collectives in them together, and Raylight captures graphs of its own.
+OWN_GRAPHS_OFF = ("disable_cuda_graphs", "disable_comfy_compiler")
 PACK_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -101,6 +104,9 @@ def apply(settings: HostSettings, device_type: str) -> None:
         for name in _FOLDER_ARGUMENTS:
             if hasattr(args, name):
                 setattr(args, name, None)
+    for name in OWN_GRAPHS_OFF:
+        if hasattr(args, name):
+            setattr(args, name, True)
 
     import folder_paths
 
