@@ -124,6 +124,27 @@ def test_says_what_is_gone(seams: dict[str, Seam], monkeypatch: pytest.MonkeyPat
     assert re.search(sentence, found), found
 
 
+class Preference:
+    """As a checkpoint's preferred attention in ComfyUI after 0.33."""
+
+    def function(self, q: Any, *_: Any, **__: Any) -> Any:
+        return q
+
+
+def preferring_first(q: Any, k: Any, v: Any, heads: int, preferred_attention: Any, **_: Any) -> Any:
+    return preferred_attention.function(q, k, v, heads)
+
+
+def test_says_that_a_preferred_attention_comes_before_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "ComfyAttention", Preference, raising=False)
+    stock = attention.optimized_attention
+    monkeypatch.setattr(attention, "optimized_attention", lambda *a, preferred_attention, **k: stock(*a, **k))
+    (found,) = (seam for seam in all_seams() if "prefers an attention" in seam.what)
+    assert found.missing() is None
+    monkeypatch.setattr(attention, "optimized_attention", preferring_first)
+    assert "does not call the override" in str(found.missing())
+
+
 def test_says_which_argument_is_no_longer_taken(seams: dict[str, Seam], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfy.sd, "load_diffusion_model", load_otherwise)
     found = str(seams["comfy.sd.load_diffusion_model"].missing())

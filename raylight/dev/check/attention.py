@@ -26,6 +26,7 @@ FUNCTIONS = (
     "attention_sub_quad",
 )
 CONTAINER = "AttentionTensorContainer"
+PREFERENCE = "ComfyAttention"  # from about 0.38 on: which attention a checkpoint prefers
 HEADS, TOKENS, WIDTH = 2, 3, 4
 
 
@@ -38,6 +39,8 @@ def seams() -> list[Seam]:
     found.append(Seam("what optimized_attention_for_device returns", WHERE, STOPS, _for_device))
     if hasattr(attention, CONTAINER):
         found.append(Seam(f"an override for queries, keys and values in {CONTAINER}", WHERE, STOPS, _containers))
+    if hasattr(attention, PREFERENCE):
+        found.append(Seam("an override for a model that prefers an attention of its own", WHERE, STOPS, _preferring))
     for module, model in sorted(_doors()):
         stops = f"{model} cannot be split over workers"
         look = functools.partial(_is_door, module)
@@ -73,8 +76,15 @@ def _containers() -> str | None:
     return _wrong(attention.optimized_attention, getattr(attention, CONTAINER))
 
 
-def _wrong(function: Callable[..., Any], pack: Callable[[torch.Tensor], Any]) -> str | None:
-    """Return what is wrong with how `function` calls an override, with arguments that `pack` makes of tensors."""
+def _preferring() -> str | None:
+    preference = getattr(attention, PREFERENCE)()
+    return _wrong(attention.optimized_attention, lambda tensor: tensor, preferred_attention=preference)
+
+
+def _wrong(function: Callable[..., Any], pack: Callable[[torch.Tensor], Any], **more: Any) -> str | None:
+    """Return what is wrong with how `function` calls an override, with arguments that `pack` makes of tensors and
+    `more` by name.
+    """
     calls: list[tuple[Any, ...]] = []
 
     def override(inner: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -82,7 +92,7 @@ def _wrong(function: Callable[..., Any], pack: Callable[[torch.Tensor], Any]) ->
         return args[0]
 
     q = torch.randn(1, HEADS, TOKENS, WIDTH)
-    function(pack(q), pack(q), pack(q), HEADS, skip_reshape=True, **{OPTIONS: {OVERRIDE: override}})
+    function(pack(q), pack(q), pack(q), HEADS, skip_reshape=True, **more, **{OPTIONS: {OVERRIDE: override}})
     if not calls:
         return f"does not call the override in {OPTIONS}[{OVERRIDE!r}]"
     _, args, kwargs = calls[0]
