@@ -84,7 +84,8 @@ class Aligned:
 @dataclass(frozen=True, slots=True)
 class TokenRanges:
     """The argument is a list of `(start, stop, ...)` in token indices of the concatenated `streams`. A stop of None is
-    the end. The model counts streams in `local` after sharding, so these have their local length.
+    the end. Tensors that follow have a row for each token of the range. The model counts streams in `local` after
+    sharding, so these have their local length.
     """
 
     streams: tuple[str, ...]

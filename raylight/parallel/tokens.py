@@ -278,7 +278,7 @@ class TokenState:
         index = torch.cat([torch.arange(start, stop, device=value.device) for start, stop in spans])
         return value.index_select(rule.dim, index // repeats)
 
-    def _shard_ranges(self, value: Sequence[Sequence[int]], rule: TokenRanges) -> list[tuple[int, ...]]:
+    def _shard_ranges(self, value: Sequence[Sequence[Any]], rule: TokenRanges) -> list[tuple[Any, ...]]:
         pieces, base, local_base = [], 0, 0
         for name in rule.streams:
             shards = self._shards_of(name)
@@ -293,7 +293,9 @@ class TokenState:
             for low, high, local in pieces:
                 first, last = max(start, low), high if stop is None else min(stop, high)
                 if first < last:
-                    result.append((first - low + local, last - low + local, *rest))
+                    # What follows is for all tokens of the range, or a tensor with a row for each.
+                    mine = (one[first - start : last - start] if isinstance(one, Tensor) else one for one in rest)
+                    result.append((first - low + local, last - low + local, *mine))
         return result
 
     def local_mask(self, mask: Tensor, streams: Sequence[str]) -> Tensor:

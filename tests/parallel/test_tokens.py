@@ -64,6 +64,14 @@ def test_ranges_of_one_stream() -> None:
             assert state(rank, 2, img=9).shard([(0, 3, 0), (3, end, 1)], TokenRanges(("img",))) == expected
 
 
+def test_a_row_for_each_token_of_a_range_is_cut_with_it() -> None:
+    rows = torch.arange(10, 17)
+    found = [state(rank, 2, img=9).shard([(0, 2, 5), (2, None, rows)], TokenRanges(("img",))) for rank in range(2)]
+    assert [[(start, stop) for start, stop, _ in ranges] for ranges in found] == [[(0, 2), (2, 5)], [(0, 4)]]
+    assert found[0][0][2] == 5
+    assert found[0][1][2].tolist() == [10, 11, 12] and found[1][0][2].tolist() == [13, 14, 15, 16]
+
+
 def test_ranges_after_a_stream_counted_at_its_local_length() -> None:
     # Two text tokens here, and image tokens 5 to 8 of 9: the range of the first six image tokens starts at 2.
     tokens = state(1, 2, txt=4, img=9)

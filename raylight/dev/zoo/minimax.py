@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy.model_base import BaseModel
 
-from .family import Draw, Family
+from .family import Draw, Family, since
 from .patched import patched
 
 BASE = {
@@ -43,6 +43,13 @@ def mixed_text(draw: Draw) -> dict[str, Any]:
     return video_and_audio(draw) | {"minimax_payload": {"text_token_tags": torch.tensor([1, 1, 0, 0, 0, 1, 1])}}
 
 
+def masked(draw: Draw) -> dict[str, Any]:
+    """Generate some of the video and of the audio: each of their tokens has a modulation of its own."""
+    video, audio = torch.ones(1, 1, 3, 10, 14), torch.ones(1, 1, 2, 9)
+    video[:, :, 0], video[:, :, 1, 3:, :5], audio[..., 4:] = 0.0, 0.4, 0.3
+    return video_and_audio(draw) | {"denoise_mask": video, "audio_denoise_mask": audio}
+
+
 def scaled_block(arguments: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """Replace a `dit` block; tokens are (S, width) here."""
     out = more["original_block"](arguments | {"img": arguments["img"].flip(0)})["img"]
@@ -62,6 +69,7 @@ FAMILIES = (
         {
             "video and audio": video_and_audio,
             "vision tokens in the text": mixed_text,
+            **since("0.33.0", {"masked video and audio": masked}),
             "replaced blocks": patched(video_and_audio, {("double_block", 0): scaled_block}),
         },
         prepare=set_frequencies,
