@@ -34,3 +34,18 @@ def flux(width: int = 128) -> nn.Module:
         encoder_config={"target": f"{network}.Encoder", "params": config},
         decoder_config={"target": f"{network}.Decoder", "params": config},
     )
+
+
+def flux2(decoder_width: int = 128) -> nn.Module:
+    """Return the VAE of Flux.2, whose decoder is published in two widths."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    config = {
+        **IMAGE,
+        "z_channels": 32,
+        "ch": 128,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "batch_norm_latent": True,
+    }
+    return AutoencoderKL(ddconfig=config, embed_dim=32, decoder_ddconfig={**config, "ch": decoder_width})

@@ -113,15 +113,22 @@ def _wan22() -> nn.Module:
     return WanVAE(dim=8, dec_dim=8, z_dim=16, **WAN)
 
 
+def ltx_config(version: int) -> dict[str, Any]:
+    """Return the configuration of an LTX VAE with few layers of little width."""
+    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+
+    config = VideoVAE.get_default_config(None, version)  # type: ignore[arg-type]
+    for name in ("blocks", "encoder_blocks", "decoder_blocks"):
+        if name in config:
+            config[name] = [[kind, _one_layer(given)] for kind, given in config[name]]
+    return {**config, "encoder_base_channels": 16, "decoder_base_channels": 16}
+
+
 def _ltx(version: int) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
 
-        config = VideoVAE.get_default_config(None, version)  # type: ignore[arg-type]
-        for name in ("blocks", "encoder_blocks", "decoder_blocks"):
-            if name in config:
-                config[name] = [[kind, _one_layer(given)] for kind, given in config[name]]
-        return VideoVAE(config={**config, "encoder_base_channels": 16, "decoder_base_channels": 16})
+        return VideoVAE(config=ltx_config(version))
 
     return build
 

@@ -34,6 +34,7 @@ _PROBLEMS = """(() => {
     (e) => e.innerText);
   for (const node of window.app.graph.nodes) {
     if (!(node.type in window.LiteGraph.registered_node_types)) found.push(`no node ${node.type}`);
+    if (node.mode === 4) continue;  // off, until the user has chosen a file
     if (node.has_errors) found.push(`red: ${node.type}`);
     for (const slot of node.inputs ?? []) if (slot.hasErrors) found.push(`red: ${node.type}.${slot.name}`);
     for (const widget of node.widgets ?? []) {

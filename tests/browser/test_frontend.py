@@ -31,7 +31,16 @@ from files import write_models
 pytestmark = [of_the_newest, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PACKS = HERE.parent / "templates" / "packs"
-FOLDERS = ("diffusion_models", "text_encoders", "vae", "loras", "controlnet")
+FOLDERS = (
+    "diffusion_models",
+    "checkpoints",
+    "text_encoders",
+    "vae",
+    "clip_vision",
+    "latent_upscale_models",
+    "loras",
+    "controlnet",
+)
 RUN = {"width": 128, "height": 128, "steps": 8}
 PATIENCE = 300.0
 OPEN_MENU = "window.app.extensionManager.command.execute('Comfy.BrowseTemplates')"
@@ -48,13 +57,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     paths = {folder: work / "models" / folder for folder in FOLDERS}
     for path in paths.values():
         path.mkdir(parents=True)
+    write_models(flux_files(), work / "models")
     for template in TEMPLATES:
         for node in template.to_json()["nodes"]:
             for file in node["properties"].get("models", ()):
                 (paths[file["directory"]] / file["name"]).touch()
     for folder, name in (("diffusion_models", saved.MODEL), ("loras", saved.LORA), ("text_encoders", saved.CLIP)):
         (paths[folder] / name).touch()
-    write_models(flux_files(), work / "models")
     (work / "input").mkdir()
     example = Path(os.environ["COMFYUI_PATH"]) / "input" / "example.png"
     shutil.copy(example, work / "input")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+_WIDGETS = {"INT", "FLOAT", "FLOAT,INT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 
 
 def inputs_of(definition: Any) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
@@ -28,6 +28,6 @@ def widgets_of(definition: Any) -> list[tuple[str, Any, dict[str, Any]]]:
             found.append((name, kind, options))
             if options.get("control_after_generate"):
                 found.append(("control_after_generate", ["fixed", "increment", "decrement", "randomize"], {}))
-            if options.get("image_upload"):
+            if options.get("image_upload") or options.get("video_upload"):
                 found.append(("upload", ["image"], {}))
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_detection
 import comfy.supported_models
+import ltx2
 import torch
 from official_names import DIFFUSION_MODELS, UnknownFile, by_name
 from torch import Tensor
@@ -26,7 +28,7 @@ def diffusion_model(name: str) -> dict[str, Tensor]:
     """Return the tensors of a file with this name, which ComfyUI detects as it detects the official file."""
     family, hints = by_name(DIFFUSION_MODELS, name, "diffusion model")
     zoo = families()[family]
-    unet_config = settled(zoo, hints)
+    unet_config = settled(zoo, hints, metadata_of(name))
     model = _build(zoo.config, unet_config, zoo.weights())
     randomize(model.diffusion_model, seed=_seed(name))
     zoo.prepare(model)
@@ -39,13 +41,22 @@ def diffusion_model(name: str) -> dict[str, Tensor]:
     }
 
 
+def metadata_of(name: str) -> dict[str, str] | None:
+    """Return the metadata of a file with this name, where ComfyUI reads the architecture from it."""
+    family, hints = by_name(DIFFUSION_MODELS, name, "diffusion model")
+    if families()[family].config != "LTXAV":
+        return None
+    config = {key: value for key, value in (families()[family].unet_config | hints).items() if key != "image_model"}
+    return {"config": json.dumps({"transformer": config} | ltx2.CONFIG)}
+
+
 def prefix_of_vae(name: str) -> str:
     """Return the prefix of a checkpoint's VAE weights."""
     family, _ = by_name(DIFFUSION_MODELS, name, "diffusion model")
     return getattr(comfy.supported_models, families()[family].config).vae_key_prefix[0]
 
 
-def settled(zoo: Family, hints: Mapping[str, Any]) -> dict[str, Any]:
+def settled(zoo: Family, hints: Mapping[str, Any], metadata: dict[str, str] | None = None) -> dict[str, Any]:
     """Return the configuration that ComfyUI's detection finds in a file made from it.
 
     What detection does not read from a file is as in the official one. So much of what makes the zoo's family small is
@@ -58,7 +69,7 @@ def settled(zoo: Family, hints: Mapping[str, Any]) -> dict[str, Any]:
         size = sum(tensor.numel() for tensor in tensors.values())
         if size > _LIMIT:
             raise TooLarge(f"{zoo.name} as ComfyUI detects it has {size / 1e9:.1f} billion weights, whatever is done")
-        found = comfy.model_detection.detect_unet_config(tensors, "")
+        found = comfy.model_detection.detect_unet_config(tensors, "", metadata)
         if found is None:
             raise UnknownFile(f"ComfyUI sees no diffusion model in what is made of {zoo.name}")
         kind = comfy.model_detection.model_config_from_unet_config(dict(found), tensors)

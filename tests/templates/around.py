@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from official_names import (
+    FLUX,
     IMAGE_ENCODERS,
     SMALL_VAES,
     TEXT_ENCODERS,
@@ -24,6 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raylight.dev import full_vaes, vae_zoo
+from raylight.dev.zoo import families
+from raylight.dev.zoo.family import randomize
 
 MARK = "raylight.weightless"
 TEXT_ENCODER = "raylight.text_encoder"
@@ -48,9 +51,10 @@ def vae(name: str) -> dict[str, Tensor]:
         kind = by_name(SMALL_VAES, name, "VAE")
     except UnknownFile:
         return _only_shapes(by_name(VAES, name, "VAE"))
-    # ComfyUI reads the width of Wan's from the file, and takes others as wide as they are published: their small
-    # substitutes (TAESD, TAEHV) are made of the same operations.
-    model = full_vaes.wan(16) if kind == "Wan 2.1" else vae_zoo.VAES[kind].build()
+    # ComfyUI reads the width of Wan's and of Flux.2's decoder from the file, and takes others as wide as they are
+    # published: their small substitutes (TAESD, TAEHV) are made of the same operations.
+    narrow = {"Wan 2.1": lambda: full_vaes.wan(16), "Flux 2": lambda: full_vaes.flux2(32)}
+    model = narrow.get(kind, lambda: vae_zoo.VAES[kind].build())()
     return {key: tensor.contiguous() for key, tensor in vae_zoo.with_random_weights(model).state_dict().items()}
 
 
@@ -73,9 +77,24 @@ def style_model(name: str) -> dict[str, Tensor]:
     }
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def control_net(name: str) -> dict[str, Tensor]:
+    """Return a small ControlNet of Flux in the form of XLabs, whose names need no conversion."""
+    import comfy.ops
+    from comfy.ldm.flux.controlnet import ControlNetFlux
+
+    if "flux" not in name:
+        raise UnknownFile(f"which ControlNet {name} is, is not known here")
+    config = families()["Flux Dev"].unet_config | FLUX
+    options = {key: value for key, value in config.items() if key != "image_model"}
+    options |= {"mlp_ratio": 4.0, "depth": 1, "depth_single_blocks": 0}
+    network = ControlNetFlux(**options, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    randomize(network, seed=9)
+    return {key.replace("_norm.weight", "_norm.scale"): tensor for key, tensor in network.state_dict().items()}
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), path)
+    save_file(dict(tensors), path, metadata)
 
 
 def _only_shapes(shapes: Shapes) -> dict[str, Tensor]:

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ltx2
 import numpy
 import torch
-from architectures import diffusion_model, prefix_of_vae
-from around import image_encoder, style_model, text_encoder, vae, write
+from architectures import diffusion_model, metadata_of, prefix_of_vae
+from around import control_net, image_encoder, style_model, text_encoder, vae, write
 from loras import lora_for
 from official_names import UnknownFile
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from raylight.dev.demo.graphs import Graph
@@ -29,6 +31,7 @@ FOLDERS = (
     ("text_encoder", "text_encoders"),
     ("control_net_name", "controlnet"),
     ("style_model_name", "style_models"),
+    ("model_name", "latent_upscale_models"),
 )
 MODEL = re.compile(r"\.(safetensors|sft|ckpt|pt|pth|gguf)$")
 PICTURE = (96, 64)
@@ -64,14 +67,19 @@ def write_models(graph: Graph, models: Path) -> list[Path]:
         path = models / item.folder / item.name
         if path in written:
             continue
+        written.append(path)
+        if path.exists():  # from another prompt
+            with safe_open(path, "pt") as file:
+                shapes[item.name] = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            continue
         if item.folder == "loras":
-            made = _lora(graph, item, shapes)
+            made, metadata = _lora(graph, item, shapes), None
         else:
             made = _make(item)
+            metadata = _metadata(item)
         if item.folder in ("diffusion_models", "checkpoints"):
             shapes[item.name] = {name: tuple(tensor.shape) for name, tensor in made.items()}
-        write(path, made)
-        written.append(path)
+        write(path, made, metadata)
     return written
 
 
@@ -82,16 +90,26 @@ def _make(item: Asked) -> dict[str, Tensor]:
         "vae": vae,
         "clip_vision": image_encoder,
         "style_models": style_model,
+        "controlnet": control_net,
         "checkpoints": _checkpoint,
+        "latent_upscale_models": lambda name: ltx2.upsampler()[0],
     }
     if item.folder not in makers:
         raise UnknownFile(f"files for {item.folder} ({item.name}) are not made here")
     return makers[item.folder](item.name)
 
 
+def _metadata(item: Asked) -> dict[str, str] | None:
+    if item.folder in ("diffusion_models", "checkpoints"):
+        return metadata_of(item.name)
+    return ltx2.upsampler()[1] if item.folder == "latent_upscale_models" else None
+
+
 def _checkpoint(name: str) -> dict[str, Tensor]:
     """Return a diffusion model, and a VAE and a text encoder to be filled."""
     tensors = {f"model.diffusion_model.{key}": tensor for key, tensor in diffusion_model(name).items()}
+    if metadata_of(name) is not None:
+        return tensors | ltx2.vaes()
     tensors |= {prefix_of_vae(name) + key: tensor for key, tensor in vae(name).items()}
     for key, shape in (
         ("clip_l.transformer.text_model.final_layer_norm.weight", (768,)),

@@ -31,7 +31,7 @@ _T5, _CLIP_L, _QWEN_VL, _LLAMA, _KLEIN_4B, _KLEIN_9B, _MISTRAL = 4096, 768, 3584
 
 _WAN = {"dim": 384, "text_dim": _T5, "freq_dim": 256}
 _HEADS = {"hidden_size": 384, "num_heads": 3, "axes_dim": [16, 56, 56]}
-_FLUX = _HEADS | {"context_in_dim": _T5, "vec_in_dim": _CLIP_L}
+FLUX = _HEADS | {"context_in_dim": _T5, "vec_in_dim": _CLIP_L}
 _FLUX2 = _HEADS | {"axes_dim": [32, 32, 32, 32], "in_channels": 128, "out_channels": 128}
 _HUNYUAN = _HEADS | {"context_in_dim": _LLAMA, "vec_in_dim": _CLIP_L}
 _HUNYUAN_QWEN = _HEADS | {"context_in_dim": _QWEN_VL, "vec_in_dim": None}
@@ -60,6 +60,15 @@ _LTXV = {
     "caption_channels": _T5,
 }
 
+# LTX-2's text encoder is narrow here as a whole (see `packs/stand_ins`).
+LTX2_TEXT = 32
+_LTX2 = {
+    "in_channels": 128,
+    "caption_channels": LTX2_TEXT,
+    "connector_attention_head_dim": 16,
+    "connector_num_attention_heads": LTX2_TEXT // 16,
+}
+
 # The zoo's family, and what it needs to fit the official text encoder and latent, and to be detected.
 DIFFUSION_MODELS: tuple[tuple[str, tuple[str, Mapping[str, Any]]], ...] = (
     (r"ti2v_5b", ("Wan 2.2 5B", _WAN)),
@@ -79,14 +88,14 @@ DIFFUSION_MODELS: tuple[tuple[str, tuple[str, Mapping[str, Any]]], ...] = (
     (r"dancer", ("WanDancer", _WAN)),
     (r"wan.*(i2v|inp|ati|move)|chrono_edit", ("Wan I2V", _WAN)),
     (r"wan.*t2v|causal_forcing|bernini", ("Wan T2V", _WAN)),
-    (r"flux1?.*fill", ("Flux Inpaint", _FLUX)),
-    (r"flux1-(canny|depth)", ("Flux Dev", _FLUX | {"in_channels": 32})),
-    (r"flux.*schnell", ("Flux Schnell", _FLUX)),
+    (r"flux1?.*fill", ("Flux Inpaint", FLUX)),
+    (r"flux1-(canny|depth)", ("Flux Dev", FLUX | {"in_channels": 32})),
+    (r"flux.*schnell", ("Flux Schnell", FLUX)),
     (r"flux-2-klein.*4b", ("Flux 2 without guidance", _FLUX2 | {"context_in_dim": _KLEIN_4B})),
     (r"flux-2-klein", ("Flux 2 without guidance", _FLUX2 | {"context_in_dim": _KLEIN_9B})),
     (r"flux-?2", ("Flux 2", _FLUX2 | {"context_in_dim": _MISTRAL})),
-    (r"^flux", ("Flux Dev", _FLUX)),
-    (r"longcat", ("LongCat Image", _FLUX | {"context_in_dim": _QWEN_VL, "vec_in_dim": None})),
+    (r"^flux", ("Flux Dev", FLUX)),
+    (r"longcat", ("LongCat Image", FLUX | {"context_in_dim": _QWEN_VL, "vec_in_dim": None})),
     (r"hunyuanvideo1\.5.*sr", ("Hunyuan Video 1.5 super-resolution", _HUNYUAN_QWEN)),
     (r"hunyuanvideo1\.5|capybara", ("Hunyuan Video 1.5", _HUNYUAN_QWEN)),
     (r"hunyuan_?image", ("Hunyuan Image 2.1", _HUNYUAN_QWEN | {"axes_dim": [64, 64]})),
@@ -99,7 +108,9 @@ DIFFUSION_MODELS: tuple[tuple[str, tuple[str, Mapping[str, Any]]], ...] = (
     (r"z_?image", ("Z-Image", _Z_IMAGE)),
     (r"lumina|netayume", ("Lumina 2", _LUMINA)),
     (r"sd3", ("SD3", _SD3)),
+    (r"ltx-2-", ("LTX-2", _LTX2)),
     (r"ltx-?video|ltxv", ("LTX-Video", _LTXV)),
+    (r"minimax_h3", ("MiniMax H3", {"text_dim": 5120})),
     (r"kandinsky5lite_t2i", ("Kandinsky 5", {"model_dim": 2560})),
     (r"kandinsky5lite", ("Kandinsky 5", {"model_dim": 1792})),
     (r"hidream_(i1|e1)", ("HiDream", {})),
@@ -138,15 +149,15 @@ TEXT_ENCODERS = (
 WITH_PIECES = r"umt5|gemma|jina|t5-base"
 WITH_TEKKEN = r"mistral|ministral"
 
-# VAEs of raylight/dev/vae_zoo.py that take the latents of official ones, and Wan's own class.
+# VAEs of raylight/dev/vae_zoo.py that take the latents of official ones, and classes that are narrow here.
 SMALL_VAES = (
     (r"wan_?2\.?2", "TAEHV (Wan 2.2)"),
     (r"wan|qwen_image|capybara", "Wan 2.1"),
     (r"hunyuan_?video(?!_?1\.?5)|kandinsky", "TAEHV (Wan 2.1)"),
-    (r"flux-?2|full_encoder_small_decoder", "TAESD of Flux 2"),
+    (r"flux-?2|full_encoder_small_decoder", "Flux 2"),
     (r"^ae\b|flux|lumina|netayume|sd3", "TAESD"),
 )
-# What ComfyUI's detection reads of others: names of weights, and the shapes of some.
+# What ComfyUI's detection reads of those that only its own process loads: names of weights, and the shapes of some.
 VAES: tuple[tuple[str, Shapes], ...] = (
     (r"hunyuanvideo15", {"decoder.conv_in.conv.weight": (1024, 32, 3, 3, 3)}),
     (r"hunyuan_image", {"decoder.conv_in.weight": (1024, 64, 3, 3)}),
@@ -159,6 +170,8 @@ VAES: tuple[tuple[str, Shapes], ...] = (
             "post_quant_conv.weight": (4, 4),
         },
     ),
+    (r"minimax.*video", {"decoder.transformer_blocks.0.scale1": (1,), "encoder.down.5.block.0.conv1.weight": (1,)}),
+    (r"minimax.*audio", {"pre_block.attn.zero_k_bias": (1,)}),
     (
         r"ltx",
         {"decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": (1024, 1), "encoder.down_blocks.1.conv.conv.bias": (1,)},

@@ -21,9 +21,12 @@ from raylight.dev.workflows.template import Mode, Template
 from raylight.dev.workflows.thumbnail import MOST_BYTES
 
 OF_FRONTEND = {"MarkdownNote"}
-KINDS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
+FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", "loras", "vae", "latent_upscale_models")
+KINDS = {"INT": int, "FLOAT": (int, float), "FLOAT,INT": (int, float), "STRING": str, "BOOLEAN": bool}
 # Not in any of ComfyUI's own templates.
-ELSEWHERE = {"instantx_flux_canny.safetensors"}
+ELSEWHERE = {"instantx_flux_canny.safetensors", "wan2.2_animate_14B_bf16.safetensors"}
+# What a node names before the user has chosen; for LoadVideo, which ComfyUI brings no video for, nothing.
+DEFAULTS = {("LoadImage.image", "example.png"), ("LoadVideo.file", "")}
 
 each_template = pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
 
@@ -72,7 +75,7 @@ def check_value(where: str, kind: Any, options: dict[str, Any], value: Any, file
     if isinstance(kind, list) or kind in ("COMBO", "COMFY_DYNAMICCOMBO_V3"):
         choices = kind if isinstance(kind, list) else options["options"]
         choices = [choice["key"] if isinstance(choice, dict) else choice for choice in choices]
-        known = value in choices or (where == "LoadImage.image" and value == "example.png")
+        known = value in choices or (where, value) in DEFAULTS
         assert known or value in files, f"{where} = {value!r}, of {choices[:20]}"
         return
     assert isinstance(value, KINDS[kind]) and (kind == "BOOLEAN") == isinstance(value, bool), f"{where} = {value!r}"
@@ -167,7 +170,7 @@ def official_files() -> dict[str, set[tuple[str, str]]]:
         for address in re.findall(r"https://huggingface\.co/[^\s\"')\\?]+\.safetensors", content):
             parts = address.split("/")
             folder = parts[-2] if "split_files" in parts else None
-            for directory in (folder,) if folder else ("diffusion_models", "text_encoders", "loras", "vae"):
+            for directory in (folder,) if folder else FOLDERS:
                 found.setdefault(parts[-1], set()).add((directory, address))
     return found
 

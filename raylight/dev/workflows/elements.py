@@ -31,6 +31,7 @@ class Node:
     title: str | None = None
     control: str = "randomize"
     files: tuple[ModelFile, ...] = ()
+    bypassed: bool = False
     size: tuple[int, int] = (0, 0)
     position: tuple[int, int] = (0, 0)
 

@@ -31,16 +31,10 @@ def _text_to_video(workflow: Workflow) -> None:
     with workflow.group("Step 3 - Prompt", column=True):
         positive = parts.prompt(workflow, clip, _MARKET)
         positive = workflow.add("FluxGuidance", conditioning=positive, guidance=6.0)["CONDITIONING"]
-    with workflow.group("Step 4 - Size"):
+    with workflow.group("Step 4 - Size and steps"):
         latent = workflow.add("EmptyHunyuanLatentVideo", width=848, height=480, length=73)["LATENT"]
-    with workflow.group("Step 5 - Sample on all GPUs", column=True):
-        noise = workflow.add("RandomNoise")["NOISE"]
-        guider = workflow.add("BasicGuider", model=shifted, conditioning=positive)["GUIDER"]
-        sampler = workflow.add("KSamplerSelect")["SAMPLER"]
         sigmas = workflow.add("BasicScheduler", model=model, steps=20)["SIGMAS"]
-        sampled = workflow.add(
-            "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
-        )["output"]
+    sampled = parts.sample_guided(workflow, shifted, (positive, None), sigmas, latent)
     parts.save_video(workflow, sampled, decoder, "hunyuan-video", 24.0)
 
 

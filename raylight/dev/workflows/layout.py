@@ -24,6 +24,11 @@ _SIZES = {
     "RayModelLoader": (400, 106),
     "RayUNETLoader": (400, 106),
     "RayVAELoaderAsVAE": (400, 102),
+    "VAELoader": (400, 62),
+    "CheckpointLoaderSimple": (400, 102),
+    "LTXAVTextEncoderLoader": (400, 110),
+    "MiniMaxH3ImageToVideo": (420, 360),
+    "LoadVideo": (330, 330),
     "CLIPLoader": (400, 110),
     "DualCLIPLoader": (400, 134),
     # With room for the preview.

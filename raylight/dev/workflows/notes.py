@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from .models import DiffusionFile, ModelFile
 
 COUNTS = (2, 4, 8)
-_FOLDERS = ("diffusion_models", "text_encoders", "vae", "loras", "controlnet")
+_FOLDERS = (
+    "diffusion_models",
+    "checkpoints",
+    "text_encoders",
+    "vae",
+    "clip_vision",
+    "latent_upscale_models",
+    "loras",
+    "controlnet",
+)
 _HOW = (
     "*Computed, not measured: number of weights x bytes of their type{more}. What the image or video needs during "
     "a step comes on top (less of it on each GPU, the more GPUs share it), and on ComfyUI's own GPU the text "

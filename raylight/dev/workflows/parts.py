@@ -75,8 +75,38 @@ def save_image(workflow: Workflow, latent: Output, decoder: Output, prefix: str)
         workflow.add("SaveImage", images=image, filename_prefix=f"raylight/{prefix}")
 
 
-def save_video(workflow: Workflow, latent: Output, decoder: Output, prefix: str, fps: float) -> None:
-    with workflow.group("Step 6 - Video", column=True):
+def sample_guided(
+    workflow: Workflow,
+    model: Output,
+    prompts: tuple[Output, Output | None],
+    sigmas: Output,
+    latent: Output,
+    *,
+    cfg: float = 1.0,
+    sampler: str = "euler",
+    title: str = "Step 5 - Sample on all GPUs",
+) -> Output:
+    """Add a guider of the positive prompt, or of the positive and the negative one, and a sampler."""
+    positive, negative = prompts
+    with workflow.group(title, column=True):
+        noise = workflow.add("RandomNoise")["NOISE"]
+        if negative is None:
+            guider = workflow.add("BasicGuider", model=model, conditioning=positive)["GUIDER"]
+        else:
+            guider = workflow.add("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)["GUIDER"]
+        algorithm = workflow.add("KSamplerSelect", sampler_name=sampler)["SAMPLER"]
+        return workflow.add(
+            "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=algorithm, sigmas=sigmas, latent_image=latent
+        )["output"]
+
+
+def save_video(workflow: Workflow, latent: Output, decoder: Output, prefix: str, fps: float, step: int = 6) -> None:
+    with workflow.group(f"Step {step} - Video", column=True):
         image = workflow.add("VAEDecode", samples=latent, vae=decoder)["IMAGE"]
-        video = workflow.add("CreateVideo", images=image, fps=fps)["VIDEO"]
-        workflow.add("SaveVideo", video=video, filename_prefix=f"video/raylight/{prefix}")
+        video_file(workflow, image, prefix, fps)
+
+
+def video_file(workflow: Workflow, image: Output, prefix: str, fps: float, audio: Output | None = None) -> None:
+    sound = {} if audio is None else {"audio": audio}
+    video = workflow.add("CreateVideo", images=image, fps=fps, **sound)["VIDEO"]
+    workflow.add("SaveVideo", video=video, filename_prefix=f"video/raylight/{prefix}")

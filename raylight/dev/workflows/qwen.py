@@ -6,6 +6,7 @@ from typing import Any
 
 from . import models, notes, parts
 from .elements import Output
+from .models import DiffusionFile
 from .template import Mode, Template
 from .workflow import Workflow
 
@@ -44,11 +45,19 @@ def _sample(
 
 
 def _edited(
-    workflow: Workflow, init: Output, lora: Output | None, text: str, name: str, steps: int, cfg: float
+    workflow: Workflow,
+    file: DiffusionFile,
+    init: Output,
+    lora: Output | None,
+    text: str,
+    name: str,
+    steps: int,
+    cfg: float,
 ) -> None:
+    newest = file is models.QWEN_EDIT
     with workflow.group("Step 2 - Models", column=True):
-        model = parts.as_model(workflow, models.QWEN_EDIT, init, lora)
-        model = workflow.add("ModelSamplingAuraFlow", model=model, shift=3.0)["MODEL"]
+        model = parts.as_model(workflow, file, init, lora)
+        model = workflow.add("ModelSamplingAuraFlow", model=model, shift=3.1 if newest else 3.0)["MODEL"]
         model = workflow.add("CFGNorm", model=model)["patched_model"]
         clip = parts.text_encoder(workflow, "qwen_image", models.QWEN_VL)
         decoder = parts.vae(workflow, models.QWEN_VAE, init)
@@ -58,26 +67,36 @@ def _edited(
         latent = workflow.add("VAEEncode", pixels=scaled, vae=decoder)["LATENT"]
     with workflow.group("Step 4 - What to change", column=True):
         of_image = {"clip": clip, "vae": decoder, "image1": scaled}
-        positive = workflow.add("TextEncodeQwenImageEditPlus", title="Positive prompt", prompt=text, **of_image)
-        negative = workflow.add("TextEncodeQwenImageEditPlus", title="Negative prompt", **of_image)
-    sampled = _sample(workflow, model, positive["CONDITIONING"], negative["CONDITIONING"], latent, steps, cfg)
-    parts.save_image(workflow, sampled, decoder, name)
+        positive, negative = (
+            workflow.add("TextEncodeQwenImageEditPlus", title=title, prompt=prompt, **of_image)["CONDITIONING"]
+            for title, prompt in (("Positive prompt", text), ("Negative prompt", ""))
+        )
+        if newest:  # it tells the image to edit from the new one by its timestep
+            positive, negative = (
+                workflow.add(
+                    "FluxKontextMultiReferenceLatentMethod",
+                    conditioning=prompt,
+                    reference_latents_method="index_timestep_zero",
+                )["CONDITIONING"]
+                for prompt in (positive, negative)
+            )
+    parts.save_image(workflow, _sample(workflow, model, positive, negative, latent, steps, cfg), decoder, name)
 
 
 def _edit(workflow: Workflow) -> None:
     files = (models.QWEN_EDIT,)
     parts.note(
         workflow,
-        "Qwen-Image-Edit, on all GPUs",
+        "Qwen-Image-Edit 2511, on all GPUs",
         "All GPUs edit one image together: tokens of the new image and of yours are shared among them.",
         (*files, models.QWEN_VL, models.QWEN_VAE),
         notes.usp(files, uses_cfg=True),
     )
-    _edited(workflow, parts.workers(workflow), None, _SIGN, "qwen-edit", 20, 4.0)
+    _edited(workflow, models.QWEN_EDIT, parts.workers(workflow), None, _SIGN, "qwen-edit", 40, 4.0)
 
 
 def _loras(workflow: Workflow) -> None:
-    files, loras = (models.QWEN_EDIT,), (models.QWEN_RELIGHT, models.QWEN_LIGHTNING)
+    files, loras = (models.QWEN_EDIT_2509,), (models.QWEN_RELIGHT, models.QWEN_LIGHTNING)
     parts.note(
         workflow,
         "Qwen-Image-Edit with two LoRAs, on all GPUs",
@@ -93,7 +112,7 @@ def _loras(workflow: Workflow) -> None:
         for file in loras:
             previous = {} if chain is None else {"prev_ray_lora": chain}
             chain = workflow.add("RayLoraLoader", files=[file], lora_name=file.name, **previous)["ray_lora"]
-    _edited(workflow, init, chain, _RELIGHT, "qwen-edit-loras", 4, 1.0)
+    _edited(workflow, models.QWEN_EDIT_2509, init, chain, _RELIGHT, "qwen-edit-loras", 4, 1.0)
 
 
 TEMPLATES = (

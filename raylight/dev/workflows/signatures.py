@@ -93,6 +93,8 @@ SIGNATURES: dict[str, Signature] = {
     ),
     "RayUNETLoader": _node("ray_actors_init:RAY_ACTORS_INIT lora:RAY_LORA?", "ray_actors:RAY_ACTORS", *_FILE),
     "RayModelLoader": _node("ray_actors_init:RAY_ACTORS_INIT? lora:RAY_LORA?", "model:MODEL", *_FILE),
+    "RayParallelizeModel": _node("model:MODEL ray_actors_init:RAY_ACTORS_INIT?", "model:MODEL"),
+    "RayParallelizeVAE": _node("vae:VAE ray_actors_init:RAY_ACTORS_INIT? ray_actors:RAY_ACTORS?", "vae:VAE"),
     "RayVAELoaderAsVAE": _node(
         "ray_actors_init:RAY_ACTORS_INIT? ray_actors:RAY_ACTORS?", "vae:VAE", Widget("vae_name", "")
     ),
@@ -121,23 +123,40 @@ SIGNATURES: dict[str, Signature] = {
         " ".join(f"conditioning_{n}:CONDITIONING{'?' * (n > 1)}" for n in range(1, 9)), "conditioning_list:CONDITIONING"
     ),
     # ComfyUI: files
+    "CheckpointLoaderSimple": _node("", "MODEL CLIP VAE", Widget("ckpt_name", "")),
+    "VAELoader": _node("", "VAE", Widget("vae_name", "")),
+    "CLIPVisionLoader": _node("", "CLIP_VISION", Widget("clip_name", "")),
+    "LoraLoaderModelOnly": _node("model:MODEL", "MODEL", Widget("lora_name", ""), Widget("strength_model", 1.0)),
+    "LTXAVTextEncoderLoader": _node(
+        "", "CLIP", Widget("text_encoder", ""), Widget("ckpt_name", ""), Widget("device", "default")
+    ),
+    "LTXVAudioVAELoader": Signature((), (Widget("ckpt_name", ""),), (Slot("Audio VAE", "VAE"),)),
+    "LatentUpscaleModelLoader": _node("", "LATENT_UPSCALE_MODEL", Widget("model_name", "")),
     "CLIPLoader": _node("", "CLIP", Widget("clip_name", ""), Widget("type", ""), Widget("device", "default")),
     "DualCLIPLoader": _node(
         "", "CLIP", Widget("clip_name1", ""), Widget("clip_name2", ""), Widget("type", ""), Widget("device", "default")
     ),
     "ControlNetLoader": _node("", "CONTROL_NET", Widget("control_net_name", "")),
     "LoadImage": _node("", "IMAGE MASK", Widget("image", "example.png"), Widget("upload", "image")),
+    "LoadVideo": _node("", "VIDEO", Widget("file", ""), Widget("upload", "image")),
+    "GetVideoComponents": _node("video:VIDEO", "images:IMAGE audio:AUDIO fps:FLOAT bit_depth:INT"),
     # ComfyUI: models and prompts
     "ModelSamplingSD3": _node("model:MODEL", "MODEL", Widget("shift", 3.0)),
     "ModelSamplingAuraFlow": _node("model:MODEL", "MODEL", Widget("shift", 1.73)),
     "CFGNorm": _node("model:MODEL", "patched_model:MODEL", Widget("strength", 1.0), Widget("pre_cfg", False)),
     "CLIPTextEncode": _node("clip:CLIP", "CONDITIONING", Widget("text", "")),
+    "T5TokenizerOptions": _node("clip:CLIP", "CLIP", Widget("min_padding", 0), Widget("min_length", 0)),
+    "CLIPVisionEncode": _node("clip_vision:CLIP_VISION image:IMAGE", "CLIP_VISION_OUTPUT", Widget("crop", "center")),
     "TextEncodeQwenImageEditPlus": _node(
         "clip:CLIP vae:VAE? image1:IMAGE? image2:IMAGE? image3:IMAGE?", "CONDITIONING", Widget("prompt", "")
     ),
     "ConditioningZeroOut": _node("conditioning:CONDITIONING", "CONDITIONING"),
     "FluxGuidance": _node("conditioning:CONDITIONING", "CONDITIONING", Widget("guidance", 3.5)),
     "ReferenceLatent": _node("conditioning:CONDITIONING latent:LATENT?", "CONDITIONING"),
+    "FluxKontextMultiReferenceLatentMethod": _node(
+        "conditioning:CONDITIONING", "CONDITIONING", Widget("reference_latents_method", "offset")
+    ),
+    "LTXVConditioning": _node(_PROMPTS, _PROMPTS, Widget("frame_rate", 25.0)),
     "ControlNetApplyAdvanced": _node(
         f"{_PROMPTS} control_net:CONTROL_NET image:IMAGE vae:VAE?",
         _PROMPTS,
@@ -150,8 +169,36 @@ SIGNATURES: dict[str, Signature] = {
     "FluxKontextImageScale": _node("image:IMAGE", "IMAGE"),
     "VAEEncode": _node("pixels:IMAGE vae:VAE", "LATENT"),
     "VAEDecode": _node("samples:LATENT vae:VAE", "IMAGE"),
+    "VAEDecodeAudio": _node("samples:LATENT vae:VAE", "AUDIO"),
+    "LTXVAudioVAEDecode": _node("samples:LATENT audio_vae:VAE", "Audio:AUDIO"),
     "EmptySD3LatentImage": _node("", "LATENT", *_size(1024, 1024, None)),
     "EmptyHunyuanLatentVideo": _node("", "LATENT", *_size(848, 480, 25)),
+    "EmptyFlux2LatentImage": _node("", "LATENT", *_size(1024, 1024, None)),
+    "EmptyLTXVLatentVideo": _node("", "LATENT", *_size(768, 512, 97)),
+    "LTXVEmptyLatentAudio": _node(
+        "audio_vae:VAE",
+        "Latent:LATENT",
+        Widget("frames_number", 97),
+        Widget("frame_rate", 25.0),
+        Widget("batch_size", 1),
+    ),
+    "LTXVConcatAVLatent": _node("video_latent:LATENT audio_latent:LATENT", "latent:LATENT"),
+    "LTXVSeparateAVLatent": _node("av_latent:LATENT", "video_latent:LATENT audio_latent:LATENT"),
+    "LTXVLatentUpsampler": _node("samples:LATENT upscale_model:LATENT_UPSCALE_MODEL vae:VAE", "LATENT"),
+    "MiniMaxH3ImageToVideo": _node(
+        "clip:CLIP vae:VAE first_frame:IMAGE? last_frame:IMAGE?",
+        "positive:CONDITIONING LATENT",
+        Widget("prompt", ""),
+        *_size(1344, 768, 124)[:3],
+    ),
+    "WanAnimateToVideo": _node(
+        f"{_PROMPTS} vae:VAE clip_vision_output:CLIP_VISION_OUTPUT? reference_image:IMAGE? face_video:IMAGE? "
+        "pose_video:IMAGE? background_video:IMAGE? character_mask:MASK? continue_motion:IMAGE?",
+        f"{_PROMPTS} latent:LATENT trim_latent:INT trim_image:INT video_frame_offset:INT",
+        *_size(832, 480, 77),
+        Widget("continue_motion_max_frames", 5),
+        Widget("video_frame_offset", 0),
+    ),
     "WanImageToVideo": _node(
         f"{_PROMPTS} vae:VAE clip_vision_output:CLIP_VISION_OUTPUT? start_image:IMAGE?",
         f"{_PROMPTS} latent:LATENT",
@@ -179,6 +226,18 @@ SIGNATURES: dict[str, Signature] = {
     ),
     "RandomNoise": _node("", "NOISE", _seed("noise_seed")),
     "BasicGuider": _node("model:MODEL conditioning:CONDITIONING", "GUIDER"),
+    "CFGGuider": _node(f"model:MODEL {_PROMPTS}", "GUIDER", Widget("cfg", 8.0)),
+    "Flux2Scheduler": _node("", "SIGMAS", Widget("steps", 20), Widget("width", 1024), Widget("height", 1024)),
+    "LTXVScheduler": _node(
+        "latent:LATENT?",
+        "SIGMAS",
+        Widget("steps", 20),
+        Widget("max_shift", 2.05),
+        Widget("base_shift", 0.95),
+        Widget("stretch", True),
+        Widget("terminal", 0.1),
+    ),
+    "ManualSigmas": _node("", "SIGMAS", Widget("sigmas", "1, 0.5")),
     "KSamplerSelect": _node("", "SAMPLER", Widget("sampler_name", "euler")),
     "BasicScheduler": _node(
         "model:MODEL", "SIGMAS", Widget("scheduler", "simple"), Widget("steps", 20), Widget("denoise", 1.0)

@@ -1,6 +1,17 @@
 """All templates."""
 
-from . import flux, hunyuan, qwen, wan
+from . import animate, chroma, flux, flux2, hunyuan, ltx, minimax, qwen, wan, zimage
 from .template import Template
 
-TEMPLATES: tuple[Template, ...] = (*wan.TEMPLATES, *flux.TEMPLATES, *qwen.TEMPLATES, *hunyuan.TEMPLATES)
+TEMPLATES: tuple[Template, ...] = (
+    *wan.TEMPLATES,
+    *animate.TEMPLATES,
+    *ltx.TEMPLATES,
+    *minimax.TEMPLATES,
+    *hunyuan.TEMPLATES,
+    *flux.TEMPLATES,
+    *flux2.TEMPLATES,
+    *qwen.TEMPLATES,
+    *zimage.TEMPLATES,
+    *chroma.TEMPLATES,
+)

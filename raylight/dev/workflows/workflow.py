@@ -38,10 +38,11 @@ class Workflow:
         title: str | None = None,
         control: str = "randomize",
         files: Sequence[ModelFile] = (),
+        bypassed: bool = False,
         **inputs: Any,
     ) -> Node:
         """Add a node to the open group. Raises ValueError: it does not have these inputs, or they do not fit."""
-        node = Node(len(self.nodes) + 1, kind, inputs, title, control, tuple(files))
+        node = Node(len(self.nodes) + 1, kind, inputs, title, control, tuple(files), bypassed)
         slots = {slot.name: slot.type for slot in node.signature.slots}
         slots |= {widget.name: widget.type for widget in node.signature.widgets}
         for name, value in inputs.items():
@@ -121,7 +122,7 @@ class Workflow:
             "size": list(node.size),
             "flags": {},
             "order": order,
-            "mode": 0,
+            "mode": 4 if node.bypassed else 0,
             "inputs": inputs,
             "outputs": outputs,
         }

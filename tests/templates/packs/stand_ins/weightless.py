@@ -11,27 +11,38 @@ import comfy.clip_vision
 import comfy.sd
 import comfy.sd1_clip
 import torch
+from comfy.text_encoders import qwen3vl, qwen_vl
+
+from . import narrow_ltx2, small_minimax
 
 MARK = "raylight.weightless"
 TEXT_ENCODER = "raylight.text_encoder"
 _VOCABULARY = 2048
+_DRAWN = 4_194_301  # prime, so that no two rows of a matrix begin at the same number
 
 
 def install() -> None:
     """Replace, in this process, what makes text encoders, image encoders and VAEs."""
     _detect_text_encoders()
     _narrow_text_encoders()
+    _narrow_vision()
+    narrow_ltx2.install(fill)
     _fill_vaes()
     _fill_image_encoders()
 
 
 def fill(module: torch.nn.Module, seed: int = 1) -> None:
     """Random weights, matrices scaled by fan-in, so that activations neither vanish nor grow."""
-    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(seed))
+    start = 0
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
         for name, tensor in module.named_parameters():
-            noise = torch.randn(tensor.shape, generator=generator)
+            # Drawing takes most of the time for a large model: it goes on with what is drawn, from its beginning again.
+            count = tensor.numel()
+            repeated = drawn.repeat(-(-(start + count) // _DRAWN))
+            noise = repeated[start : start + count].reshape(tensor.shape).clone()
+            start = (start + count) % _DRAWN
             if tensor.ndim >= 2 and tensor[0].numel() > 1 and id(tensor) not in embeddings:
                 noise *= tensor[0].numel() ** -0.5
             elif id(tensor) not in embeddings:
@@ -86,6 +97,19 @@ def _narrower(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config | narrow, config]
 
 
+def _narrow_vision() -> None:
+    """Let the image towers of text encoders have few layers."""
+    for kind in qwen3vl.QWEN3VL_VISION.values():
+        kind.update(depth=3, intermediate_size=64, deepstack_visual_indexes=[0, 1, 2])
+    tower = qwen_vl.Qwen2VLVisionTransformer
+    made = tower.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs | {"num_layers": 2, "intermediate_size": 64})
+
+    tower.__init__ = __init__
+
+
 def _first(make: Callable[..., Any], configs: list[dict[str, Any]], *args: Any) -> Any:
     for config in configs[:-1]:
         try:
@@ -102,7 +126,7 @@ def _fill_vaes() -> None:
         if sd is None or MARK not in sd:
             made(self, sd, *args, **kwargs)
             return
-        with _nothing_loaded():
+        with _nothing_loaded(), small_minimax.classes():
             made(self, sd, *args, **kwargs)
         if self.first_stage_model is not None:
             fill(self.first_stage_model)
