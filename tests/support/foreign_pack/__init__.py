@@ -8,6 +8,8 @@ import comfy.samplers
 import comfy.sd
 import comfy.utils
 import folder_paths
+import torch
+from comfy.ldm.modules.attention import wrap_attn
 
 from .strength import Strength
 
@@ -91,10 +93,45 @@ class ForeignWeight:
         return (model.clone(),)
 
 
+def sageattn(q, k, v, tensor_layout="HND", sm_scale=None):
+    """Stands for a library of kernels; its result shows that it was called."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k * 1.05, v, scale=sm_scale)
+
+
+class ForeignAttention:
+    """Puts a kernel of a library into a model, as packs do: behind decorators of PyTorch's and ComfyUI's."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "change"
+    CATEGORY = "foreign"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def change(self, model):
+        kernel = torch.compiler.disable()(lambda q, k, v, scale: sageattn(q, k, v, sm_scale=scale))
+
+        @wrap_attn
+        def attention(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
+            if not skip_reshape:
+                q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+            out = kernel(q, k, v, kwargs.get("scale"))
+            return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+        def override(function, *args, **kwargs):
+            return attention.__wrapped__(*args, **kwargs)
+
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = override
+        return (model,)
+
+
 NODE_CLASS_MAPPINGS = {
     "ForeignSampler": ForeignSampler,
     "ForeignPatch": ForeignPatch,
     "ForeignLoader": ForeignLoader,
     "ForeignWeight": ForeignWeight,
+    "ForeignAttention": ForeignAttention,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {"ForeignPatch": "Foreign Patch"}
