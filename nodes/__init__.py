@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import early_ray, older_prompts
+from .advice import RaylightAdvice
 from .derived import derived_nodes
 from .initializer import RayInitializer, RayInitializerAdvanced
 from .loaders import RayLoraLoader, RayModelLoader, RayParallelizeModel, RayUNETLoader
@@ -39,6 +40,7 @@ class RaylightExtension(ComfyExtension):
             DPConditioningList,
             DPLatentList,
             RaylightStatus,
+            RaylightAdvice,
             RayKill,
             *older_nodes(),
             *derived_nodes(),

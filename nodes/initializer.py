@@ -132,7 +132,8 @@ class RayInitializer(_Initializer):
     """Choose the workers, one per GPU, and how they split the work.
 
     By default all GPUs of this machine work on each image or video, and each run chooses how. Nodes show the choice.
-    Workers start at once, while ComfyUI loads what else the prompt needs, and stay for the next prompt.
+    Workers start at once, while ComfyUI loads what else the prompt needs, and stay for the next prompt. Raylight Advice
+    says what fits and what to expect of them.
     """
 
     @classmethod

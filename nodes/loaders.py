@@ -42,7 +42,7 @@ class _ModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=_files(),
+                    options=model_files(),
                     tooltip="A file in models/diffusion_models or models/checkpoints. .gguf files need ComfyUI-GGUF.",
                 ),
                 io.Combo.Input(
@@ -61,7 +61,7 @@ class _ModelLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
         # Without this, ComfyUI would only say that a GGUF file is not in a list. A linked input is None here.
-        if unet_name is None or unet_name in _files():
+        if unet_name is None or unet_name in model_files():
             return True
         if is_gguf(unet_name) and not gguf.find():
             return needs_pack(unet_name)
@@ -69,7 +69,7 @@ class _ModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int, int, int]:
-        return stamp(_path(unet_name))  # a file replaced under the same name is another model
+        return stamp(model_path(unet_name))  # a file replaced under the same name is another model
 
     @classmethod
     def execute(
@@ -80,7 +80,7 @@ class _ModelLoader(io.ComfyNode):
         lora: tuple[LoraRecipe, ...] = (),
     ) -> io.NodeOutput:
         workers = ray_actors_init or all_workers()
-        recipe = ModelRecipe.of(_path(unet_name), weight_dtype, workers.sharding, lora, gguf.find())
+        recipe = ModelRecipe.of(model_path(unet_name), weight_dtype, workers.sharding, lora, gguf.find())
         return io.NodeOutput(driver().load(RayModel(workers, recipe)))
 
 
@@ -202,11 +202,12 @@ def _folders() -> tuple[str, ...]:
     return FOLDERS + ((GGUF_FOLDER,) if GGUF_FOLDER in folder_paths.folder_names_and_paths else ())
 
 
-def _files() -> list[str]:
+def model_files() -> list[str]:
+    """Return the names of all files that may be diffusion models."""
     return list(dict.fromkeys(name for folder in _folders() for name in folder_paths.get_filename_list(folder)))
 
 
-def _path(name: str) -> str:
+def model_path(name: str) -> str:
     """Return the full path of a model file. Raises FileNotFoundError: naming the folders searched."""
     for folder in _folders():
         path = folder_paths.get_full_path(folder, name)

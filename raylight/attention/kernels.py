@@ -53,7 +53,7 @@ def check_kernel(name: str, ring_degree: int = 1, device: torch.device | None = 
     unsupported = None if device is None else library.unsupported(device)
     if unsupported:
         raise ValueError(f"XFuser_attention = {name} cannot run here: {unsupported}; choose auto")
-    if ring_degree > 1 and not _has_lse(name):
+    if ring_degree > 1 and not has_lse(name):
         raise ValueError(
             f"XFuser_attention = {name} gives no log-sum-exp, so it cannot be used with ring_degree = {ring_degree}: "
             f"choose auto or one of the TORCH choices, or ring_degree = 1"
@@ -72,14 +72,19 @@ def kernel(name: str, device: torch.device | None = None) -> NamedKernel:
         return _best(device)
     if name in TORCH_NAMES:
         return TorchKernel(name)
-    chosen = (LibraryKernelWithLse if _has_lse(name) else LibraryKernel)(name, LIBRARIES[name])
+    chosen = (LibraryKernelWithLse if has_lse(name) else LibraryKernel)(name, LIBRARIES[name])
     failure = _self_test(chosen, device, torch.float16, LIBRARIES[name].largest_error)
     if failure is not None:
         raise ValueError(f"XFuser_attention = {name} does not work here: {failure}; choose auto")
     return chosen
 
 
-def _has_lse(name: str) -> bool:
+def has_lse(name: str) -> bool:
+    """Return whether a kernel returns a log-sum-exp, which a ring needs. The library of one that is none of PyTorch's
+    must be there.
+    """
+    if name in (AUTO, *TORCH_NAMES):
+        return True
     return LIBRARIES[name].has_lse and (LIBRARIES[name].module != "sageattention" or sage_has_lse())
 
 

@@ -21,6 +21,7 @@ from raylight.host.vae_jobs import VaeRecipe
 from raylight.host.worker_service import WorkerService
 
 from . import weightless
+from .advice import advise
 from .batched_runs import run_batched
 from .model_forward import forward_on_workers
 from .model_import import copy_state_from, recipe_of
@@ -31,6 +32,7 @@ from .status import overview
 from .workers import ask_with_room, begin, begin_ray, open_session
 
 __all__ = [
+    "advise",
     "begin",
     "begin_ray",
     "end_workers",

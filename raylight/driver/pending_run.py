@@ -14,6 +14,8 @@ from raylight.cluster.session import Session
 from raylight.host.jobs import RunJob, RunResult, StepDone, set_random_state
 from raylight.host.worker_service import WorkerService
 
+from .status import how
+from .step_times import StepClock
 from .workers import ask_with_room
 
 logger = logging.getLogger(__name__)
@@ -69,9 +71,13 @@ def complete(pending: Sequence[PendingRun]) -> list[RunResult]:
         with_code = ", with the code of node packs" if first.job.model.inside.full_tokens_for else ""
         logger.info("the workers do the whole run%s", with_code)
 
+    clock = StepClock()
+
     def on_event(event: tuple[int, StepDone]) -> None:
         place, step = event
         pending[place].report(step)
+        if place == 0:
+            clock.tick()
 
     try:
         answers = ask_with_room(
@@ -80,5 +86,7 @@ def complete(pending: Sequence[PendingRun]) -> list[RunResult]:
     finally:
         for one in pending:
             one.close_bar()
+    config = first.session.config
+    clock.keep(first.job, how(config), config.world_size, len(pending))
     by_place = {place: result for of_rank in answers.values() for place, result in of_rank.items()}
     return [by_place[place] for place in range(len(pending))]

@@ -9,6 +9,7 @@ import torch
 
 from raylight.cluster import active_session, speed_check
 from raylight.cluster.actor import Place
+from raylight.cluster.config import SessionConfig
 from raylight.cluster.session import Session
 from raylight.host.jobs import RankMemory
 from raylight.host.log_messages import gb
@@ -44,12 +45,16 @@ def _gpus() -> list[str]:
     return lines
 
 
+def how(config: SessionConfig) -> str:
+    """Say how workers of a configuration are arranged."""
+    shape = config.mesh
+    if config.by_run:
+        return "degrees by the run" if shape.ring == 1 else f"ring {shape.ring}, other degrees by the run"
+    return f"batch {shape.batch} x ring {shape.ring} x Ulysses {shape.ulysses}"
+
+
 def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
-    shape = running.config.mesh
-    how = f"batch {shape.batch} x ring {shape.ring} x Ulysses {shape.ulysses}"
-    if running.config.by_run:
-        how = "degrees by the run" if shape.ring == 1 else f"ring {shape.ring}, other degrees by the run"
-    lines = [f"{running.config.world_size} workers: {how}"]
+    lines = [f"{running.config.world_size} workers: {how(running.config)}"]
     lines += speed_check.describe(running.places, running.arrangement)
     for rank, place in running.places.items():
         of_rank = memory[rank]
