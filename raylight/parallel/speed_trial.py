@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch.nn import functional
 
 from .process_group import of_all_ranks
 from .shares import ALIKE, Speeds
+
+logger = logging.getLogger(__name__)
 
 ALIKE_WITHIN = 1.05  # times the slower speed: GPUs of one kind differ by less
 _WHOLE = 1000  # the fastest rank's speed, of which those of others are parts
@@ -23,14 +26,23 @@ _WARM_UP_S, _TIMED_S, _REPEATS = 0.03, 0.01, 3
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What each rank has done, in operations per second: of products of matrices, and of attention."""
+    """What each rank has done, in operations per second: of products of matrices, and of attention. 0 for a rank that
+    could not do it.
+    """
 
     products: tuple[int, ...]
     attention: tuple[int, ...]
 
     @property
+    def is_complete(self) -> bool:
+        """Whether all ranks could do it."""
+        return 0 not in self.products and 0 not in self.attention
+
+    @property
     def speeds(self) -> Speeds:
         """The ranks' speeds; those that differ by no more than the trial does are the same."""
+        if not self.is_complete:
+            return ALIKE
         products, attention = _levelled(self.products), _levelled(self.attention)
         return ALIKE if len({*products}) == len({*attention}) == 1 else Speeds(products, attention)
 
@@ -40,8 +52,12 @@ def measure(device: torch.device) -> Trial:
     on_gpu = device.type == "cuda"
     size, tokens = (_CUDA_SIZE, _CUDA_TOKENS) if on_gpu else (_CPU_SIZE, _CPU_TOKENS)
     dtype = torch.float16 if on_gpu else torch.float32
-    with torch.inference_mode():
-        products, attention = _products(size, device, dtype), _attention(tokens, device, dtype)
+    products = attention = 0
+    try:
+        with torch.inference_mode():
+            products, attention = _products(size, device, dtype), _attention(tokens, device, dtype)
+    except RuntimeError as error:  # out of memory, or no kernel: work goes on, with equal shares
+        logger.warning("the speed of this worker could not be tried: %s", error)
     if on_gpu:
         torch.cuda.empty_cache()
     return Trial(tuple(of_all_ranks(products)), tuple(of_all_ranks(attention)))

@@ -22,6 +22,7 @@ def test_all_ranks_have_the_same_figures_of_all() -> None:
     [
         ((700, 700), (500, 500), ALIKE),
         ((700, 680), (500, 510), ALIKE),  # within what a trial differs by
+        ((700, 0), (500, 500), ALIKE),  # a rank could not do it
         ((700, 350), (500, 490), Speeds((1000, 500), (1000, 1000))),
         ((400, 100, 300), (80, 20, 60), Speeds((1000, 250, 750), (1000, 250, 750))),
         # Two of one kind beside another have one speed.
