@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raylight.host.checkpoint import MappedModel
 from raylight.host.vae_file import MappedVae
+from raylight.parallel import shares
 from raylight.parallel.heartbeat import cancellation_point
 
 from .parallel_vae import apply_row_parallel
@@ -56,9 +57,9 @@ class RowVae:
         self.has_encoder, self.has_decoder = mapped.has_encoder, mapped.has_decoder
         self._dtypes = mapped.dtypes
         self._ranks = dist.get_world_size()
+        self._group: Any = dist.group.WORLD  # stays when the mesh is another one
         if self._ranks > 1:
-            group: Any = dist.group.WORLD  # stays when the mesh is another one
-            apply_row_parallel(self.vae.first_stage_model, group)
+            apply_row_parallel(self.vae.first_stage_model, self._group)
         self.model = VaeModel(self.vae)
         self._calls = 0
         for module in self.vae.first_stage_model.modules():
@@ -91,8 +92,12 @@ class RowVae:
         return pixels
 
     def expect(self, estimate: Callable[..., float], shape: tuple[int, ...]) -> None:
-        """Note what ComfyUI estimates for an input of this shape, of which a rank needs its share."""
-        self.model.expected_bytes = int(estimate(shape, self.vae.vae_dtype) / self._ranks)
+        """Note what ComfyUI estimates for an input of this shape, of which a rank needs its share. All ranks note the
+        largest.
+        """
+        weights = shares.of_rows(self._group) if self._ranks > 1 else ()
+        share = max(weights) / sum(weights) if weights else 1 / self._ranks
+        self.model.expected_bytes = int(estimate(shape, self.vae.vae_dtype) * share)
 
     def pieces(self, least: int, pixel_width: int) -> tuple[int, int]:
         """Bring the weights to the device. Return how many images are computed at once, and in how many pieces of the
