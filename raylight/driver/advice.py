@@ -52,7 +52,7 @@ def advise(model: RayModel, width: int, height: int, frames: int) -> str:
     arrangement = Arrangement(config.mesh, config.by_run)
     if cards.running is not None:
         places = cards.running.places
-        fast_ranks = bandwidth_check.known_fast_ranks(places) if config.by_run else 0
+        fast_ranks = bandwidth_check.fast_ranks_of(places) if config.by_run else 0
         arrangement = Arrangement(config.mesh, config.by_run, fast_ranks, speed_check.speeds_of(places))
     lines = [
         _model(model.recipe, size, f"{width}x{height}" + (f", {frames} frames" if len(size.latent) == 5 else "")),

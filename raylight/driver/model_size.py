@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -80,7 +79,7 @@ def _work(model: nn.Module, plan: SequencePlan, latent: tuple[int, ...]) -> Work
         if parameter.ndim == 2 and not _NOT_BY_TOKEN.search(name):
             weights += parameter.numel()
             widths[parameter.shape[1]] += 1
-    heads = int(attrgetter(plan.heads)(model))
+    heads = plan.heads_of(model)
     width = widths.most_common(1)[0][0] if widths else 1
     return Work(tokens, weights, sum(calls for _, calls in attentions), width, heads)
 
