@@ -64,7 +64,7 @@ def measure(rank: int, world: int, setting: Setting) -> dict[str, Any]:
     expected = None
     for name in ("alone", "equal", "tried", "exact"):
         way = Way(name, batch=world) if name == "alone" else Way(name, ulysses=world)
-        use({"tried": found["trial"].speeds, "exact": found.get("exact speeds", ALIKE)}.get(name, ALIKE))
+        use({"tried": found["trial"].speeds(), "exact": found.get("exact speeds", ALIKE)}.get(name, ALIKE))
         with torch.no_grad():
             forward, _ = prepared(way, setting, device, world)
             forward()
@@ -73,7 +73,7 @@ def measure(rank: int, world: int, setting: Setting) -> dict[str, Any]:
         if expected is None:
             expected = result
             each = tuple(of_all_ranks(int(1e9 / seconds)))
-            found["exact speeds"] = Trial(each, each).speeds
+            found["exact speeds"] = Trial(each, each).speeds()
         found[name] = seconds, relative(result, expected)
         del forward, result
         if device.type == "cuda":
@@ -87,7 +87,7 @@ def report(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     alone = [rank["alone"][0] for rank in ranks]
     best = 1 / sum(1 / seconds for seconds in alone)
     print(f"alone: {', '.join(f'{seconds:.4f} s' for seconds in alone)}; the sum of both speeds: {best:.4f} s a step")
-    for name, speeds in (("trial", trial.speeds), ("alone", ranks[0]["exact speeds"])):
+    for name, speeds in (("trial", trial.speeds()), ("alone", ranks[0]["exact speeds"])):
         print(f"speeds by {name}: {_words(speeds)}")
     figures: dict[str, Any] = {"alone_s": alone, "best_s": best, "trial": [trial.products, trial.attention]}
     figures["missed"] = []

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from raylight.parallel.degrees import Arrangement, gain
 from raylight.parallel.shares import ALIKE, Speeds
-from raylight.parallel.speed_trial import Trial
+from raylight.parallel.speed_trial import ALIKE_WITHIN, ONE_KIND_WITHIN, Trial
 
 from .actor import Place
 from .bandwidth_check import Key, key_of
@@ -62,7 +62,9 @@ def speeds_of(places: Mapping[int, Place]) -> Speeds:
     """Return the speeds by which these workers share the work; alike if they are not known."""
     speeds, trial = given(len(places)), known(places)
     if speeds is None:
-        speeds = ALIKE if trial is None else trial.speeds
+        is_one_kind = len({place.device for place in places.values()}) == 1
+        within = ONE_KIND_WITHIN if is_one_kind else ALIKE_WITHIN
+        speeds = ALIKE if trial is None else trial.speeds(within)
     return speeds
 
 

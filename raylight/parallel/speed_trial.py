@@ -15,7 +15,8 @@ from .shares import ALIKE, Speeds
 
 logger = logging.getLogger(__name__)
 
-ALIKE_WITHIN = 1.05  # times the slower speed: GPUs of one kind differ by less
+# Times the slower speed. A trial is short, and GPUs of one kind differ by chance, by their clocks and their heat.
+ALIKE_WITHIN, ONE_KIND_WITHIN = 1.05, 1.15
 _WHOLE = 1000  # the fastest rank's speed, of which those of others are parts
 
 # On a GPU large enough to fill it, and in half precision, which all have.
@@ -38,12 +39,11 @@ class Trial:
         """Whether all ranks could do it."""
         return 0 not in self.products and 0 not in self.attention
 
-    @property
-    def speeds(self) -> Speeds:
-        """The ranks' speeds; those that differ by no more than the trial does are the same."""
+    def speeds(self, within: float = ALIKE_WITHIN) -> Speeds:
+        """Return the ranks' speeds; those of which the faster is at most `within` times the slower are the same."""
         if not self.is_complete:
             return ALIKE
-        products, attention = _levelled(self.products), _levelled(self.attention)
+        products, attention = _levelled(self.products, within), _levelled(self.attention, within)
         return ALIKE if len({*products}) == len({*attention}) == 1 else Speeds(products, attention)
 
 
@@ -102,12 +102,12 @@ def _timed(call: Callable[[], torch.Tensor], calls: int, device: torch.device) -
     return max(began.elapsed_time(ended) / 1000 / calls, 1e-9)
 
 
-def _levelled(measured: Sequence[int]) -> tuple[int, ...]:
+def _levelled(measured: Sequence[int], within: float) -> tuple[int, ...]:
     """Return speeds relative to the fastest, `_WHOLE`. Ranks that are alike have the mean of their speeds."""
     level: dict[int, float] = {}
     group: list[int] = []
     for one in sorted(measured, reverse=True):
-        if group and group[0] > ALIKE_WITHIN * one:
+        if group and group[0] > within * one:
             group = []
         group.append(one)
         level.update(dict.fromkeys(group, sum(group) / len(group)))

@@ -30,6 +30,13 @@ def test_gpus_are_tried_once() -> None:
     assert speed_check.speeds_of(two) == Speeds((1000, 500), (1000, 500))
 
 
+@pytest.mark.parametrize(("second", "alike"), [("RTX 5090", True), ("RTX 4090", False)])
+def test_gpus_of_one_kind_differ_by_chance(second: str, alike: bool) -> None:
+    two = places("RTX 5090", second)
+    speed_check.keep(two, Trial((1100, 1000), (1100, 1000)))
+    assert (speed_check.speeds_of(two) == ALIKE) is alike
+
+
 def test_ranks_of_a_cpu_are_alike_unless_the_user_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     two = {rank: Place(rank, "here", rank, "cpu") for rank in range(2)}
     assert not speed_check.is_wanted(two)

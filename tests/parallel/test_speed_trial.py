@@ -30,4 +30,4 @@ def test_all_ranks_have_the_same_figures_of_all() -> None:
     ],
 )
 def test_speeds(products: tuple[int, ...], attention: tuple[int, ...], expected: Speeds) -> None:
-    assert Trial(products, attention).speeds == expected
+    assert Trial(products, attention).speeds() == expected
