@@ -81,8 +81,10 @@ def session(
                 if _start.ended:
                     _start = None
         assert _session is not None, "it has started"
-        if _session.config != config:
-            _session.reshape(config, remedies, wants_cancel)
+        decided = config.as_in(_session.config)
+        if _session.config != decided:
+            _session.reshape(decided, remedies, wants_cancel)
+        _session.asked = config
         return _session
 
 
@@ -116,11 +118,12 @@ def _ensure(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> 
         _session, _start = _start.session, None
     if _start is not None:
         fits = _start.has_workers and (
-            _start.config == config or (_start.error is None and _start.config.can_become(config))
+            _start.config == config
+            or (_start.error is None and not config.is_open and _start.config.can_become(config))
         )
         if not fits:
             _replace(config, service, remedies)
-    elif _session is None or not _session.alive or not _session.config.can_become(config):
+    elif _session is None or not _session.alive or not _session.config.can_become(config.as_in(_session.config)):
         if _session is not None and _session.alive:
             logger.info("the workers restart: their configuration has changed")
         _replace(config, service, remedies)
@@ -152,7 +155,7 @@ def _restart(failed: Session) -> None:
         try:
             if _session is failed:
                 logger.info("new workers start in the background")
-                _replace(failed.config, failed.service, failed.remedies)
+                _replace(failed.asked, failed.service, failed.remedies)
         finally:
             _lock.release()
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from raylight.parallel.mesh import MeshShape
 
 LOCAL = "local"
+ANY = "any"  # GPUs if the cluster has some, else CPUs
 
 
 class Service(Protocol):
@@ -71,6 +72,9 @@ class SessionConfig:
     `object_store_bytes` None leaves the size to Ray. `check_links`: measure the links between the workers before their
     first use. A rank has hung if it sends no report for `heartbeat_timeout_s`, or if all ranks make no progress for
     `stall_timeout_s`.
+
+    In a cluster the device type may be `ANY`. With an axis `grows`, the mesh is the least, and along this axis it has
+    as many workers as the machines have room for that answer when they start: `as_in` returns what a session has.
     """
 
     mesh: MeshShape
@@ -85,6 +89,7 @@ class SessionConfig:
     stall_timeout_s: float = 600.0
     check_links: bool = True
     by_run: bool = False
+    grows: str = ""
 
     def __post_init__(self) -> None:
         if self.gpu_select and len(self.gpu_select) != self.world_size:
@@ -103,7 +108,10 @@ class SessionConfig:
         return self.mesh.world_size
 
     def can_become(self, other: SessionConfig) -> bool:
-        """Return whether the same workers can have another configuration: another mesh, or other limits of time."""
+        """Return whether the same workers can have another configuration: another mesh, or other limits of time.
+
+        `other` is one of `as_in`, or equal to it.
+        """
         return other.world_size == self.world_size and self == replace(
             other,
             mesh=self.mesh,
@@ -113,6 +121,33 @@ class SessionConfig:
             heartbeat_timeout_s=self.heartbeat_timeout_s,
             stall_timeout_s=self.stall_timeout_s,
         )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a cluster is to decide on the number of workers, or on their devices."""
+        return bool(self.grows) or self.device_type == ANY
+
+    def grown(self, world_size: int, device_type: str) -> SessionConfig:
+        """Return this configuration on at most so many workers, on devices of this type. What was open is decided.
+
+        Raises ValueError: when the least mesh has more workers.
+        """
+        times = world_size // self.mesh.world_size if self.grows else 1
+        if times < 1:
+            raise ValueError(
+                f"the degrees make {self.mesh.world_size} workers at least, and the machines of the cluster that "
+                f"answer have room for {world_size}: lower the degrees, or add a machine"
+            )
+        mesh = replace(self.mesh, **{self.grows: getattr(self.mesh, self.grows) * times}) if self.grows else self.mesh
+        by_run = self.by_run and mesh.world_size > 1
+        return replace(self, mesh=mesh, device_type=device_type, by_run=by_run, grows="")
+
+    def as_in(self, other: SessionConfig) -> SessionConfig:
+        """Return this configuration, with what is open in it as a session of `other` has it, if that is possible."""
+        device_type = other.device_type if self.device_type == ANY else self.device_type
+        if not self.is_open or (self.grows and other.world_size < self.mesh.world_size):
+            return self
+        return self.grown(other.world_size, device_type)
 
     @property
     def is_local(self) -> bool:

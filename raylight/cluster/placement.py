@@ -12,7 +12,7 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from . import machines, ray_environment
-from .config import ServiceSpec, SessionConfig
+from .config import ANY, ServiceSpec, SessionConfig
 from .errors import RunCancelled
 from .ray_environment import PATH_VARIABLE, user_variables
 from .ray_runtime import loopback_interface
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _LOCAL_S, _POLL_S = 30.0, 0.1
-_GROW_S = 30.0  # a cluster may grow; a machine does not
+_GROW_S = 10.0  # a cluster may grow; a machine does not
 _CLUSTER_S = 10.0  # for Ray to answer, and to reserve what is free
+_LIST = "Ray's list of the cluster's machines"
 _PINNED = 0.001  # of the resource that each machine has one of
 
 
@@ -33,10 +34,36 @@ def reserve(config: SessionConfig, wants_cancel: Callable[[], bool]) -> Placemen
     Raises RuntimeError: when there are not enough. Raises TimeoutError: when the cluster does not answer. Raises
     RunCancelled: when cancelled.
     """
-    bundle = {"CPU": 1.0}
-    if config.device_type == "cuda" and not config.gpu_select:
-        bundle["GPU"] = 1.0
+    bundle = _bundle(config.device_type, config.gpu_select)
     return _reserve_here(config, bundle, wants_cancel) if config.is_local else _reserve(config, bundle, wants_cancel)
+
+
+def decided(config: SessionConfig) -> SessionConfig:
+    """Return a configuration without what it leaves to the cluster: GPUs if its machines have some, else CPUs, and as
+    many workers as there are GPUs, or one on each machine without.
+
+    Raises RuntimeError: when there are not enough for the least mesh. Raises TimeoutError: when the cluster does not
+    answer.
+    """
+    if not config.is_open:
+        return config
+    found, _ = with_timeout(machines.alive_and_free, _CLUSTER_S, _LIST)
+    on_gpus = sum(machines.workers_on(one.resources, _bundle("cuda")) for one in found)
+    device_type = config.device_type
+    if device_type == ANY:
+        device_type = "cuda" if on_gpus else "cpu"
+    try:
+        result = config.grown(on_gpus if device_type == "cuda" else len(found), device_type)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
+    names = ", ".join(map(str, found))
+    logger.info("the cluster's machines are %s: %d workers on %s", names, result.world_size, device_type)
+    return result
+
+
+def _bundle(device_type: str, gpu_select: tuple[int, ...] = ()) -> dict[str, float]:
+    """Return what one worker needs of Ray's resources."""
+    return {"CPU": 1.0} | ({"GPU": 1.0} if device_type == "cuda" and not gpu_select else {})
 
 
 def _reserve_here(
@@ -65,7 +92,7 @@ def _reserve(config: SessionConfig, bundle: Mapping[str, float], wants_cancel: C
     """Reserve on machines of a cluster that answer. Wait for what others use, and a while for more machines."""
     began = time.monotonic()
     while True:
-        found, free = with_timeout(machines.alive_and_free, _CLUSTER_S, "Ray's list of the cluster's machines")
+        found, free = with_timeout(machines.alive_and_free, _CLUSTER_S, _LIST)
         assigned = machines.assign([machines.workers_on(free[one.node], bundle) for one in found], config.mesh)
         if assigned is not None:
             group = _reserve_on([found[index] for index in assigned], bundle, wants_cancel)

@@ -49,15 +49,17 @@ class Session:
         service: ServiceSpec,
         wants_cancel: Callable[[], bool] = lambda: False,
         remedies: Remedies = no_remedies,
-        on_ready: Callable[[int], None] = lambda _: None,
+        on_ready: Callable[[int, int], None] = lambda *_: None,
         on_failure: Callable[[Session], None] = lambda _: None,
     ) -> None:
         """Start the workers. If that fails, no worker is left.
 
-        `remedies` are added to failures. `on_ready` gets the number of workers that are ready, and `on_failure` this
-        session when a failure has ended it. Raises ConnectionError, RuntimeError, WorkerError or RunCancelled.
+        `remedies` are added to failures. `on_ready` gets the number of workers that are ready, and of all, and
+        `on_failure` this session when a failure has ended it. Raises ConnectionError, RuntimeError, TimeoutError,
+        WorkerError or RunCancelled.
         """
         self.config, self.service, self.remedies = config, service, remedies
+        self.asked = config  # with what it leaves to the cluster
         self.places: dict[int, Place] = {}
         self.shared = ObjectCache(_SHARED_OBJECTS, self._put)
         self.has_worked = False  # some run has ended well
@@ -78,6 +80,7 @@ class Session:
         try:
             RUNTIME.connect(config, environment, wants_cancel, (service.forked_imports, service.tried_imports))
             self._timeline.mark("Ray")
+            config = self.config = self._watchdog.config = placement.decided(config)
             self._group = placement.reserve(config, wants_cancel)
             self._create_actors({} if RUNTIME.provides(environment) else environment)
             self._open_services(options, on_ready)
@@ -108,13 +111,14 @@ class Session:
             self._actors.append(options.remote(rank, config.world_size, config.device_type, log_level, of_rank))
         self._watchdog.start(self._actors)
 
-    def _open_services(self, options: WaitOptions, on_ready: Callable[[int], None]) -> None:
+    def _open_services(self, options: WaitOptions, on_ready: Callable[[int, int], None]) -> None:
         """Have the ranks prepare for the service, and meanwhile meet and try their links; then open it on each."""
         prepared = {rank: actor.prepare.remote(self.service) for rank, actor in enumerate(self._actors)}
         self._find_places(options)
         self._join_world(options)
         self._check_links(options, keep=False)
-        self._results(prepared, replace(options, on_result=on_ready))
+        of_all = self.config.world_size
+        self._results(prepared, replace(options, on_result=lambda ready: on_ready(ready, of_all)))
         self._timeline.mark("prepared")
         self._check_links(options)
         self._try_speed(options)

@@ -98,8 +98,8 @@ class Start:
     def _open(self) -> Session | None:
         return Session(self.config, self._service, self._cancelled.is_set, self._remedies, self._note, self._on_failure)
 
-    def _note(self, ready: int) -> None:
-        self._progress = f"Starting workers: {ready} of {self.config.world_size} ready"
+    def _note(self, ready: int, of_all: int) -> None:
+        self._progress = f"Starting workers: {ready} of {of_all} ready"
 
 
 class RayStart(Start):

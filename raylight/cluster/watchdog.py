@@ -54,7 +54,7 @@ class Watchdog:
         self._progress_at: dict[int, float] = {}
         self._stopped_since: dict[int, float] = {}
         self._run = ""
-        self._lines = [deque[LogLine](maxlen=_KEPT_LINES) for _ in range(config.world_size)]
+        self._lines: dict[int, deque[LogLine]] = {}
         self._oom_kills = oom_kills()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="raylight-watchdog", daemon=True)
@@ -84,7 +84,7 @@ class Watchdog:
 
     def last_lines(self, rank: int) -> tuple[str, ...]:
         """Return the last lines that a rank has logged in its current or last run."""
-        return tuple(line.text for line in list(self._lines[rank]) if line.run == self._run)
+        return tuple(line.text for line in list(self._lines.get(rank, ())) if line.run == self._run)
 
     def stop(self) -> None:
         """Stop watching. Does not wait for the thread."""
@@ -175,7 +175,7 @@ class Watchdog:
         self._reports[rank], self._reported_at[rank] = report, now
         if before is None or (before.beats, before.phase) != (report.beats, report.phase) or report.phase == IDLE:
             self._progress_at[rank] = now
-        self._lines[rank].extend(report.lines)
+        self._lines.setdefault(rank, deque(maxlen=_KEPT_LINES)).extend(report.lines)
         for line in report.lines:
             repeat(line, rank)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
 import torch
 
 from raylight.attention import kernels
-from raylight.cluster.config import LOCAL, SessionConfig
+from raylight.cluster.config import ANY, LOCAL, SessionConfig
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, WorkerConfig
 from raylight.parallel import external_strategies, graphs
 from raylight.parallel.mesh import MeshShape
@@ -24,6 +24,7 @@ MOST = 64
 CPU_WORKERS = 2  # on a machine without a GPU, to try things out
 
 _CUDA, _CPU = "cuda", "cpu"
+_GROWING = {"ulysses_degree": "ulysses", "dp_degree": "batch"}
 _ACCELERATORS = {
     "xpu": "an Intel GPU (xpu)",
     "mps": "an Apple GPU (mps)",
@@ -68,7 +69,7 @@ def default_worker_count() -> int:
 @dataclass(frozen=True, slots=True)
 class Degrees:
     """Degrees of parallelism, whose product is the number of workers. `chosen` names the inputs that were left to
-    Raylight.
+    Raylight. With `of_cluster` the product is the least number: a cluster may have room for more.
     """
 
     ulysses: int
@@ -76,6 +77,14 @@ class Degrees:
     cfg: int = 1
     dp: int = 1
     chosen: tuple[str, ...] = ()
+    of_cluster: bool = False
+
+    @property
+    def grows(self) -> str:
+        """The axis along which the workers of a cluster are as many as it has room for, "" if their number is given."""
+        if not self.of_cluster:
+            return ""
+        return next((axis for name, axis in _GROWING.items() if name in self.chosen), "")
 
     @property
     def mesh(self) -> MeshShape:
@@ -86,12 +95,15 @@ class Degrees:
         """Whether the workers choose degrees for each run: there are several, and neither `ulysses` nor groups of the
         batch axis are given. A given ring stays.
         """
-        return "ulysses_degree" in self.chosen and self.cfg * self.dp == 1 < self.mesh.world_size
+        several = self.mesh.world_size > 1 or self.grows == "ulysses"
+        return "ulysses_degree" in self.chosen and self.cfg * self.dp == 1 and several
 
     def __str__(self) -> str:
         workers = self.mesh.world_size
         kind = "GPU" if gpu_count() else "CPU worker"
         text = f"{workers} {kind}{'' if workers == 1 else 's'}: "
+        if self.grows:
+            text = f"all workers of the cluster, {workers} or more: "
         if self.by_run:
             text += f"ring {self.ring}, other degrees by the run" if self.ring > 1 else "degrees by the run"
         else:
@@ -120,7 +132,8 @@ def check_product(*degrees: int | None) -> bool | str:
 def degrees_from(inputs: Mapping[str, Any], selected: tuple[int, ...] = ()) -> Degrees:
     """Return the degrees that an initializer's inputs describe; `selected` are the GPUs that it names.
 
-    GPU = 0 uses the selected GPUs, or all of this machine (two workers if it has none). ulysses_degree = 0 uses what
+    GPU = 0 uses the selected GPUs, or all of this machine (two workers if it has none); of a cluster all that its
+    machines have when the workers start. ulysses_degree = 0 uses what
     ring_degree, cfg_degree and dp_degree leave, and lets each run choose if the latter two are 1; dp_degree = 0 uses
     what a given ulysses_degree leaves as well.
 
@@ -132,13 +145,10 @@ def degrees_from(inputs: Mapping[str, Any], selected: tuple[int, ...] = ()) -> D
     )
     _check_ranges(workers, ulysses, ring, cfg, dp)
     automatic = workers == AUTOMATIC
+    if automatic and (inputs.get("ray_cluster_address") or LOCAL).strip() != LOCAL:
+        least = ring * cfg * (dp or 1) * (ulysses or 1)
+        return replace(_settle(least, ulysses, ring, cfg, dp, automatic=True), of_cluster=True)
     if automatic:
-        address = (inputs.get("ray_cluster_address") or LOCAL).strip()
-        if address != LOCAL:
-            raise ValueError(
-                f"GPU = 0 means all GPUs of this machine, but ray_cluster_address = {address} names a cluster: set GPU "
-                f"to the number of workers to start there"
-            )
         workers = len(selected) or default_worker_count()
     return _settle(workers, ulysses, ring, cfg, dp, automatic=automatic)
 
@@ -229,15 +239,18 @@ def config_from(inputs: Mapping[str, Any]) -> tuple[SessionConfig, Degrees]:
     degrees = degrees_from(inputs, selected)
     _validate(inputs, degrees.mesh.world_size, selected)
     store_gb = inputs.get("ray_object_store_gb")
+    address = (inputs["ray_cluster_address"] or LOCAL).strip()
     config = SessionConfig(
         mesh=degrees.mesh,
-        device_type=kind,
-        address=(inputs["ray_cluster_address"] or LOCAL).strip(),
+        # ComfyUI's own machine need not have a GPU.
+        device_type=ANY if kind == _CPU and address != LOCAL else kind,
+        address=address,
         namespace=inputs["ray_cluster_namespace"] or "default",
         gpu_select=selected,
         object_store_bytes=None if store_gb is None else int(store_gb * 1e9),
         check_links=not inputs.get("skip_comm_test", False),
         by_run=degrees.by_run,
+        grows=degrees.grows,
     )
     return config, degrees
 

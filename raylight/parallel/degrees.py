@@ -43,7 +43,8 @@ class Limits:
 class Arrangement:
     """How ranks are arranged: on `mesh`, or with `by_run` for each forward as `DegreesByRun` chooses. Then `mesh` has
     the whole sequence, and a ring of more than 1 is kept. Ranks next to each other in groups of `fast_ranks` have links
-    that are several times faster than those to others; 0 if none are. All work is shared by `speeds`.
+    that are several times faster than those to others; 0 if none are, and 1 if all are slow. All work is shared by
+    `speeds`.
     """
 
     mesh: MeshShape
@@ -173,6 +174,8 @@ def _why_ring(shape: MeshShape, arrangement: Arrangement, heads: int) -> str:
     ranks = shape.ring * shape.ulysses
     if arrangement.mesh.ring > 1:
         return f"ring_degree = {shape.ring} is given"
+    if arrangement.fast_ranks == 1:
+        return "each worker has slow links to all others"
     if _is_slow(ranks, arrangement):
         return f"fast links join {arrangement.fast_ranks} workers at a time"
     return f"{_heads(heads)} for {ranks} workers"
