@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .network import address_towards
-from .ray_environment import AUTH_MODE, PATH_VARIABLE, TOKEN, TOKEN_PATH
+from .ray_environment import AUTH_MODE, PATH_VARIABLE, TOKEN, TOKEN_PATH, default_token
 
 PACK = Path(__file__).resolve().parents[2]
 _PORT = 6379
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     token = _token_file(may_make=options.head)
     if token is None:
         return _fail(
-            f"this machine has no token of the cluster: copy {_default_token()} from the head to the same place here, "
+            f"this machine has no token of the cluster: copy {default_token()} from the head to the same place here, "
             f"or set {TOKEN_PATH}"
         )
     environment = _environment(options, comfyui, token)
@@ -91,15 +91,11 @@ def _environment(options: argparse.Namespace, comfyui: Path, token: str) -> dict
 _GIVEN = f"the variable {TOKEN}"
 
 
-def _default_token() -> Path:
-    return Path.home() / ".ray" / "auth_token"  # where Ray looks, too
-
-
 def _token_file(may_make: bool) -> str | None:
     """Return the file of the cluster's token, or `_GIVEN`; None if there is none, and none may be made."""
     if os.environ.get(TOKEN):
         return _GIVEN
-    path = Path(os.environ.get(TOKEN_PATH) or _default_token())
+    path = Path(os.environ.get(TOKEN_PATH) or default_token())
     if not path.is_file():
         if not may_make:
             return None

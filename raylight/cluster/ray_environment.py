@@ -188,7 +188,7 @@ def prepare(is_local: bool, is_rocm: bool) -> dict[str, str | None]:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if not is_local:
-        return {}
+        return _use_token()
     values = hip_variables(os.environ, is_rocm)
     before: dict[str, str | None] = dict.fromkeys(values)
     if (
@@ -212,8 +212,23 @@ def restore(before: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    if TOKEN in before:
+    if TOKEN in before or AUTH_MODE in before:
         _reload_token()
+
+
+def default_token() -> Path:
+    """Return the file in which Ray looks for a cluster's token."""
+    return Path.home() / ".ray" / "auth_token"
+
+
+def _use_token() -> dict[str, str | None]:
+    """Have this process show a cluster its token, if it has one and the user has not said otherwise."""
+    has_token = os.environ.get(TOKEN) or os.environ.get(TOKEN_PATH) or default_token().is_file()
+    if AUTH_MODE in os.environ or not has_token or _new_token() is None:
+        return {}
+    os.environ[AUTH_MODE] = "token"
+    _reload_token()
+    return {AUTH_MODE: None}
 
 
 @contextmanager

@@ -294,8 +294,8 @@ def _join_cluster(config: SessionConfig) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"no Ray cluster answers at ray_cluster_address = {config.address}: {error}. "
-            "Start one there with `ray start --head`, or use local. If the cluster asks for a token, start ComfyUI "
-            "with RAY_AUTH_MODE=token and the cluster's token in RAY_AUTH_TOKEN."
+            "Start one there with `python -m raylight.cluster.node --head` (docs/cluster.md), or use local. If the "
+            "cluster asks for a token, it must be in ~/.ray/auth_token here, or in RAY_AUTH_TOKEN of ComfyUI."
         ) from error
 
 

@@ -260,3 +260,18 @@ def test_what_keeps_ray_from_starting_is_named() -> None:
     assert "Ray does not start on this machine: " in store and store.count("..") == store.count("...")
     assert float(small.split()[0]) < 30, "it waited for resources that never come"
     assert not any("temporary files" in line for line in (small, hook, store))
+
+
+def test_a_cluster_is_shown_the_token_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (ray_environment.TOKEN, ray_environment.TOKEN_PATH, ray_environment.AUTH_MODE):
+        monkeypatch.delenv(name, raising=False)
+    assert ray_environment.prepare(is_local=False, is_rocm=False) == {}
+    ray_environment.default_token().parent.mkdir()
+    ray_environment.default_token().write_text("a" * 64)
+    before = ray_environment.prepare(is_local=False, is_rocm=False)
+    assert os.environ[ray_environment.AUTH_MODE] == "token"
+    ray_environment.restore(before)
+    assert ray_environment.AUTH_MODE not in os.environ
+    monkeypatch.setenv(ray_environment.AUTH_MODE, "disabled")
+    assert ray_environment.prepare(is_local=False, is_rocm=False) == {}
