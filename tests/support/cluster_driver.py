@@ -1,6 +1,6 @@
 """ComfyUI's process on a machine of a cluster, for tests: a request in JSON on each line of input, and its answer.
 
-`python cluster_driver.py ADDRESS`, and then such as {"sample": "Wan T2V", "path": "...", "mesh": [1, 1, 2]}.
+`python cluster_driver.py ADDRESS MODEL_FOLDER`, and then {"sample": "Wan T2V", "path": "...", "mesh": [1, 1, 2]}, say.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -52,26 +53,21 @@ class Driver:
         by_run: bool = False,
         steps: int = STEPS,
         tokens: list[int] | None = None,
-        folder: str = "",
     ) -> str:
         """Sample a case, and return the path of its latent."""
         config = SessionConfig(MeshShape(*mesh), "cpu", self.address, by_run=by_run, start_timeout_s=90)
-        return self._sample(WorkerConfig(config, "TORCH_FLASH", sharding=sharding), case, path, steps, tokens, folder)
+        return self._sample(WorkerConfig(config, "TORCH_FLASH", sharding=sharding), case, path, steps, tokens)
 
-    def sample_by(self, case: str, path: str, inputs: dict[str, Any], steps: int = STEPS, folder: str = "") -> str:
+    def sample_by(self, case: str, path: str, inputs: dict[str, Any], steps: int = STEPS) -> str:
         """Sample with the workers of an initializer's inputs."""
         inputs = {
             "ray_cluster_address": self.address,
             "ray_cluster_namespace": "",
             "XFuser_attention": "TORCH",
         } | inputs
-        return self._sample(workers_from(inputs)[0], case, path, steps, None, folder)
+        return self._sample(workers_from(inputs)[0], case, path, steps, None)
 
-    def _sample(
-        self, workers: WorkerConfig, case: str, path: str, steps: int, tokens: list[int] | None, folder: str
-    ) -> str:
-        if folder:
-            folder_paths.add_model_folder_path("diffusion_models", folder)
+    def _sample(self, workers: WorkerConfig, case: str, path: str, steps: int, tokens: list[int] | None) -> str:
         one = CASES[case] if tokens is None else replace(CASES[case], tokens=tuple(tokens))
         latent = sample_on_workers(RayModel(workers, ModelRecipe.of(path, "default", workers.sharding)), one, steps)
         target = Path(os.environ["TMPDIR"]) / f"latent-{time.monotonic_ns()}.pt"
@@ -82,10 +78,6 @@ class Driver:
         """Return where the ranks run."""
         running = active_session.running()
         return [] if running is None else [str(place) for place in running.places.values()]
-
-    def phases(self, _: Any) -> list[str]:
-        running = active_session.running()
-        return [] if running is None else list(running.phases.values())
 
     def status(self, _: Any) -> str:
         """Return the text of Raylight Status."""
@@ -100,6 +92,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what others print is no answer
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    # As by ComfyUI's button.
+    signal.signal(signal.SIGUSR1, lambda *_: comfy.model_management.interrupt_current_processing())
+    folder_paths.add_model_folder_path("diffusion_models", sys.argv[2])
     driver = Driver(sys.argv[1])
     for line in sys.stdin:
         request = json.loads(line)

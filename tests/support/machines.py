@@ -175,8 +175,8 @@ class FakeCluster:
     def _machine(self, name: str, address: str) -> FakeMachine:
         machine = FakeMachine(name, address, self.base, self._token)
         self._ended.append(machine)
-        # Both ends have names of this system for a moment.
-        own, port = f"rl{os.getpid()}", f"p-{name}"
+        # Both ends have names of this system for a moment. The port of a machine that has ended stays a while.
+        own, port = f"rl{os.getpid()}", f"port{len(self._ended)}"
         subprocess.run(["ip", "link", "add", own, "type", "veth", "peer", "name", f"{own}p"], check=True)
         machine.plug(own)
         subprocess.run(["ip", "link", "set", f"{own}p", "netns", str(self._switch.pid)], check=True)
@@ -206,12 +206,12 @@ class FakeCluster:
 
     def cut(self) -> None:
         """Cut the link to beta at the switch."""
-        self._switch.run("ip", "link", "set", "p-beta", "down")
+        self._switch.run("ip", "link", "set", f"port{len(self._ended)}", "down")
 
     def slow_down(self, mbit: int) -> None:
         """Limit the link, in both directions, to as many Mbit/s."""
         limit = ["tbf", "rate", f"{mbit}mbit", "burst", "512kb", "latency", "20ms"]
-        for port in ("p-alpha", "p-beta"):
+        for port in ("port1", f"port{len(self._ended)}"):
             self._switch.run("tc", "qdisc", "replace", "dev", port, "root", *limit)
 
     def end(self) -> None:
