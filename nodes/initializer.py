@@ -35,7 +35,11 @@ def _inputs() -> dict[str, io.Input]:
             advanced=True,
             tooltip="Ray namespace. Matters only when several programs share a cluster.",
         ),
-        number("GPU", "Number of workers, one per GPU. 0: all GPUs of this machine, or two CPU workers without one."),
+        number(
+            "GPU",
+            "Number of workers, one per GPU. 0: all GPUs of this machine, or of the cluster; without any, two workers "
+            "on the CPU.",
+        ),
         number(
             "ulysses_degree",
             "Workers that split the tokens of one image or video (Ulysses). At most the model's attention heads. "
