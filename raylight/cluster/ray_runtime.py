@@ -48,6 +48,7 @@ class RayRuntime:
         self._foreign_ids: frozenset[str] = frozenset()  # children that ComfyUI and other packs started before
         self._ray_ids: frozenset[str] = frozenset()
         self._required: dict[str, psutil.Process] = {}
+        self._missing: list[str] = []  # of the required processes, when Ray had just started
 
     def connect(
         self,
@@ -88,6 +89,8 @@ class RayRuntime:
 
         Ray ends this process a minute after that, unless `abandon` is called.
         """
+        if self._missing:
+            return self._missing[0]
         for name, process in self._required.items():
             try:
                 if process.status() != psutil.STATUS_ZOMBIE:
@@ -243,6 +246,7 @@ class RayRuntime:
     def _guard_processes(self) -> None:
         children = psutil.Process().children(recursive=True)
         self._required = {_name(child): child for child in children if _name(child).startswith(_REQUIRED)}
+        self._missing = [name for name in _REQUIRED if not any(found.startswith(name) for found in self._required)]
         self._ray_ids = frozenset(orphan_guard.process_ids(children)) - self._foreign_ids
         self._guard = orphan_guard.start(self._foreign_ids, () if self._folder is None else self._folder.owned)
 
@@ -258,7 +262,7 @@ class RayRuntime:
 
     def _reset(self) -> None:
         """Forget the Ray that has ended, and release what was kept for it."""
-        self._is_starting, self._ray_ids, self._required = False, frozenset(), {}
+        self._is_starting, self._ray_ids, self._required, self._missing = False, frozenset(), {}, []
         self._inherited = self._config = None
         if self._start_call is not None:
             self._start_call.release()

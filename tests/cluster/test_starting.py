@@ -15,7 +15,6 @@ from echo_service import EchoService
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import RunCancelled, WorkerError
-from raylight.cluster.ray_runtime import RUNTIME
 from raylight.parallel.mesh import MeshShape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,12 +197,15 @@ def test_workers_do_not_wait_for_another_ray_that_was_started_early() -> None:
 
 
 @pytest.mark.slow
-def test_the_end_of_ray_that_was_started_early_does_not_end_this_process() -> None:
+@pytest.mark.parametrize("when", ["ready", "just started"])
+def test_the_end_of_ray_that_was_started_early_does_not_end_this_process(
+    when: str, caplog: pytest.LogCaptureFixture
+) -> None:
     active_session.close()
-    active_session.begin_ray(TWO, SERVICE)
-    wait_until(lambda: ray.is_initialized() and RUNTIME.lost() is None and raylets())
-    time.sleep(1)
-    psutil.Process(raylets()[0]).kill()
-    wait_until(lambda: not ray.is_initialized(), 30)
+    with caplog.at_level("INFO", "raylight"):
+        active_session.begin_ray(TWO, SERVICE)
+        wait_until(lambda: "Ray is ready" in caplog.text if when == "ready" else ray.is_initialized())
+        psutil.Process(raylets()[0]).kill()
+        wait_until(lambda: not ray.is_initialized(), 30)
     session = active_session.session(TWO, SERVICE)
     assert session.run(EchoService.count, 1)[2] == 1
