@@ -16,7 +16,7 @@ from raylight.parallel.mesh import MeshShape
 from raylight.parallel.shares import ALIKE
 
 pytestmark = pytest.mark.skipif(GPUS < 2, reason="one GPU shares nothing")
-ULYSSES, RING = MeshShape(ulysses=GPUS), MeshShape(ring=GPUS)
+ULYSSES, RING = MeshShape(ulysses=max(1, GPUS)), MeshShape(ring=max(1, GPUS))
 MOST_S = 3.0
 
 
