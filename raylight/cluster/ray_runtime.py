@@ -245,7 +245,9 @@ class RayRuntime:
 
     def _guard_processes(self) -> None:
         children = psutil.Process().children(recursive=True)
-        self._required = {_name(child): child for child in children if _name(child).startswith(_REQUIRED)}
+        # Not those of another Ray, which a program that was started here may have.
+        own = psutil.Process().children()
+        self._required = {_name(child): child for child in own if _name(child).startswith(_REQUIRED)}
         self._missing = [name for name in _REQUIRED if not any(found.startswith(name) for found in self._required)]
         self._ray_ids = frozenset(orphan_guard.process_ids(children)) - self._foreign_ids
         self._guard = orphan_guard.start(self._foreign_ids, () if self._folder is None else self._folder.owned)

@@ -194,18 +194,3 @@ def test_workers_do_not_wait_for_another_ray_that_was_started_early() -> None:
     session = active_session.session(TWO, SERVICE)
     assert ray.get_runtime_context().namespace == TWO.namespace
     assert session.run(EchoService.count, 1)[2] == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["ready", "just started"])
-def test_the_end_of_ray_that_was_started_early_does_not_end_this_process(
-    when: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    active_session.close()
-    with caplog.at_level("INFO", "raylight"):
-        active_session.begin_ray(TWO, SERVICE)
-        wait_until(lambda: "Ray is ready" in caplog.text if when == "ready" else ray.is_initialized())
-        psutil.Process(raylets()[0]).kill()
-        wait_until(lambda: not ray.is_initialized(), 30)
-    session = active_session.session(TWO, SERVICE)
-    assert session.run(EchoService.count, 1)[2] == 1
