@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -194,3 +197,47 @@ def test_workers_do_not_wait_for_another_ray_that_was_started_early() -> None:
     session = active_session.session(TWO, SERVICE)
     assert ray.get_runtime_context().namespace == TWO.namespace
     assert session.run(EchoService.count, 1)[2] == 1
+
+
+# In a process of its own: where the watch fails, Ray ends the process.
+EARLY = """
+import logging, sys, time
+import psutil, ray
+from echo_service import EchoService
+from raylight.cluster import active_session
+from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.parallel.mesh import MeshShape
+
+class Kept(logging.Handler):
+    messages = []
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+def wait(condition):
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.05)
+
+logging.basicConfig(level=logging.INFO, handlers=[Kept()])
+service = ServiceSpec("echo_service:open_service", "settings", tuple(sys.path[1:3]))
+config = SessionConfig(MeshShape(), "cpu")
+active_session.begin_ray(config, service)
+ready = lambda: "Ray is ready to start workers" in Kept.messages
+wait(ready if sys.argv[1] == "ready" else ray.is_initialized)
+next(child for child in psutil.Process().children() if child.name().startswith("raylet")).kill()
+wait(lambda: not ray.is_initialized())
+assert active_session.session(config, service).run(EchoService.count, 1)[2] == 1
+active_session.close()
+print("it lives")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["ready", "just started"])
+def test_the_end_of_ray_that_was_started_early_does_not_end_its_process(when: str, tmp_path: Path) -> None:
+    script = tmp_path / "early.py"
+    script.write_text(EARLY)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(SEARCH)}
+    done = subprocess.run([sys.executable, script, when], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "it lives" in done.stdout, done.stdout + done.stderr
