@@ -181,7 +181,7 @@ def workers(path: Path, ranks: int, sharding: str, step: bool) -> Row:
 
     config = SessionConfig(MeshShape(ulysses=ranks), "cpu")
     model = RayModel(WorkerConfig(config, "TORCH"), ModelRecipe.of(str(path), "bf16", sharding))
-    session = active_session.session(config, workers.service_spec())
+    session = active_session.session(config, workers.service_spec(config))
     try:
         with Memory([place.pid for place in session.places.values()]) as memory:
             began = time.perf_counter()

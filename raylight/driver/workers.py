@@ -67,12 +67,12 @@ def _for_memory(config: SessionConfig, sharding: str | None) -> list[str]:
     return found
 
 
-def service_spec() -> ServiceSpec:
-    """Describe what workers of this ComfyUI run."""
+def service_spec(config: SessionConfig) -> ServiceSpec:
+    """Describe what workers of this ComfyUI, of a configuration, run."""
     boot = "raylight.worker.boot"
     return ServiceSpec(
         f"{boot}:open_service",
-        settings.capture(),
+        settings.capture(config.is_local),
         settings.python_path(),
         f"{boot}:prepare",
         settings.LIBRARIES,
@@ -86,13 +86,16 @@ def begin(workers: WorkerConfig, replace: bool) -> None:
     An error is raised by `open_session`.
     """
     active_session.begin(
-        workers.config, service_spec(), functools.partial(remedies, workers.config, workers.sharding), replace
+        workers.config,
+        service_spec(workers.config),
+        functools.partial(remedies, workers.config, workers.sharding),
+        replace,
     )
 
 
 def begin_ray(config: SessionConfig) -> None:
     """Start Ray in the background for workers that may be wanted soon, unless there are any."""
-    active_session.begin_ray(config, service_spec())
+    active_session.begin_ray(config, service_spec(config))
 
 
 def open_session(workers: WorkerConfig) -> Session:
@@ -103,7 +106,7 @@ def open_session(workers: WorkerConfig) -> Session:
     try:
         found = active_session.session(
             workers.config,
-            service_spec(),
+            service_spec(workers.config),
             comfy.model_management.processing_interrupted,
             functools.partial(remedies, workers.config, workers.sharding),
             progress.show_text,

@@ -46,7 +46,7 @@ PACK_ROOT = Path(__file__).resolve().parents[2]
 class HostSettings:
     """The parsed command line and the model folders of the ComfyUI that started the workers, and the `gpu_identity` of
     the GPU that it uses itself. `machine` is the identity of its machine, and `versions` are those by which workers on
-    others must be alike.
+    others must be alike, none where there are no others.
     """
 
     arguments: dict[str, Any]
@@ -68,8 +68,8 @@ def python_path() -> tuple[str, ...]:
     return comfy_root(), str(PACK_ROOT)
 
 
-def capture() -> HostSettings:
-    """Return the settings of this process."""
+def capture(is_local: bool) -> HostSettings:
+    """Return the settings of this process, for workers of this machine, or of several ones if not `is_local`."""
     import comfy.model_management
     import folder_paths
     from comfy.cli_args import args
@@ -81,7 +81,8 @@ def capture() -> HostSettings:
         for name, (paths, extensions) in folder_paths.folder_names_and_paths.items()
     }
     gpu = gpu_identity(comfy.model_management.get_torch_device())
-    return HostSettings(dict(vars(args)), folders, gpu, other_machine.identity(), other_machine.versions())
+    versions = {} if is_local else other_machine.versions()  # reads all of Raylight's code
+    return HostSettings(dict(vars(args)), folders, gpu, other_machine.identity(), versions)
 
 
 def apply(settings: HostSettings, device_type: str) -> None:

@@ -50,7 +50,7 @@ def model_of(path: Path, sharding: str = REPLICATED, *loras: tuple[Path, float])
 
 
 def held() -> tuple[str, ...]:
-    session = active_session.session(WORKERS.config, workers.service_spec())
+    session = active_session.session(WORKERS.config, workers.service_spec(WORKERS.config))
     return tuple(model.name for model in session.run(WorkerService.memory).models)
 
 

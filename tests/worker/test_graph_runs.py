@@ -18,7 +18,7 @@ from loras import lora_for
 from safetensors.torch import load_file
 
 from raylight.cluster import active_session
-from raylight.cluster.config import SessionConfig
+from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.driver import api, workers
 from raylight.host.jobs import RankMemory
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
@@ -37,8 +37,8 @@ both_depths = pytest.mark.parametrize("depth", [False, True], ids=["whole run", 
 def workers_with_graphs() -> Iterator[None]:
     own = workers.service_spec
 
-    def spec():
-        made = own()
+    def spec(config: SessionConfig) -> ServiceSpec:
+        made = own(config)
         return replace(made, factory="graph_service:open_service", python_path=(*made.python_path, SUPPORT))
 
     with pytest.MonkeyPatch.context() as patch:
