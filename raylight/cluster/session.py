@@ -200,9 +200,12 @@ class Session:
     @property
     def arrangement(self) -> Arrangement:
         """How the ranks are to be arranged by this configuration."""
-        by_run, speeds = self.config.by_run, speed_check.speeds_of(self.places)
-        fast_ranks = bandwidth_check.fast_ranks_of(self.places) if by_run else 0
-        return Arrangement(self.config.mesh, by_run, fast_ranks, speeds)
+        return self.arrangement_by(self.config)
+
+    def arrangement_by(self, config: SessionConfig) -> Arrangement:
+        """Return how the ranks would be arranged by a configuration that they can have."""
+        fast_ranks = bandwidth_check.fast_ranks_of(self.places) if config.by_run else 0
+        return Arrangement(config.mesh, config.by_run, fast_ranks, speed_check.speeds_of(self.places))
 
     @property
     def links(self) -> Links | None:

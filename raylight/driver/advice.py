@@ -9,7 +9,8 @@ import psutil
 import torch
 
 from raylight.attention import kernels
-from raylight.cluster import active_session, bandwidth_check, speed_check
+from raylight.cluster import active_session, speed_check
+from raylight.cluster.config import SessionConfig
 from raylight.cluster.session import Session
 from raylight.host.log_messages import gb
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
@@ -33,12 +34,16 @@ _FORWARDS = ((1, "without CFG"), (2, "with CFG, prompts of one length"))
 
 @dataclass(frozen=True, slots=True)
 class _Cards:
-    """What is known of the workers' devices by rank: names and bytes in all; and of the workers if they run."""
+    """What is known of the workers' devices by rank: names and bytes in all; and of the workers if they run.
 
+    With `running` workers `config` has what a cluster was left to decide.
+    """
+
+    config: SessionConfig
     names: tuple[str, ...]
     total_bytes: tuple[int, ...]
     on_gpu: bool
-    running: Session | None
+    running: Session | None = None
 
 
 def advise(model: RayModel, width: int, height: int, frames: int) -> str:
@@ -48,15 +53,13 @@ def advise(model: RayModel, width: int, height: int, frames: int) -> str:
     """
     base = weightless.build(model.recipe.without_loras, forward_on_workers)
     size, cards = measure(base, width, height, frames), _cards(model)
-    config = model.workers.config
+    config = cards.config
     arrangement = Arrangement(config.mesh, config.by_run)
     if cards.running is not None:
-        places = cards.running.places
-        fast_ranks = bandwidth_check.fast_ranks_of(places) if config.by_run else 0
-        arrangement = Arrangement(config.mesh, config.by_run, fast_ranks, speed_check.speeds_of(places))
+        arrangement = cards.running.arrangement_by(config)
     lines = [
         _model(model.recipe, size, f"{width}x{height}" + (f", {frames} frames" if len(size.latent) == 5 else "")),
-        f"{config.world_size} workers: {how(config)}; {_names(cards)}",
+        f"{config.world_size}{' or more' if config.grows else ''} workers: {how(config)}; {_names(cards)}",
         *([] if cards.running is None else speed_check.describe(cards.running.places, arrangement)),
         "",
         "What fits, beside about 1.5 GB for CUDA and NCCL:" if cards.on_gpu else "What fits:",
@@ -71,22 +74,22 @@ def advise(model: RayModel, width: int, height: int, frames: int) -> str:
 
 
 def _cards(model: RayModel) -> _Cards:
-    config = model.workers.config
-    running = active_session.running()
-    if running is not None and running.config.can_become(config):
+    config, running = model.workers.config, active_session.running()
+    if running is not None and running.config.can_become(decided := config.as_in(running.config)):
         memory = ask_all(running, WorkerService.memory)
         names = tuple(place.device for place in running.places.values())
-        on_gpu = config.device_type == "cuda"
-        shared = 1 if on_gpu else config.world_size
-        return _Cards(names, tuple(memory[rank].total_bytes // shared for rank in running.places), on_gpu, running)
+        on_gpu = decided.device_type == "cuda"
+        shared = 1 if on_gpu else decided.world_size
+        totals = tuple(memory[rank].total_bytes // shared for rank in running.places)
+        return _Cards(decided, names, totals, on_gpu, running)
+    if not config.is_local:
+        return _Cards(config, (), (), config.device_type != "cpu")
     if config.device_type != "cuda":
         each = psutil.virtual_memory().total // config.world_size
-        return _Cards(("cpu",) * config.world_size, (each,) * config.world_size, False, None)
-    if not config.is_local:
-        return _Cards((), (), True, None)
+        return _Cards(config, ("cpu",) * config.world_size, (each,) * config.world_size, False)
     indices = config.gpu_select or tuple(range(min(config.world_size, torch.cuda.device_count())))
     found = [torch.cuda.get_device_properties(index) for index in indices]
-    return _Cards(tuple(one.name for one in found), tuple(one.total_memory for one in found), True, None)
+    return _Cards(config, tuple(one.name for one in found), tuple(one.total_memory for one in found), True)
 
 
 def _model(recipe: ModelRecipe, size: ModelSize, at: str) -> str:
@@ -128,7 +131,7 @@ def _speeds(size: ModelSize, model: RayModel, arrangement: Arrangement, cards: _
     hardware = _hardware(cards)
     lines = []
     for rows, what in _FORWARDS:
-        shape, words = arrangement.mesh, how(model.workers.config)
+        shape, words = arrangement.mesh, how(cards.config)
         if arrangement.by_run:
             choice = _choice(rows, size, arrangement, model.workers)
             shape, words = choice.shape, str(choice)

@@ -10,11 +10,13 @@ import own_pack
 import pytest
 from comfy_cases import CASES, checkpoint, sample_on_workers
 
-from raylight.cluster.config import SessionConfig
+from raylight.cluster.actor import Place
+from raylight.cluster.config import ANY, SessionConfig
 from raylight.driver import advice
 from raylight.driver.advice import advise
 from raylight.driver.model_size import measure
 from raylight.host.recipe import SHARDED, ModelRecipe, RayModel, WorkerConfig
+from raylight.parallel.degrees import Arrangement
 from raylight.parallel.mesh import MeshShape
 
 TWO = SessionConfig(MeshShape(ulysses=2), "cpu")
@@ -44,6 +46,20 @@ def test_says_what_is_chosen_for_gpus_that_have_no_workers_yet(wan: Path, monkey
     assert "Choose FSDP off." in text
     assert re.search(r"with CFG.*: batch 2 x ulysses 2 \(2 rows over 2 groups\): about \d\.\d times as fast", text)
     assert "Seconds are told when the workers run on GPUs" in text
+
+
+def test_a_cluster_that_decides_has_what_its_workers_have(wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_config = SessionConfig(MeshShape(), ANY, "host:6379", by_run=True, grows="ulysses")
+    model = model_of(wan, open_config)
+    text = advise(model, 832, 480, 33)
+    assert "1 or more workers: degrees by the run; start them once to see what memory they have" in text
+    places = {rank: Place(rank, f"10.0.0.{rank}", 1, "RTX 5090", 0) for rank in range(2)}
+    session = SimpleNamespace(config=open_config.grown(2, "cuda"), places=places, links=None)
+    session.arrangement_by = lambda config: Arrangement(config.mesh, config.by_run)
+    monkeypatch.setattr(advice.active_session, "running", lambda: session)
+    memory = dict.fromkeys(places, SimpleNamespace(total_bytes=32 * 10**9))
+    monkeypatch.setattr(advice, "ask_all", lambda *_: memory)
+    assert "2 workers: degrees by the run; 2 x RTX 5090 32.00 GB" in advise(model, 832, 480, 33)
 
 
 @pytest.mark.parametrize(
