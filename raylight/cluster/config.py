@@ -127,6 +127,11 @@ class SessionConfig:
         """Whether a cluster is to decide on the number of workers, or on their devices."""
         return bool(self.grows) or self.device_type == ANY
 
+    @property
+    def may_split_tokens(self) -> bool:
+        """Whether several ranks may split the tokens of a run, be it when a cluster has room for them."""
+        return self.mesh.ring * self.mesh.ulysses > 1 or self.grows == "ulysses"
+
     def grown(self, world_size: int, device_type: str) -> SessionConfig:
         """Return this configuration on at most so many workers, on devices of this type. What was open is decided.
 

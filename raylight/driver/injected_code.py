@@ -89,18 +89,18 @@ _warned_of: set[str] = set()
 
 def inside_of(patcher: RemotePatcher, changes: Sequence[Change]) -> Inside:
     """Return what code of nodes inside the diffusion model needs, put there by this patcher or by `changes`."""
-    model, mesh = patcher.model.diffusion_model, patcher.workers.config.mesh
+    model, workers = patcher.model.diffusion_model, patcher.workers.config
     config = type(patcher.model.model_config).__name__
     try:
         # By its own class: a node may have given it another.
         plan = plan_of(weightless.baseline_of(patcher.model).diffusion_model, config)
     except ValueError:
         plan = None
-    if plan is None and (config in EXCEPTIONS or mesh.ring * mesh.ulysses == 1):  # tokens are not split
+    if plan is None and (config in EXCEPTIONS or not workers.may_split_tokens):
         return Inside()
     override = patcher.model_options.get("transformer_options", {}).get(OVERRIDE)
     # A ring needs the log-sum-exp of each block, which an override does not return.
-    if override is not None and (mesh.ring > 1 or not is_kernel(override)):
+    if override is not None and (workers.mesh.ring > 1 or not is_kernel(override)):
         return Inside(_named(override, OVERRIDE))
     split = None if plan is None else _split_region(plan)
     # As dicts, to keep their order without repetition.

@@ -31,6 +31,6 @@ def model_job(
         except NotSerializableError as error:
             raise ValueError(f"a patch of the model's weights cannot be sent to the workers: {error}") from error
     inside = Inside(full_tokens_for) if full_tokens_for else inside_of(patcher, changes)
-    warn_of_full_tokens(inside, patcher.workers.config.world_size)
+    warn_of_full_tokens(inside, session.config.world_size)
     workers = patcher.workers
     return ModelJob(patcher.recipe, workers.attention, workers.strategy, patches, inside, workers.graphs)

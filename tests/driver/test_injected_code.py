@@ -10,9 +10,9 @@ import torch
 from comfy.ldm.modules.attention import wrap_attn
 from comfy.model_patcher import ModelPatcher
 
-from raylight.cluster.config import SessionConfig
+from raylight.cluster.config import ANY, SessionConfig
 from raylight.dev.demo.tiny import write_checkpoint
-from raylight.driver import weightless
+from raylight.driver import injected_code, weightless
 from raylight.driver.injected_code import inside_of, is_kernel
 from raylight.host import foreign_code
 from raylight.host.jobs import Inside
@@ -103,6 +103,27 @@ def test_another_module_at_a_block_gets_full_tokens(model: Any) -> None:
 )
 def test_changes_of_the_model_itself(change: Change, full: bool, model: Any) -> None:
     assert bool(inside_of(patched(model), [change]).full_tokens_for) == full
+
+
+@pytest.mark.parametrize(
+    ("config", "full"),
+    [
+        (SessionConfig(MeshShape(ulysses=2), "cpu"), True),
+        (SessionConfig(MeshShape(batch=2), "cpu"), False),
+        (SessionConfig(MeshShape(), ANY, "host:6379", by_run=True, grows="ulysses"), True),
+        (SessionConfig(MeshShape(), ANY, "host:6379", grows="batch"), False),
+    ],
+)
+def test_code_in_a_model_without_a_plan(
+    config: SessionConfig, full: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_plan(*_: Any) -> None:
+        raise ValueError("no plan")
+
+    monkeypatch.setattr(injected_code, "plan_of", no_plan)
+    patcher = patched(model, blocks__0__forward=theirs)
+    patcher.workers = WorkerConfig(config, "TORCH_FLASH")
+    assert bool(inside_of(patcher, []).full_tokens_for) == full
 
 
 def test_an_override_and_a_ring(model: Any) -> None:
