@@ -111,7 +111,7 @@ def receive(file: ModelFile, offset: int, data: np.ndarray) -> None:
     Raises OSError: when it cannot be written. Raises ValueError: when it is not what was sent.
     """
     path = _cached(file)
-    part = f"{path}.part"
+    part = f"{path}.{platform.node()}.part"  # machines may share the folder, and each is sent the file
     if offset == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(part, "wb" if offset == 0 else "r+b") as out:

@@ -80,6 +80,18 @@ def test_what_is_sent_is_found_from_then_on(file: ModelFile, tmp_path: Path) -> 
     assert os.listdir(tmp_path / "cache") == [Path(here).name]
 
 
+def test_machines_that_share_the_folder_receive_it_at_once(
+    file: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.frombuffer(content(tmp_path), np.uint8)
+    for offset in (0, 2 << 20):
+        for machine in ("beta", "gamma"):
+            monkeypatch.setattr(model_files.platform, "node", lambda name=machine: name)
+            model_files.receive(file, offset, data[offset : offset + (2 << 20)])
+    assert Path(model_files.find(file).path).read_bytes() == content(tmp_path)
+    assert len(os.listdir(tmp_path / "cache")) == 1
+
+
 def test_what_has_changed_on_the_way_is_not_kept(file: ModelFile, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors has changed while it was sent"):
         model_files.receive(file, 0, np.zeros(file.size, np.uint8))
