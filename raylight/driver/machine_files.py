@@ -32,9 +32,10 @@ def ensure(session: Session, recipe: ModelRecipe, wants_cancel: Callable[[], boo
     Raises ValueError: when a machine has another file under the name, or no room for it. Raises what `Session.run_all`
     raises, RunCancelled among them.
     """
-    known = _known.setdefault(session, set())
-    key = (recipe.path, recipe.stamp, recipe.loras)
-    if session.config.is_local or key in known:
+    if session.config.is_local:
+        return
+    known, key = _known.setdefault(session, set()), (recipe.path, recipe.stamp, recipe.loras)
+    if key in known:
         return
     try:
         files = [model_files.describe(path) for path in model_files.paths_of(recipe)]
