@@ -47,7 +47,7 @@ def decided(config: SessionConfig) -> SessionConfig:
     """
     if not config.is_open:
         return config
-    found, _ = with_timeout(machines.alive_and_free, _CLUSTER_S, _LIST)
+    found = with_timeout(machines.alive, _CLUSTER_S, _LIST)
     on_gpus = sum(machines.workers_on(one.resources, _bundle("cuda")) for one in found)
     device_type = config.device_type
     if device_type == ANY:
@@ -95,9 +95,10 @@ def _reserve(config: SessionConfig, bundle: Mapping[str, float], wants_cancel: C
         found, free = with_timeout(machines.alive_and_free, _CLUSTER_S, _LIST)
         assigned = machines.assign([machines.workers_on(free[one.node], bundle) for one in found], config.mesh)
         if assigned is not None:
-            group = _reserve_on([found[index] for index in assigned], bundle, wants_cancel)
+            places = [found[index] for index in assigned]
+            group = _reserve_on(places, bundle, wants_cancel)
             if group is not None:
-                _note(config, [found[index].name for index in assigned])
+                _note(config, places)
                 return group
         elif wants_cancel():
             raise RunCancelled
@@ -129,12 +130,12 @@ def _reserve_on(
     return group
 
 
-def _note(config: SessionConfig, names: list[str]) -> None:
+def _note(config: SessionConfig, places: list[machines.Machine]) -> None:
     """Log how the ranks are spread, and warn where Ulysses exchanges over the network."""
-    if len(set(names)) == 1:
+    if len(set(places)) == 1:
         return
-    logger.info("ranks by machine: %s", ", ".join(f"{rank} on {name}" for rank, name in enumerate(names)))
-    if not config.by_run and machines.splits_ulysses(names, config.mesh):
+    logger.info("ranks by machine: %s", ", ".join(f"{rank} on {place}" for rank, place in enumerate(places)))
+    if not config.by_run and machines.splits_ulysses(places, config.mesh):
         logger.warning(
             "ulysses_degree = %d goes over the network, as no machine has room for so many workers: ring_degree, "
             "cfg_degree, dp_degree or FSDP send less there, or degrees of 0",
@@ -151,7 +152,7 @@ def environment(config: SessionConfig, service: ServiceSpec) -> dict[str, str]:
     """Return the environment variables that all ranks' processes start with."""
     path = [*service.python_path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     if not config.is_local:
-        # Ray replaces it on each machine: one that was set up by `raylight.machine` names its own folders.
+        # Ray replaces it on each machine: one that was started by `raylight.cluster.node` names its own folders.
         path.insert(0, f"${{{PATH_VARIABLE}}}")
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
     for name in ALLOCATOR_VARIABLES:

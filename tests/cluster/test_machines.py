@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raylight.cluster.machines import assign, fast_ranks, splits_ulysses, workers_on
+from raylight.cluster import placement
+from raylight.cluster.config import SessionConfig
+from raylight.cluster.machines import Machine, assign, fast_ranks, splits_ulysses, workers_on
 from raylight.parallel.mesh import MeshShape
 
 
@@ -40,6 +42,14 @@ def test_links_within_a_machine_are_fast(machines: str, expected: int) -> None:
 def test_ulysses_across_machines_is_noticed() -> None:
     assert not splits_ulysses("aabb", MeshShape(ring=2, ulysses=2))
     assert splits_ulysses("aaab", MeshShape(ring=2, ulysses=2))
+
+
+def test_machines_of_one_name_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    config = SessionConfig(MeshShape(ulysses=2), "cpu", "host:6379")
+    placement._note(config, [Machine(address, "localhost", address, 1) for address in ("10.0.0.1", "10.0.0.2")])
+    assert "0 on localhost (10.0.0.1), 1 on localhost (10.0.0.2)" in caplog.text
+    assert "ulysses_degree = 2 goes over the network" in caplog.text
 
 
 def test_room_is_that_of_the_scarcest_resource() -> None:
