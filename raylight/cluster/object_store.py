@@ -1,4 +1,4 @@
-"""Objects in Ray's object store that workers fetch when they need them. Each is put there once."""
+"""Objects in Ray's object store, which workers fetch when they need them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from typing import Any
 
 import ray
 
-_GET_S = 120.0
+from .diagnosis import is_store_full, store_full
+from .timeouts import with_timeout
+
+_PUT_S = _GET_S = 120.0
+
+
+def put(value: Any) -> ray.ObjectRef:
+    """Put an object into the store. Raises StoreFull."""
+    try:
+        return with_timeout(lambda: ray.put(value), _PUT_S, "sending to the workers")
+    except Exception as error:
+        if not isinstance(error, TimeoutError) and not is_store_full(error):
+            raise
+        raise store_full("what is sent to the workers", error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +37,17 @@ class ObjectHandle:
 
 
 class ObjectCache:
-    """Objects of one session in the store, at most `limit`. The least recently used are released."""
+    """Objects of one session, at most `limit`, each put into the store once. The least recently used are released."""
 
-    def __init__(self, limit: int, put: Callable[[Any], ray.ObjectRef]) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._put = put
         self._objects: dict[str, ObjectHandle] = {}
 
     def of(self, key: str, make: Callable[[], Any]) -> ObjectHandle:
-        """Return the handle of a key's object. Call `make` only if the object is not there."""
+        """Return the handle of a key's object. Call `make` only if the object is not there. Raises StoreFull."""
         found = self._objects.pop(key, None)
         if found is None:
-            found = ObjectHandle(key, self._put(make()))
+            found = ObjectHandle(key, put(make()))
             while len(self._objects) >= self._limit:
                 del self._objects[next(iter(self._objects))]
         self._objects[key] = found

@@ -1,21 +1,24 @@
-"""The machine, GPU and CPU of each rank, and the environment that its process starts with."""
+"""The machine, GPU and CPU of each rank, and its process there: the environment, the start and the end."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from . import machines, ray_environment
+from .actor import RankActor
 from .config import ANY, ServiceSpec, SessionConfig
 from .errors import RunCancelled
 from .ray_environment import PATH_VARIABLE, user_variables
-from .ray_runtime import loopback_interface
+from .ray_runtime import RUNTIME, loopback_interface
 from .timeouts import with_timeout
 
 logger = logging.getLogger(__name__)
@@ -167,7 +170,35 @@ def environment(config: SessionConfig, service: ServiceSpec) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} | variables
 
 
-def gpu_environment(config: SessionConfig, rank: int) -> dict[str, str]:
+def start_actors(config: SessionConfig, group: PlacementGroup, environment: Mapping[str, str]) -> Iterator[Any]:
+    """Have Ray start the process of each rank where `group` has reserved for it, with these variables besides Ray's
+    own. Yield the ranks' actors.
+    """
+    runtime_env: dict[str, Any] = {"env_vars": dict(environment)} if environment else {}
+    if config.is_local and RUNTIME.worker_command is not None:
+        runtime_env["py_executable"] = RUNTIME.worker_command
+    groups, bundle = {"control": 2, "watch": 1}, _bundle(config.device_type, config.gpu_select)
+    actor = ray.remote(max_restarts=0, concurrency_groups=groups)(RankActor)  # pyright: ignore[reportCallIssue]
+    for rank in range(config.world_size):
+        options = actor.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            **({"runtime_env": runtime_env} if runtime_env else {}),
+        )
+        log_level, of_rank = logging.getLogger().level, _gpu_environment(config, rank)
+        yield options.remote(rank, config.world_size, config.device_type, log_level, of_rank)
+
+
+def release(actors: Iterable[Any], group: PlacementGroup | None) -> None:
+    """End the ranks' processes, and what is reserved for them."""
+    for actor in actors:
+        ray.kill(actor)
+    if group is not None:
+        remove_placement_group(group)
+
+
+def _gpu_environment(config: SessionConfig, rank: int) -> dict[str, str]:
     """Return the environment variables by which a rank sees its GPU only, none if Ray sets them."""
     if not config.gpu_select:
         return {}

@@ -11,20 +11,18 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
-from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylight.parallel.bandwidth import Links
 from raylight.parallel.degrees import Arrangement
 from raylight.parallel.heartbeat import agree
 
 from . import bandwidth_check, placement, speed_check
-from .actor import Place, RankActor
+from .actor import Place
 from .collect import Outcome, WaitOptions, common_error, results_or_raise, wait_for_all
 from .config import ServiceSpec, SessionConfig
-from .diagnosis import Failure, Remedies, WorkerStates, is_store_full, no_remedies, store_full, to_error, worker_error
+from .diagnosis import Failure, Remedies, WorkerStates, no_remedies, to_error, worker_error
 from .errors import OUT_OF_MEMORY, RAY_LOST, WorkerError, raise_cancelled
-from .object_store import ObjectCache
+from .object_store import ObjectCache, put
 from .ray_runtime import RUNTIME, kill_workers
 from .status import IDLE, STARTING, last_output, output_sizes
 from .timeline import StartTimes, Timeline
@@ -35,7 +33,6 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 _SHARED_OBJECTS = 8  # in the object store, the least recently used are replaced
-_PUT_S = 120.0
 _END_S = 10.0
 _PROGRESS_S, _RECOVER_S = 5.0, 10.0
 
@@ -61,7 +58,7 @@ class Session:
         self.config, self.service, self.remedies = config, service, remedies
         self.asked = config  # with what it leaves to the cluster
         self.places: dict[int, Place] = {}
-        self.shared = ObjectCache(_SHARED_OBJECTS, self._put)
+        self.shared = ObjectCache(_SHARED_OBJECTS)
         self.has_worked = False  # some run has ended well
         self._after_failure = on_failure
         self._actors: list[Any] = []
@@ -82,7 +79,10 @@ class Session:
             self._timeline.mark("Ray")
             config = self.config = self._watchdog.config = placement.decided(config)
             self._group = placement.reserve(config, wants_cancel)
-            self._create_actors({} if RUNTIME.provides(environment) else environment)
+            of_actors = {} if RUNTIME.provides(environment) else environment
+            for actor in placement.start_actors(config, self._group, of_actors):
+                self._actors.append(actor)  # one by one: if another does not start, these are ended
+            self._watchdog.start(self._actors)
             self._open_services(options, on_ready)
         except BaseException:
             self.close()
@@ -91,25 +91,6 @@ class Session:
         self.times = StartTimes.of(self._timeline, RUNTIME.forks(place.pid for place in self.places.values()))
         places = "; ".join(map(str, self.places.values()))
         logger.info("%d workers ready in %.1f s: %s. %s", config.world_size, self.times.total_s, places, self.times)
-
-    def _create_actors(self, environment: dict[str, str]) -> None:
-        """Have Ray start the workers' processes with these variables besides Ray's own, and watch them."""
-        config = self.config
-        runtime_env: dict[str, Any] = {"env_vars": environment} if environment else {}
-        if config.is_local and RUNTIME.worker_command is not None:
-            runtime_env["py_executable"] = RUNTIME.worker_command
-        groups = {"control": 2, "watch": 1}
-        actor = ray.remote(max_restarts=0, concurrency_groups=groups)(RankActor)  # pyright: ignore[reportCallIssue]
-        for rank in range(config.world_size):
-            options = actor.options(
-                num_cpus=1,
-                num_gpus=1 if config.device_type == "cuda" and not config.gpu_select else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-                **({"runtime_env": runtime_env} if runtime_env else {}),
-            )
-            log_level, of_rank = logging.getLogger().level, placement.gpu_environment(config, rank)
-            self._actors.append(options.remote(rank, config.world_size, config.device_type, log_level, of_rank))
-        self._watchdog.start(self._actors)
 
     def _open_services(self, options: WaitOptions, on_ready: Callable[[int, int], None]) -> None:
         """Have the ranks prepare for the service, and meanwhile meet and try their links; then open it on each."""
@@ -234,7 +215,7 @@ class Session:
         if not self.alive:
             raise worker_error("the workers have ended: run the prompt again", RAY_LOST, remedies)
         run_id = uuid.uuid4().hex
-        shared = [self._put(argument) for argument in args]
+        shared = [put(argument) for argument in args]
         with self._running:
             self._watchdog.begin(run_id)
             self._printed = {rank: output_sizes(RUNTIME.log_folder, place.pid) for rank, place in self.places.items()}
@@ -326,20 +307,11 @@ class Session:
             RUNTIME.abandon()
         elif ray.is_initialized():
             try:
-                with_timeout(lambda: _release(actors, group), _END_S, "the end of the workers")
+                with_timeout(lambda: placement.release(actors, group), _END_S, "the end of the workers")
             except Exception as error:
                 logger.warning("%s", error)
         if self.config.is_local:
             kill_workers(place.pid for place in self.places.values())
-
-    def _put(self, value: Any) -> ray.ObjectRef:
-        """Put an object into Ray's store. Raises StoreFull."""
-        try:
-            return with_timeout(lambda: ray.put(value), _PUT_S, "sending to the workers")
-        except Exception as error:
-            if not isinstance(error, TimeoutError) and not is_store_full(error):
-                raise
-            raise store_full("what is sent to the workers", error) from error
 
     def _on_failure(self, failure: Failure) -> None:
         """Close the session if it is idle; a run in progress sees the failure itself. Called by the watchdog."""
@@ -367,10 +339,3 @@ class Session:
         }
         phases = dict.fromkeys(range(self.config.world_size), STARTING) | self.phases
         return WorkerStates(self.places, {r: idle if phase == IDLE else phase for r, phase in phases.items()}, lines)
-
-
-def _release(actors: list[Any], group: Any) -> None:
-    for actor in actors:
-        ray.kill(actor)
-    if group is not None:
-        remove_placement_group(group)
