@@ -133,9 +133,8 @@ def degrees_from(inputs: Mapping[str, Any], selected: tuple[int, ...] = ()) -> D
     """Return the degrees that an initializer's inputs describe; `selected` are the GPUs that it names.
 
     GPU = 0 uses the selected GPUs, or all of this machine (two workers if it has none); of a cluster all that its
-    machines have when the workers start. ulysses_degree = 0 uses what
-    ring_degree, cfg_degree and dp_degree leave, and lets each run choose if the latter two are 1; dp_degree = 0 uses
-    what a given ulysses_degree leaves as well.
+    machines have when the workers start. ulysses_degree = 0 uses what ring_degree, cfg_degree and dp_degree leave, and
+    lets each run choose if the latter two are 1; dp_degree = 0 uses what a given ulysses_degree leaves as well.
 
     Raises ValueError, naming input, value and what would fit.
     """
@@ -145,7 +144,7 @@ def degrees_from(inputs: Mapping[str, Any], selected: tuple[int, ...] = ()) -> D
     )
     _check_ranges(workers, ulysses, ring, cfg, dp)
     automatic = workers == AUTOMATIC
-    if automatic and (inputs.get("ray_cluster_address") or LOCAL).strip() != LOCAL:
+    if automatic and _address(inputs) != LOCAL:
         least = ring * cfg * (dp or 1) * (ulysses or 1)
         return replace(_settle(least, ulysses, ring, cfg, dp, automatic=True), of_cluster=True)
     if automatic:
@@ -239,7 +238,7 @@ def config_from(inputs: Mapping[str, Any]) -> tuple[SessionConfig, Degrees]:
     degrees = degrees_from(inputs, selected)
     _validate(inputs, degrees.mesh.world_size, selected)
     store_gb = inputs.get("ray_object_store_gb")
-    address = (inputs["ray_cluster_address"] or LOCAL).strip()
+    address = _address(inputs)
     config = SessionConfig(
         mesh=degrees.mesh,
         # ComfyUI's own machine need not have a GPU.
@@ -272,7 +271,7 @@ def config_of_all() -> tuple[SessionConfig, Degrees]:
 
 def _validate(inputs: Mapping[str, Any], workers: int, selected: tuple[int, ...]) -> None:
     _sharding(inputs)
-    is_local = inputs.get("ray_cluster_address", LOCAL) == LOCAL
+    is_local = _address(inputs) == LOCAL
     if inputs.get("XFuser_attention") is not None:
         device = torch.device(device_type()) if is_local else None
         kernels.check_kernel(inputs["XFuser_attention"], inputs["ring_degree"], device)
@@ -291,6 +290,10 @@ def _validate(inputs: Mapping[str, Any], workers: int, selected: tuple[int, ...]
             raise ValueError(f"GPU_SELECT names GPU {beyond[0]}, but this machine has GPUs 0 to {count - 1}")
     elif selected and not count:
         raise ValueError("GPU_SELECT is set, but this machine has no GPU: leave it empty")
+
+
+def _address(inputs: Mapping[str, Any]) -> str:
+    return (inputs.get("ray_cluster_address") or "").strip() or LOCAL
 
 
 def _sharding(inputs: Mapping[str, Any]) -> str:

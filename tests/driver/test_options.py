@@ -90,6 +90,15 @@ def test_rejects(four: None, inputs: dict[str, Any], message: str) -> None:
         options.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
 
 
+@pytest.mark.parametrize("address", ["", "  ", " local "])
+def test_an_address_of_blanks_is_this_machine(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "gpu_count", lambda: 4)
+    inputs = {"GPU": 5, "ulysses_degree": 5, "ray_cluster_address": address, "ray_cluster_namespace": ""}
+    with pytest.raises(ValueError, match="GPU = 5, but this machine has 4"):
+        options.config_from(inputs)
+    assert options.config_from(inputs | {"GPU": 4, "ulysses_degree": 4})[0].is_local
+
+
 def test_says_what_it_has_chosen(four: None) -> None:
     automatic = str(options.degrees_from({"GPU": 0, "ulysses_degree": 0, "cfg_degree": 2}))
     assert re.fullmatch(
