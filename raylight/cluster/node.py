@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .network import address_towards
-from .ray_environment import AUTH_MODE, PATH_VARIABLE, TOKEN, TOKEN_PATH, default_token
+from .ray_environment import AUTH_MODE, MODEL_PATHS_VARIABLE, PATH_VARIABLE, TOKEN, TOKEN_PATH, default_token
 
 PACK = Path(__file__).resolve().parents[2]
 _PORT = 6379
@@ -84,7 +84,7 @@ def _environment(options: argparse.Namespace, comfyui: Path, token: str) -> dict
     if token != _GIVEN:
         found[TOKEN_PATH] = token
     if options.model_paths:
-        found["RAYLIGHT_MODEL_PATHS"] = os.pathsep.join(map(os.path.abspath, options.model_paths))
+        found[MODEL_PATHS_VARIABLE] = os.pathsep.join(map(os.path.abspath, options.model_paths))
     return found
 
 

@@ -157,7 +157,9 @@ def folder_remedy() -> str:
     )
 
 
-PATH_VARIABLE = "RAYLIGHT_PATH"  # of a machine of a cluster: where its workers find ComfyUI and Raylight
+# Of a machine of a cluster: where its workers find ComfyUI and Raylight, and files such as ComfyUI's
+# extra_model_paths.yaml, both by os.pathsep.
+PATH_VARIABLE, MODEL_PATHS_VARIABLE = "RAYLIGHT_PATH", "RAYLIGHT_MODEL_PATHS"
 TOKEN, TOKEN_PATH, AUTH_MODE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",

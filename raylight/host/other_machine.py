@@ -9,7 +9,8 @@ import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-MODEL_PATHS_VARIABLE = "RAYLIGHT_MODEL_PATHS"  # files such as ComfyUI's extra_model_paths.yaml, by os.pathsep
+from raylight.cluster.ray_environment import MODEL_PATHS_VARIABLE
+
 _OWN_PATHS = "extra_model_paths.yaml"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PACKAGE = Path(__file__).resolve().parents[1]
