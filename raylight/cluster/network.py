@@ -43,9 +43,8 @@ def use_route_to(peer: str, environ: MutableMapping[str, str] = os.environ) -> N
     if not unset:
         return
     try:
-        own = {one.address for found in psutil.net_if_addrs().values() for one in found}
         # The system would route what goes to its own address over the loopback interface.
-        interface = interface_of(peer if peer in own else address_towards(peer))
+        interface = interface_of(peer) or interface_of(address_towards(peer))
     except OSError as error:
         logger.warning("no route to %s is known, so gloo and NCCL choose an interface themselves: %s", peer, error)
         return
