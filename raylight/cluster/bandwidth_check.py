@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from raylight.parallel.bandwidth import UNEVEN, Links, fast_ranks
 
@@ -23,12 +23,12 @@ Key = tuple[tuple[str, str, int | None], ...]
 _known: dict[Key, Links] = {}
 
 
-def key_of(places: Iterable[Place]) -> Key:
+def key_of(places: Mapping[int, Place]) -> Key:
     """Return a key that identifies a set of GPUs."""
-    return tuple((place.host, place.device, place.gpu) for place in places)
+    return tuple((place.host, place.device, place.gpu) for place in places.values())
 
 
-def known(places: Iterable[Place]) -> Links | None:
+def known(places: Mapping[int, Place]) -> Links | None:
     """Return the links that were measured between these GPUs before, in this process."""
     return _known.get(key_of(places))
 
@@ -37,7 +37,7 @@ def fast_ranks_of(places: Mapping[int, Place]) -> int:
     """Return how many ranks, next to each other, form groups with links that are several times faster than others, as
     measured between GPUs, or else by their machines; 0 if no link is.
     """
-    links = known(places.values())
+    links = known(places)
     if links is None or any(place.gpu is None for place in places.values()):
         return machines.fast_ranks([places[rank].node for rank in sorted(places)])
     return fast_ranks(links, len(places))
@@ -54,7 +54,7 @@ def check_exact(links: Links) -> None:
 
 def keep(places: Mapping[int, Place], links: Links) -> None:
     """Keep measured links, and log a warning for slow ones."""
-    _known[key_of(places.values())] = links
+    _known[key_of(places)] = links
     if warning := _warning(places, links):
         logger.warning("%s", warning)
 

@@ -191,7 +191,7 @@ class Session:
     @property
     def links(self) -> Links | None:
         """The measured links between these workers' GPUs, if they were measured."""
-        return bandwidth_check.known(self.places.values())
+        return bandwidth_check.known(self.places)
 
     def run(self, verb: Callable[..., R], *args: Any, **options: Any) -> R:
         """Call a verb on every rank and return rank 0's result. Takes and raises what `run_all` does."""

@@ -22,12 +22,12 @@ _known: dict[Key, Trial] = {}
 
 def known(places: Mapping[int, Place]) -> Trial | None:
     """Return what these GPUs have done in a trial before, in this process."""
-    return _known.get(key_of(places.values()))
+    return _known.get(key_of(places))
 
 
 def keep(places: Mapping[int, Place], trial: Trial) -> None:
     """Keep what a trial has found."""
-    _known[key_of(places.values())] = trial
+    _known[key_of(places)] = trial
 
 
 def given(world_size: int) -> Speeds | None:
@@ -35,7 +35,7 @@ def given(world_size: int) -> Speeds | None:
 
     Raises ValueError: when they are no speeds, or not as many.
     """
-    text = os.environ.get(VARIABLE, "").strip()
+    text = _setting()
     if text in ("", MEASURE) or world_size == 1:
         return None
     if text == EQUAL:
@@ -55,7 +55,7 @@ def is_wanted(places: Mapping[int, Place]) -> bool:
     """Return whether a trial is to be made. Workers on a CPU share it, and only differ by chance."""
     if len(places) == 1 or known(places) is not None or given(len(places)) is not None:
         return False
-    return os.environ.get(VARIABLE) == MEASURE or all(place.gpu is not None for place in places.values())
+    return _setting() == MEASURE or all(place.gpu is not None for place in places.values())
 
 
 def speeds_of(places: Mapping[int, Place]) -> Speeds:
@@ -90,6 +90,10 @@ def describe(places: Mapping[int, Place], arrangement: Arrangement) -> list[str]
             f"exchange takes more. Choose GPU = 1 and its GPU by GPU_SELECT, if the model fits there"
         )
     return lines
+
+
+def _setting() -> str:
+    return os.environ.get(VARIABLE, "").strip()
 
 
 def _name(place: Place) -> str:
