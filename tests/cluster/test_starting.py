@@ -41,14 +41,13 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 90.0) -> None
         time.sleep(0.05)
 
 
-def raylets() -> list[int]:
-    return [child.pid for child in psutil.Process().children() if child.name().startswith("raylet")]
+def raylets() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.name().startswith("raylet")]
 
 
 def workers() -> list[psutil.Process]:
     """Return the processes of this process's workers, and not of a ComfyUI server that other tests have started."""
-    raylets = [child for child in psutil.Process().children() if child.name().startswith("raylet")]
-    return [child for raylet in raylets for child in raylet.children() if child.name().startswith("ray::RankActor")]
+    return [child for raylet in raylets() for child in raylet.children() if child.name().startswith("ray::RankActor")]
 
 
 def test_a_start_in_the_background_is_the_one_that_is_waited_for() -> None:
