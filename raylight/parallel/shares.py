@@ -10,8 +10,7 @@ the ranks of one group, `()` where these are alike: then all sizes are what they
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -54,17 +53,6 @@ def use(speeds: Speeds) -> None:
 def in_use() -> Speeds:
     """Return the speeds by which work is divided now."""
     return _of_world
-
-
-@contextmanager
-def using(speeds: Speeds) -> Iterator[None]:
-    """Divide the work by these speeds within this context."""
-    before = _of_world
-    use(speeds)
-    try:
-        yield
-    finally:
-        use(before)
 
 
 def of_tokens(group: dist.ProcessGroup, has_ring: bool) -> Weights:

@@ -20,10 +20,9 @@ from typing import Any
 import psutil
 
 HERE = "here"
-BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 6379
-_TOOLS = ("unshare", "nsenter", "ip", "tc")
+_TOOLS = ("unshare", "nsenter", "ip")
 _NAMESPACES = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
 _READY_S, _START_S, _STORE_BYTES = 20, 90, 200_000_000
 # The path of Ray's sockets is short, and so is this one.
@@ -207,12 +206,6 @@ class FakeCluster:
     def cut(self) -> None:
         """Cut the link to beta at the switch."""
         self._switch.run("ip", "link", "set", f"port{len(self._ended)}", "down")
-
-    def slow_down(self, mbit: int) -> None:
-        """Limit the link, in both directions, to as many Mbit/s."""
-        limit = ["tbf", "rate", f"{mbit}mbit", "burst", "512kb", "latency", "20ms"]
-        for port in ("port1", f"port{len(self._ended)}"):
-            self._switch.run("tc", "qdisc", "replace", "dev", port, "root", *limit)
 
     def end(self) -> None:
         """End both machines and the switch, and remove their folders."""
