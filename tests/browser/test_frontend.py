@@ -17,6 +17,7 @@ import saved
 from newest import of_the_newest
 
 from raylight.dev.demo.comfy_server import ComfyServer
+from raylight.dev.workflows.notes import FOLDERS
 from raylight.dev.workflows.table import TEMPLATES
 
 HERE = Path(__file__).resolve().parent
@@ -31,16 +32,6 @@ from files import write_models
 pytestmark = [of_the_newest, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PACKS = HERE.parent / "templates" / "packs"
-FOLDERS = (
-    "diffusion_models",
-    "checkpoints",
-    "text_encoders",
-    "vae",
-    "clip_vision",
-    "latent_upscale_models",
-    "loras",
-    "controlnet",
-)
 RUN = {"width": 128, "height": 128, "steps": 8}
 PATIENCE = 300.0
 OPEN_MENU = "window.app.extensionManager.command.execute('Comfy.BrowseTemplates')"

@@ -19,6 +19,7 @@ from newest import of_the_newest
 
 from raylight.dev.demo.comfy_server import ComfyServer
 from raylight.dev.demo.graphs import Graph
+from raylight.dev.workflows.notes import FOLDERS
 from raylight.dev.workflows.table import TEMPLATES
 from raylight.dev.workflows.template import Template
 
@@ -40,16 +41,6 @@ DEFAULT = "wan2.1-t2v-14b-usp flux-dev-dropin flux-dev-dp flux-controlnet-usp lt
 NAMES = os.environ.get("RAYLIGHT_TEST_WORKFLOWS", DEFAULT).split()
 if NAMES == ["all"]:
     NAMES = [template.name for template in TEMPLATES]
-FOLDERS = (
-    "diffusion_models",
-    "checkpoints",
-    "text_encoders",
-    "vae",
-    "clip_vision",
-    "latent_upscale_models",
-    "loras",
-    "controlnet",
-)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from .models import DiffusionFile, ModelFile
 
 COUNTS = (2, 4, 8)
-_FOLDERS = (
+# Of model files, in the order of the note.
+FOLDERS = (
     "diffusion_models",
     "checkpoints",
     "text_encoders",
@@ -154,7 +155,7 @@ def _section(text: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]], 
 
 def _links(files: Sequence[ModelFile]) -> str:
     lines = ["## Model files"]
-    for folder in _FOLDERS:
+    for folder in FOLDERS:
         of_folder = [file for file in files if file.directory == folder]
         if of_folder:
             lines += ["", f"**models/{folder}**", ""]
