@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import wave
 from collections.abc import Iterator
@@ -31,8 +32,11 @@ FOLDERS = (
     ("text_encoder", "text_encoders"),
     ("control_net_name", "controlnet"),
     ("style_model_name", "style_models"),
-    ("model_name", "latent_upscale_models"),
 )
+# Loaders whose input has a name that others have, too.
+FOLDERS_OF_LOADERS = {"CLIPVisionLoader": "clip_vision", "LatentUpscaleModelLoader": "latent_upscale_models"}
+ALL_FOLDERS = sorted({folder for _, folder in FOLDERS} | {*FOLDERS_OF_LOADERS.values()})
+DIFFUSION_MODELS = ("diffusion_models", "checkpoints")
 MODEL = re.compile(r"\.(safetensors|sft|ckpt|pt|pth|gguf)$")
 PICTURE = (96, 64)
 
@@ -50,9 +54,9 @@ def asked(graph: Graph) -> Iterator[Asked]:
         for key, value in entry["inputs"].items():
             if not isinstance(value, str) or not MODEL.search(value):
                 continue
-            folder = next((folder for pattern, folder in FOLDERS if re.fullmatch(pattern, key)), None)
-            if entry["class_type"] == "CLIPVisionLoader":
-                folder = "clip_vision"
+            folder = FOLDERS_OF_LOADERS.get(entry["class_type"]) or next(
+                (folder for pattern, folder in FOLDERS if re.fullmatch(pattern, key)), None
+            )
             if folder is None:
                 raise UnknownFile(f"{entry['class_type']}: what {key} = {value} is is not known here")
             yield Asked(node, folder, value)
@@ -68,18 +72,12 @@ def write_models(graph: Graph, models: Path) -> list[Path]:
         if path in written:
             continue
         written.append(path)
-        if path.exists():  # from another prompt
+        if not path.exists():  # otherwise it is from another prompt
+            made = _lora(graph, item, shapes) if item.folder == "loras" else _make(item)
+            write(path, made, _metadata(item))
+        if item.folder in DIFFUSION_MODELS:
             with safe_open(path, "pt") as file:
                 shapes[item.name] = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            continue
-        if item.folder == "loras":
-            made, metadata = _lora(graph, item, shapes), None
-        else:
-            made = _make(item)
-            metadata = _metadata(item)
-        if item.folder in ("diffusion_models", "checkpoints"):
-            shapes[item.name] = {name: tuple(tensor.shape) for name, tensor in made.items()}
-        write(path, made, metadata)
     return written
 
 
@@ -92,7 +90,7 @@ def _make(item: Asked) -> dict[str, Tensor]:
         "style_models": style_model,
         "controlnet": control_net,
         "checkpoints": _checkpoint,
-        "latent_upscale_models": lambda name: ltx2.upsampler()[0],
+        "latent_upscale_models": lambda name: ltx2.upsampler(),
     }
     if item.folder not in makers:
         raise UnknownFile(f"files for {item.folder} ({item.name}) are not made here")
@@ -100,9 +98,9 @@ def _make(item: Asked) -> dict[str, Tensor]:
 
 
 def _metadata(item: Asked) -> dict[str, str] | None:
-    if item.folder in ("diffusion_models", "checkpoints"):
+    if item.folder in DIFFUSION_MODELS:
         return metadata_of(item.name)
-    return ltx2.upsampler()[1] if item.folder == "latent_upscale_models" else None
+    return {"config": json.dumps(ltx2.UPSAMPLER)} if item.folder == "latent_upscale_models" else None
 
 
 def _checkpoint(name: str) -> dict[str, Tensor]:

@@ -36,7 +36,8 @@ CONFIG: dict[str, Any] = {
     },
     "vocoder": {"upsample_initial_channel": 32},
 }
-_UPSAMPLER = {"in_channels": 128, "mid_channels": 32, "num_blocks_per_stage": 1, "dims": 3}
+# The same for the file of the upsampler.
+UPSAMPLER = {"in_channels": 128, "mid_channels": 32, "num_blocks_per_stage": 1, "dims": 3}
 
 
 def vaes() -> dict[str, Tensor]:
@@ -51,11 +52,11 @@ def vaes() -> dict[str, Tensor]:
     }
 
 
-def upsampler() -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of the upsampler of latents, and the metadata of its file."""
+def upsampler() -> dict[str, Tensor]:
+    """Return the tensors of the upsampler of latents."""
     from comfy.ldm.lightricks.latent_upsampler import LatentUpsampler
 
-    return _tensors(LatentUpsampler.from_config(_UPSAMPLER, torch.nn)), {"config": json.dumps(_UPSAMPLER)}
+    return _tensors(LatentUpsampler.from_config(UPSAMPLER, torch.nn))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ sys.path.append(str(HERE))
 import chromium
 import official
 from compared import compare, hold_together, run
-from files import write_media, write_models
+from files import ALL_FOLDERS, write_media, write_models
 from official_names import UnknownFile
 from rewrite import on_workers, probed, shrunk
 
@@ -36,8 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     if found is None:
         pytest.skip("ComfyUI's frontend needs a browser: install Chromium, or name one in " + chromium.VARIABLE)
     work = tmp_path_factory.mktemp("templates")
-    kinds = ("diffusion_models", "checkpoints", "vae", "loras", "text_encoders", "clip_vision", "style_models")
-    paths = {kind: work / "models" / kind for kind in kinds}
+    paths = {folder: work / "models" / folder for folder in ALL_FOLDERS}
     for path in paths.values():
         path.mkdir(parents=True)
     with ComfyServer(
