@@ -39,11 +39,15 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class DiffusionFile(ModelFile):
-    """A diffusion model; `dtype` is that of its matrices, with `bytes` per weight."""
+    """A diffusion model; `dtype` is that of its matrices."""
 
     architecture: Architecture
     dtype: str
-    bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of a weight."""
+        return 1 if "8" in self.dtype else 2
 
     @property
     def whole_gib(self) -> float:
@@ -95,16 +99,16 @@ def _plain(directory: str, repository: str, name: str, folder: str = "") -> Mode
     return ModelFile(name, directory, repository, folder + name)
 
 
-def _diffusion(repository: str, name: str, architecture: Architecture, dtype: str) -> DiffusionFile:
-    return DiffusionFile(
-        name,
-        "diffusion_models",
-        repository,
-        f"split_files/diffusion_models/{name}",
-        architecture,
-        dtype,
-        1 if "8" in dtype else 2,
-    )
+def _diffusion(
+    repository: str,
+    name: str,
+    architecture: Architecture,
+    dtype: str,
+    *,
+    folder: str = "split_files/diffusion_models/",
+    directory: str = "diffusion_models",
+) -> DiffusionFile:
+    return DiffusionFile(name, directory, repository, folder + name, architecture, dtype)
 
 
 WAN21_T2V = _diffusion(_WAN21, "wan2.1_t2v_14B_fp8_scaled.safetensors", WAN_14B, "fp8")
@@ -119,9 +123,7 @@ WAN22_I2V = tuple(
     for noise in ("high", "low")
 )
 WAN22_TI2V = _diffusion(_WAN22, "wan2.2_ti2v_5B_fp16.safetensors", WAN_5B, "fp16")
-FLUX_DEV = DiffusionFile(
-    "flux1-dev.safetensors", "diffusion_models", "Comfy-Org/flux1-dev", "flux1-dev.safetensors", FLUX, "bf16", 2
-)
+FLUX_DEV = _diffusion("Comfy-Org/flux1-dev", "flux1-dev.safetensors", FLUX, "bf16", folder="")
 FLUX_KONTEXT = _diffusion(
     "Comfy-Org/flux1-kontext-dev_ComfyUI", "flux1-dev-kontext_fp8_scaled.safetensors", FLUX, "fp8"
 )
@@ -130,36 +132,20 @@ QWEN_EDIT = _diffusion(_QWEN_EDIT, "qwen_image_edit_2511_fp8mixed.safetensors", 
 QWEN_EDIT_2509 = _diffusion(_QWEN_EDIT, "qwen_image_edit_2509_fp8_e4m3fn.safetensors", QWEN_IMAGE, "fp8")
 HUNYUAN = _diffusion(_HUNYUAN, "hunyuan_video_t2v_720p_bf16.safetensors", HUNYUAN_VIDEO, "bf16")
 ANIMATE = _diffusion(_WAN22, "wan2.2_animate_14B_bf16.safetensors", WAN_ANIMATE, "bf16")
-FLUX2 = DiffusionFile(
-    "flux-2-klein-base-9b-fp8.safetensors",
-    "diffusion_models",
-    "black-forest-labs/FLUX.2-klein-base-9b-fp8",
-    "flux-2-klein-base-9b-fp8.safetensors",
-    FLUX2_KLEIN,
-    "fp8",
-    1,
+FLUX2 = _diffusion(
+    "black-forest-labs/FLUX.2-klein-base-9b-fp8", "flux-2-klein-base-9b-fp8.safetensors", FLUX2_KLEIN, "fp8", folder=""
 )
 Z_IMAGE_TURBO = _diffusion(_Z_IMAGE, "z_image_turbo_bf16.safetensors", Z_IMAGE, "bf16")
 CHROMA = _diffusion(_CHROMA, "Chroma1-HD-fp8mixed.safetensors", CHROMA1, "fp8")
-LTX2_DEV = DiffusionFile(
-    "ltx-2-19b-dev-fp8.safetensors", "checkpoints", _LTX2, "ltx-2-19b-dev-fp8.safetensors", LTX2, "fp8", 1
-)
-MINIMAX = DiffusionFile(
-    "minimax_h3_fl2va_pruned_int8_convrot.safetensors",
-    "diffusion_models",
-    _MINIMAX,
-    "diffusion_models/minimax_h3_fl2va_pruned_int8_convrot.safetensors",
-    MINIMAX_H3,
-    "int8",
-    1,
+LTX2_DEV = _diffusion(_LTX2, "ltx-2-19b-dev-fp8.safetensors", LTX2, "fp8", folder="", directory="checkpoints")
+MINIMAX = _diffusion(
+    _MINIMAX, "minimax_h3_fl2va_pruned_int8_convrot.safetensors", MINIMAX_H3, "int8", folder="diffusion_models/"
 )
 
 UMT5 = _split("text_encoders", _WAN21, "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
-CLIP_L = ModelFile("clip_l.safetensors", "text_encoders", _FLUX_TEXT, "clip_l.safetensors")
-T5 = ModelFile("t5xxl_fp16.safetensors", "text_encoders", _FLUX_TEXT, "t5xxl_fp16.safetensors")
-T5_FP8 = ModelFile(
-    "t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders", _FLUX_TEXT, "t5xxl_fp8_e4m3fn_scaled.safetensors"
-)
+CLIP_L = _plain("text_encoders", _FLUX_TEXT, "clip_l.safetensors")
+T5 = _plain("text_encoders", _FLUX_TEXT, "t5xxl_fp16.safetensors")
+T5_FP8 = _plain("text_encoders", _FLUX_TEXT, "t5xxl_fp8_e4m3fn_scaled.safetensors")
 QWEN_VL = _split("text_encoders", _QWEN, "qwen_2.5_vl_7b_fp8_scaled.safetensors")
 LLAVA = _split("text_encoders", _HUNYUAN, "llava_llama3_fp8_scaled.safetensors")
 QWEN3_8B = _split("text_encoders", "Comfy-Org/flux2-klein-9B", "qwen_3_8b_fp8mixed.safetensors")
@@ -185,11 +171,11 @@ FLUX_CANNY = ModelFile(
     "InstantX/FLUX.1-dev-Controlnet-Canny",
     "diffusion_pytorch_model.safetensors",
 )
-QWEN_LIGHTNING = ModelFile(
-    "Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors",
+QWEN_LIGHTNING = _plain(
     "loras",
     "lightx2v/Qwen-Image-Lightning",
-    "Qwen-Image-Edit-2509/Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors",
+    "Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors",
+    "Qwen-Image-Edit-2509/",
 )
 QWEN_RELIGHT = _split("loras", _QWEN_EDIT, "Qwen-Image-Edit-2509-Relight.safetensors")
 LTX2_DISTILLED = _plain("loras", _LTX2, "ltx-2-19b-distilled-lora-384.safetensors")
