@@ -33,8 +33,9 @@ def as_model(
     workflow: Workflow, file: DiffusionFile, init: Output | None, lora: Output | None = None, title: str | None = None
 ) -> Output:
     """Add loaders whose output is a MODEL for all of ComfyUI's nodes."""
-    inputs = {name: value for name, value in (("ray_actors_init", init), ("lora", lora)) if value is not None}
-    return workflow.add("RayModelLoader", title=title, files=[file], unet_name=file.name, **inputs)["model"]
+    return workflow.add(
+        "RayModelLoader", title=title, files=[file], unet_name=file.name, ray_actors_init=init, lora=lora
+    )["model"]
 
 
 def as_actors(workflow: Workflow, file: DiffusionFile, init: Output) -> Output:
@@ -52,8 +53,7 @@ def text_encoder(workflow: Workflow, kind: str, *files: ModelFile) -> Output:
 
 def vae(workflow: Workflow, file: ModelFile, init: Output | None) -> Output:
     """Add a VAE on the workers of `init`, or without it on one worker for each GPU."""
-    workers = {} if init is None else {"ray_actors_init": init}
-    return workflow.add("RayVAELoaderAsVAE", files=[file], vae_name=file.name, **workers)["vae"]
+    return workflow.add("RayVAELoaderAsVAE", files=[file], vae_name=file.name, ray_actors_init=init)["vae"]
 
 
 def prompt(workflow: Workflow, clip: Output, text: str, title: str = "Positive prompt") -> Output:
@@ -107,6 +107,5 @@ def save_video(workflow: Workflow, latent: Output, decoder: Output, prefix: str,
 
 
 def video_file(workflow: Workflow, image: Output, prefix: str, fps: float, audio: Output | None = None) -> None:
-    sound = {} if audio is None else {"audio": audio}
-    video = workflow.add("CreateVideo", images=image, fps=fps, **sound)["VIDEO"]
+    video = workflow.add("CreateVideo", images=image, fps=fps, audio=audio)["VIDEO"]
     workflow.add("SaveVideo", video=video, filename_prefix=f"video/raylight/{prefix}")

@@ -110,8 +110,7 @@ def _loras(workflow: Workflow) -> None:
     with workflow.group("LoRAs", column=True):
         chain = None
         for file in loras:
-            previous = {} if chain is None else {"prev_ray_lora": chain}
-            chain = workflow.add("RayLoraLoader", files=[file], lora_name=file.name, **previous)["ray_lora"]
+            chain = workflow.add("RayLoraLoader", files=[file], lora_name=file.name, prev_ray_lora=chain)["ray_lora"]
     _edited(workflow, models.QWEN_EDIT_2509, init, chain, _RELIGHT, "qwen-edit-loras", 4, 1.0)
 
 

@@ -41,8 +41,12 @@ class Workflow:
         bypassed: bool = False,
         **inputs: Any,
     ) -> Node:
-        """Add a node to the open group. Raises ValueError: it does not have these inputs, or they do not fit."""
-        node = Node(len(self.nodes) + 1, kind, inputs, title, control, tuple(files), bypassed)
+        """Add a node to the open group, without the inputs that are None.
+
+        Raises ValueError: it does not have these inputs, or they do not fit.
+        """
+        given = {name: value for name, value in inputs.items() if value is not None}
+        node = Node(len(self.nodes) + 1, kind, given, title, control, tuple(files), bypassed)
         slots = {slot.name: slot.type for slot in node.signature.slots}
         slots |= {widget.name: widget.type for widget in node.signature.widgets}
         for name, value in inputs.items():
@@ -50,7 +54,7 @@ class Workflow:
                 raise ValueError(f"{kind} has no input {name}")
             if isinstance(value, Output) and value.type != slots[name]:
                 raise ValueError(f"{kind}: {name} takes {slots[name]}, not {value.type} of {value.node.type}")
-        missing = [s.name for s in node.signature.slots if not s.optional and s.name not in inputs]
+        missing = [s.name for s in node.signature.slots if not s.optional and s.name not in given]
         if missing:
             raise ValueError(f"{kind}: nothing comes to {', '.join(missing)}")
         self.nodes.append(node)
