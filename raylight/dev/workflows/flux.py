@@ -88,10 +88,9 @@ def _drop_in(workflow: Workflow) -> None:
         negative = parts.no_negative(workflow, positive)
     with workflow.group("Step 3 - Size"):
         latent = workflow.add("EmptySD3LatentImage", width=1024, height=1024)["LATENT"]
-    with workflow.group("Step 4 - ComfyUI's own sampler", column=True):
-        sampled = workflow.add(
-            "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, steps=20, cfg=1.0
-        )["LATENT"]
+    sampled = parts.sample(
+        workflow, model, (positive, negative), latent, steps=20, cfg=1.0, title="Step 4 - ComfyUI's own sampler"
+    )
     with workflow.group("Step 5 - Image", column=True):
         image = workflow.add("VAEDecode", samples=sampled, vae=decoder)["IMAGE"]
         workflow.add("SaveImage", images=image, filename_prefix="raylight/flux-dropin")

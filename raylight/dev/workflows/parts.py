@@ -75,6 +75,32 @@ def save_image(workflow: Workflow, latent: Output, decoder: Output, prefix: str)
         workflow.add("SaveImage", images=image, filename_prefix=f"raylight/{prefix}")
 
 
+def sample(
+    workflow: Workflow,
+    model: Output,
+    prompts: tuple[Output, Output],
+    latent: Output,
+    *,
+    steps: int,
+    cfg: float,
+    sampler: str = "euler",
+    title: str = "Step 5 - Sample on all GPUs",
+) -> Output:
+    """Add ComfyUI's KSampler for the positive and the negative prompt."""
+    positive, negative = prompts
+    with workflow.group(title, column=True):
+        return workflow.add(
+            "KSampler",
+            model=model,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            steps=steps,
+            cfg=cfg,
+            sampler_name=sampler,
+        )["LATENT"]
+
+
 def sample_guided(
     workflow: Workflow,
     model: Output,

@@ -27,21 +27,13 @@ def _text_to_image(title: str, text: str, degrees: str, name: str, **settings: A
             model = workflow.add("ModelSamplingAuraFlow", model=model, shift=3.1)["MODEL"]
             clip = parts.text_encoder(workflow, "qwen_image", models.QWEN_VL)
             decoder = parts.vae(workflow, models.QWEN_VAE, init)
-        positive, negative = parts.prompts(workflow, clip, _SHOP, "")
+        prompts = parts.prompts(workflow, clip, _SHOP, "")
         with workflow.group("Step 4 - Size"):
             latent = workflow.add("EmptySD3LatentImage", width=1328, height=1328)["LATENT"]
-        parts.save_image(workflow, _sample(workflow, model, positive, negative, latent, 20, 4.0), decoder, name)
+        sampled = parts.sample(workflow, model, prompts, latent, steps=20, cfg=4.0)
+        parts.save_image(workflow, sampled, decoder, name)
 
     return build
-
-
-def _sample(
-    workflow: Workflow, model: Output, positive: Output, negative: Output, latent: Output, steps: int, cfg: float
-) -> Output:
-    with workflow.group("Step 5 - Sample on all GPUs", column=True):
-        return workflow.add(
-            "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, steps=steps, cfg=cfg
-        )["LATENT"]
 
 
 def _edited(
@@ -80,7 +72,8 @@ def _edited(
                 )["CONDITIONING"]
                 for prompt in (positive, negative)
             )
-    parts.save_image(workflow, _sample(workflow, model, positive, negative, latent, steps, cfg), decoder, name)
+    sampled = parts.sample(workflow, model, (positive, negative), latent, steps=steps, cfg=cfg)
+    parts.save_image(workflow, sampled, decoder, name)
 
 
 def _edit(workflow: Workflow) -> None:

@@ -152,21 +152,11 @@ def _wan22_ti2v(workflow: Workflow) -> None:
         model = workflow.add("ModelSamplingSD3", model=model, shift=8.0)["MODEL"]
         clip = parts.text_encoder(workflow, "wan", models.UMT5)
         decoder = parts.vae(workflow, models.WAN22_VAE, init)
-    positive, negative = parts.prompts(workflow, clip, _STATION)
+    prompts = parts.prompts(workflow, clip, _STATION)
     with workflow.group("Step 4 - Image and size", column=True):
         picture = workflow.add("LoadImage", title="First frame")["IMAGE"]
         latent = workflow.add("Wan22ImageToVideoLatent", vae=decoder, start_image=picture, length=121)["LATENT"]
-    with workflow.group("Step 5 - Sample on all GPUs", column=True):
-        sampled = workflow.add(
-            "KSampler",
-            model=model,
-            positive=positive,
-            negative=negative,
-            latent_image=latent,
-            steps=20,
-            cfg=5.0,
-            sampler_name="uni_pc",
-        )["LATENT"]
+    sampled = parts.sample(workflow, model, prompts, latent, steps=20, cfg=5.0, sampler="uni_pc")
     parts.save_video(workflow, sampled, decoder, "wan2.2-ti2v", 24.0)
 
 

@@ -32,17 +32,7 @@ def _turbo(workflow: Workflow) -> None:
         negative = parts.no_negative(workflow, positive)
     with workflow.group("Step 4 - Size"):
         latent = workflow.add("EmptySD3LatentImage", width=1024, height=1024)["LATENT"]
-    with workflow.group("Step 5 - Sample on all GPUs", column=True):
-        sampled = workflow.add(
-            "KSampler",
-            model=model,
-            positive=positive,
-            negative=negative,
-            latent_image=latent,
-            steps=8,
-            cfg=1.0,
-            sampler_name="res_multistep",
-        )["LATENT"]
+    sampled = parts.sample(workflow, model, (positive, negative), latent, steps=8, cfg=1.0, sampler="res_multistep")
     parts.save_image(workflow, sampled, decoder, "z-image-turbo")
 
 
