@@ -145,7 +145,7 @@ def as_stock(graph: Graph) -> Graph:
     same: dict[tuple[str, int], Any] = {}  # what nodes return as they get it
     for node, entry in graph.items():
         kind, inputs = entry["class_type"], dict(entry["inputs"])
-        if kind in ("RayInitializer", "DPNoiseList", "DPConditioningList"):
+        if kind in ("RayInitializer", "RayLoraLoader", "DPNoiseList", "DPConditioningList"):
             continue
         if kind in ("RayParallelizeModel", "RayParallelizeVAE"):
             same[node, 0] = inputs["model" if kind == "RayParallelizeModel" else "vae"]
@@ -153,20 +153,10 @@ def as_stock(graph: Graph) -> Graph:
         if kind == "DPKSamplerAdvanced":
             found |= one_by_one(graph, node)
             continue
-        if kind == "RayLoraLoader":
-            continue
         if kind in ("RayUNETLoader", "RayModelLoader"):
-            kind = "UNETLoader"
-            chain = [*loras(graph, inputs.get("lora"))]
-            inputs = {name: inputs[name] for name in ("unet_name", "weight_dtype")}
-            for number, lora in enumerate(chain):
-                above = f"{node}-lora-{number}"
-                found[above] = {
-                    "class_type": "LoraLoaderModelOnly",
-                    "inputs": {**lora, "model": same.get((node, 0), [node, 0])},
-                }
-                same[node, 0] = [above, 0]
-        elif kind == "RayVAELoaderAsVAE":
+            found |= with_loras(graph, node)
+            continue
+        if kind == "RayVAELoaderAsVAE":
             kind, inputs = "VAELoader", {"vae_name": inputs["vae_name"]}
         elif kind == "XFuserKSamplerAdvanced":
             kind = "KSamplerAdvanced"
@@ -174,40 +164,48 @@ def as_stock(graph: Graph) -> Graph:
             assert inputs.pop("denoise") == 1
         assert not kind.startswith(("Ray", "XFuser", "DP")), f"no stock node is known here for {kind}"
         found[node] = {"class_type": kind, "inputs": inputs}
-    for name, entry in found.items():
+    for entry in found.values():
         for key, value in entry["inputs"].items():
-            if isinstance(value, list) and (value[0], value[1]) in same and "-lora-" not in name:
-                entry["inputs"][key] = same[value[0], value[1]]
+            if isinstance(value, list):
+                entry["inputs"][key] = same.get(tuple(value), value)
     return found
 
 
-def loras(graph: Graph, link: Any) -> Iterator[dict[str, Any]]:
-    """Return the LoRAs of a chain, the first one first."""
-    if link is not None:
-        inputs = graph[link[0]]["inputs"]
-        yield from loras(graph, inputs.get("prev_ray_lora"))
-        yield {"lora_name": inputs["lora_name"], "strength_model": inputs["strength_model"]}
+def with_loras(graph: Graph, node: str) -> Graph:
+    """Return a loader and its chain of LoRAs, the last one under the node's own name."""
+    inputs = graph[node]["inputs"]
+    found: Graph = {}
+    chain = inputs.get("lora")
+    while chain is not None:
+        lora, before = graph[chain[0]]["inputs"], f"{node}-before"
+        settings = {name: lora[name] for name in ("lora_name", "strength_model")}
+        found[node] = {"class_type": "LoraLoaderModelOnly", "inputs": {**settings, "model": [before, 0]}}
+        node, chain = before, lora.get("prev_ray_lora")
+    file = {name: inputs[name] for name in ("unet_name", "weight_dtype")}
+    return found | {node: {"class_type": "UNETLoader", "inputs": file}}
 
 
 def one_by_one(graph: Graph, node: str) -> Graph:
     """Return a sampler for each noise of a list, and a batch of their latents under the node's own name."""
     inputs = dict(graph[node]["inputs"])
     noises, prompts = (graph[inputs.pop(name)[0]]["inputs"] for name in ("noise_list", "positive"))
+    inputs["model"] = inputs.pop("ray_actors")
     assert inputs.pop("denoise") == 1
     found: Graph = {}
     for number, (noise, prompt) in enumerate(zip(noises.values(), prompts.values(), strict=True)):
         seed = graph[noise[0]]["inputs"]["noise_seed"]
         found[f"{node}-{number}"] = {
             "class_type": "KSamplerAdvanced",
-            "inputs": {**inputs, "model": inputs["ray_actors"], "positive": prompt, "noise_seed": seed},
+            "inputs": {**inputs, "positive": prompt, "noise_seed": seed},
         }
-        del found[f"{node}-{number}"]["inputs"]["ray_actors"]
-        if number:
-            before = f"{node}-{number - 1}{'-batch' if number > 1 else ''}"
-            found[node if number == len(noises) - 1 else f"{node}-{number}-batch"] = {
-                "class_type": "LatentBatch",
-                "inputs": {"samples1": [before, 0], "samples2": [f"{node}-{number}", 0]},
-            }
+    before = f"{node}-0"
+    for number in range(1, len(noises)):
+        batch = node if number == len(noises) - 1 else f"{node}-{number}-batch"
+        found[batch] = {
+            "class_type": "LatentBatch",
+            "inputs": {"samples1": [before, 0], "samples2": [f"{node}-{number}", 0]},
+        }
+        before = batch
     return found
 
 
