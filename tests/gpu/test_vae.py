@@ -21,7 +21,7 @@ from vae_files import write_vae
 
 import nodes as comfy_nodes
 from raylight.dev.demo.comfy_server import ComfyServer
-from raylight.dev.demo.graphs import Sampling, on_workers, stock
+from raylight.dev.demo.graphs import Sampling, node, on_workers, stock
 from raylight.dev.demo.prompts import random_prompt, write_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
@@ -121,27 +121,23 @@ def test_a_graph_that_ends_in_the_parallel_decode(tmp_path: Path, report_parity:
     for seed, name in enumerate(("positive", "negative")):
         write_prompt(prompts / name, random_prompt(9 - seed, 4096, seed=seed))
     graphs: dict[str, Any] = {
-        "stock": stock(job) | {"vae": _node("VAELoader", vae_name="vae.safetensors")},
+        "stock": stock(job) | {"vae": node("VAELoader", vae_name="vae.safetensors")},
         "ours": on_workers(job, GPUS)
-        | {"vae": _node("RayVAELoaderAsVAE", vae_name="vae.safetensors", ray_actors=["model", 0])},
+        | {"vae": node("RayVAELoaderAsVAE", vae_name="vae.safetensors", ray_actors=["model", 0])},
     }
     found = {}
     paths = {"diffusion_models": models, "vae": models, "datasets": prompts}
     api.end_workers(with_ray=True)
     with ComfyServer(tmp_path / "server", model_paths=paths, extra_args=["--fp32-unet"]) as server:
         for name, graph in graphs.items():
-            graph["decode"] = _node("VAEDecode", samples=["sample", 0], vae=["vae", 0])
-            graph["picture"] = _node("SaveImage", images=["decode", 0], filename_prefix=name)
+            graph["decode"] = node("VAEDecode", samples=["sample", 0], vae=["vae", 0])
+            graph["picture"] = node("SaveImage", images=["decode", 0], filename_prefix=name)
             files = server.output_files(server.run(graph, 300.0), "picture")
             found[name] = torch.from_numpy(np.stack([_pixels(path) for path in files])).float()
         assert f"vae.safetensors: rows on {GPUS} workers in" in server.log_tail(400)
     difference = error(found["ours"] / 127.5 - 1, found["stock"] / 127.5 - 1)
     report_parity(f"{GPUS} GPUs  a graph with the parallel decode: relative L2 of its frames {difference:.1e}")
     assert difference <= HALF
-
-
-def _node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def _pixels(path: Path) -> np.ndarray:

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 
 from raylight.dev.demo.comfy_replies import PromptFailed
 from raylight.dev.demo.comfy_server import ComfyServer
-from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.dev.demo.graphs import Graph, Sampling, node, on_workers, stock
 from raylight.dev.demo.prompts import random_prompt, write_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 
@@ -95,10 +94,6 @@ def graph(change: str | None, way: str, file: str | None = None) -> Graph:
         last = name
     made["sample"]["inputs"]["model"] = [last, 0]
     return made
-
-
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def latent(server: ComfyServer, change: str | None, way: str, file: str | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from shared_server import MODEL, SharedServer
 
-from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.dev.demo.graphs import Graph, Sampling, node, on_workers, stock
 
 JOB = Sampling(MODEL, width=112, height=80, frames=9, steps=6, seed=11)
 TURBO = replace(JOB, steps=4, cfg=1.0, sampler="lcm")
@@ -24,10 +24,6 @@ Steps = dict[str, dict[str, Any]]
 def server(shared_server: SharedServer) -> SharedServer:
     shared_server.add_lora("turbo.safetensors", ["lora"], 3)
     return shared_server
-
-
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
 
 
 SAGE = node("ForeignAttention")

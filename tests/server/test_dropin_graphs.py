@@ -13,7 +13,7 @@ from shared_server import SharedServer
 
 from raylight.dev.demo.comfy_replies import PromptFailed
 from raylight.dev.demo.comfy_server import ComfyServer
-from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.dev.demo.graphs import Graph, Sampling, node, on_workers, stock
 
 JOB = Sampling("wan.safetensors", width=112, height=80, frames=9, steps=3)
 WORKERS = on_workers(JOB, 2)["workers"]
@@ -23,10 +23,6 @@ WORKERS = on_workers(JOB, 2)["workers"]
 def server(shared_server: SharedServer) -> ComfyServer:
     shared_server.add_lora("lora.safetensors", ["lora", "loha", "dora"], 1)
     return shared_server
-
-
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def plain(**sampler: Any) -> Graph:

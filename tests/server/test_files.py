@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raylight.dev.demo.comfy_replies import PromptFailed
 from raylight.dev.demo.comfy_server import ComfyServer
-from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.dev.demo.graphs import Graph, Sampling, node, on_workers, stock
 from raylight.dev.demo.prompts import random_prompt, write_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 
@@ -104,10 +104,6 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         work, model_paths={"diffusion_models": folder, "loras": folder, "datasets": work / "datasets"}
     ) as running:
         yield running
-
-
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def graph_of(way: str, model: str, lora: str | None = None, fsdp: bool = False, strength: float = 1.0) -> Graph:

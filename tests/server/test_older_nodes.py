@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from shared_server import MODEL, SharedServer
 
 from raylight.dev.demo import comfy_server
-from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.dev.demo.graphs import Graph, Sampling, node, on_workers, stock
 
 JOB = Sampling(MODEL, width=112, height=80, frames=5, steps=3)
 VAE = "older-vae.safetensors"
@@ -25,10 +24,6 @@ def server(shared_server: SharedServer) -> SharedServer:
     demo = Path(comfy_server.__file__).parent / "model"
     shutil.copy(demo / "raylight-demo-vae.safetensors", shared_server.models / VAE)
     return shared_server
-
-
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def with_workers(graph: Graph) -> Graph:

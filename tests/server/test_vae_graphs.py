@@ -12,7 +12,7 @@ from shared_server import MODEL, SharedServer
 from vae_files import write_vae
 
 from raylight.dev.demo.comfy_replies import PromptFailed
-from raylight.dev.demo.graphs import Graph, Sampling, on_workers, stock
+from raylight.dev.demo.graphs import Graph, Sampling, node, on_workers, stock
 
 JOB = Sampling(MODEL, width=112, height=80, frames=5, steps=2, seed=31)
 VAE = "narrow-wan-vae.safetensors"
@@ -22,10 +22,6 @@ VAE = "narrow-wan-vae.safetensors"
 def server(shared_server: SharedServer) -> SharedServer:
     write_vae(shared_server.models / VAE, "wan-narrow")
     return shared_server
-
-
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def decoded(graph: Graph, loader: dict[str, Any], decode: str = "VAEDecode", **tiles: int) -> Graph:

@@ -8,6 +8,11 @@ from typing import Any
 Graph = dict[str, dict[str, Any]]
 
 
+def node(kind: str, /, **inputs: Any) -> dict[str, Any]:
+    """Return a node of a graph."""
+    return {"class_type": kind, "inputs": inputs}
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """What both graphs share. `prompts` names the stored conditioning; sizes are in pixels and frames."""
@@ -28,21 +33,17 @@ class Sampling:
 
     def latent(self) -> dict[str, Any]:
         if self.image:
-            return {
-                "class_type": "EmptySD3LatentImage",
-                "inputs": {"width": self.width, "height": self.height, "batch_size": self.batch},
-            }
-        return {
-            "class_type": "EmptyHunyuanLatentVideo",
-            "inputs": {"width": self.width, "height": self.height, "length": self.frames, "batch_size": self.batch},
-        }
+            return node("EmptySD3LatentImage", width=self.width, height=self.height, batch_size=self.batch)
+        return node(
+            "EmptyHunyuanLatentVideo", width=self.width, height=self.height, length=self.frames, batch_size=self.batch
+        )
 
 
 def stock(job: Sampling, prefix: str = "stock") -> Graph:
     """Return a graph of UNETLoader and KSampler (Advanced), without Raylight."""
     return _common(job, prefix) | {
-        "model": {"class_type": "UNETLoader", "inputs": {"unet_name": job.model, "weight_dtype": "default"}},
-        "sample": {"class_type": "KSamplerAdvanced", "inputs": _sampler(job) | {"model": ["model", 0]}},
+        "model": node("UNETLoader", unet_name=job.model, weight_dtype="default"),
+        "sample": node("KSamplerAdvanced", **_sampler(job), model=["model", 0]),
     }
 
 
@@ -64,18 +65,15 @@ def initializer(workers: int, **inputs: Any) -> dict[str, Any]:
         "skip_comm_test": False,
         "use_mmap": False,
     }
-    return {"class_type": "RayInitializer", "inputs": settings | inputs}
+    return node("RayInitializer", **settings | inputs)
 
 
 def on_workers(job: Sampling, workers: int, prefix: str = "raylight", **inputs: Any) -> Graph:
     """Return the same graph on `workers` workers; other arguments replace inputs of the Ray initializer."""
     return _common(job, prefix) | {
         "workers": initializer(workers, **inputs),
-        "model": {
-            "class_type": "RayUNETLoader",
-            "inputs": {"unet_name": job.model, "weight_dtype": "default", "ray_actors_init": ["workers", 0]},
-        },
-        "sample": {"class_type": "XFuserKSamplerAdvanced", "inputs": _sampler(job) | {"ray_actors": ["model", 0]}},
+        "model": node("RayUNETLoader", unet_name=job.model, weight_dtype="default", ray_actors_init=["workers", 0]),
+        "sample": node("XFuserKSamplerAdvanced", **_sampler(job), ray_actors=["model", 0]),
     }
 
 
@@ -98,8 +96,8 @@ def _sampler(job: Sampling) -> dict[str, Any]:
 
 def _common(job: Sampling, prefix: str) -> Graph:
     return {
-        "positive": {"class_type": "LoadTrainingDataset", "inputs": {"folder_name": job.positive}},
-        "negative": {"class_type": "LoadTrainingDataset", "inputs": {"folder_name": job.negative}},
+        "positive": node("LoadTrainingDataset", folder_name=job.positive),
+        "negative": node("LoadTrainingDataset", folder_name=job.negative),
         "latent": job.latent(),
-        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": prefix}},
+        "save": node("SaveLatent", samples=["sample", 0], filename_prefix=prefix),
     }
