@@ -4,7 +4,6 @@ that names what is wrong; never another image.
 
 from __future__ import annotations
 
-import copy
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from server_graphs import WORKERS, chain, on_ray
 
 from raylight.dev.demo.comfy_replies import PromptFailed
 from raylight.dev.demo.comfy_server import ComfyServer
-from raylight.dev.demo.graphs import Graph, Sampling, node, on_workers, stock
+from raylight.dev.demo.graphs import Graph, Sampling, node, stock
 from raylight.dev.demo.prompts import random_prompt, write_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 
 pytestmark = pytest.mark.slow
 
 JOB = Sampling("wan.safetensors", width=112, height=80, frames=9, steps=2)
-WORKERS = on_workers(JOB, 2)["workers"]
 PACK = Path(__file__).resolve().parents[1] / "support" / "changing_pack"
 
 SPLIT = ["ChunkedFeedForward", "Embedding", "WeightInPlace", "WeightData", "WeightReplaced", "Loop", "InPlaceAttribute"]
@@ -77,23 +76,15 @@ def graph(change: str | None, way: str, file: str | None = None) -> Graph:
     """A change after the loader of a file. `way` is stock, drop-in, behind (Parallelize right after the loader) or end
     (Parallelize after the change).
     """
-    made = copy.deepcopy(stock(replace(JOB, model=f"{file or 'wan'}.safetensors")))
-    if way != "stock":
-        made["workers"] = WORKERS
+    made = stock(replace(JOB, model=f"{file or 'wan'}.safetensors"))
+    changed = {} if change is None else {"change": node(f"Changing{change}")}
+    parallel = {"parallel": node("RayParallelizeModel", ray_actors_init=["workers", 0])}
+    if way == "stock":
+        return chain(made, changed)
     if way == "drop-in":
-        made["model"] = node("RayModelLoader", **made["model"]["inputs"], ray_actors_init=["workers", 0])
-    last = "model"
-    steps = {"behind": ("parallel", "change"), "end": ("change", "parallel")}.get(way, ("change",))
-    for name in steps:
-        if name == "parallel":
-            made[name] = node("RayParallelizeModel", model=[last, 0], ray_actors_init=["workers", 0])
-        elif change is not None:
-            made[name] = node(f"Changing{change}", model=[last, 0])
-        else:
-            continue
-        last = name
-    made["sample"]["inputs"]["model"] = [last, 0]
-    return made
+        return chain(on_ray(made), changed)
+    nodes = parallel | changed if way == "behind" else changed | parallel
+    return chain(made | {"workers": WORKERS}, nodes)
 
 
 def latent(server: ComfyServer, change: str | None, way: str, file: str | None = None) -> torch.Tensor:

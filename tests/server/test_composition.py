@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from server_graphs import chain, on_ray
 from shared_server import MODEL, SharedServer
 
-from raylight.dev.demo.graphs import Graph, Sampling, node, on_workers, stock
+from raylight.dev.demo.graphs import Sampling, node, stock
 
 JOB = Sampling(MODEL, width=112, height=80, frames=9, steps=6, seed=11)
 TURBO = replace(JOB, steps=4, cfg=1.0, sampler="lcm")
@@ -49,19 +50,6 @@ if hasattr(ModelPatcher, "set_model_optimized_attention"):  # ComfyUI from 0.31 
     GRAPHS["ModelAttentionBackend"] = (JOB, {"backend": node("ModelAttentionBackend", attention="pytorch attention")})
 
 
-def chain(job: Sampling, steps: Steps, on_ray: bool = False) -> Graph:
-    """Return a graph with these nodes between its loader and its sampler."""
-    graph, last = stock(job), "model"
-    if on_ray:
-        graph["workers"] = on_workers(job, 2)["workers"]
-        graph["model"] = node("RayModelLoader", **graph["model"]["inputs"], ray_actors_init=["workers", 0])
-    for name, step in steps.items():
-        graph[name] = node(step["class_type"], **step["inputs"], model=[last, 0])
-        last = name
-    graph["sample"]["inputs"]["model"] = [last, 0]
-    return graph
-
-
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.std()).item()
 
@@ -69,9 +57,10 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", [*GRAPHS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_equals_stock_with_split_tokens(server: SharedServer, name: str) -> None:
     job, steps = (GRAPHS | SLOW)[name]
-    expected = server.latent(chain(job, steps))
+    graph = chain(stock(job), steps)
+    expected = server.latent(graph)
     if name != "ModelAttentionBackend":
-        assert error(expected, server.latent(chain(job, {}))) > 1e-3, "it changes nothing"
+        assert error(expected, server.latent(stock(job))) > 1e-3, "it changes nothing"
     began = server.log.stat().st_size
-    assert error(server.latent(chain(job, steps, on_ray=True)), expected) <= 1e-4
+    assert error(server.latent(on_ray(graph)), expected) <= 1e-4
     assert "needs all tokens" not in server.log.read_bytes()[began:].decode(errors="replace")

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from server_graphs import WORKERS, chain, on_ray
 from shared_server import SharedServer
 
 from raylight.dev.demo.comfy_replies import PromptFailed
 from raylight.dev.demo.comfy_server import ComfyServer
-from raylight.dev.demo.graphs import Graph, Sampling, node, on_workers, stock
+from raylight.dev.demo.graphs import Graph, Sampling, node, stock
 
 JOB = Sampling("wan.safetensors", width=112, height=80, frames=9, steps=3)
-WORKERS = on_workers(JOB, 2)["workers"]
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,7 @@ def plain(**sampler: Any) -> Graph:
 
 
 def behind_the_model(**nodes: dict[str, Any]) -> Graph:
-    """Nodes one after the other between the loader and the sampler."""
-    graph, last = plain(), "model"
-    for name, one in nodes.items():
-        graph[name] = {**one, "inputs": one["inputs"] | {"model": [last, 0]}}
-        last = name
-    graph["sample"]["inputs"]["model"] = [last, 0]
-    return graph
+    return chain(plain(), nodes)
 
 
 def custom(sampler: dict[str, Any]) -> Graph:
@@ -128,18 +122,6 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "another pack's sampler": lambda: custom(node("ForeignSampler")),
     "another pack's patch": lambda: behind_the_model(patch=node("ForeignPatch", secret=False)),
 }
-
-
-def on_ray(graph: Graph, parallelize: bool = False) -> Graph:
-    graph = copy.deepcopy(graph) | {"workers": WORKERS}
-    if parallelize:  # after the loader
-        for one in graph.values():
-            one["inputs"] = {
-                name: ["parallel", 0] if value == ["model", 0] else value for name, value in one["inputs"].items()
-            }
-        return graph | {"parallel": node("RayParallelizeModel", model=["model", 0], ray_actors_init=["workers", 0])}
-    graph["model"] = node("RayModelLoader", **graph["model"]["inputs"], ray_actors_init=["workers", 0])
-    return graph
 
 
 def latent(server: ComfyServer, graph: Graph) -> torch.Tensor:
