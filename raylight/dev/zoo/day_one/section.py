@@ -13,7 +13,7 @@ Each family with its plan taken away, on 2 workers by Ulysses (`python -m raylig
 is computed whole, a plan is drafted from it and proven ([adding-a-model.md](adding-a-model.md)). {families} of {of}
 families are split by a drafted plan in their first situation. Of all {situations} situations, {split} are split by
 tokens, {rows} by batch rows, {whole} are computed whole by every worker, {patched} are too because nodes patch the
-model, and {wrong} have a wrong output. All situations are split by tokens but these:
+model, and {wrong} have a wrong output. Besides those with patches, these are not split by tokens:
 
 | Family | Situation | Computed |
 |---|---|---|
