@@ -40,7 +40,7 @@ def fill(module: torch.nn.Module, seed: int = 1) -> None:
         for name, tensor in module.named_parameters():
             # Drawing takes most of the time for a large model: it goes on with what is drawn, from its beginning again.
             count = tensor.numel()
-            repeated = drawn.repeat(-(-(start + count) // _DRAWN))
+            repeated = drawn.expand(-(-(start + count) // _DRAWN), -1).flatten()  # no copy where once is enough
             noise = repeated[start : start + count].reshape(tensor.shape).clone()
             start = (start + count) % _DRAWN
             if tensor.ndim >= 2 and tensor[0].numel() > 1 and id(tensor) not in embeddings:
