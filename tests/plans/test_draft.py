@@ -104,6 +104,37 @@ def test_a_rank_is_simulated_without_others(rank: int, weights: tuple[int, ...],
     assert sizes == {expected}
 
 
+class Mixer(nn.Module):
+    """A convolution over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.conv(tokens.movedim(1, 2)).movedim(2, 1)
+
+
+class Mixed(nn.Module):
+    """A block with several of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixers = nn.Sequential(*(Mixer() for _ in range(6)))
+
+    def forward(self, img: Tensor, txt: Tensor, pe: Tensor, attend: Any) -> Tensor:
+        return self.mixers(attend(img))
+
+
+def test_rules_have_the_order_of_the_model() -> None:
+    """Workers compare drafts as text."""
+    model = Model()
+    model.blocks = nn.ModuleList([Mixed()])
+    model.requires_grad_(False)
+    plan = drafts(model, "models.Model", recorded(model))[0]
+    assert list(plan.inputs) == ["blocks.0", *(f"blocks.0.mixers.{index}" for index in range(6))]
+
+
 def test_a_model_without_attention_is_not_drafted() -> None:
     model = Model().requires_grad_(False)
     with recording(model) as record:

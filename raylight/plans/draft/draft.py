@@ -235,17 +235,18 @@ class _Draft:
 
     def _attend(self, blocks: _Blocks, path: str) -> None:
         """Describe the attention calls of a block, and what else mixes tokens in it."""
-        around = {
+        # A dict keeps their order, which has to be the same in all processes.
+        around = dict.fromkeys(
             module
             for mixer in self._record.mixing
             if _within(mixer, path) and (module := self._token_module(blocks, path, mixer)) is not None
-        }
+        )
         calls = [call for call in self._record.attention if _within(call.path, path)]
         for call in calls:
             if joined(blocks.streams, call.queries) is None:
                 module = self._token_module(blocks, path, call.path)
                 if module is not None:
-                    around.add(module)
+                    around[module] = None
         for module in around:
             stream, root = self._stream_of(blocks, module)
             self._inputs[module] = {root: GatherAround(stream.name, stream.dim)}
