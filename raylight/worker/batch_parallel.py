@@ -35,7 +35,8 @@ class Split(Protocol):
 
 class BatchParallel:
     """A model's forwards where their batch may be split. Each forward decides, by its batch and the same on all ranks,
-    over which ranks its batch rows and its tokens are split. While `may_split` is false, batch rows are not.
+    over which ranks its batch rows and its tokens are split. While `may_split` is false, batch rows are not, and tokens
+    as before.
     """
 
     def __init__(self, model: nn.Module, layouts: Layouts, split: Split | None) -> None:
@@ -101,11 +102,14 @@ class BatchParallel:
             any_rank(True, dist.group.WORLD)
             self._latest = args, kwargs
         self._total = _batch_of((*args, *kwargs.values()))
+        if not self.may_split:  # a layout would be logged as what is done
+            self._batch = None
+            return
         if self._independent:
             layout = self._layouts.of_own_run()
         else:
             layout = self._layouts.of(self._total, _rows_in(kwargs))
-        self._batch = layout.batch if self.may_split else None
+        self._batch = layout.batch
         if layout.sequence is not None and self._split is not None:
             self._split.use(layout.sequence)
 

@@ -86,7 +86,7 @@ class Toy(nn.Module):
 @dataclass(frozen=True)
 class Day:
     """What one rank measured: the largest error of all outputs in standard deviations, exchanges and forwards of each
-    call, the number of plans that were found, and what was logged.
+    call, the number of plans that were found, what was logged, and what was logged of batch rows.
     """
 
     error: float
@@ -94,6 +94,7 @@ class Day:
     forwards: tuple[int, ...]
     plans: int
     said: tuple[str, ...]
+    of_rows: tuple[str, ...]
 
 
 Case = tuple[str, tuple[int, ...], torch.dtype, Path]  # flaw, lengths of the sequences, their dtype, file of plans
@@ -120,7 +121,7 @@ def toy_day(
     strategy = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
     options: dict[str, Any] = {}
     exchanges, forwards, error = [], [], 0.0
-    with logged() as said:
+    with logged() as said, logged("raylight.worker.layouts") as of_rows:
         split = UnplannedModel(model, DraftedPlans(base, file), mesh, device)
         split.finalize_hooks()
         split.install(options, kernel("TORCH"), ("TORCH",), False)
@@ -135,7 +136,7 @@ def toy_day(
         split.remove()
     assert model._compiled_call_impl is None
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    return Day(error, tuple(exchanges), tuple(forwards), found, tuple(said))
+    return Day(error, tuple(exchanges), tuple(forwards), found, tuple(said), tuple(of_rows))
 
 
 def graphed_days(

@@ -63,6 +63,7 @@ def test_a_split_is_proven_once_for_each_length_and_then_used() -> None:
         # The whole one, one for each rank's part without exchanges, the real one, and another both ways.
         assert day.forwards == (7, 1, 7, 1, 1)
         assert day.exchanges == (4, 2, 4, 2, 2)
+        assert day.of_rows == (), "tokens are split, and not rows"
 
 
 def test_a_proof_is_kept_for_later_sessions(tmp_path: Path) -> None:
