@@ -16,7 +16,10 @@ class Account:
     """The log of one model, and what the node that samples shows of its runs."""
 
     def __init__(self, mesh: DeviceMesh, log: Callable[[str], None]) -> None:
-        self._mesh, self._log = mesh, log
+        self._log = log
+        # Now, as these take milliseconds and every forward is told.
+        self._degrees = " x ".join(f"{axis} {mesh[axis].size()}" for axis in AXES if mesh[axis].size() > 1)
+        self._ranks = sequence_axis(mesh).size()
         self._logged: set[str] = set()
         self._told: dict[str, None] = {}  # in order
         self._tell: Tell = lambda _: None
@@ -30,10 +33,9 @@ class Account:
     def say(self, way: Way) -> None:
         """Tell how forwards are split from now on."""
         if way.plan is not None:
-            degrees = [f"{axis} {self._mesh[axis].size()}" for axis in AXES if self._mesh[axis].size() > 1]
-            text = f"{' x '.join(degrees)} (no plan: a drafted one is proven)"
+            text = f"{self._degrees} (no plan: a drafted one is proven)"
         elif way.rows:
-            text = f"batch {sequence_axis(self._mesh).size()} (no plan, and no drafted one is equal)"
+            text = f"batch {self._ranks} (no plan, and no drafted one is equal)"
         else:
             text = "every worker does all (no plan, and none is proven)"
         if text not in self._told:
