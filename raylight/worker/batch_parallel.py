@@ -101,7 +101,7 @@ class BatchParallel:
         if self._in_step and not self._idles:
             any_rank(True, dist.group.WORLD)
             self._latest = args, kwargs
-        self._total = _batch_of((*args, *kwargs.values()))
+        self._total = batch_of((*args, *kwargs.values()))
         if not self.may_split:  # a layout would be logged as what is done
             self._batch = None
             return
@@ -152,11 +152,11 @@ def _rows_in(kwargs: Mapping[str, Any]) -> RowsAre:
     return RowsAre.PATCHED if kinds or any(options.get("patches_replace", {}).values()) else RowsAre.INDEPENDENT
 
 
-def _batch_of(values: Any) -> int:
+def batch_of(values: Any) -> int:
     """Return the batch rows of the first tensor: the latent, or the first of several."""
     for value in values:
         if isinstance(value, Tensor):
             return value.shape[0]
         if isinstance(value, (list, tuple)):
-            return _batch_of(value)
+            return batch_of(value)
     return 0

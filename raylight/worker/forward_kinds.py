@@ -50,12 +50,6 @@ def _earlier(value: Any) -> Any:
     return value * _SMALLER if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def rows_of(args: tuple[Any, ...]) -> int:
-    """Return the number of batch rows of the latent."""
-    first = args[0][0] if args and isinstance(args[0], (list, tuple)) else args[0] if args else None
-    return first.shape[0] if isinstance(first, Tensor) and first.ndim else 0
-
-
 def copied(value: Any) -> Any:
     """Copy containers and tensors of an argument, which a forward may change in place."""
     if isinstance(value, Tensor):

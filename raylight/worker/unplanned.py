@@ -39,9 +39,9 @@ from raylight.sharding.fsdp import reset
 
 from . import transformer_options
 from .account import Account
-from .batch_parallel import BatchParallel
+from .batch_parallel import BatchParallel, batch_of
 from .drafted_plans import DraftedPlans
-from .forward_kinds import another, code_inside, copied, kind_of, rows_of
+from .forward_kinds import another, code_inside, copied, kind_of
 from .kept_state import kept_by
 from .layouts import GivenLayouts, Tell
 from .proving import ROWS, WHOLE, Forward, Way, is_same_everywhere
@@ -257,7 +257,7 @@ class UnplannedModel:
         degree = sequence_axis(self._mesh).size()
         forward = Forward(repeat, recover, output, degree, is_in_16_bits(args), is_sharded)
         try:
-            self._ways[key] = self._find(key, record, forward, rows_of(args))
+            self._ways[key] = self._find(key, record, forward, batch_of(args))
         finally:
             set_random_state(after)
             self._enter(WHOLE, _whole)
