@@ -97,11 +97,6 @@ class DraftedPlans:
         except OSError as error:
             logger.warning("the plan for %s is not kept for later sessions: %s", self.name, error)
 
-    @property
-    def place(self) -> Path:
-        """The file."""
-        return self._file
-
 
 def _user_file() -> Path:
     import folder_paths  # only now: workers set its folders after they have imported Raylight

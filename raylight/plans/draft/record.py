@@ -31,10 +31,9 @@ class Call:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """A call of ComfyUI's attention: the path of the innermost module, and numbers of rows, heads, queries, keys."""
+    """A call of ComfyUI's attention: the path of the innermost module, and numbers of heads, queries, keys."""
 
     path: str
-    batch: int
     heads: int
     queries: int
     keys: int
@@ -58,7 +57,7 @@ class Record:
         """Record an attention call with q (B, H, Sq, D) and k (B, HKV, Sk, D)."""
         path = self._running[-1] if self._running else ""
         if self._entered.get(path, 0) <= 1:  # a later call of the same module is like the first
-            self.attention.append(AttentionCall(path, q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+            self.attention.append(AttentionCall(path, q.shape[1], q.shape[2], k.shape[2]))
 
     def entered(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record that a module is called."""
