@@ -328,7 +328,7 @@ class UnplannedModel:
 
     def _enter(self, way: Way, role: Callable[[SequenceGroup], SequenceGroup]) -> None:
         """Let the next forwards go this way, as members of `role` of the sequence's group."""
-        if way.plan is not None and way.plan is not self._plan and (self._split is None or self._plan != way.plan):
+        if way.plan not in (None, self._plan):
             if self._split is not None:
                 self._split.remove()
             self._split = self._plan = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from raylight.parallel import plan as rules
@@ -68,12 +68,8 @@ def _rule(value: Any) -> Any:
 
 def _given(rule: Any) -> dict[str, Any]:
     """Return the fields of a rule that differ from their defaults."""
-    values = {field.name: getattr(rule, field.name) for field in fields(rule)}
-    return {
-        field.name: values[field.name]
-        for field in fields(rule)
-        if field.default is MISSING or values[field.name] != field.default
-    }
+    # For a field that has none, `default` is a mark that no value is equal to.
+    return {field.name: value for field in fields(rule) if (value := getattr(rule, field.name)) != field.default}
 
 
 def to_python(plan: SequencePlan) -> str:
