@@ -302,7 +302,7 @@ class UnplannedModel:
         plans, reason = self._plans.known(), ""
         if self._failures < _FAILURES:
             try:
-                plans += [plan for plan in drafts(self._model, self._plans.model, record) if plan not in plans]
+                plans += [plan for plan in drafts(self._plans.model, record) if plan not in plans]
             except Undrafted as error:
                 reason = str(error)
         elif not plans:

@@ -71,7 +71,7 @@ def recorded(model: Model) -> Record:
 
 def test_what_is_drafted() -> None:
     model = Model().requires_grad_(False)
-    first, *others = drafts(model, "models.Model", recorded(model))
+    first, *others = drafts("models.Model", recorded(model))
     assert first.heads == 2
     assert first.inputs["blocks.*"]["img"] == Stream("blocks.img")
     assert first.inputs["blocks.*"]["pe"].streams == ("blocks.img", "blocks.txt")
@@ -87,7 +87,7 @@ def test_what_is_drafted() -> None:
 @pytest.mark.parametrize("rank", range(3))
 def test_a_rank_is_simulated_without_others(rank: int, weights: tuple[int, ...], expected: tuple[int, ...]) -> None:
     model, sizes = Model().requires_grad_(False), set()
-    for plan in drafts(model, "models.Model", recorded(model)):
+    for plan in drafts("models.Model", recorded(model)):
         split = SequenceParallel(model, plan, SequenceGroup.simulated(rank, 3, weights), 2)
 
         def attend(tokens: Tensor, split: SequenceParallel = split) -> Tensor:
@@ -131,7 +131,7 @@ def test_rules_have_the_order_of_the_model() -> None:
     model = Model()
     model.blocks = nn.ModuleList([Mixed()])
     model.requires_grad_(False)
-    plan = drafts(model, "models.Model", recorded(model))[0]
+    plan = drafts("models.Model", recorded(model))[0]
     assert list(plan.inputs) == ["blocks.0", *(f"blocks.0.mixers.{index}" for index in range(6))]
 
 
@@ -140,7 +140,7 @@ def test_a_model_without_attention_is_not_drafted() -> None:
     with recording(model) as record:
         model(torch.randn(1, 7, WIDTH), torch.randn(1, 3, WIDTH), plain)
     with pytest.raises(Undrafted, match="no block of it calls ComfyUI's attention"):
-        drafts(model, "models.Model", record)
+        drafts("models.Model", record)
 
 
 def test_a_record_keeps_no_tensor_and_leaves_no_hook() -> None:

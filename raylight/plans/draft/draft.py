@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from raylight.parallel.plan import (
     Aligned,
     Attention,
@@ -32,7 +30,7 @@ from raylight.parallel.plan import (
     TokenRanges,
 )
 
-from .record import AttentionCall, Call, Record, block_lists
+from .record import AttentionCall, Call, Record
 from .tokens import Tokens, find_streams, joined, place_of
 
 # A list of blocks over fewer tokens than this share of the longest sequence is not worth its exchanges.
@@ -59,7 +57,7 @@ class Guess(NamedTuple):
 _GUESSES = sorted((Guess(*flags) for flags in itertools.product((False, True), repeat=5)), key=sum)
 
 
-def drafts(model: nn.Module, name: str, record: Record) -> list[SequencePlan]:
+def drafts(name: str, record: Record) -> list[SequencePlan]:
     """Return different drafts of a plan for the model class `name`, the fastest first.
 
     Raises Undrafted: when the forward shows no list of blocks whose streams and attention a plan can describe.
@@ -68,7 +66,7 @@ def drafts(model: nn.Module, name: str, record: Record) -> list[SequencePlan]:
     reason = ""
     for guess in _GUESSES:
         try:
-            plan = _Draft(model, record, guess).plan(name)
+            plan = _Draft(record, guess).plan(name)
         except Undrafted as error:
             reason = str(error)
         else:
@@ -93,8 +91,8 @@ class _Blocks:
 class _Draft:
     """One draft."""
 
-    def __init__(self, model: nn.Module, record: Record, guess: Guess) -> None:
-        self._model, self._record, self._guess = model, record, guess
+    def __init__(self, record: Record, guess: Guess) -> None:
+        self._record, self._guess = record, guess
         self._inputs: dict[str, dict[str | int, Input]] = {}
         self._attention: dict[str, Attention] = {}
         self._outputs: dict[str, Any] = {}
@@ -121,13 +119,12 @@ class _Draft:
         """Return the lists of blocks that are worth splitting."""
         record, found = self._record, []
         lengths = {
-            pattern: [call.queries for call in self._self_calls(paths)]
-            for pattern, paths in block_lists(self._model).items()
+            pattern: [call.queries for call in self._self_calls(paths)] for pattern, paths in record.lists.items()
         }
         longest = max((length for of_list in lengths.values() for length in of_list), default=0)
         if longest < 2:
             raise Undrafted("no block of it calls ComfyUI's attention over its tokens")
-        for pattern, paths in block_lists(self._model).items():
+        for pattern, paths in record.lists.items():
             if max(lengths[pattern], default=0) < _WORTH * longest:
                 continue
             calls = {path: record.calls[path] for path in record.calls if path in paths}

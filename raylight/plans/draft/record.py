@@ -42,16 +42,20 @@ class AttentionCall:
 @dataclass
 class Record:
     """The first call of every module, in order, and the attention calls in these. `mixing` are paths of convolutions,
-    `blocks` of the modules whose outputs are followed.
+    `lists` the model's `block_lists`. The outputs of blocks are followed.
     """
 
-    blocks: frozenset[str] = frozenset()
+    lists: dict[str, list[str]] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     attention: list[AttentionCall] = field(default_factory=list)
     mixing: list[str] = field(default_factory=list)
     _running: list[str] = field(default_factory=list)
     _entered: dict[str, int] = field(default_factory=dict)
     _returned: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    _blocks: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._blocks = frozenset(path for paths in self.lists.values() for path in paths)
 
     def attended(self, q: Tensor, k: Tensor) -> None:
         """Record an attention call with q (B, H, Sq, D) and k (B, HKV, Sk, D)."""
@@ -84,14 +88,14 @@ class Record:
         call, found = self.calls[name], dict(tensors("", output))
         if not call.outputs:
             call.outputs.update({place: tuple(tensor.shape) for place, tensor in found.items()})
-        if name in self.blocks:
+        if name in self._blocks:
             self._returned.update({id(tensor): weakref.ref(tensor) for tensor in found.values()})
 
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Record]:
     """Record the forwards of `model` within this context. Attention calls are told to `Record.attended`."""
-    record, handles = Record(frozenset(path for paths in block_lists(model).values() for path in paths)), []
+    record, handles = Record(block_lists(model)), []
     for name, module in model.named_modules():
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:

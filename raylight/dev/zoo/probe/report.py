@@ -48,7 +48,7 @@ def _by_workers(model: nn.Module, records: dict[str, Record]) -> list[str]:
     """Return the first of the plans that workers would try by themselves."""
     kind = type(model)
     try:
-        plan = drafts(model, f"{kind.__module__}.{kind.__qualname__}", records[SIZES[0]])[0]
+        plan = drafts(f"{kind.__module__}.{kind.__qualname__}", records[SIZES[0]])[0]
     except Undrafted as error:
         return [f"# By what this shows, workers draft no plan by themselves: {error}"]
     return ["# What workers try first by themselves, which splits each list of blocks on its own:", to_python(plan)]
