@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .collectives import all_gather
+from .masks import gathered_mask, local_mask, rank_order
 from .plan import Attention, CrossAttention, FullAttention, GatherAround, SelfAttention, alternatives
 from .tokens import TokenState
 
@@ -81,7 +82,7 @@ class SequenceAttention:
         )
         streams = rule.streams
         if isinstance(rule, CrossAttention):
-            return kernel(q, k, v, None if mask is None else tokens.local_mask(mask, streams), scale)
+            return kernel(q, k, v, None if mask is None else local_mask(tokens, mask, streams), scale)
         tokens.count_call(rule)
         if rule.mask is not None:
             mask = rule.mask(sum(lengths), q)
@@ -113,7 +114,7 @@ class SequenceAttention:
         """Return the kernel with tokens reordered around it: it gets them stream by stream, not rank by rank."""
 
         def ordered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-            to_ranks = self._tokens.rank_order(streams, q.device)  # (S,)
+            to_ranks = rank_order(self._tokens, streams, q.device)  # (S,)
             to_streams = to_ranks.argsort()
             if mask is not None:
                 mask = mask.index_select(-1, to_streams)
@@ -147,7 +148,7 @@ class SequenceAttention:
         if mask.shape[-2] == 1 and mask.shape[-1] == self._tokens.local_length(streams) != sum(lengths):
             mask = self._tokens.without_placeholders(mask, streams, mask.ndim - 1)
             return all_gather(mask, lengths, mask.ndim - 1, self._tokens.group)
-        return self._tokens.gathered_mask(mask, streams)
+        return gathered_mask(self._tokens, mask, streams)
 
 
 def four_dims(mask: Tensor) -> Tensor:

@@ -298,40 +298,6 @@ class TokenState:
                     result.append((first - low + local, last - low + local, *mine))
         return result
 
-    def local_mask(self, mask: Tensor, streams: Sequence[str]) -> Tensor:
-        """Return a mask of this rank's queries: (B|1, H|1, S|1, Sk) -> (B|1, H|1, S_LOCAL|1, Sk)."""
-        if mask.shape[-2] == 1:
-            return mask
-        return torch.cat([mask[..., start:stop, :] for start, stop in self.spans(streams, self.rank)], dim=-2)
-
-    def gathered_mask(self, mask: Tensor, streams: Sequence[str]) -> Tensor:
-        """Return a mask (B|1, H|1, S|1, S) in the order in which an all-to-all gathers the ranks' tokens.
-
-        Each rank holds `[txt_r, img_r]`, so gathered tokens come rank by rank and not stream by stream.
-
-        Raises RuntimeError: when the mask does not fit the tokens of `streams`.
-        """
-        total = self.total(streams)
-        if mask.shape[-1] != total or mask.shape[-2] not in (1, total):
-            raise RuntimeError(f"an attention mask of shape {tuple(mask.shape)} does not fit {total} tokens")
-
-        def permute() -> tuple[Tensor, Tensor]:
-            order = self.rank_order(streams, mask.device)
-            permuted = mask.index_select(-1, order)
-            return mask, permuted if mask.shape[-2] == 1 else permuted.index_select(-2, order)
-
-        return self.kept((id(mask), tuple(streams)), permute)[1]
-
-    def rank_order(self, streams: Sequence[str], device: torch.device) -> Tensor:
-        """Return the index (S,), int64, that takes the concatenated full streams to the order of gathered tokens."""
-        return torch.cat(
-            [
-                torch.arange(start, start + self.sizes(name)[rank], device=device)
-                for rank in range(self.degree)
-                for name, (start, _) in zip(streams, self.spans(streams, rank), strict=True)
-            ]
-        )
-
 
 class LocalResiduals(list):
     """A list of residuals (B, tokens, width) whose entries are this rank's tokens (B, S_LOCAL, width) while the stream

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from toy import plain_kernel
 
+from raylight.parallel.masks import rank_order
 from raylight.parallel.plan import GatherAround, SelfAttention, Stream
 from raylight.parallel.sequence_attention import SequenceAttention
 from raylight.parallel.tokens import TokenState
@@ -20,7 +21,7 @@ def test_a_kernel_may_get_tokens_stream_by_stream(txt: int) -> None:
     for name, length in (("txt", txt), ("img", 6)):
         tokens.shard(torch.zeros(1, length, 4), Stream(name))
     full = torch.randn(1, 2, total, 4)
-    order = tokens.rank_order(STREAMS, full.device)
+    order = rank_order(tokens, STREAMS, full.device)
     mask = torch.zeros(1, 1, total, total).masked_fill(torch.rand(total, total) > 0.6, -3.0)
     seen = []
 

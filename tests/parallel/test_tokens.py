@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from raylight.parallel.masks import gathered_mask, local_mask
 from raylight.parallel.plan import Aligned, Converted, Stream, TokenIndex, TokenPrefix, TokenRanges, Unsupported
 from raylight.parallel.tokens import TokenState
 
@@ -88,10 +89,10 @@ def test_masks_are_put_in_the_order_of_gathered_tokens() -> None:
     tokens = state(0, 2, txt=3, img=4)
     keys = torch.arange(7.0).view(1, 1, 1, 7)
     order = [0, 1, 3, 4, 2, 5, 6]
-    assert tokens.gathered_mask(keys, ("txt", "img")).flatten().tolist() == order
+    assert gathered_mask(tokens, keys, ("txt", "img")).flatten().tolist() == order
     square = torch.arange(49.0).view(1, 1, 7, 7)
     expected = square[..., order, :][..., order]
-    assert torch.equal(tokens.gathered_mask(square, ("txt", "img")), expected)
+    assert torch.equal(gathered_mask(tokens, square, ("txt", "img")), expected)
 
 
 def short(rank: int) -> TokenState:
@@ -121,7 +122,7 @@ def test_an_aligned_argument_has_a_row_for_a_placeholder() -> None:
         assert tokens.shard(table, Aligned(("img", "txt"))).flatten().tolist() == expected
         assert tokens.shard(torch.zeros(1, 1, 2), Stream("txt")).shape == (1, 1, 2)
         mask = torch.arange(11).view(1, 1, 11, 1)
-        assert tokens.local_mask(mask, ("img", "txt")).flatten().tolist() == expected
+        assert local_mask(tokens, mask, ("img", "txt")).flatten().tolist() == expected
         assert (
             tokens.shard([(0, 5, 0), (5, None, 1)], TokenRanges(("img", "txt")))
             == ([(0, 4, 0), (4, 5, 1)], [(0, 1, 0), (1, 3, 1), (3, 4, 1)], [(0, 3, 1), (3, 4, 1)])[rank]
@@ -131,7 +132,7 @@ def test_an_aligned_argument_has_a_row_for_a_placeholder() -> None:
 
 def test_a_placeholder_is_not_exchanged() -> None:
     order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert short(0).gathered_mask(torch.arange(11).view(1, 1, 1, 11), ("img", "txt")).flatten().tolist() == order
+    assert gathered_mask(short(0), torch.arange(11).view(1, 1, 1, 11), ("img", "txt")).flatten().tolist() == order
     for rank, expected in enumerate(([0, 1, 2, 3], [0, 1, 2], [0, 1, 2, 3])):
         tokens = short(rank)
         local = torch.arange(tokens.local_length(("img", "txt"))).view(1, 1, -1)
@@ -173,7 +174,7 @@ def test_rejects_a_table_that_does_not_fit() -> None:
 
 def test_rejects_a_mask_that_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match=r"\(1, 1, 1, 5\) does not fit 6 tokens"):
-        state(0, 2, x=6).gathered_mask(torch.zeros(1, 1, 1, 5), ("x",))
+        gathered_mask(state(0, 2, x=6), torch.zeros(1, 1, 1, 5), ("x",))
 
 
 def test_a_grid_is_one_row_while_it_is_local() -> None:
