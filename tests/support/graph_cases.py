@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from comfy.cli_args import args
 from fake_graphs import CPU, FakeBackend, cpu_as_device
-from matrix_cases import copied
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -25,6 +24,7 @@ from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.plans import plan_for
 from raylight.sharding.fsdp import reset, shard
 from raylight.worker.cuda_graphs import GraphedForward
+from raylight.worker.forward_kinds import copied
 from raylight.worker.sequence_parallel import apply_sequence_parallel
 
 FORWARDS = 5  # as it is, recorded, captured and replayed, replayed twice

@@ -23,6 +23,7 @@ from raylight.parallel.mesh import MeshShape, build_mesh
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.shares import ALIKE, Speeds, use
 from raylight.plans import plan_for
+from raylight.worker.forward_kinds import copied
 from raylight.worker.sequence_parallel import apply_sequence_parallel
 
 T = TypeVar("T")
@@ -40,14 +41,6 @@ class Comparison:
     heads: int
     of: int
     failure: str = ""
-
-
-def copied(value: Any) -> Any:
-    if torch.is_tensor(value):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
-    return [copied(item) for item in value] if isinstance(value, list) else value
 
 
 def compare(

@@ -17,7 +17,7 @@ import comfy.model_patcher
 import comfy.sd
 from comfy.model_base import BaseModel
 from loras import KINDS, lora_for
-from matrix_cases import Split, copied
+from matrix_cases import Split
 from torch import Tensor
 
 from raylight.dev.zoo import families
@@ -27,6 +27,7 @@ from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.sharding import fsdp
 from raylight.sharding.fsdp import units
 from raylight.worker import lora
+from raylight.worker.forward_kinds import copied
 from raylight.worker.sharded_patcher import build_sharded
 
 CPU = torch.device("cpu")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from comfy_cases import CASES, checkpoint, sample_on_workers, sample_stock
-from matrix_cases import copied
 
 from raylight.attention.kernels import kernel
 from raylight.cluster.config import SessionConfig
@@ -19,6 +18,7 @@ from raylight.host.patcher_state import OVERRIDE
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 from raylight.plans import plan_for
+from raylight.worker.forward_kinds import copied
 from raylight.worker.one_worker import OneWorker
 
 TOLERANCE = 1e-4

@@ -11,7 +11,6 @@ from typing import Any
 import comfy.supported_models
 import pytest
 import torch
-from matrix_cases import copied
 from torch import Tensor
 
 from raylight.dev.zoo.family import Draw, randomize
@@ -19,6 +18,7 @@ from raylight.dev.zoo.table import families
 from raylight.parallel.batch import Rows
 from raylight.plans import has_known_rows, plan_for
 from raylight.worker.batch_parallel import BatchParallel
+from raylight.worker.forward_kinds import copied
 from raylight.worker.layouts import Layout, Layouts, RowsAre
 
 TOLERANCE = 1e-4
