@@ -30,7 +30,7 @@ from raylight.parallel.plan import (
     TokenRanges,
 )
 
-from .record import AttentionCall, Call, Record
+from .record import AttentionCall, Call, Record, within
 from .tokens import Tokens, find_streams, joined, place_of
 
 # A list of blocks over fewer tokens than this share of the longest sequence is not worth its exchanges.
@@ -105,7 +105,7 @@ class _Draft:
         heads = min(
             call.heads
             for call in self._record.attention
-            if any(_within(call.path, path) for blocks in lists for path in blocks.paths)
+            if any(within(call.path, path) for blocks in lists for path in blocks.paths)
         )
         return SequencePlan(
             model=name,
@@ -149,7 +149,7 @@ class _Draft:
 
     def _self_calls(self, paths: Sequence[str]) -> Iterator[AttentionCall]:
         for call in self._record.attention:
-            if call.queries == call.keys and any(_within(call.path, path) for path in paths):
+            if call.queries == call.keys and any(within(call.path, path) for path in paths):
                 yield call
 
     def _describe(self, blocks: _Blocks, path: str) -> None:
@@ -236,9 +236,9 @@ class _Draft:
         around = dict.fromkeys(
             module
             for mixer in self._record.mixing
-            if _within(mixer, path) and (module := self._token_module(blocks, path, mixer)) is not None
+            if within(mixer, path) and (module := self._token_module(blocks, path, mixer)) is not None
         )
-        calls = [call for call in self._record.attention if _within(call.path, path)]
+        calls = [call for call in self._record.attention if within(call.path, path)]
         for call in calls:
             if joined(blocks.streams, call.queries) is None:
                 module = self._token_module(blocks, path, call.path)
@@ -249,7 +249,7 @@ class _Draft:
             self._inputs[module] = {root: GatherAround(stream.name, stream.dim)}
         by_module: dict[str, list[AttentionCall]] = {}
         for call in calls:
-            if not any(_within(call.path, module) for module in around):
+            if not any(within(call.path, module) for module in around):
                 by_module.setdefault(call.path, []).append(call)
         for module, made in by_module.items():
             self._attention[module] = self._rule(blocks, module, made)
@@ -309,7 +309,7 @@ class _Draft:
         result = dict(rules)
         for blocks in lists:
             suffixes = dict.fromkeys(
-                path.removeprefix(block) for path in rules for block in blocks.paths if _within(path, block)
+                path.removeprefix(block) for path in rules for block in blocks.paths if within(path, block)
             )
             for suffix in suffixes:
                 paths = [f"{block}{suffix}" for block in blocks.paths]
@@ -318,10 +318,6 @@ class _Draft:
                         del result[path]
                     result[f"{blocks.pattern}{suffix}"] = rules[paths[0]]
         return result
-
-
-def _within(path: str, block: str) -> bool:
-    return path == block or path.startswith(f"{block}.")
 
 
 def _root(place: str) -> tuple[str | int, int | None]:

@@ -113,6 +113,11 @@ def recording(model: nn.Module) -> Iterator[Record]:
             handle.remove()
 
 
+def within(path: str, module: str) -> bool:
+    """Return whether a path is that of a module, or of one in it."""
+    return path == module or path.startswith(f"{module}.")
+
+
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str | int, Any]:
     """Return the arguments of a module's forward by name, and by position where it takes `*args`."""
     parameters = inspect.signature(module.forward).parameters

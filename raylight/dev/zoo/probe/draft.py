@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from raylight.plans.draft.record import Record, Shape
+from raylight.plans.draft.record import AttentionCall, Record, Shape, within
 
 from .subject import SIZES
 
@@ -75,11 +75,13 @@ def describe(pattern: str, path: str, records: Mapping[str, Record], known: dict
 
 def queries(block: Block, records: Mapping[str, Record]) -> set[Counts]:
     """Return the query counts of the attention calls within a block, at each of SIZES."""
-    counted = [
-        [call.queries for call in records[size].attention if f"{call.path}.".startswith(f"{block.path}.")]
-        for size in SIZES
-    ]
+    counted = [[call.queries for call in of_size] for of_size in _calls_in(block, records)]
     return set(zip(*counted, strict=False))
+
+
+def _calls_in(block: Block, records: Mapping[str, Record]) -> list[list[AttentionCall]]:
+    """Return the attention calls within a block, at each of SIZES."""
+    return [[call for call in records[size].attention if within(call.path, block.path)] for size in SIZES]
 
 
 def _grid(shapes: list[Shape], dim: int, counts: set[Counts]) -> int:
@@ -126,9 +128,7 @@ def _aligned(block: Block, key: str, found: list[tuple[int, Counts]], counts: Ma
 
 def attention(block: Block, records: Mapping[str, Record]) -> dict[str, str]:
     """Describe where the block attends, by the paths of a plan."""
-    calls = [
-        [call for call in records[size].attention if f"{call.path}.".startswith(f"{block.path}.")] for size in SIZES
-    ]
+    calls = _calls_in(block, records)
     lines = {}
     for module in dict.fromkeys(call.path for call in calls[0]):
         rows = [next(call for call in of_size if call.path == module) for of_size in calls]
