@@ -15,7 +15,17 @@ from .seam import GONE, Seam, find
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = ("nodes", "raylight/driver", "raylight/worker", "raylight/host")
-OF_COMFYUI = ("comfy", "comfy_api", "comfy_execution", "nodes", "folder_paths", "latent_preview", "server")
+OF_COMFYUI = (
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfyui_version",
+    "nodes",
+    "folder_paths",
+    "latent_preview",
+    "server",
+    "utils",
+)
 REPLACED = ("replaced", "replaced_on")
 """Functions of `raylight.host.comfy_patches`, which take an object and the name of one of its attributes."""
 
