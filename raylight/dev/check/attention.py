@@ -13,7 +13,7 @@ from raylight.host import comfy_patches
 from raylight.host.patcher_state import OPTIONS, OVERRIDE
 from raylight.plans import all_plans
 
-from .seam import GONE, Seam, find
+from .seam import GONE, Seam, exists, find
 
 WHERE = "raylight/worker/transformer_options.py"
 STOPS = "each worker attends to its own tokens only, or models are refused"
@@ -51,12 +51,8 @@ def seams() -> list[Seam]:
 def _doors() -> Iterator[tuple[str, str]]:
     """Yield the modules that call attention without options, each with a model, of those that this ComfyUI has."""
     for plan in all_plans().values():
-        for module in plan.unhooked:
-            try:
-                find(plan.model)
-            except LookupError:
-                continue
-            yield module, plan.model.rpartition(".")[2]
+        if plan.unhooked and exists(plan.model) is None:
+            yield from ((module, plan.model.rpartition(".")[2]) for module in plan.unhooked)
 
 
 def _is_door(module: str) -> str | None:

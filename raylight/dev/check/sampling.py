@@ -123,63 +123,59 @@ def _wrappers_in_forward() -> str | None:
 
 def seams() -> list[Seam]:
     """Return the seams of a sampling run."""
-
-    def seam(what: str, where: str, stops: str, look: Callable[[], str | None]) -> Seam:
-        return Seam(what, where, stops, look)
-
     state, not_called = "raylight/host/patcher_state.py", "is not called in a sampling run"
     return [
-        seam("CFGGuider.outer_sample", RUN, "the workers cannot do a whole run of a sampler", _arguments),
-        seam(
+        Seam("CFGGuider.outer_sample", RUN, "the workers cannot do a whole run of a sampler", _arguments),
+        Seam(
             "the wrapper OUTER_SAMPLE",
             RUN,
             "runs are done in ComfyUI's process, which has no weights",
             lambda: _seen("guider", not_called, lambda guider: isinstance(guider, comfy.samplers.CFGGuider)),
         ),
-        seam(
+        Seam(
             "the wrapper PREPARE_SAMPLING",
             "raylight/driver/remote_model.py",
             "ComfyUI frees memory for a model that is not in its process",
             lambda: _seen("prepared", not_called, lambda model: isinstance(model, ModelPatcher)),
         ),
-        seam(
+        Seam(
             "the wrapper DIFFUSION_MODEL",
             state,
             "nodes such as EasyCache have no effect, or a run fails",
             lambda: _seen("diffusion model", not_called, lambda count: count and count >= 2),
         ),
-        seam("the name DIFFUSION_MODEL", state, "such wrappers have no effect on workers", _wrappers_in_forward),
-        seam(
+        Seam("the name DIFFUSION_MODEL", state, "such wrappers have no effect on workers", _wrappers_in_forward),
+        Seam(
             "the callback ON_PRE_RUN",
             "raylight/worker/sampling.py",
             "a slow first step is taken for a worker that hangs",
             lambda: _seen("before", not_called),
         ),
-        seam(
+        Seam(
             "the argument transformer_options of a model's forward",
             "raylight/worker/transformer_options.py",
             "tokens of no model can be split",
             lambda: _seen("options", "is not passed by its name", bool),
         ),
-        seam(
+        Seam(
             "model_options['transformer_options']['optimized_attention_override']",
             "raylight/worker/transformer_options.py",
             "each worker attends to its own tokens only, or models are refused",
             lambda: _seen("override", "does not reach attention", bool),
         ),
-        seam(
+        Seam(
             f"an object patch of {PATH}",
             state,
             "nodes that replace parts of a model have no effect on workers",
             lambda: _seen("object patch", "is not in the model when it runs", bool),
         ),
-        seam(
+        Seam(
             "ModelPatcher.unpatch_model(unpatch_weights=False)",
             "raylight/driver/remote_model.py",
             "patches of one run remain for the next",
             lambda: _seen("undone", "does not undo object patches", bool),
         ),
-        seam(
+        Seam(
             "the callback of a sampler",
             "raylight/driver/pending_run.py",
             "there are no previews, and no progress is shown",
