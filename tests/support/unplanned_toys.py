@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,6 +98,21 @@ class Day:
     of_rows: tuple[str, ...]
 
 
+class Split:
+    """A toy taken over by `model`, with the `options` for its calls. `strategy` counts its exchanges."""
+
+    def __init__(self, toy: Toy, mesh: Any, file: Path, device: torch.device = CPU, graphs: Any = None) -> None:
+        """Keep plans in `file`. `graphs` of the toy are paused where a forward is not proven."""
+        base: Any = SimpleNamespace(diffusion_model=toy, model_config=SimpleNamespace(unet_config={}))
+        pause = nullcontext if graphs is None else graphs.paused
+        self.strategy = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
+        self.options: dict[str, Any] = {}
+        self.model = UnplannedModel(toy, DraftedPlans(base, file), mesh, device, pause)
+        self.model.finalize_hooks()
+        self.model.install(self.options, kernel("TORCH"), ("TORCH",), False)
+        self.model.use(SequenceGroup.of(sequence_axis(mesh).get_group(), self.strategy))
+
+
 Case = tuple[str, tuple[int, ...], torch.dtype, Path]  # flaw, lengths of the sequences, their dtype, file of plans
 
 
@@ -113,27 +129,21 @@ def toy_day(
     device = torch.device(on, rank if on == "cuda" else 0)
     mesh = build_mesh(MeshShape(ulysses=world), device)
     model = Toy(flaw).requires_grad_(False).to(device, dtype)
-    base: Any = SimpleNamespace(diffusion_model=model, model_config=SimpleNamespace(unet_config={}))
     sequences = [torch.randn(1, length, WIDTH).to(device, dtype) for length in lengths]
     time = torch.ones(1, device=device)
     stock = copy.deepcopy(model)
     expected = [stock(x, time) for x in sequences]
-    strategy = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
-    options: dict[str, Any] = {}
     exchanges, forwards, error = [], [], 0.0
     with logged() as said, logged("raylight.worker.layouts") as of_rows:
-        split = UnplannedModel(model, DraftedPlans(base, file), mesh, device)
-        split.finalize_hooks()
-        split.install(options, kernel("TORCH"), ("TORCH",), False)
-        split.use(SequenceGroup.of(sequence_axis(mesh).get_group(), strategy))
+        split = Split(model, mesh, file, device)
         for x, whole in zip(sequences, expected, strict=True):
-            strategy.calls = Toy.forwards = 0
-            result = model(x, time, **options)  # by position, as ComfyUI passes both
-            exchanges.append(strategy.calls)
+            split.strategy.calls = Toy.forwards = 0
+            result = model(x, time, **split.options)  # by position, as ComfyUI passes both
+            exchanges.append(split.strategy.calls)
             forwards.append(Toy.forwards)
             error = max(error, ((result - whole).abs().max() / whole.std()).item())
-        found = sum(way.plan is not None for way in split.ways)
-        split.remove()
+        found = sum(way.plan is not None for way in split.model.ways)
+        split.model.remove()
     assert model._compiled_call_impl is None
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     return Day(error, tuple(exchanges), tuple(forwards), found, tuple(said), tuple(of_rows))
@@ -155,29 +165,23 @@ def graphed_day(
     torch.manual_seed(0)
     mesh = build_mesh(MeshShape(ulysses=world), CPU)
     model = Toy(flaw).requires_grad_(False)
-    base: Any = SimpleNamespace(diffusion_model=model, model_config=SimpleNamespace(unet_config={}))
     sequences = [torch.randn(1, length, WIDTH) for length in lengths]
     expected = [model(x) for x in sequences]
     if shards:
         weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         shard(model, weights, world_axis(mesh), CPU)
-    strategy = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
     backend = FakeBackend()
-    graphs = GraphedForward(model, GraphPool(backend), lambda: None, lambda: reset(model), lambda: split.way)
-    split = UnplannedModel(model, DraftedPlans(base, file), mesh, CPU, graphs.paused)
-    split.finalize_hooks()
-    options: dict[str, Any] = {}
-    split.install(options, kernel("TORCH"), ("TORCH",), False)
-    split.use(SequenceGroup.of(sequence_axis(mesh).get_group(), strategy))
+    graphs = GraphedForward(model, GraphPool(backend), lambda: None, lambda: reset(model), lambda: split.model.way)
+    split = Split(model, mesh, file, graphs=graphs)
     graphs.use(ON, "test", "", whole_call=shards)
     found = []
     with torch.no_grad(), cpu_as_device():
         for x, whole in zip(sequences, expected, strict=True):
-            strategy.calls = 0
-            result = model(x, torch.zeros(1), **options)  # by position, as ComfyUI passes both
+            split.strategy.calls = 0
+            result = model(x, torch.zeros(1), **split.options)  # by position, as ComfyUI passes both
             error = ((result - whole).abs().max() / whole.std()).item()
-            found.append((error, backend.captures, backend.replays, strategy.calls))
-    split.remove()
+            found.append((error, backend.captures, backend.replays, split.strategy.calls))
+    split.model.remove()
     graphs.remove()
     assert model._compiled_call_impl is None and "forward" not in vars(model)
     return found
@@ -188,21 +192,15 @@ def compiled_calls(rank: int, world: int, file: Path) -> list[tuple[float, int]]
     torch.manual_seed(0)
     mesh = build_mesh(MeshShape(ulysses=world), CPU)
     model = Toy("").requires_grad_(False)
-    base: Any = SimpleNamespace(diffusion_model=model, model_config=SimpleNamespace(unet_config={}))
     x, time = torch.randn(1, 10, WIDTH), torch.ones(1)
     whole = model(x, time)
-    strategy = CountingStrategy(HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring")))
-    split = UnplannedModel(model, DraftedPlans(base, file), mesh, CPU)
-    split.finalize_hooks()
-    options: dict[str, Any] = {}
-    split.install(options, kernel("TORCH"), ("TORCH",), False)
-    split.use(SequenceGroup.of(sequence_axis(mesh).get_group(), strategy))
+    split = Split(model, mesh, file)
     compiled, found = torch.compile(model, backend="eager"), []
     with torch.inference_mode():
         for forward in (compiled, model, model, compiled):
-            strategy.calls = 0
-            error = (forward(x, time, **options) - whole).abs().max() / whole.std()
-            found.append((error.item(), strategy.calls))
+            split.strategy.calls = 0
+            error = (forward(x, time, **split.options) - whole).abs().max() / whole.std()
+            found.append((error.item(), split.strategy.calls))
     return found
 
 
