@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -175,3 +176,13 @@ def test_rejects_incomplete_archive(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="holds no vendor/ComfyUI"):
         comfyui.unpack(archive, sha256, target)
     assert not target.exists()
+
+
+def test_puts_comfyui_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", ["other"])
+    monkeypatch.delenv("COMFYUI_PATH")
+    with pytest.raises(SystemExit, match="there is no ComfyUI yet: run `make setup`, or set COMFYUI_PATH"):
+        comfyui.put_on_path(tmp_path)
+    make_comfyui(comfyui.cached_root(tmp_path))
+    comfyui.put_on_path(tmp_path)
+    assert sys.path == [str(comfyui.cached_root(tmp_path)), "other"]

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping
@@ -111,6 +112,17 @@ def find(checkouts: list[Path], environ: Mapping[str, str], version: str = DEFAU
             return ComfyUI(checkout.parents[1], "whose custom_nodes/ holds this checkout")
     cached = cached_root(checkouts[0], version)
     return ComfyUI(cached, "unpacked here") if looks_like_comfyui(cached) else None
+
+
+def put_on_path(checkout: Path) -> None:
+    """Let Python import the ComfyUI that `find` returns for $COMFYUI_PATH or this checkout.
+
+    Raises SetupError: COMFYUI_PATH is not a ComfyUI. Raises SystemExit: there is none yet.
+    """
+    found = find([checkout], os.environ)
+    if found is None:
+        sys.exit(f"there is no ComfyUI yet: run `make setup`, or set {VARIABLE}")
+    sys.path[:0] = [str(found.root)]
 
 
 def cached_root(checkout: Path, version: str = DEFAULT_VERSION) -> Path:

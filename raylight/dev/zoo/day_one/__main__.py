@@ -6,7 +6,6 @@ Minutes for all of them.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -19,11 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("family", nargs="*", help="the families, all if none is given")
     parser.add_argument("--ranks", type=int, default=2)
     options = parser.parse_args(arguments)
-    found = comfyui.find([Path(__file__).resolve().parents[4]], os.environ)
-    if found is None:
-        print(f"there is no ComfyUI yet: run `make setup`, or set {comfyui.VARIABLE}", file=sys.stderr)
-        return 1
-    sys.path[:0] = [str(found.root)]
+    comfyui.put_on_path(Path(__file__).resolve().parents[4])
     from raylight.dev.zoo import families
     from raylight.dev.zoo.day_one.measure import SPLIT, WRONG, measure, outcomes
     from raylight.dev.zoo.day_one.section import section

@@ -6,7 +6,6 @@ MODEL is a family of `raylight.dev.zoo` or a `.safetensors` file, of which only 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -32,11 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="meta computes nothing, so that any size fits; a few models only run on cpu",
     )
     options = parser.parse_args(arguments)
-    found = comfyui.find([Path(__file__).resolve().parents[4]], os.environ)
-    if found is None:
-        print(f"there is no ComfyUI yet: run `make setup`, or set {comfyui.VARIABLE}", file=sys.stderr)
-        return 1
-    sys.path[:0] = [str(found.root)]
+    comfyui.put_on_path(Path(__file__).resolve().parents[4])
     from comfy.cli_args import args
 
     args.cpu = True  # before ComfyUI picks a device
