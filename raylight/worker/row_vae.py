@@ -24,7 +24,7 @@ from .replicated_patcher import ReplicatedPatcher, build_replicated
 
 logger = logging.getLogger(__name__)
 
-_MODULES_BETWEEN_CHECKS = 16  # of a cancel: modules that have modules of their own
+_CALLS_BETWEEN_CHECKS = 16  # of modules; small VAEs have few of them, and many images are one call
 _OVERLAP = 64  # pixels of the picture that two pieces share, as in ComfyUI's tiles
 _LEAST_WIDTH = 256  # pixels of a piece
 # ComfyUI's estimates are generous, and with more than one piece the picture is no longer that of one GPU.
@@ -63,8 +63,7 @@ class RowVae:
         self.model = VaeModel(self.vae)
         self._calls = 0
         for module in self.vae.first_stage_model.modules():
-            if next(module.children(), None) is not None:
-                module.register_forward_pre_hook(self._look_for_cancel)
+            module.register_forward_pre_hook(self._look_for_cancel)
 
     def build_patcher(self) -> tuple[ReplicatedPatcher, int]:
         """Return a patcher with all weights, and how many bytes of them are this rank's own memory on the host."""
@@ -203,7 +202,7 @@ class RowVae:
 
     def _look_for_cancel(self, *_: Any) -> None:
         self._calls += 1
-        if self._calls % _MODULES_BETWEEN_CHECKS == 0:
+        if self._calls % _CALLS_BETWEEN_CHECKS == 0:
             cancellation_point()
 
 
