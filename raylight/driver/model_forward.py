@@ -15,7 +15,7 @@ from raylight.cluster.session import Session
 from raylight.cluster.tensor_delta import Sender
 from raylight.host import patcher_state
 from raylight.host.foreign_code import node_name_of
-from raylight.host.jobs import ForwardJob
+from raylight.host.jobs import ForwardJob, random_state, set_random_state
 from raylight.host.patcher_state import OPTIONS, OVERRIDE, Change, bind_arguments, run_with_wrappers
 from raylight.host.pickling import NotSerializableError, serialize
 from raylight.host.worker_service import WorkerService
@@ -104,7 +104,9 @@ def _send(
         call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_slots_of(channel.sender))
         model = model_job(channel.session, patcher, changes)
         move_to_workers(model.inside.full_tokens_for)
-        job = ForwardJob(model, method, call, channel.sender.message(), extras, shape, begins_run())
+        has_code = bool(code or changes or inner["object_patches"])
+        random = random_state(patcher.load_device) if has_code else None
+        job = ForwardJob(model, method, call, channel.sender.message(), extras, shape, begins_run(), random)
         if channel.is_new:
             answer = ask_with_room(channel.session, WorkerService.forward, job, patcher.recipe)[0]
             channel.is_new = False
@@ -115,7 +117,10 @@ def _send(
         _channel = None  # what the workers have of this stream is not known any more
         raise
     assert isinstance(answer, SerializedObject)  # of rank 0
-    return _on(unpack(answer, _no_reference, device), device)
+    output, random = unpack(answer, _no_reference, device)
+    if random is not None:
+        set_random_state(random)
+    return _on(output, device)
 
 
 def _code(options: Mapping[str, Any]) -> dict[str, Any]:

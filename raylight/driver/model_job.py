@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raylight.cluster.session import Session
+from raylight.host import torch_settings
 from raylight.host.jobs import Inside, ModelJob
 from raylight.host.patcher_state import Change
 from raylight.host.pickling import NotSerializableError, serialize
@@ -33,4 +34,13 @@ def model_job(
     inside = Inside(full_tokens_for) if full_tokens_for else inside_of(patcher, changes)
     warn_of_full_tokens(inside, session.config.world_size)
     workers = patcher.workers
-    return ModelJob(patcher.recipe, workers.attention, workers.strategy, patches, inside, workers.graphs)
+    return ModelJob(
+        patcher.recipe,
+        workers.attention,
+        workers.strategy,
+        patches,
+        inside,
+        workers.graphs,
+        torch_settings.read(),
+        patcher.load_device.type,
+    )

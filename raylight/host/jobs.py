@@ -12,6 +12,7 @@ from raylight.cluster.serialization import SerializedObject
 from raylight.cluster.tensor_delta import Message
 from raylight.parallel.graphs import AUTO
 
+from . import torch_settings
 from .recipe import ModelRecipe
 
 KEY = "raylight"  # of Raylight's wrappers and callbacks on a patcher
@@ -35,7 +36,8 @@ class Inside:
 class ModelJob:
     """The model that a job is for. `patches` are patches of weights by nodes besides the LoRAs of the recipe: a
     SerializedObject by ComfyUI's `patches_uuid`, fetched by a worker that does not have them applied. `inside` is what
-    code of nodes inside of it needs. `graphs` is one of `parallel.graphs.NAMES`.
+    code of nodes inside of it needs. `graphs` is one of `parallel.graphs.NAMES`. `settings` are those
+    of PyTorch in ComfyUI's process, for workers on devices of its type, `device_type`.
     """
 
     recipe: ModelRecipe
@@ -44,6 +46,8 @@ class ModelJob:
     patches: ObjectHandle | None = None
     inside: Inside = Inside()
     graphs: str = AUTO
+    settings: torch_settings.Settings = ()
+    device_type: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class RunJob:
 class ForwardJob:
     """One call of a method of the diffusion model. `call` has its arguments, whose tensors are in `tensors`, the first
     of `latent_shape`; `extras` is what nodes have set on the model and in its options, as a SerializedObject. The first
-    call of a run has `begins_run`.
+    call of a run has `begins_run`. Where code of nodes runs inside the model, which may draw noise from the global
+    generators, `random` is their state in ComfyUI's process; the answer has the one after the call.
     """
 
     model: ModelJob
@@ -87,6 +92,7 @@ class ForwardJob:
     extras: ObjectHandle
     latent_shape: tuple[int, ...] | None = None
     begins_run: bool = False
+    random: RandomState | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,8 @@ def _reduced(item: Any, foreign_code: bool) -> Any:
         return _patcher_here, (item.model, item.patches)
     if isinstance(item, ModuleType):
         name = _extras_name(item)
+        if name is None and type(item) is not ModuleType and sys.modules.get(item.__name__) is item:
+            name = item.__name__  # of a class that cloudpickle does not know: `torch.backends`, lazy modules
         return NotImplemented if name is None else (importlib.import_module, (name,))
     if not isinstance(item, (type, FunctionType)):
         return NotImplemented

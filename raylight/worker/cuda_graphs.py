@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from raylight.host import torch_settings
 from raylight.host.patcher_state import OPTIONS, OVERRIDE, bind_arguments, run_with_wrappers
 from raylight.parallel.graph_capture import Backend, CudaBackend
 from raylight.parallel.graphs import OFF, ON, ForwardGraphs, GraphPool
@@ -203,7 +204,7 @@ class GraphedForward:
         if self._moves != patcher.moves():
             self._moves = patcher.moves()
             device, tensors = self._graphs.device, self._weight_tensors()
-            where = tuple((_address(tensor), tensor.dtype) for tensor in tensors)
+            where = (torch_settings.read(), *((_address(tensor), tensor.dtype) for tensor in tensors))
             if where != self._weights:
                 self._graphs.clear()
                 self._weights = where

@@ -12,7 +12,7 @@ from torch import Tensor
 from raylight.cluster.serialization import SerializedObject, pack
 from raylight.cluster.tensor_delta import Receiver, Slot
 from raylight.host import patcher_state
-from raylight.host.jobs import ForwardJob
+from raylight.host.jobs import ForwardJob, set_random_state
 from raylight.host.patcher_state import changed
 from raylight.host.pickling import deserialize
 
@@ -64,6 +64,8 @@ class ModelForward:
         with changed(patcher, changes), parallel.watching(patcher, job.model.inside):
             comfy.model_management.load_models_gpu([patcher], memory_required=_memory(patcher, args))
             patcher.pre_run()
+            if job.random is not None:
+                set_random_state(job.random)
             diffusion_model = patcher.model.diffusion_model
             try:
                 if job.method == "forward":

@@ -19,10 +19,16 @@ _moves = 0
 
 
 def moves() -> int:
-    """Return how often weights of any model may have been moved or changed by their patchers: a number that only
-    grows.
+    """Return how often weights of any model may have been moved or changed by their patchers, or what else a captured
+    graph holds: a number that only grows.
     """
     return _moves
+
+
+def note_change() -> None:
+    """Have graphs captured again: kernels would be chosen otherwise now."""
+    global _moves
+    _moves += 1
 
 
 @contextmanager

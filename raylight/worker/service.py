@@ -11,9 +11,19 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
-from raylight.host import model_files
+from raylight.host import model_files, torch_settings
 from raylight.host.gpu_identity import gpu_identity
-from raylight.host.jobs import DegreesChosen, ForwardJob, GivenBack, ModelJob, NeedsBytes, RankMemory, RunJob, RunResult
+from raylight.host.jobs import (
+    DegreesChosen,
+    ForwardJob,
+    GivenBack,
+    ModelJob,
+    NeedsBytes,
+    RankMemory,
+    RunJob,
+    RunResult,
+    random_state,
+)
 from raylight.host.model_files import FoundFile, ModelFile
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
 from raylight.host.vae_jobs import VaeJob, VaeResult
@@ -27,7 +37,7 @@ from .graph_obstacles import obstacle
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
 from .parallelize import load_parallel
-from .patcher import RankPatcher, mode_of
+from .patcher import RankPatcher, mode_of, note_change
 from .sampling import SamplingRun
 from .sharded_patcher import ShardedPatcher
 from .vae_work import VaeWork
@@ -113,7 +123,8 @@ class ModelService(WorkerService):
             patcher = self._prepare(run, model, job.model, shapes)
             run.enter("step (one forward of the model)")
             output = self._forward.call(patcher, job, model.parallel, functools.partial(_tell, run))
-        return answer(output) if run.rank == 0 else None
+        random = None if job.random is None else random_state(self._context.device)
+        return answer((output, random)) if run.rank == 0 else None
 
     def vae_decode(self, run: Run, job: VaeJob, may_refuse: bool = False) -> VaeResult | NeedsBytes:
         """Decode a latent."""
@@ -174,6 +185,8 @@ class ModelService(WorkerService):
         of these shapes.
         """
         run.enter(f"applying LoRAs and patches to {job.recipe.name}")
+        if job.device_type == self._context.device.type and torch_settings.apply(job.settings):
+            note_change()
         patcher = model.patched(job.recipe.loras, job.patches).clone()
         self._models.make_room_on_device(job.recipe, latent_shapes)
         if isinstance(patcher, ShardedPatcher):
