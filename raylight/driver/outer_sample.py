@@ -23,7 +23,7 @@ from raylight.host.jobs import RandomState, RunJob, random_state
 from raylight.host.patcher_state import Change
 from raylight.host.pickling import NotSerializableError, serialize
 
-from . import injected_code, model_changes, written_weights
+from . import injected_code, model_changes, shared_state, written_weights
 from .batched_runs import join_batch
 from .model_job import model_job
 from .pending_run import PendingRun, complete
@@ -83,10 +83,12 @@ def run_on_workers(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     patcher = guider.model_patcher
     if not isinstance(patcher, RemotePatcher):
         return executor(*arguments, **named)
-    stay = functools.partial(_stay, patcher, functools.partial(executor, *arguments, **named))
+    run = functools.partial(executor, *arguments, **named)
     call = inspect.signature(executor.original).bind(*arguments, **named).arguments
     callback, call["callback"] = call.get("callback"), None
     inner = executor.wrappers[executor.idx + 1 :]
+    sharing = shared_state.owner_in_run(patcher, guider, call, inner)
+    stay = functools.partial(_stay, patcher, run, sharing)
     injected_code.begin()
     random = random_state(patcher.load_device)
     try:
@@ -97,7 +99,9 @@ def run_on_workers(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     full_tokens_for = ""
     if reason:
         full_tokens_for = injected_code.inside_of(patcher, changes).full_tokens_for
-        if not full_tokens_for:
+        if not full_tokens_for and sharing:
+            logger.info("the workers do the whole run with the code of %s, whose parts share state", sharing)
+        elif not full_tokens_for:
             try:
                 with _moving_at_first_forward():
                     return stay(reason)
@@ -163,9 +167,21 @@ def _pending(
     return PendingRun(session, job, callback, comfy.utils.PROGRESS_BAR_ENABLED and not call.get("disable_pbar"))
 
 
-def _stay(patcher: RemotePatcher, run: Callable[[], Tensor], reason: str | NotSerializableError) -> Tensor:
-    """Do the run here, and take back what it has put on the model, which the next run may not load."""
+def _stay(
+    patcher: RemotePatcher, run: Callable[[], Tensor], sharing: str, reason: str | NotSerializableError
+) -> Tensor:
+    """Do the run here, and take back what it has put on the model, which the next run may not load. `sharing` names the
+    node whose code inside the model shares state with code around it, "" if there is none.
+
+    Raises ValueError: if there is one, as its code inside would not see what the code here does.
+    """
     global _run_begins
+    if sharing:
+        raise ValueError(
+            f"{sharing} has code inside the model that shares what it keeps with its code around the model, so the "
+            f"workers would have to do the whole run, which is not possible: {reason}. Remove the node, or what keeps "
+            f"the run in ComfyUI, or use a MODEL without workers"
+        )
     logger.info("the sampling loop stays in ComfyUI, and each forward goes to the workers: %s", reason)
     _run_begins = True
     try:

@@ -26,7 +26,19 @@ pytestmark = pytest.mark.slow
 JOB = Sampling("wan.safetensors", width=112, height=80, frames=9, steps=2)
 PACK = Path(__file__).resolve().parents[1] / "support" / "changing_pack"
 
-SPLIT = ["ChunkedFeedForward", "Embedding", "WeightInPlace", "WeightData", "WeightReplaced", "Loop", "InPlaceAttribute"]
+SPLIT = [
+    "ChunkedFeedForward",
+    "Embedding",
+    "WeightInPlace",
+    "WeightData",
+    "WeightReplaced",
+    "Loop",
+    "InPlaceAttribute",
+    "SharedCounter",
+    "SharedResult",
+    "NoiseInside",
+    "TorchSetting",
+]
 """Changes with which tokens stay sharded; the others need full tokens."""
 REPLICATED = [
     "AttentionForward",

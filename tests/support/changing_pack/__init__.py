@@ -11,6 +11,8 @@ from comfy.ldm.flux.math import apply_rope
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.wan.model import WanModel, WanSelfAttention
 
+from .sharing import SHARING
+
 BLOCK = "diffusion_model.blocks.0"
 
 
@@ -348,6 +350,7 @@ CHANGES = (
     OverrideByHead,
     OverrideByToken,
     Loop,
+    *SHARING,
     ReplacedInPlace,
     OtherOrderInWrapper,
     Failing,
