@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
@@ -69,6 +70,7 @@ class TokenProbe:
 
 
 _NOTHING = object()
+_CONSTANTS = (*SIMPLE, torch.dtype, torch.device)
 
 
 class ModelSnapshot:
@@ -137,10 +139,10 @@ def _attributes(module: nn.Module) -> Mapping[str, Any]:
 
 
 def _is_state(value: Any) -> bool:
-    return not callable(value) and not isinstance(value, (*SIMPLE, Tensor, tuple))
+    return not callable(value) and not isinstance(value, (*_CONSTANTS, Tensor, tuple))
 
 
 def _differs(before: Any, value: Any) -> bool:
-    if isinstance(value, SIMPLE):
+    if isinstance(value, _CONSTANTS):
         return type(before) is not type(value) or before != value
     return isinstance(value, Tensor) and before is not value
