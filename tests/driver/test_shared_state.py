@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from raylight.driver.outer_sample import _stay
 from raylight.driver.shared_state import owner_of_shared
 from raylight.host import foreign_code
 
@@ -118,3 +119,8 @@ def test_constants_are_no_state() -> None:
 
 def test_a_node_of_its_own_state_shares_nothing() -> None:
     assert owner_of_shared([_by_dict()[0]], [_by_dict()[1], _by_object()[1]]) is None
+
+
+def test_a_run_that_has_to_stay_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the node Count has code inside .* not possible: a ControlNet takes part"):
+        _stay(Any, pytest.fail, "the node Count", "a ControlNet takes part")
