@@ -99,6 +99,7 @@ class Method:
         if self._base.current_patcher is None:
             raise RuntimeError(
                 f"{type(self._base.diffusion_model).__name__} runs on workers, and was called in "
-                f"ComfyUI's process outside of sampling"
+                f"ComfyUI's process outside of sampling: use a sampler of ComfyUI's such as KSampler instead of a node "
+                f"that calls the model itself, or a MODEL without workers"
             )
         return self._call(self._base.current_patcher, self._name, args, kwargs)
