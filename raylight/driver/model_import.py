@@ -171,4 +171,3 @@ def copy_state_from(model: ModelPatcher, remote: RemotePatcher) -> None:
     remote.wrappers = {
         kind: wrappers.get(kind, {}) | source.wrappers.get(kind, {}) for kind in {**wrappers, **source.wrappers}
     }
-    remote.parent = model
