@@ -115,9 +115,10 @@ class Degrees:
 def check_product(*degrees: int | None) -> bool | str:
     """Return True, or why GPU and the degrees of Ulysses, ring, CFG and data parallelism do not fit together.
 
-    Linked inputs, which are None, and a GPU of 0 are checked when the node runs.
+    Linked inputs, which are None, and a GPU of 0 are checked when the node runs. What is no number ComfyUI refuses
+    itself, but asks all the same.
     """
-    known = [degree for degree in degrees if degree is not None]
+    known = [degree for degree in degrees if isinstance(degree, int)]
     if len(known) < len(degrees):
         return True
     try:
@@ -293,7 +294,9 @@ def _validate(inputs: Mapping[str, Any], workers: int, selected: tuple[int, ...]
 
 
 def _address(inputs: Mapping[str, Any]) -> str:
-    return (inputs.get("ray_cluster_address") or "").strip() or LOCAL
+    address = str(inputs.get("ray_cluster_address") or "").strip()
+    # ComfyUI makes the null of an API prompt "None".
+    return LOCAL if address.lower() in ("", "none", LOCAL) else address
 
 
 def _sharding(inputs: Mapping[str, Any]) -> str:

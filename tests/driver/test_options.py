@@ -90,8 +90,8 @@ def test_rejects(four: None, inputs: dict[str, Any], message: str) -> None:
         options.degrees_from({"GPU": 0, "ulysses_degree": 0} | inputs)
 
 
-@pytest.mark.parametrize("address", ["", "  ", " local "])
-def test_an_address_of_blanks_is_this_machine(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("address", ["", "  ", " local ", "Local", None, "None"])
+def test_an_address_of_blanks_is_this_machine(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "gpu_count", lambda: 4)
     inputs = {"GPU": 5, "ulysses_degree": 5, "ray_cluster_address": address, "ray_cluster_namespace": ""}
     with pytest.raises(ValueError, match="GPU = 5, but this machine has 4"):

@@ -216,6 +216,7 @@ def test_accepts(pack: dict[str, Any]) -> None:
     degrees = {"ulysses_degree": 2, "ring_degree": 1, "cfg_degree": 1, "dp_degree": 1}
     assert node.validate_inputs(GPU=2, **degrees) is True
     assert node.validate_inputs(GPU=None, **degrees) is True
+    assert node.validate_inputs(GPU="two", **degrees) is True, "ComfyUI says that it is no number"
     assert node.validate_inputs(GPU=12, **(degrees | {"cfg_degree": 2, "dp_degree": 0})) is True
     known = {k: v for k, v in GOOD.items() if k in INPUTS["RayInitializer"]}
     assert executed(node, **(known | {"dp_degree": 0})) == executed(node, **known)
