@@ -22,6 +22,28 @@ def child_process_ids() -> frozenset[str]:
     return frozenset(process_ids(psutil.Process().children(recursive=True)))
 
 
+def children_named(prefixes: tuple[str, ...], foreign_ids: frozenset[str]) -> dict[str, psutil.Process]:
+    """Return the children of this process whose names begin so, by name, without `foreign_ids`.
+
+    Those may be of another Ray, which a program that was started here has; and a ComfyUI that has restarted in its own
+    process, as ComfyUI-Manager has it do, still has the dead children of the one before.
+    """
+    found = {}
+    for child in psutil.Process().children():
+        name = name_of(child)
+        if name.startswith(prefixes) and foreign_ids.isdisjoint(process_ids([child])):
+            found[name] = child
+    return found
+
+
+def name_of(process: psutil.Process) -> str:
+    """Return the name of a process, "" if it has gone."""
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
+
+
 def process_ids(processes: Iterable[psutil.Process]) -> Iterator[str]:
     """Return "pid:creation time" of the processes that run. Unlike a pid, it is never reused."""
     for process in processes:

@@ -125,8 +125,9 @@ class RayRuntime:
         The processes come first: the shutdown would wait for them.
         """
         children = psutil.Process().children(recursive=True)
-        ours = [child for child in children if _name(child).startswith((_WORKER_PREFIX, *_REQUIRED))]
-        for process in orphan_guard.find({*self._ray_ids, *orphan_guard.process_ids(ours)}):
+        rays = [child for child in children if orphan_guard.name_of(child).startswith((_WORKER_PREFIX, *_REQUIRED))]
+        ours = {*orphan_guard.process_ids(rays)} - self._foreign_ids
+        for process in orphan_guard.find(self._ray_ids | ours):
             process.kill()
         if ray.is_initialized() and self._shutdown_call is None:
             self._shutdown_call = BackgroundCall(ray.shutdown)
@@ -245,9 +246,7 @@ class RayRuntime:
 
     def _guard_processes(self) -> None:
         children = psutil.Process().children(recursive=True)
-        # Not those of another Ray, which a program that was started here may have.
-        own = psutil.Process().children()
-        self._required = {_name(child): child for child in own if _name(child).startswith(_REQUIRED)}
+        self._required = orphan_guard.children_named(_REQUIRED, self._foreign_ids)
         self._missing = [name for name in _REQUIRED if not any(found.startswith(name) for found in self._required)]
         self._ray_ids = frozenset(orphan_guard.process_ids(children)) - self._foreign_ids
         self._guard = orphan_guard.start(self._foreign_ids, () if self._folder is None else self._folder.owned)
@@ -334,10 +333,3 @@ def kill_workers(pids: Iterable[int]) -> None:
         except psutil.Error:
             continue
     psutil.wait_procs(processes, timeout=_KILL_S)
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.Error:
-        return ""
