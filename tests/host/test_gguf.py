@@ -6,7 +6,7 @@ import gguf
 import pytest
 import torch
 from gguf_cases import Compared, compare_gguf
-from gguf_files import PACK, quantised_bytes, write_gguf
+from gguf_files import PACK, gathered_bytes, quantised_bytes, write_gguf
 from safetensors.torch import load_file, save_file
 
 from raylight.dev.demo.tiny import write_checkpoint
@@ -22,11 +22,12 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[Compared]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], tuple[list[Compared], int, int]]:
     folder = tmp_path_factory.mktemp("gguf")
     source = folder / "plain.safetensors"
     write_checkpoint(source, "wan-t2v", heads=2, layers=1)
     save_file({name: tensor.bfloat16().float() for name, tensor in load_file(source).items()}, source)
+    convolution = load_file(source)["patch_embedding.weight"]
     results = {}
     for (world, kind, rest), modes in CASES.items():
         path = like = folder / f"{kind}.gguf"
@@ -36,13 +37,16 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
             write_gguf(source, like, kind, "wan", rest="F32")
         ranks = values(run_ranks(world, compare_gguf, path, modes, like, timeout_s=300))
         for mode in modes:
-            results[world, mode] = [rank[mode] for rank in ranks], quantised_bytes(path)
+            stored = gathered_bytes(path, world)
+            # The convolution is gathered in float32, not in 16 bits.
+            stored += world * -(-convolution.shape[0] // world) * convolution[0].nbytes // 2
+            results[world, mode] = [rank[mode] for rank in ranks], quantised_bytes(path), stored
     return results
 
 
 @pytest.mark.parametrize(("world", "mode"), [(case[0], mode) for case, modes in CASES.items() for mode in modes])
 def test_equals_comfyui(world: int, mode: str, measured, report_parity) -> None:
-    ranks, full = measured[world, mode]
+    ranks, full, stored = measured[world, mode]
     report_parity(
         f"Wan T2V, GGUF, {mode:<10} {world} ranks   max error {max(rank.error for rank in ranks):.1e}, with "
         f"two LoRAs {max(rank.patched for rank in ranks):.1e} of the standard deviation"
@@ -54,6 +58,7 @@ def test_equals_comfyui(world: int, mode: str, measured, report_parity) -> None:
         assert rank.changed == rank.removed == rank.back == rank.in_parts == 0.0
         # Replicated weights are in the file, but for a convolution that the model needs in its own dtype.
         assert rank.own <= (0.05 * full if mode == "replicated" else 1.1 * full / world)
+        assert rank.gathered == (0 if mode == "replicated" else stored)
 
 
 def test_a_convolution_is_flattened_and_rebuilt() -> None:

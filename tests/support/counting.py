@@ -1,11 +1,15 @@
-"""Attention that counts what it is called with: evidence that a plan splits tokens and heads."""
+"""Attention that counts what it is called with: evidence that a plan splits tokens and heads. And a count of what ranks
+gather.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CountingKernel:
@@ -38,3 +42,32 @@ class CountingStrategy:
         self.calls += 1
         self.largest_share = max(self.largest_share, q.shape[2] / sum(lengths))
         return self._inner(CountingKernel(kernel, self.heads), q, k, v, lengths, *rest)
+
+
+class CountingGathers(TorchDispatchMode):
+    """Counts in `gathered` the bytes that this rank has after the all-gathers within it, and in `sent` those that it
+    gave to them, as c10d is given both.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered = self.sent = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "gather" in func.name():
+            # Each takes its outputs first and then its inputs.
+            self.gathered, self.sent = self.gathered + _nbytes(args[0]), self.sent + _nbytes(args[1])
+        return func(*args, **(kwargs or {}))
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with a count of its own gathers only, where some classes of tensors take no modes."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return counted
+
+
+def _nbytes(tensors: Any) -> int:
+    return tensors.nbytes if isinstance(tensors, torch.Tensor) else sum(map(_nbytes, tensors))

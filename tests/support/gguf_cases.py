@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from comfy.cli_args import args
@@ -14,6 +15,7 @@ from comfy.cli_args import args
 args.cpu = True  # before ComfyUI picks a device
 
 import comfy.sd
+from counting import CountingGathers
 from gguf_files import PACK
 from loaded_cases import CPU, wan_inputs
 from loras import KINDS, lora_for
@@ -22,6 +24,7 @@ from torch import Tensor
 from raylight.host.checkpoint import MappedModel
 from raylight.host.gguf import load_gguf, open_pack
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+from raylight.sharding.gatherer import Gatherer
 from raylight.worker import lora
 from raylight.worker.patcher import RankPatcher
 from raylight.worker.replicated_patcher import build_replicated
@@ -34,7 +37,8 @@ Loras = tuple[tuple[dict[str, Tensor], float], ...]
 class Compared:
     """What one rank measured, in standard deviations of ComfyUI's output: the difference from it without and with two
     LoRAs, their effect, and after other LoRAs, after removal, after leaving the device and after coming to it in two
-    parts the difference from weights that never were otherwise. `own` counts the bytes that are this rank's alone.
+    parts the difference from weights that never were otherwise. `own` counts the bytes that are this rank's alone, and
+    `gathered` those that it has after the gathers of a forward with the LoRAs.
     """
 
     error: float
@@ -45,6 +49,7 @@ class Compared:
     back: float
     in_parts: float
     own: int
+    gathered: int
 
 
 def stock(path: Path) -> Any:
@@ -106,7 +111,9 @@ def _compare(rank: int, mesh: Any, path: Path, mode: str, base: Tensor, expected
     fresh = result(load(), other)
     held = load()
     mine.unlink()
-    both = result(held, loras)
+    counted = CountingGathers()
+    with patch.object(Gatherer, "start", counted.around(Gatherer.start)):
+        both = result(held, loras)
     changed = result(held, other)
     removed = result(held, ())
     held[1].detach()
@@ -127,4 +134,5 @@ def _compare(rank: int, mesh: Any, path: Path, mode: str, base: Tensor, expected
             )
         ),
         held[2],
+        counted.gathered,
     )

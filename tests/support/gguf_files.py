@@ -54,3 +54,11 @@ def _form(name: str, stored: tuple[int, ...], dims: int, kind: str, rest: str) -
 def quantised_bytes(path: Path) -> int:
     """The bytes of a file's tensors."""
     return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+
+
+def gathered_bytes(path: Path, world: int) -> int:
+    """Return the bytes that `world` ranks have after they have gathered the matrices of a file as it stores them: each
+    rank gives as many rows as the first one has.
+    """
+    matrices = [one.data for one in gguf.GGUFReader(path).tensors if len(one.shape) >= 2 and one.data.shape[0] >= world]
+    return sum(world * -(-rows.shape[0] // world) * rows[:1].nbytes for rows in matrices)

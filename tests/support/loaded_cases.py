@@ -12,6 +12,7 @@ from comfy.cli_args import args
 args.cpu = True  # before ComfyUI picks a device
 
 import comfy.sd
+from counting import CountingGathers
 from loras import lora_for
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,12 +27,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Loaded:
-    """What one rank measured: the largest difference from ComfyUI in standard deviations of its output, and bytes."""
+    """What one rank measured: the largest difference from ComfyUI in standard deviations of its output, and bytes.
+    `gathered_bytes` are those that it has after the gathers of one forward, and `sent_bytes` its own of them.
+    """
 
     error: float
     sharded_bytes: int
     replicated_bytes: int
     model_bytes: int
+    gathered_bytes: int
+    sent_bytes: int
 
 
 def wan_inputs() -> dict[str, Tensor]:
@@ -43,10 +48,12 @@ def wan_inputs() -> dict[str, Tensor]:
     }
 
 
-def compare_loaded(rank: int, world: int, paths: tuple[Path, ...], offload: bool) -> list[Loaded]:
-    """A Wan checkpoint per path, its weights split over `world` ranks."""
+def compare_loaded(
+    rank: int, world: int, paths: tuple[Path, ...], offload: bool, dtype: torch.dtype | None = None
+) -> list[Loaded]:
+    """A Wan checkpoint per path, its weights split over `world` ranks, in its own dtypes or in this one."""
     mesh = build_mesh(MeshShape(batch=world), CPU)
-    return [_compare(str(path), mesh, offload) for path in paths]
+    return [_compare(str(path), mesh, offload, {} if dtype is None else {"dtype": dtype}) for path in paths]
 
 
 @dataclass(frozen=True)
@@ -122,14 +129,17 @@ def _compare_patched(rank: int, mesh, path: Path, dtype: str, kinds: tuple[str, 
     )
 
 
-def _compare(path: str, mesh, offload: bool) -> Loaded:
+def _compare(path: str, mesh, offload: bool, options: dict[str, torch.dtype]) -> Loaded:
     # ComfyUI runs in inference mode, where some biases are added in another order; split weights are not run in it.
     with torch.no_grad():
         # Tensors of its own: products with one row are summed in another order where a weight lies at an odd address.
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        expected = comfy.sd.load_diffusion_model_state_dict(tensors).model.apply_model(**wan_inputs())
-        patcher, report = build_sharded(load_mapped(path, {}), world_axis(mesh), offload)
+        stock = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=options)
+        expected = stock.model.apply_model(**wan_inputs())
+        patcher, report = build_sharded(load_mapped(path, options), world_axis(mesh), offload)
         for _ in range(2):
-            actual = patcher.model.apply_model(**wan_inputs())
+            with CountingGathers() as counted:
+                actual = patcher.model.apply_model(**wan_inputs())
     error = ((actual - expected).abs().max() / expected.std()).item()
-    return Loaded(error, report.sharded_bytes, report.replicated_bytes, report.model_bytes)
+    of_rank = report.sharded_bytes, report.replicated_bytes, report.model_bytes
+    return Loaded(error, *of_rank, counted.gathered, counted.sent)

@@ -35,3 +35,12 @@ def _quantised(name: str, tensor: Tensor, form: str) -> dict[str, Tensor]:
     quantised = QuantizedTensor.from_float(tensor, QUANT_ALGOS[form]["comfy_tensor_layout"], scale="recalculate")
     config = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
     return quantised.state_dict(name) | {f"{layer}.comfy_quant": config}
+
+
+def gathered_bytes(path: Path, world: int, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes that `world` ranks have after they have gathered the matrices of a checkpoint as it stores them,
+    or as this dtype: each rank gives as many rows as the first one has.
+    """
+    matrices = [one.to(dtype or one.dtype) for one in load_file(path).values() if one.ndim >= 2]
+    matrices = [one for one in matrices if one.shape[0] >= world]
+    return sum(world * -(-one.shape[0] // world) * one[:1].nbytes for one in matrices)
