@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -39,8 +40,12 @@ def ensure(session: Session, recipe: ModelRecipe, wants_cancel: Callable[[], boo
         return
     try:
         files = [model_files.describe(path) for path in model_files.paths_of(recipe)]
+        code = [model_files.describe(path) for path in model_files.code_of(recipe)]
     except FileNotFoundError as error:
         raise ValueError(f"the model file {error.filename} is not there any more") from error
+    found_code = _look(session, code, wants_cancel) if code else []
+    for file, found in zip(code, found_code, strict=True):
+        _refuse_code(file, found)
     for file, found in zip(files, _look(session, files, wants_cancel), strict=True):
         lacking = {rank: one for rank, one in found.items() if not one.path}
         if lacking:
@@ -74,6 +79,20 @@ def _refuse(file: ModelFile, lacking: dict[int, FoundFile]) -> None:
                 f"are free for {found.cache}, and {gb(file.size + _MARGIN_BYTES)} are needed. Free space there, put "
                 f"the file into a model folder there, or start Ray there with {model_files.CACHE_VARIABLE} set to a "
                 f"folder on another disk"
+            )
+
+
+def _refuse_code(file: ModelFile, found: dict[int, FoundFile]) -> None:
+    """Raise ValueError if a machine does not have a module of ComfyUI-GGUF as ComfyUI has it: others may give other
+    results, and code is not sent.
+    """
+    for one in found.values():
+        if not one.path:
+            folder = os.path.dirname(file.path)
+            has = f"another version of ComfyUI-GGUF: {one.other} differs" if one.other else "no ComfyUI-GGUF"
+            raise ValueError(
+                f"the machine {one.machine} has {has}, and GGUF files need there what ComfyUI has in {folder}: copy "
+                f"that folder into custom_nodes of ComfyUI there, under the name {os.path.basename(folder)}"
             )
 
 

@@ -25,14 +25,15 @@ from raylight.sharding.assign import set_parameter
 from raylight.sharding.subclass_weights import Components, Flattened, flatten_tensor
 
 from .checkpoint import MappedModel, build_from_loader
+from .recipe import PACK_MODULES
 
 NODE = "UnetLoaderGGUF"
-# Of each module, names and the fields of GgufPack.
-_IMPORTED = {
-    "loader": {"gguf_sd_loader": "reader"},
-    "ops": {"GGMLTensor": "tensor", "GGMLLayer": "layer", "GGMLOps": "operations"},
-    "dequant": {"is_quantized": "is_quantized", "dequantize_tensor": "dequantize"},
-}
+# Of each of `PACK_MODULES`, names and the fields of GgufPack.
+_NAMES = (
+    {"gguf_sd_loader": "reader"},
+    {"GGMLTensor": "tensor", "GGMLLayer": "layer", "GGMLOps": "operations"},
+    {"is_quantized": "is_quantized", "dequantize_tensor": "dequantize"},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def find() -> str:
     if NODE not in nodes:
         return ""
     folder = os.path.dirname(os.path.abspath(inspect.getfile(nodes[NODE])))
-    complete = all(os.path.isfile(os.path.join(folder, f"{module}.py")) for module in _IMPORTED)
+    complete = all(os.path.isfile(os.path.join(folder, f"{module}.py")) for module in PACK_MODULES)
     return folder if complete else ""
 
 
@@ -88,7 +89,7 @@ def open_pack(folder: str) -> GgufPack:
     package.__path__ = [folder]  # a package whose __init__, which registers nodes, does not run
     sys.modules[name] = package
     found: dict[str, Any] = {}
-    for module, names in _IMPORTED.items():
+    for module, names in zip(PACK_MODULES, _NAMES, strict=True):
         try:
             imported = importlib.import_module(f"{name}.{module}")
         except Exception as error:  # of code that is not ours

@@ -19,7 +19,7 @@ from .checkpoint import MappedModel, load_mapped
 from .exported import load_exported
 from .gguf import load_gguf
 from .log_messages import first_few, is_worker
-from .model_files import here
+from .model_files import here, pack_here
 from .recipe import ModelRecipe
 from .tensor_file import describe_error
 
@@ -61,7 +61,7 @@ def map_file(recipe: ModelRecipe, log_unused: bool = True) -> MappedModel:
         if recipe.export is not None:
             return load_exported(recipe)
         if recipe.gguf_pack:
-            mapped = load_gguf(here(recipe.path), recipe.gguf_pack)
+            mapped = load_gguf(here(recipe.path), pack_here(recipe))
         else:
             mapped = load_mapped(here(recipe.path), _OPTIONS[recipe.weight_dtype])
     if mapped.unused and log_unused and not is_worker():

@@ -50,9 +50,8 @@ def test_the_status_names_machines(user: ClusterUser) -> None:
 
 def test_the_file_was_sent_once(user: ClusterUser) -> None:
     user.sample([1, 1, 2])
-    cached = list((user.cluster.beta.folder / ".cache" / "raylight").iterdir())
-    assert [path.read_bytes() for path in cached] == [user.file.read_bytes()]
-    assert user.cluster.log().count("is not there on beta") == 1
+    assert [path.read_bytes() for path in user.sent_to_beta(user.file.name)] == [user.file.read_bytes()]
+    assert user.cluster.log().count(f"{user.file.name} is not there on beta") == 1
     assert not (user.cluster.alpha.folder / ".cache" / "raylight").exists()
 
 
@@ -61,7 +60,7 @@ def test_a_file_in_a_model_folder_there_is_not_sent(user: ClusterUser, second_fi
     shutil.copy(second_file, cluster.beta.folder / cluster.beta.models)
     path = str(cluster.alpha.here / cluster.alpha.models / second_file.name)
     assert "answer" in user.ask("sample", CASE, path=path, mesh=[1, 1, 2])
-    assert len(list((cluster.beta.folder / ".cache" / "raylight").iterdir())) == 1
+    assert not user.sent_to_beta(second_file.name)
 
 
 def test_rejects_another_file_of_that_name(user: ClusterUser, second_file: Path) -> None:

@@ -1,6 +1,7 @@
 """ComfyUI's process on a machine of a cluster, for tests: a request in JSON on each line of input, and its answer.
 
-`python cluster_driver.py ADDRESS MODEL_FOLDER`, and then {"sample": "Wan T2V", "path": "...", "mesh": [1, 1, 2]}, say.
+`python cluster_driver.py ADDRESS MODEL_FOLDER PACK_FOLDER`, and then, say, {"sample": "Wan T2V", "path": "...",
+"mesh": [1, 1, 2]}.
 """
 
 from __future__ import annotations
@@ -53,10 +54,12 @@ class Driver:
         by_run: bool = False,
         steps: int = STEPS,
         tokens: list[int] | None = None,
+        pack: str = "",
     ) -> str:
-        """Sample a case, and return the path of its latent."""
+        """Sample a case, and return the path of its latent. `pack` is the folder of ComfyUI-GGUF, if there is one."""
         config = SessionConfig(MeshShape(*mesh), "cpu", self.address, by_run=by_run, start_timeout_s=90)
-        return self._sample(WorkerConfig(config, "TORCH_FLASH", sharding=sharding), case, path, steps, tokens)
+        workers = WorkerConfig(config, "TORCH_FLASH", sharding=sharding)
+        return self._sample(workers, case, path, steps, tokens, pack)
 
     def sample_by(self, case: str, path: str, inputs: dict[str, Any], steps: int = STEPS) -> str:
         """Sample with the workers of an initializer's inputs."""
@@ -67,9 +70,12 @@ class Driver:
         } | inputs
         return self._sample(workers_from(inputs)[0], case, path, steps, None)
 
-    def _sample(self, workers: WorkerConfig, case: str, path: str, steps: int, tokens: list[int] | None) -> str:
+    def _sample(
+        self, workers: WorkerConfig, case: str, path: str, steps: int, tokens: list[int] | None, pack: str = ""
+    ) -> str:
         one = CASES[case] if tokens is None else replace(CASES[case], tokens=tuple(tokens))
-        latent = sample_on_workers(RayModel(workers, ModelRecipe.of(path, "default", workers.sharding)), one, steps)
+        recipe = ModelRecipe.of(path, "default", workers.sharding, gguf_pack=pack)
+        latent = sample_on_workers(RayModel(workers, recipe), one, steps)
         target = Path(os.environ["TMPDIR"]) / f"latent-{time.monotonic_ns()}.pt"
         torch.save(latent, target)
         return str(target)
@@ -95,6 +101,7 @@ def main() -> None:
     # As by ComfyUI's button.
     signal.signal(signal.SIGUSR1, lambda *_: comfy.model_management.interrupt_current_processing())
     folder_paths.add_model_folder_path("diffusion_models", sys.argv[2])
+    folder_paths.add_model_folder_path("custom_nodes", sys.argv[3])
     driver = Driver(sys.argv[1])
     for line in sys.stdin:
         request = json.loads(line)

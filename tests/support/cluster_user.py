@@ -29,8 +29,9 @@ class ClusterUser:
         folder = cluster.alpha.folder / cluster.alpha.models
         self.file = checkpoint(folder, CASES[CASE])
         self.path = str(cluster.alpha.here / cluster.alpha.models / self.file.name)
-        models = cluster.alpha.here / cluster.alpha.models
-        self._process = cluster.python("cluster_driver.py", cluster.address, models)
+        alpha = cluster.alpha
+        folders = alpha.here / alpha.models, alpha.here / alpha.packs
+        self._process = cluster.python("cluster_driver.py", cluster.address, *folders)
         self._expected: dict[Any, torch.Tensor] = {}
 
     def begin(self, verb: str, value: Any = None, **options: Any) -> None:
@@ -47,6 +48,11 @@ class ClusterUser:
     def ask(self, verb: str, value: Any = None, **options: Any) -> dict[str, Any]:
         self.begin(verb, value, **options)
         return self.end()
+
+    def sent_to_beta(self, name: str) -> list[Path]:
+        """Return the files of this name that beta was sent and keeps."""
+        folder = self.cluster.beta.folder / ".cache" / "raylight"
+        return [path for path in folder.glob("*") if path.name.endswith(name)]
 
     def begin_long(self) -> None:
         """Begin a run of thousands of steps on both machines, and wait until it goes on."""

@@ -25,6 +25,8 @@ PORT = 6379
 _TOOLS = ("unshare", "nsenter", "ip")
 _NAMESPACES = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
 _READY_S, _START_S, _STORE_BYTES = 20, 90, 200_000_000
+_TC = ("env", "PATH=/usr/sbin:/sbin:/usr/bin:/bin", "tc")
+_TBF = "tbf rate {} burst 2mb latency 50ms"  # what a network card sends at once, and what waits in its queue
 # The path of Ray's sockets is short, and so is this one.
 _ROOT = "/tmp"
 
@@ -66,13 +68,13 @@ class Namespaces:
 
 
 class FakeMachine:
-    """One machine. `folder` is its own, and `here` the path by which its processes see it; `models` is its folder of
-    models, within both.
+    """One machine. `folder` is its own, and `here` the path by which its processes see it; `models` and
+    `packs` are its folders of models and of node packs, within both.
     """
 
     def __init__(self, name: str, address: str, base: Path, token: str) -> None:
         self.name, self.address, self.folder, self.here = name, address, base / name, base / HERE
-        self.models = f"models of {name}"
+        self.models, self.packs = f"models of {name}", f"packs of {name}"
         shutil.rmtree(self.folder, ignore_errors=True)  # of the machine before that had this name
         (self.folder / "ray").mkdir(parents=True)
         self.environment = {
@@ -130,9 +132,15 @@ class FakeMachine:
         """Write the file that names this machine's model folders, and return its path there."""
         (self.folder / self.models).mkdir(exist_ok=True)
         (self.folder / "paths.yaml").write_text(
-            f"of_{self.name}:\n  base_path: {self.here}\n  diffusion_models: {self.models}\n"
+            f"of_{self.name}:\n  base_path: {self.here}\n"
+            f"  diffusion_models: {self.models}\n  custom_nodes: {self.packs}\n"
         )
         return self.here / "paths.yaml"
+
+    def sent_bytes(self) -> int:
+        """Return how many bytes the machine has sent over its link."""
+        of_link = next(line for line in self.run("cat", "/proc/net/dev").splitlines() if "eth0:" in line)
+        return int(of_link.partition(":")[2].split()[8])
 
     def plug(self, interface: str) -> None:
         """Connect the machine by an interface of this system, which leaves it."""
@@ -202,6 +210,14 @@ class FakeCluster:
         """Return what scripts on alpha have logged."""
         path = self.base / "driver.log"
         return path.read_text() if path.exists() else ""
+
+    def limit(self, rate: str) -> None:
+        """Let each machine send no faster than this, such as "1gbit"; "" is no limit. Raises RuntimeError: without the
+        kernel's token bucket filter.
+        """
+        for machine in (self.alpha, self.beta):
+            kind = (_TBF.format(rate) if rate else "pfifo").split()
+            machine.run(*_TC, "qdisc", "replace", "dev", "eth0", "root", *kind)
 
     def cut(self) -> None:
         """Cut the link to beta at the switch."""
