@@ -13,6 +13,7 @@ import ray
 
 from raylight.parallel.mesh import MeshShape
 
+LIST, LIST_S = "Ray's list of the cluster's machines", 10.0  # and how long it may take
 _ANSWER_S = 2.0
 _PROBES = 32  # machines that are asked at once
 

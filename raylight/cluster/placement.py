@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _LOCAL_S, _POLL_S = 30.0, 0.1
 _GROW_S = 10.0  # a cluster may grow; a machine does not
-_CLUSTER_S = 10.0  # for Ray to answer, and to reserve what is free
-_LIST = "Ray's list of the cluster's machines"
+_CLUSTER_S = 10.0  # for Ray to reserve what is free
+_LOOK_S = 1.0  # between looks at all machines: each is asked by a connection
 _PINNED = 0.001  # of the resource that each machine has one of
 
 
@@ -50,7 +50,7 @@ def decided(config: SessionConfig) -> SessionConfig:
     """
     if not config.is_open:
         return config
-    found = with_timeout(machines.alive, _CLUSTER_S, _LIST)
+    found = with_timeout(machines.alive, machines.LIST_S, machines.LIST)
     on_gpus = sum(machines.workers_on(one.resources, _bundle("cuda")) for one in found)
     device_type = config.device_type
     if device_type == ANY:
@@ -95,7 +95,7 @@ def _reserve(config: SessionConfig, bundle: Mapping[str, float], wants_cancel: C
     """Reserve on machines of a cluster that answer. Wait for what others use, and a while for more machines."""
     began = time.monotonic()
     while True:
-        found, free = with_timeout(machines.alive_and_free, _CLUSTER_S, _LIST)
+        found, free = with_timeout(machines.alive_and_free, machines.LIST_S, machines.LIST)
         assigned = machines.assign([machines.workers_on(free[one.node], bundle) for one in found], config.mesh)
         if assigned is not None:
             places = [found[index] for index in assigned]
@@ -103,8 +103,6 @@ def _reserve(config: SessionConfig, bundle: Mapping[str, float], wants_cancel: C
             if group is not None:
                 _note(config, places)
                 return group
-        elif wants_cancel():
-            raise RunCancelled
         in_all = sum(machines.workers_on(one.resources, bundle) for one in found)
         waited_s = time.monotonic() - began
         if waited_s > config.start_timeout_s or (in_all < config.world_size and waited_s > _GROW_S):
@@ -114,6 +112,15 @@ def _reserve(config: SessionConfig, bundle: Mapping[str, float], wants_cancel: C
                 f"{in_all} when nothing else uses it. Machines that answer: {have or 'none'}. Lower GPU (0 takes what "
                 f"is there), free what uses them, or add a machine"
             )
+        _pause(_LOOK_S, wants_cancel)
+
+
+def _pause(seconds: float, wants_cancel: Callable[[], bool]) -> None:
+    """Wait. Raises RunCancelled: when cancelled."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if wants_cancel():
+            raise RunCancelled
         time.sleep(_POLL_S)
 
 

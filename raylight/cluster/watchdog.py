@@ -26,6 +26,7 @@ from .errors import HUNG, MACHINE_LOST, RAY_LOST
 from .machine_watch import LOST_S, MachineWatch
 from .ray_runtime import RUNTIME
 from .status import IDLE, LogLine, Report, repeat
+from .timeouts import with_timeout
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +73,15 @@ class Watchdog:
         return {rank: report.phase for rank, report in self._reports.items()}
 
     def set_places(self, places: Mapping[int, Place]) -> None:
-        """Set where the ranks run, so that their processes can be watched."""
+        """Set where the ranks run, so that their processes can be watched.
+
+        Raises TimeoutError: when a cluster does not answer.
+        """
         self._places = dict(places)
         if not self.config.is_local and not self._end.is_set():
             used = {place.node for place in places.values()}
-            self._machines = MachineWatch(machine for machine in machines.known() if machine.node in used)
+            found = with_timeout(machines.known, machines.LIST_S, machines.LIST)
+            self._machines = MachineWatch(machine for machine in found if machine.node in used)
 
     def begin(self, run: str) -> None:
         """Set the id of the ranks' run: what they have logged before does not matter any more."""

@@ -6,9 +6,13 @@ import time
 
 import pytest
 
-from raylight.cluster import machine_watch
+from raylight.cluster import machine_watch, machines
+from raylight.cluster.actor import Place
+from raylight.cluster.config import SessionConfig
 from raylight.cluster.machine_watch import MachineWatch
 from raylight.cluster.machines import Machine
+from raylight.cluster.watchdog import Watchdog
+from raylight.parallel.mesh import MeshShape
 
 GOOD, BAD = Machine("1", "good", "10.0.0.1", 1), Machine("2", "bad", "10.0.0.2", 1)
 
@@ -56,3 +60,13 @@ def test_one_answer_is_enough() -> None:
         assert len(asked) > 5
     finally:
         watch.stop()
+
+
+def test_a_list_of_machines_that_does_not_come_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "LIST_S", 0.2)
+    monkeypatch.setattr(machines, "known", lambda: time.sleep(5))
+    watchdog = Watchdog(SessionConfig(MeshShape(), "cpu", "host:6379"), lambda _: None)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="Ray's list of the cluster's machines has not ended within 0.2 s"):
+        watchdog.set_places({0: Place(0, "10.0.0.1", 1, "cpu")})
+    assert time.monotonic() - began < 4

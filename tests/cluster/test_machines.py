@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from raylight.cluster import placement
 from raylight.cluster.config import SessionConfig
+from raylight.cluster.errors import RunCancelled
 from raylight.cluster.machines import Machine, assign, fast_ranks, splits_ulysses, workers_on
 from raylight.parallel.mesh import MeshShape
 
@@ -50,6 +53,22 @@ def test_machines_of_one_name_are_told_apart(caplog: pytest.LogCaptureFixture) -
     placement._note(config, [Machine(address, "localhost", address, 1) for address in ("10.0.0.1", "10.0.0.2")])
     assert "0 on localhost (10.0.0.1), 1 on localhost (10.0.0.2)" in caplog.text
     assert "ulysses_degree = 2 goes over the network" in caplog.text
+
+
+def test_machines_are_not_asked_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def alive_and_free() -> tuple[list[Machine], dict[str, dict[str, float]]]:
+        asked.append(time.monotonic())
+        return [Machine("a", "a", "10.0.0.1", 1)], {"a": {"CPU": 1.0}}
+
+    monkeypatch.setattr(placement.machines, "alive_and_free", alive_and_free)
+    cancel_at = time.monotonic() + 2.5
+    with pytest.raises(RunCancelled):
+        config = SessionConfig(MeshShape(ulysses=2), "cpu", "host:6379")
+        placement.reserve(config, lambda: time.monotonic() > cancel_at)
+    assert time.monotonic() - cancel_at < 1
+    assert 2 <= len(asked) <= 3
 
 
 def test_room_is_that_of_the_scarcest_resource() -> None:
