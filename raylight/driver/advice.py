@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,8 +80,12 @@ def _cards(model: RayModel) -> _Cards:
         memory = ask_all(running, WorkerService.memory)
         names = tuple(place.device for place in running.places.values())
         on_gpu = decided.device_type == "cuda"
-        shared = 1 if on_gpu else decided.world_size
-        totals = tuple(memory[rank].total_bytes // shared for rank in running.places)
+        # A CPU's memory is that of all workers on its machine.
+        on_machine = Counter(place.node for place in running.places.values())
+        totals = tuple(
+            memory[rank].total_bytes // (1 if on_gpu else on_machine[place.node])
+            for rank, place in running.places.items()
+        )
         return _Cards(decided, names, totals, on_gpu, running)
     if not config.is_local:
         return _Cards(config, (), (), config.device_type != "cpu")

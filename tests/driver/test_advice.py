@@ -62,6 +62,19 @@ def test_a_cluster_that_decides_has_what_its_workers_have(wan: Path, monkeypatch
     assert "2 workers: degrees by the run; 2 x RTX 5090 32.00 GB" in advise(model, 832, 480, 33)
 
 
+def test_workers_on_cpus_share_the_memory_of_their_machine(wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SessionConfig(MeshShape(ulysses=3), "cpu", "host:6379")
+    places = {
+        rank: Place(rank, "10.0.0.1", 1, "cpu", machine=name, node=name) for rank, name in enumerate(("a", "a", "b"))
+    }
+    session = SimpleNamespace(config=config, places=places, links=None)
+    monkeypatch.setattr(advice.active_session, "running", lambda: session)
+    memory = dict.fromkeys(places, SimpleNamespace(total_bytes=32 * 10**9))
+    monkeypatch.setattr(advice, "ask_all", lambda *_: memory)
+    cards = advice._cards(model_of(wan, config))
+    assert cards.total_bytes == (16 * 10**9, 16 * 10**9, 32 * 10**9)
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "chosen"), [(80, "FSDP off"), (24, "FSDP"), (12, "FSDP and FSDP_CPU_OFFLOAD"), (4, None)]
 )
