@@ -17,6 +17,7 @@ from ray._private import ray_constants
 from . import fork_server, orphan_guard, ray_environment
 from .config import SessionConfig
 from .fork_server import ForkServer
+from .patient_start import patient_start
 from .reachability import check_reachable
 from .timeouts import BackgroundCall, with_timeout
 
@@ -180,7 +181,11 @@ class RayRuntime:
         logger.info("starting Ray on this machine for %d workers", config.world_size)
         self._folder = ray_environment.make_folder()
         self._start_fork_server(config, forked_imports, environment)
-        with ray_environment.inherited(environment), ray_environment.without_dashboard():
+        with (
+            ray_environment.inherited(environment),
+            ray_environment.without_dashboard(),
+            patient_start(config.start_timeout_s),
+        ):
             ray.init(
                 address="local",
                 include_dashboard=False,
