@@ -67,12 +67,16 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     process = demo(tmp_path)
     deadline = time.monotonic() + 300
     while not (family := _family_with_workers(process.pid)) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.2)
-    assert family
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=90) == 130
-    _, left = psutil.wait_procs(family, timeout=10)
-    assert [p.name() for p in left] == []
+    text, _ = process.communicate(timeout=120)
+    assert family, text
+    assert process.returncode == 130, text
+    deadline = time.monotonic() + 60
+    while (left := [p for p in family if _runs(p)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == [], text
 
 
 def _family_with_workers(pid: int) -> list[psutil.Process]:
@@ -82,3 +86,11 @@ def _family_with_workers(pid: int) -> list[psutil.Process]:
         return family if any("RankActor" in p.name() or "RankActor" in " ".join(p.cmdline()) for p in family) else []
     except psutil.Error:
         return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Return whether a process runs. One that has ended stays a zombie until the first process looks after it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
