@@ -86,14 +86,14 @@ class ComfyServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_bytes(b"")
         self._bring_datasets()
-        self.port = _free_port()
         environ = os.environ | {"PYTHONUNBUFFERED": "1"} | self._environ
-        self._process = ComfyProcess(self._command(), cwd=self.comfyui, environ=environ, log=self.log)
-        try:
-            self._wait_until_it_answers(began + self._start_timeout)
-        except BaseException:
-            self.stop()
-            raise
+        with _free_port() as self.port:
+            self._process = ComfyProcess(self._command(), cwd=self.comfyui, environ=environ, log=self.log)
+            try:
+                self._wait_until_it_answers(began + self._start_timeout)
+            except BaseException:
+                self.stop()
+                raise
         logger.info("ComfyUI answers on port %d after %.1f s", self.port, time.monotonic() - began)
 
     def _bring_datasets(self) -> None:
@@ -269,10 +269,21 @@ class ComfyServer:
         return json.loads(body) if body else {}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def _free_port() -> Iterator[int]:
+    """Find a port of the loopback interface that is free, and keep it for a server that starts within the context.
+
+    Seconds pass before that listens, in which the port might become that of some connection. A socket that is bound and
+    does not listen keeps it from those, and lets in a server that reuses addresses, as asyncio's do on POSIX.
+    """
+    with socket.socket() as held:
+        if os.name == "posix":
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        if os.name != "posix":
+            held.close()
+        yield port
 
 
 def _has_cuda() -> bool:
