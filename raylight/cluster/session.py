@@ -164,6 +164,8 @@ class Session:
         )
         began, mesh = time.monotonic(), config.mesh
         with self._running:
+            if self._closed:
+                raise self._ended(remedies)
             try:
                 self.config, self.remedies = config, remedies
                 self._watchdog.config = config
@@ -213,10 +215,12 @@ class Session:
         """
         remedies = remedies or self.remedies
         if not self.alive:
-            raise worker_error("the workers have ended: run the prompt again", RAY_LOST, remedies)
+            raise self._ended(remedies)
         run_id = uuid.uuid4().hex
         shared = [put(argument) for argument in args]
         with self._running:
+            if self._closed:  # by the watchdog, meanwhile
+                raise self._ended(remedies)
             self._watchdog.begin(run_id)
             self._printed = {rank: output_sizes(RUNTIME.log_folder, place.pid) for rank, place in self.places.items()}
             refs = {rank: a.run.remote(run_id, verb.__name__, *shared) for rank, a in enumerate(self._actors)}
@@ -235,6 +239,11 @@ class Session:
             logger.warning("ending the workers")
             self._end_after_failure(outcome.failure)
         return results_or_raise(outcome, states, remedies, stay)
+
+    def _ended(self, remedies: Remedies) -> WorkerError:
+        if (failure := self._watchdog.failure) is not None:
+            return to_error(failure, self._states(), remedies)
+        return worker_error("the workers have ended: run the prompt again", RAY_LOST, remedies)
 
     def _can_continue(self, outcome: Outcome) -> bool:
         """Return whether the workers can do another run after a failed one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -18,7 +19,8 @@ import pytest
 import ray
 from echo_service import EchoService
 
-from raylight.cluster import active_session
+from raylight.cluster import active_session, collect
+from raylight.cluster import session as cluster_session
 from raylight.cluster.collect import CANCEL_GRACE_S
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import RunCancelled, WorkerError
@@ -77,13 +79,14 @@ def test_the_session_is_kept_until_its_configuration_changes() -> None:
     _wait_gone(pids(first))
 
 
-def test_cancel_ends_all_ranks_and_the_next_run_works() -> None:
+def test_cancel_ends_all_ranks_and_the_next_run_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "CANCEL_GRACE_S", 20.0)  # this machine may be busy
     session = active_session.session(config(), SERVICE)
     asked = threading.Event()
     started = time.monotonic()
     with pytest.raises(RunCancelled):
         session.run(EchoService.count_slowly, 1000, on_event=lambda _: asked.set(), wants_cancel=asked.is_set)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40, "all steps take 50 s"
     assert session.alive
     assert session.run(EchoService.count, 1)[2] == 1
 
@@ -95,14 +98,15 @@ def test_workers_stay_where_a_long_step_ends_before_its_result_is_here() -> None
         session.run(
             EchoService.finish_step_late,
             CANCEL_GRACE_S + 0.5,
-            0.5 * CANCEL_GRACE_S,
+            0.2 * CANCEL_GRACE_S,
             on_event=lambda _: asked.set(),
             wants_cancel=asked.is_set,
         )
     assert session.alive
 
 
-def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped() -> None:
+def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "CANCEL_GRACE_S", 20.0)  # this machine may be busy
     session = active_session.session(config(), SERVICE)
 
     def stop(_: object) -> None:
@@ -140,23 +144,39 @@ def test_a_failing_rank_is_named_and_the_next_session_works(verb: Callable, mess
     started = time.monotonic()
     with pytest.raises(WorkerError, match=message):
         session.run(verb)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60, "the others wait for minutes"
     assert not session.alive
     assert active_session.session(config(), SERVICE).run(EchoService.count, 2)[2] == 2
+
+
+def test_a_rank_that_dies_just_before_a_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = active_session.session(config(), SERVICE)
+
+    def put_late(_: object) -> None:
+        """Take until the watchdog has found that a rank has died, and has ended the session."""
+        psutil.Process(session.places[1].pid).kill()
+        deadline = time.monotonic() + 60
+        while not session._closed and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(cluster_session, "put", put_late)
+    with pytest.raises(WorkerError, match=r"rank 1 .* died while waiting for work"):
+        session.run(EchoService.count, 5)
 
 
 def test_only_loopback_is_listened_on() -> None:
     session = active_session.session(config(), SERVICE)
     ours = {psutil.Process(pid) for pid in pids(session)}
     ours |= {child for child in psutil.Process().children(recursive=True)}
-    open_to_all = [
-        (process.name(), connection.laddr)
-        for process in ours
-        if process.is_running()
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN and not _is_loopback(connection.laddr.ip)
-    ]
-    assert open_to_all == []
+    open_to_all, seen = [], set()
+    for process in ours:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    seen.add(process.pid)
+                    if not _is_loopback(connection.laddr.ip):
+                        open_to_all.append((process.pid, process.name(), connection.laddr))
+    assert open_to_all == [] and seen >= set(pids(session))
 
 
 def test_rejects_a_cluster_that_does_not_answer() -> None:
@@ -213,7 +233,7 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
             "from raylight.cluster.config import ServiceSpec, SessionConfig\n"
             "from raylight.parallel.mesh import MeshShape\n"
             "service = ServiceSpec('echo_service:open_service', None, tuple(sys.argv[1:3]))\n"
-            "config = SessionConfig(MeshShape(ulysses=2), 'cpu', address=sys.argv[3], start_timeout_s=60)\n"
+            "config = SessionConfig(MeshShape(ulysses=2), 'cpu', address=sys.argv[3], start_timeout_s=180)\n"
             "print(active_session.session(config, service).run(echo_service.EchoService.count, 3)[0])\n"
             "active_session.close()\n"
         )
@@ -223,7 +243,7 @@ def test_a_running_cluster_is_joined_and_left_alone() -> None:
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=300,
             )
             assert driver.stdout.splitlines()[-1:] == ["rank 0 of 2"], driver.stderr
         assert head.poll() is None
@@ -262,7 +282,7 @@ def test_nothing_is_left_when_the_driver(how: str, tmp_path: Path) -> None:
     assert len(started) == 2 and len(child_process_ids) > 4, errors.read_text()
     if how == "is killed":
         driver.kill()
-    driver.wait(timeout=60)
+    driver.wait(timeout=120)
     _wait_gone(child_process_ids)
     assert not list(home.iterdir()), "nothing is left in the home either"
 
@@ -272,7 +292,7 @@ def _is_loopback(text: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def _wait_gone(processes: list[int], timeout_s: float = 10) -> None:
+def _wait_gone(processes: list[int], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while (left := [pid for pid in processes if _runs(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
