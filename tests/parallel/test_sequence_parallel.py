@@ -73,8 +73,8 @@ def test_votes() -> None:
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_a_fault_in_one_rank_ends_the_others(how: str) -> None:
     started = time.monotonic()
-    answers = run_ranks(2, one_rank_fails, how, collective_timeout_s=10, timeout_s=60)
+    answers = run_ranks(2, one_rank_fails, how, collective_timeout_s=10, timeout_s=200)
     assert answers[0].error is not None and answers[0].error != "never answered"
     if how == "raises":
         assert "simulated fault" in answers[1].error
-    assert time.monotonic() - started < 45
+    assert time.monotonic() - started < 150

@@ -64,7 +64,7 @@ def test_passes_on_signal() -> None:
     )
     assert parent.stdout.readline() == "READY\n"
     parent.send_signal(signal.SIGINT)
-    output, _ = parent.communicate(timeout=30)
+    output, _ = parent.communicate(timeout=120)
     assert (output, parent.returncode) == ("CLEANED after 1\n", 7)
 
 
@@ -83,4 +83,4 @@ sys.exit(os.waitstatus_to_exitcode(pty.spawn([sys.executable, "-c", {PARENT!r}])
     assert b"CLEANED after 1" in terminal.stdout.readline()
     terminal.stdin.close()
     terminal.stdout.close()
-    assert terminal.wait(timeout=30) == 7
+    assert terminal.wait(timeout=120) == 7
