@@ -44,8 +44,8 @@ def run_ranks(
     world_size: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 120.0,
-    collective_timeout_s: float = 60.0,
+    timeout_s: float = 300.0,
+    collective_timeout_s: float = 120.0,
     device_type: str = "cpu",
 ) -> list[RankResult]:
     """Call `function(rank, world_size, *args)` on `world_size` ranks; kill processes that do not end.

@@ -226,7 +226,7 @@ def test_cancel_ends_run(user: User, server: ComfyServer) -> None:
     watch(user, PATIENCE, until=lambda run: len(run.of("progress")) > 2 or run.end is not None)
     user.look("before-cancel")
     user.click('[aria-label="Cancel current run"]')
-    run = watch(user, 60.0)
+    run = watch(user, PATIENCE)
     assert run.end["kind"] == "execution_interrupted", run.end
     assert run.of("progress")[-1]["value"] < 1900
     queue = server.queue()

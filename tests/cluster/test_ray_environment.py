@@ -224,7 +224,7 @@ def starts(code: str, **environ: str) -> list[str]:
         text=True,
         env={**os.environ, "PYTHONPATH": "", **environ},
         capture_output=True,
-        timeout=240,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines()
@@ -241,6 +241,7 @@ def test_no_home_and_a_long_folder(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_keeps_ray_from_starting_is_named() -> None:
     small, hook, store = starts(
+        "from raylight.cluster import placement; placement._LOCAL_S = 600\n"
         "os.environ['RAY_OVERRIDE_RESOURCES'] = '{\"CPU\": 1}'; start()\n"
         "del os.environ['RAY_OVERRIDE_RESOURCES']\n"
         "os.environ['RAY_RUNTIME_ENV_HOOK'] = 'not_there.hook'; start()\n"
@@ -258,7 +259,7 @@ def test_what_keeps_ray_from_starting_is_named() -> None:
         hook,
     )
     assert "Ray does not start on this machine: " in store and store.count("..") == store.count("...")
-    assert float(small.split()[0]) < 30, "it waited for resources that never come"
+    assert float(small.split()[0]) < 200, "it waited for resources that never come"
     assert not any("temporary files" in line for line in (small, hook, store))
 
 

@@ -84,7 +84,7 @@ def test_a_cancel_reaches_all_machines(user: ClusterUser) -> None:
     user.interrupt()
     began = time.monotonic()
     assert "InterruptProcessingException" in user.end()["error"]
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30, "the whole run takes minutes"
     user.assert_same(user.sample([1, 1, 2]))
     assert user.ask("places")["answer"] == before["answer"], "the workers stay"
 
