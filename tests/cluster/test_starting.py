@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -34,28 +35,37 @@ def end_of_module():
     assert not ray.is_initialized()
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 90.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 180.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it never became true"
         time.sleep(0.05)
 
 
+def named(name: str, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Return those of some processes that run and whose name begins with `name`."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            if process.name().startswith(name) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def raylets() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.name().startswith("raylet")]
+    return named("raylet", psutil.Process().children())
 
 
 def workers() -> list[psutil.Process]:
     """Return the processes of this process's workers, and not of a ComfyUI server that other tests have started."""
-    return [child for raylet in raylets() for child in raylet.children() if child.name().startswith("ray::RankActor")]
+    return [child for raylet in raylets() for child in named("ray::RankActor", raylet.children())]
 
 
 def test_a_start_in_the_background_is_the_one_that_is_waited_for() -> None:
     active_session.close(keep_ray=True)
-    began = time.monotonic()
     active_session.begin(TWO, SERVICE)
     active_session.begin(TWO, SERVICE)
-    assert time.monotonic() - began < 1 and active_session.running() is None
+    assert active_session.running() is None, "it has not waited for them"
     shown: list[str] = []
     session = active_session.session(TWO, SERVICE, on_progress=shown.append)
     assert session.run(EchoService.count, 2)[2] == 2
@@ -69,7 +79,8 @@ def test_the_last_that_is_wanted_wins() -> None:
     active_session.begin(ANOTHER, SERVICE)
     active_session.begin(ANOTHER, SERVICE, replace=False)
     session = active_session.session(ANOTHER, SERVICE)
-    assert len(session.places) == 1 and [one.pid for one in workers()] == [session.places[0].pid]
+    assert len(session.places) == 1
+    wait_until(lambda: [one.pid for one in workers()] == [session.places[0].pid])
     active_session.begin(TWO, SERVICE, replace=False)
     assert active_session.session(ANOTHER, SERVICE) is session
 
@@ -79,7 +90,7 @@ def test_an_error_is_raised_once_where_it_is_waited_for() -> None:
     active_session.begin(TWO, BROKEN)
     with pytest.raises(WorkerError, match="not_there"):
         active_session.session(TWO, BROKEN)
-    wait_until(lambda: not workers(), 10)
+    wait_until(lambda: not workers())
     assert active_session.session(TWO, SERVICE).run(EchoService.count, 1)[2] == 1
 
 
@@ -102,7 +113,7 @@ def test_a_cancel_ends_the_wait_and_not_the_start() -> None:
     began = time.monotonic()
     with pytest.raises(RunCancelled):
         active_session.session(TWO, SERVICE, wants_cancel=lambda: time.monotonic() - began > 0.5)
-    assert time.monotonic() - began < 2
+    assert active_session.running() is None, "it has not waited for them"
     wait_until(active_session.running)
     assert active_session.session(TWO, SERVICE) is active_session.running()
 
@@ -113,15 +124,15 @@ def test_closing_ends_a_start() -> None:
     wait_until(workers)
     active_session.close(keep_ray=True)
     assert active_session.running() is None
-    wait_until(lambda: not workers(), 10)
+    wait_until(lambda: not workers())
 
 
 def test_new_workers_start_after_a_failure_of_workers_that_had_worked() -> None:
     session = active_session.session(TWO, SERVICE)
     with pytest.raises(WorkerError):
         session.run(EchoService.die_alone)
-    time.sleep(1)
-    assert not workers(), "they had done nothing yet"
+    assert active_session._start is None, "they had done nothing yet"
+    wait_until(lambda: not workers())
     session = active_session.session(TWO, SERVICE)
     session.run(EchoService.count, 1)
     with pytest.raises(WorkerError):
@@ -145,9 +156,8 @@ def test_another_mesh_keeps_the_workers() -> None:
     session = active_session.session(TWO, SERVICE)
     places = dict(session.places)
     for mesh in (MeshShape(batch=2), MeshShape(ring=2), MeshShape(ulysses=2)):
-        began = time.monotonic()
         again = active_session.session(SessionConfig(mesh, "cpu", stall_timeout_s=77.0), SERVICE)
-        assert again is session and session.places == places and time.monotonic() - began < 2
+        assert again is session and session.places == places
         assert session.run(EchoService.mesh_shape) == (mesh.batch, mesh.ring, mesh.ulysses)
 
 
@@ -174,10 +184,9 @@ def test_a_rank_that_dies_while_the_mesh_changes() -> None:
 
 def test_ray_that_was_started_early_is_that_of_the_workers() -> None:
     active_session.close()
-    began = time.monotonic()
     active_session.begin_ray(TWO, SERVICE)
     active_session.begin_ray(ANOTHER, SERVICE)
-    assert time.monotonic() - began < 1 and active_session.running() is None
+    assert not ray.is_initialized(), "it has not waited for it"
     wait_until(lambda: ray.is_initialized() and raylets())
     before = raylets()
     assert not workers()
@@ -213,7 +222,7 @@ class Kept(logging.Handler):
         self.messages.append(record.getMessage())
 
 def wait(condition):
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, "it never became true"
         time.sleep(0.05)
@@ -238,5 +247,5 @@ def test_the_end_of_ray_that_was_started_early_does_not_end_its_process(when: st
     script = tmp_path / "early.py"
     script.write_text(EARLY)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(SEARCH)}
-    done = subprocess.run([sys.executable, script, when], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, script, when], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "it lives" in done.stdout, done.stdout + done.stderr
