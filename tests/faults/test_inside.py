@@ -12,20 +12,20 @@ from fault_server import JOB, FaultServer, assert_same, dropin
 
 from raylight.dev.demo.graphs import on_workers
 
+SECONDS = 0.5  # until then the step is reported, which the error names
+
 
 def test_an_exception(server: FaultServer, reference: torch.Tensor) -> None:
-    prompt = server.submit(dropin(JOB, 2, {"what": "raise", "call": 3}))
-    server.wait_for_phase("step")
-    before = server.workers()
+    before = server.workers_of_now()
+    prompt = server.submit(dropin(JOB, 2, {"what": "raise", "call": 3, "seconds": SECONDS}))
     server.fails(prompt, r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) failed while step \d of 4: ArithmeticError: the inj")
     server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
 def test_memory_that_runs_out(server: FaultServer, reference: torch.Tensor) -> None:
-    prompt = server.submit(dropin(JOB, 2, {"what": "allocate", "call": 3}))
-    server.wait_for_phase("step")
-    before = server.workers()
+    before = server.workers_of_now()
+    prompt = server.submit(dropin(JOB, 2, {"what": "allocate", "call": 3, "seconds": SECONDS}))
     message = server.fails(prompt, r"rank 1 .* ran out of memory while step \d of 4: .*allocate")
     assert re.search(r"It held wan.safetensors \(replicated, 0.0\d GB on cpu", message)
     assert "switch FSDP on" in message and "a smaller size" in message
@@ -35,11 +35,11 @@ def test_memory_that_runs_out(server: FaultServer, reference: torch.Tensor) -> N
 
 @pytest.mark.slow
 def test_a_stopped_process(server: FaultServer, reference: torch.Tensor) -> None:
-    prompt = server.submit(dropin(replace(JOB, steps=20), 2, {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}))
-    server.wait_for_phase("step 2 of 20")
+    prompt = server.submit(dropin(replace(JOB, steps=99), 2, {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}))
+    server.wait_for_second_step()
     before, since = server.workers(), time.monotonic()
     server.worker(1).suspend()
-    server.fails(prompt, r"rank 1 .* failed while step \d+ of 20: its process was stopped", since)
+    server.fails(prompt, r"rank 1 .* failed while step \d+ of 99: its process was stopped", since)
     server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 

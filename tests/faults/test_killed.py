@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fault_server import BIG, JOB, FaultServer, assert_same, dropin
+from fault_server import BIG, ERROR_S, JOB, LOADING, FaultServer, assert_same, dropin
 
 from raylight.dev.demo.graphs import on_workers
 
@@ -27,13 +27,13 @@ def test_while_starting(server: FaultServer, reference: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_in_a_step(workers: int, server: FaultServer, reference: torch.Tensor) -> None:
-    prompt = server.submit(dropin(replace(JOB, steps=20), workers, SLOW))
-    server.wait_for_phase("step 2 of 20")
+    prompt = server.submit(dropin(replace(JOB, steps=99), workers, SLOW))
+    server.wait_for_second_step()
     before, since = server.workers(), time.monotonic()
     assert len(before) == workers
     server.worker(1).kill()
     message = server.fails(
-        prompt, r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while step \d+ of 20: its process", since
+        prompt, r"rank 1 \(cpu, pid \d+ on 127.0.0.1\) died while step \d+ of 99: its process", since
     )
     assert "Connection" not in message, "what its peers met is not the root cause"
     server.assert_ended(before)
@@ -43,11 +43,11 @@ def test_in_a_step(workers: int, server: FaultServer, reference: torch.Tensor) -
 def test_while_loading(server: FaultServer, reference: torch.Tensor) -> None:
     assert_same(server.latent(on_workers(JOB, 2)), reference)
     prompt = server.submit(on_workers(replace(JOB, model=BIG), 2))
-    server.wait_for_phase(f"loading {BIG}")
+    server.wait_for_phase(LOADING)
     before, since = server.workers(), time.monotonic()
     server.worker(0).kill()
     server.fails(
-        prompt, r"rank 0 .* died while (loading|reading|putting|bringing|beginning|step).*: its process", since
+        prompt, r"rank 0 .* died while (loading|reading|putting|applying|bringing|beginning|step).*: its process", since
     )
     server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
@@ -55,7 +55,7 @@ def test_while_loading(server: FaultServer, reference: torch.Tensor) -> None:
 
 @pytest.mark.slow
 def test_while_gathering(server: FaultServer, reference: torch.Tensor) -> None:
-    end = {"rank": -1, "what": "sleep", "where": "end", "seconds": 4.0}
+    end = {"rank": -1, "what": "sleep", "where": "end", "seconds": 30.0}
     prompt = server.submit(dropin(JOB, 2, end))
     server.wait_for_phase("ending the last step")
     before, since = server.workers(), time.monotonic()
@@ -68,8 +68,8 @@ def test_while_gathering(server: FaultServer, reference: torch.Tensor) -> None:
 @pytest.mark.slow
 def test_while_idle(server: FaultServer, reference: torch.Tensor) -> None:
     assert_same(server.latent(on_workers(replace(JOB, seed=1), 2)), server.latent(on_workers(replace(JOB, seed=1), 3)))
-    before = server.workers()
+    before, since = server.workers(), server.log_size()
     server.worker(1).kill()
-    server.wait_until(lambda: "died while waiting for work" in server.log_tail(20), timeout_s=10)
+    server.wait_until(lambda: server.logged("died while waiting for work", since), ERROR_S)
     server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)

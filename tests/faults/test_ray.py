@@ -9,10 +9,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from fault_server import JOB, FaultServer, assert_same, dropin
+from fault_server import ERROR_S, JOB, FaultServer, assert_same, dropin
 
 from raylight.dev.demo.graphs import on_workers, stock
 
@@ -21,16 +20,12 @@ pytestmark = pytest.mark.slow
 SLOW = {"rank": -1, "what": "sleep", "call": 0, "seconds": 0.4}
 
 
-def process_of(server: FaultServer, name: str) -> psutil.Process:
-    return next(child for child in server.process().children(recursive=True) if child.name() == name)
-
-
 @pytest.mark.parametrize("name", ["gcs_server", "raylet"])
 def test_ray_is_killed(name: str, server: FaultServer, reference: torch.Tensor) -> None:
-    prompt = server.submit(dropin(replace(JOB, steps=20), 2, SLOW))
-    server.wait_for_phase("step 2 of 20")
+    prompt = server.submit(dropin(replace(JOB, steps=99), 2, SLOW))
+    server.wait_for_second_step()
     before, since = server.workers(), time.monotonic()
-    process_of(server, name).kill()
+    server.process_of(name).kill()
     server.fails(prompt, rf"Ray's process {name} \(pid \d+\) has ended", since)
     server.assert_ended(before)
     assert_same(server.latent(on_workers(JOB, 2)), reference)
@@ -38,9 +33,9 @@ def test_ray_is_killed(name: str, server: FaultServer, reference: torch.Tensor) 
 
 def test_ray_is_killed_while_idle(server: FaultServer, reference: torch.Tensor) -> None:
     assert_same(server.latent(on_workers(JOB, 2)), reference)
-    before = server.workers()
-    process_of(server, "gcs_server").kill()
-    server.wait_until(lambda: "Ray's process gcs_server" in server.log_tail(20), timeout_s=10)
+    before, since = server.workers(), server.log_size()
+    server.process_of("gcs_server").kill()
+    server.wait_until(lambda: server.logged("Ray's process gcs_server", since), ERROR_S)
     server.assert_ended(before)
     assert_same(server.latent(on_workers(replace(JOB, steps=3), 2)), server.latent(stock(replace(JOB, steps=3))))
 
@@ -54,8 +49,9 @@ def test_ports_that_are_taken(server: FaultServer, reference: torch.Tensor) -> N
             listener.bind(("127.0.0.1", port))
             listener.listen()
         assert_same(server.latent(on_workers(JOB, 2, ray_cluster_namespace="ports")), reference)
+        since = server.log_size()
         prompt = server.submit(on_workers(JOB, 2, ray_cluster_address="127.0.0.1:29500"))
-        server.wait_until(lambda: "joining the Ray cluster" in server.log_tail(20))
+        server.wait_until(lambda: server.logged("joining the Ray cluster", since))
         server.fails(prompt, "no Ray cluster answers at ray_cluster_address = 127.0.0.1:29500: another program")
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
@@ -77,9 +73,9 @@ def test_a_full_object_store_on_a_full_disk(folder: Path, reference: torch.Tenso
             return graph
 
         assert_same(full.latent(advanced(JOB)), reference)
-        before = full.workers()
+        before, since = full.workers(), full.log_size()
         prompt = full.submit(advanced(replace(JOB, width=4096, height=4096, frames=81, steps=1)))
-        full.wait_until(lambda: "the workers do the whole run" in full.log_tail(5))
+        full.wait_until(lambda: full.logged("the workers do the whole run", since))
         full.fails(prompt, r"Ray's object store is full.*: no room for what is sent to the workers")
         assert_same(full.latent(advanced(JOB)), reference)
         assert full.workers() == before, "the workers stay"

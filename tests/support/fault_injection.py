@@ -21,7 +21,7 @@ AT_MODEL, AT_BLOCK, AT_END = "model", "block", "end"
 class Fault:
     """A fault on `rank` (-1: on all): `what` is "raise", "allocate", "kill", "stop" or "sleep".
 
-    It happens at call `call` of the model, or of one of its blocks (from 1; 0: at every call).
+    It happens at call `call` of the model, or of one of its blocks (from 1; 0: at every call), after `seconds`.
     """
 
     rank: int
@@ -50,6 +50,7 @@ class Fault:
     def _happen(self) -> None:
         if not dist.is_initialized() or self.rank not in (-1, dist.get_rank()):
             return
+        time.sleep(self.seconds)
         if self.what == "raise":
             raise ArithmeticError("the injected fault")
         if self.what == "allocate":
@@ -58,4 +59,3 @@ class Fault:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.what == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(self.seconds)

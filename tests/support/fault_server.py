@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from raylight.dev.demo.tiny import write_checkpoint
 SUPPORT = Path(__file__).resolve().parent
 JOB = Sampling("wan.safetensors", width=112, height=80, frames=5, steps=4)
 BIG = "big.safetensors"  # takes a while to read
-ERROR_S = 10.0  # by then the error has to be shown
-EXIT_S = 10.0
+LOADING = ("loading", "reading", "putting", "applying", "bringing")  # phases until a model can compute; each is short
+# Usually an error is shown after 1 to 4 s. Without what finds it, it would come after minutes, or never.
+ERROR_S, EXIT_S = 30.0, 30.0  # on a busy machine
 
 
 def write_files(folder: Path) -> None:
@@ -59,6 +62,7 @@ class FaultServer(ComfyServer):
             "custom_nodes": files / "packs",
         }
         search = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+        self._runs = 0
         super().__init__(files / name, model_paths=paths, environ={"PYTHONPATH": search, **environ})
 
     def latent(self, graph: Graph) -> torch.Tensor:
@@ -85,6 +89,24 @@ class FaultServer(ComfyServer):
         """Return the processes of workers."""
         return [child for child in self.process().children(recursive=True) if is_worker(child)]
 
+    def workers_of_now(self, workers: int = 2, **initializer: Any) -> list[psutil.Process]:
+        """Return the processes of that many workers, which are started if they do not run."""
+        self._runs += 1  # ComfyUI would run nothing for a graph that comes again
+        self.latent(on_workers(replace(JOB, seed=1000 + self._runs, steps=1), workers, **initializer))
+        return self.wait_until(lambda: len(found := self.workers()) == workers and found)
+
+    def process_of(self, name: str) -> psutil.Process | None:
+        """Return ComfyUI's descendant of this name, if there is one."""
+        return next((child for child in self.process().children(recursive=True) if _name(child) == name), None)
+
+    def log_size(self) -> int:
+        """Return the size of the log, for `logged`."""
+        return self.log.stat().st_size
+
+    def logged(self, text: str, since: int) -> bool:
+        """Return whether the log has a text after its first `since` bytes. Its last lines are soon others."""
+        return text in self.log.read_bytes()[since:].decode("utf-8", errors="replace")
+
     def worker(self, rank: int) -> psutil.Process:
         """Return the process of a rank, which the log names."""
         line = [line for line in self.log_tail(10_000).splitlines() if "workers ready in" in line][-1]
@@ -98,15 +120,24 @@ class FaultServer(ComfyServer):
             time.sleep(0.01)
         return value
 
-    def wait_for_phase(self, start: str, rank: int = 1) -> None:
-        """Wait until the phase of a worker begins with `start`."""
+    def wait_for_phase(self, start: str | tuple[str, ...], rank: int = 1) -> None:
+        """Wait until the phase of a worker begins with `start`, or one of several."""
         self.wait_until(lambda: self.phases().get(rank, "").startswith(start))
+
+    def step(self) -> int:
+        """Return the number of the step that rank 1 is in, 0 if in none."""
+        found = re.match(r"step (\d+) of", self.phases().get(1, ""))
+        return int(found[1]) if found else 0
+
+    def wait_for_second_step(self) -> None:
+        """Wait until the first step is over. On a busy machine the second may be missed, and a later one be seen."""
+        self.wait_until(lambda: self.step() >= 2)
 
     def fails(self, prompt: str, match: str, since: float | None = None) -> str:
         """Assert that a prompt ends with an error within ERROR_S of `since` (now). Return the message."""
         since = time.monotonic() if since is None else since
         with pytest.raises(PromptFailed, match=match) as error:
-            self.wait(prompt, timeout=60)
+            self.wait(prompt, timeout=90)
         took = time.monotonic() - since
         assert took < ERROR_S, f"the error came after {took:.1f} s:\n{error.value}"
         return str(error.value)
@@ -126,10 +157,15 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def is_worker(process: psutil.Process) -> bool:
+    return _name(process).startswith("ray::RankActor") and is_running(process)
+
+
+def _name(process: psutil.Process) -> str:
+    """Return a process's name, "" if it has ended."""
     try:
-        return process.name().startswith("ray::RankActor") and is_running(process)
+        return process.name()
     except psutil.Error:
-        return False
+        return ""
 
 
 def dropin(job: Sampling, workers: int, fault: dict[str, Any] | None = None, **initializer: Any) -> Graph:
