@@ -171,3 +171,4 @@ def copy_state_from(model: ModelPatcher, remote: RemotePatcher) -> None:
     remote.wrappers = {
         kind: wrappers.get(kind, {}) | source.wrappers.get(kind, {}) for kind in {**wrappers, **source.wrappers}
     }
+    remote.made_from = model

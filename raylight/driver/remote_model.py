@@ -26,7 +26,9 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     workers: WorkerConfig
     recipe: ModelRecipe
-    parent: comfy.model_patcher.ModelPatcher | None
+    # The MODEL that its state was copied from. Not its `parent`: ComfyUI takes that for the model that is loaded, once
+    # this one goes.
+    made_from: comfy.model_patcher.ModelPatcher | None = None
 
     @classmethod
     def of(

@@ -124,11 +124,13 @@ def is_of_a_pack(kind: type) -> bool:
 
 
 def ancestry(model: ModelPatcher) -> Iterator[ModelPatcher]:
-    """Yield the patcher, and those it was cloned from, which earlier nodes may still refer to."""
+    """Yield the patcher, and those it was cloned from, which earlier nodes may still refer to. One whose weights are on
+    workers may be made from another, its `made_from`.
+    """
     one: ModelPatcher | None = model
     while one is not None:
         yield one
-        one = one.parent
+        one = getattr(one, "made_from", None) or one.parent
 
 
 def _references_of(model: ModelPatcher) -> dict[int, _Reference]:
