@@ -17,6 +17,7 @@ Limits of time are for a machine that is busy: what waits looks often and goes o
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import signal
@@ -50,6 +51,9 @@ from comfy.cli_args import args
 
 # ComfyUI reads this when its modules are first imported, and would ask for a GPU otherwise.
 args.cpu = not torch.cuda.is_available()
+
+# As ComfyUI's start does, before `nodes`, which in 0.24 puts another module of this name before it on Python's path.
+importlib.import_module("utils.extra_config")
 
 # Threads that wait for each other on a busy machine make seconds of small models into minutes.
 torch.set_num_threads(1)
