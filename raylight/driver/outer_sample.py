@@ -87,7 +87,8 @@ def run_on_workers(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     call = inspect.signature(executor.original).bind(*arguments, **named).arguments
     callback, call["callback"] = call.get("callback"), None
     inner = executor.wrappers[executor.idx + 1 :]
-    sharing = shared_state.owner_in_run(patcher, guider, call, inner)
+    # Only asked where something may keep the run here: it looks at all that code of nodes reaches.
+    sharing = functools.cache(functools.partial(shared_state.owner_in_run, patcher, guider, call, inner))
     stay = functools.partial(_stay, patcher, run, sharing)
     injected_code.begin()
     random = random_state(patcher.load_device)
@@ -99,8 +100,8 @@ def run_on_workers(executor: Any, *arguments: Any, **named: Any) -> Tensor:
     full_tokens_for = ""
     if reason:
         full_tokens_for = injected_code.inside_of(patcher, changes).full_tokens_for
-        if not full_tokens_for and sharing:
-            logger.info("the workers do the whole run with the code of %s, whose parts share state", sharing)
+        if not full_tokens_for and (owner := sharing()):
+            logger.info("the workers do the whole run with the code of %s, whose parts share state", owner)
         elif not full_tokens_for:
             try:
                 with _moving_at_first_forward():
@@ -168,17 +169,17 @@ def _pending(
 
 
 def _stay(
-    patcher: RemotePatcher, run: Callable[[], Tensor], sharing: str, reason: str | NotSerializableError
+    patcher: RemotePatcher, run: Callable[[], Tensor], sharing: Callable[[], str], reason: str | NotSerializableError
 ) -> Tensor:
-    """Do the run here, and take back what it has put on the model, which the next run may not load. `sharing` names the
-    node whose code inside the model shares state with code around it, "" if there is none.
+    """Do the run here, and take back what it has put on the model, which the next run may not load. `sharing` returns
+    the name of the node whose code inside the model shares state with code around it, "" if there is none.
 
     Raises ValueError: if there is one, as its code inside would not see what the code here does.
     """
     global _run_begins
-    if sharing:
+    if owner := sharing():
         raise ValueError(
-            f"{sharing} has code inside the model that shares what it keeps with its code around the model, so the "
+            f"{owner} has code inside the model that shares what it keeps with its code around the model, so the "
             f"workers would have to do the whole run, which is not possible: {reason}. Remove the node, or what keeps "
             f"the run in ComfyUI, or use a MODEL without workers"
         )
