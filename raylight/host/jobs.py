@@ -36,8 +36,8 @@ class Inside:
 class ModelJob:
     """The model that a job is for. `patches` are patches of weights by nodes besides the LoRAs of the recipe: a
     SerializedObject by ComfyUI's `patches_uuid`, fetched by a worker that does not have them applied. `inside` is what
-    code of nodes inside of it needs. `graphs` is one of `parallel.graphs.NAMES`. `settings` are those
-    of PyTorch in ComfyUI's process, for workers on devices of its type, `device_type`.
+    code of nodes inside of it needs. `graphs` is one of `parallel.graphs.NAMES`. `settings` are those of PyTorch in
+    ComfyUI's process, for workers on devices of its type, `device_type`.
     """
 
     recipe: ModelRecipe
