@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from raylight.cluster.session import Session
-from raylight.host import model_files
+from raylight.host import gguf, model_files
 from raylight.host.log_messages import gb
 from raylight.host.model_files import FoundFile, ModelFile
 from raylight.host.recipe import ModelRecipe
@@ -40,7 +40,7 @@ def ensure(session: Session, recipe: ModelRecipe, wants_cancel: Callable[[], boo
         return
     try:
         files = [model_files.describe(path) for path in model_files.paths_of(recipe)]
-        code = [model_files.describe(path) for path in model_files.code_of(recipe)]
+        code = [model_files.describe(path) for path in gguf.code_of(recipe)]
     except FileNotFoundError as error:
         raise ValueError(f"the model file {error.filename} is not there any more") from error
     found_code = _look(session, code, wants_cancel) if code else []

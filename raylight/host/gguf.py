@@ -25,15 +25,16 @@ from raylight.sharding.assign import set_parameter
 from raylight.sharding.subclass_weights import Components, Flattened, flatten_tensor
 
 from .checkpoint import MappedModel, build_from_loader
-from .recipe import PACK_MODULES
+from .model_files import here
+from .recipe import ModelRecipe
 
 NODE = "UnetLoaderGGUF"
-# Of each of `PACK_MODULES`, names and the fields of GgufPack.
-_NAMES = (
-    {"gguf_sd_loader": "reader"},
-    {"GGMLTensor": "tensor", "GGMLLayer": "layer", "GGMLOps": "operations"},
-    {"is_quantized": "is_quantized", "dequantize_tensor": "dequantize"},
-)
+# Of each module, names and the fields of GgufPack.
+_IMPORTED = {
+    "loader": {"gguf_sd_loader": "reader"},
+    "ops": {"GGMLTensor": "tensor", "GGMLLayer": "layer", "GGMLOps": "operations"},
+    "dequant": {"is_quantized": "is_quantized", "dequantize_tensor": "dequantize"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,18 @@ def find() -> str:
     if NODE not in nodes:
         return ""
     folder = os.path.dirname(os.path.abspath(inspect.getfile(nodes[NODE])))
-    complete = all(os.path.isfile(os.path.join(folder, f"{module}.py")) for module in PACK_MODULES)
+    complete = all(os.path.isfile(os.path.join(folder, f"{module}.py")) for module in _IMPORTED)
     return folder if complete else ""
+
+
+def code_of(recipe: ModelRecipe) -> tuple[str, ...]:
+    """Return the paths of the code that reads the file of a recipe and is neither ComfyUI's nor Raylight's."""
+    return tuple(os.path.join(recipe.gguf_pack, f"{module}.py") for module in _IMPORTED if recipe.gguf_pack)
+
+
+def pack_here(recipe: ModelRecipe) -> str:
+    """Return the folder from which this process imports the ComfyUI-GGUF of a recipe."""
+    return os.path.dirname(here(code_of(recipe)[0]))
 
 
 @functools.cache
@@ -89,7 +100,7 @@ def open_pack(folder: str) -> GgufPack:
     package.__path__ = [folder]  # a package whose __init__, which registers nodes, does not run
     sys.modules[name] = package
     found: dict[str, Any] = {}
-    for module, names in zip(PACK_MODULES, _NAMES, strict=True):
+    for module, names in _IMPORTED.items():
         try:
             imported = importlib.import_module(f"{name}.{module}")
         except Exception as error:  # of code that is not ours

@@ -17,9 +17,9 @@ from raylight.cluster.errors import is_out_of_memory
 
 from .checkpoint import MappedModel, load_mapped
 from .exported import load_exported
-from .gguf import load_gguf
+from .gguf import load_gguf, pack_here
 from .log_messages import first_few, is_worker
-from .model_files import here, pack_here
+from .model_files import here
 from .recipe import ModelRecipe
 from .tensor_file import describe_error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .recipe import PACK_MODULES, ModelRecipe
+from .recipe import ModelRecipe
 
 CACHE_VARIABLE = "RAYLIGHT_CACHE"
 _START_BYTES = 1 << 20  # has the header of nearly every file
@@ -132,16 +132,6 @@ def here(path: str) -> str:
 def paths_of(recipe: ModelRecipe) -> tuple[str, ...]:
     """Return the paths of the files that a recipe needs."""
     return recipe.path, *(lora.path for lora in recipe.loras)
-
-
-def code_of(recipe: ModelRecipe) -> tuple[str, ...]:
-    """Return the paths of the code that reads the file of a recipe and is neither ComfyUI's nor Raylight's."""
-    return tuple(os.path.join(recipe.gguf_pack, f"{module}.py") for module in PACK_MODULES if recipe.gguf_pack)
-
-
-def pack_here(recipe: ModelRecipe) -> str:
-    """Return the folder from which this process imports the ComfyUI-GGUF of a recipe."""
-    return os.path.dirname(here(code_of(recipe)[0]))
 
 
 def _candidates(file: ModelFile) -> list[str]:

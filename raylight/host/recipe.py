@@ -13,7 +13,6 @@ from raylight.parallel.graphs import AUTO
 # Where weights live: in full on each rank's device, or a shard of each on the device or in host memory.
 REPLICATED, SHARDED, OFFLOADED = "replicated", "sharded", "offloaded"
 GGUF = ".gguf"
-PACK_MODULES = ("loader", "ops", "dequant")  # of ComfyUI-GGUF, which workers import
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "bf16", "fp16")
 
 
