@@ -44,6 +44,14 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
+def is_running(process: psutil.Process) -> bool:
+    """Return whether a process runs. One that has ended stays a zombie until its parent asks for its exit code."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def process_ids(processes: Iterable[psutil.Process]) -> Iterator[str]:
     """Return "pid:creation time" of the processes that run. Unlike a pid, it is never reused."""
     for process in processes:

@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from . import orphan_guard
+
 logger = logging.getLogger(__name__)
 
 _EARLIER_S = 30.0  # than the limit of the whole start, so that Ray says why it has not started
@@ -66,10 +68,7 @@ def patient_start(timeout_s: float) -> Iterator[None]:
 
 
 def _raylet_runs() -> bool:
-    for child in psutil.Process().children():
-        try:
-            if child.name().startswith("raylet") and child.status() != psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.Error:
-            continue
-    return False
+    children = psutil.Process().children()
+    return any(
+        orphan_guard.name_of(child).startswith("raylet") and orphan_guard.is_running(child) for child in children
+    )

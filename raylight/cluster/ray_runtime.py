@@ -93,12 +93,8 @@ class RayRuntime:
         if self._missing:
             return self._missing[0]
         for name, process in self._required.items():
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    continue
-            except psutil.NoSuchProcess:
-                pass
-            return f"{name} (pid {process.pid})"
+            if not orphan_guard.is_running(process):
+                return f"{name} (pid {process.pid})"
         return None
 
     def disconnect(self) -> None:

@@ -14,6 +14,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from raylight.cluster.orphan_guard import is_running
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +76,7 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     assert family, text
     assert process.returncode == 130, text
     deadline = time.monotonic() + 60
-    while (left := [p for p in family if _runs(p)]) and time.monotonic() < deadline:
+    while (left := [p for p in family if is_running(p)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == [], text
 
@@ -86,11 +88,3 @@ def _family_with_workers(pid: int) -> list[psutil.Process]:
         return family if any("RankActor" in p.name() or "RankActor" in " ".join(p.cmdline()) for p in family) else []
     except psutil.Error:
         return []
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Return whether a process runs. One that has ended stays a zombie until the first process looks after it."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False

@@ -17,6 +17,7 @@ import torch
 from loras import lora_for
 from safetensors.torch import load_file, save_file
 
+from raylight.cluster.orphan_guard import is_running, name_of
 from raylight.cluster.status import IDLE, STARTING
 from raylight.dev.demo.comfy_replies import ComfyError, PromptFailed
 from raylight.dev.demo.comfy_server import ComfyServer
@@ -97,7 +98,7 @@ class FaultServer(ComfyServer):
 
     def process_of(self, name: str) -> psutil.Process | None:
         """Return ComfyUI's descendant of this name, if there is one."""
-        return next((child for child in self.process().children(recursive=True) if _name(child) == name), None)
+        return next((child for child in self.process().children(recursive=True) if name_of(child) == name), None)
 
     def log_size(self) -> int:
         """Return the size of the log, for `logged`."""
@@ -149,23 +150,8 @@ class FaultServer(ComfyServer):
         assert not left, f"left: {left}"
 
 
-def is_running(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def is_worker(process: psutil.Process) -> bool:
-    return _name(process).startswith("ray::RankActor") and is_running(process)
-
-
-def _name(process: psutil.Process) -> str:
-    """Return a process's name, "" if it has ended."""
-    try:
-        return process.name()
-    except psutil.Error:
-        return ""
+    return name_of(process).startswith("ray::RankActor") and is_running(process)
 
 
 def dropin(job: Sampling, workers: int, fault: dict[str, Any] | None = None, **initializer: Any) -> Graph:
