@@ -94,6 +94,8 @@ def measure(address: str, path: str, link: str) -> None:
     if not os.path.exists(path):
         write_checkpoint(Path(path), FAMILY, heads=HEADS, layers=LAYERS)
         return
+    from machines import COUNTERS, sent_bytes
+
     from raylight.cluster import active_session
     from raylight.cluster.config import SessionConfig
     from raylight.driver import api
@@ -116,9 +118,9 @@ def measure(address: str, path: str, link: str) -> None:
         ours, theirs, ratios, sent = [], [], [], []
         for _ in range(OPTIONS.rounds):
             alone, _ = steps_of(stock)
-            before = sent_bytes()
+            before = sent_bytes(Path(COUNTERS).read_text())
             together, _ = steps_of(model)
-            sent.append((sent_bytes() - before) / OPTIONS.steps)
+            sent.append((sent_bytes(Path(COUNTERS).read_text()) - before) / OPTIONS.steps)
             theirs += alone
             ours += together
             ratios.append(min(alone) / min(together))
@@ -156,12 +158,6 @@ def steps_of(model: Any) -> tuple[list[float], Any]:
             seed=1,
         )
     return [after - before for before, after in pairwise(at)], result
-
-
-def sent_bytes() -> int:
-    """Return how many bytes this machine has sent over its link."""
-    of_link = next(line for line in Path("/proc/net/dev").read_text().splitlines() if "eth0:" in line)
-    return int(of_link.partition(":")[2].split()[8])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,13 @@ _TC = ("env", "PATH=/usr/sbin:/sbin:/usr/bin:/bin", "tc")
 _TBF = "tbf rate {} burst 2mb latency 50ms"  # what a network card sends at once, and what waits in its queue
 # The path of Ray's sockets is short, and so is this one.
 _ROOT = "/tmp"
+COUNTERS = "/proc/net/dev"
+
+
+def sent_bytes(counters: str) -> int:
+    """Return how many bytes a machine has sent over its link, by what its file COUNTERS has."""
+    of_link = next(line for line in counters.splitlines() if "eth0:" in line)
+    return int(of_link.partition(":")[2].split()[8])
 
 
 def why_not() -> str:
@@ -139,8 +146,7 @@ class FakeMachine:
 
     def sent_bytes(self) -> int:
         """Return how many bytes the machine has sent over its link."""
-        of_link = next(line for line in self.run("cat", "/proc/net/dev").splitlines() if "eth0:" in line)
-        return int(of_link.partition(":")[2].split()[8])
+        return sent_bytes(self.run("cat", COUNTERS))
 
     def plug(self, interface: str) -> None:
         """Connect the machine by an interface of this system, which leaves it."""
