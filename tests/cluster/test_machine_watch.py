@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from waiting import wait_until
 
 from raylight.cluster import machine_watch, machines
 from raylight.cluster.actor import Place
@@ -34,13 +34,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(machine_watch, "_EVERY_S", 0.01)
     monkeypatch.setattr(machine_watch, "time", SimpleNamespace(monotonic=made))
     return made
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.01)
 
 
 def test_a_silent_machine_is_lost(clock: Clock) -> None:

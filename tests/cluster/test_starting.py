@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import ray
 from echo_service import EchoService
+from waiting import wait_until
 
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
@@ -33,13 +33,6 @@ def end_of_module():
     yield
     active_session.close()
     assert not ray.is_initialized()
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 180.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.05)
 
 
 def named(name: str, processes: list[psutil.Process]) -> list[psutil.Process]:
