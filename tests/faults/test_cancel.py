@@ -15,7 +15,7 @@ from raylight.dev.demo.comfy_replies import PromptInterrupted
 from raylight.dev.demo.graphs import Graph, on_workers
 
 PROMISED_S = 2.0
-REACTION_S = 10.0  # which ComfyUI itself may take to end a prompt on a busy machine
+REACTION_S = 2.0  # which ComfyUI itself takes to end a prompt on a busy machine
 STEP_S = 0.4
 SLOW = {"rank": -1, "what": "sleep", "call": 0, "seconds": STEP_S / 2}
 

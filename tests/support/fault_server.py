@@ -30,7 +30,7 @@ JOB = Sampling("wan.safetensors", width=112, height=80, frames=5, steps=4)
 BIG = "big.safetensors"  # takes a while to read
 LOADING = ("loading", "reading", "putting", "applying", "bringing")  # phases until a model can compute; each is short
 # Usually an error is shown after 1 to 4 s. Without what finds it, it would come after minutes, or never.
-ERROR_S, EXIT_S = 30.0, 30.0  # on a busy machine
+ERROR_S, EXIT_S = 10.0, 10.0
 
 
 def write_files(folder: Path) -> None:
