@@ -123,4 +123,4 @@ def test_a_node_of_its_own_state_shares_nothing() -> None:
 
 def test_a_run_that_has_to_stay_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the node Count has code inside .* not possible: a ControlNet takes part"):
-        _stay(Any, pytest.fail, "the node Count", "a ControlNet takes part")
+        _stay(Any, pytest.fail, lambda: "the node Count", "a ControlNet takes part")
