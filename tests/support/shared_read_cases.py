@@ -226,10 +226,11 @@ def loads_on_gpus(rank: int, world: int, path: Path, dtypes: list[torch.dtype]) 
     have read them together, and how many bytes of the GPU are still taken when they have left it, of theirs.
     """
     device, found = torch.device("cuda", rank), {}
-    together, before = [], reading_together.SharedRead.run
+    together: list[int] = []  # bytes: the reading itself would hold its memory
+    before = reading_together.SharedRead.run
 
     def run(reading: SharedRead) -> None:
-        together.append(reading)
+        together.append(reading.nbytes)
         before(reading)
 
     reading_together.SharedRead.run = run
