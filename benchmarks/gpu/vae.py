@@ -5,9 +5,10 @@
 decodes a video of 81 frames at 1280x720 with the Wan 2.1 VAE, and an image of 2048x2048 with Flux's, at full size with
 random weights in bfloat16. Rank 0 runs the untouched VAE in the same process first. `peak` is the most memory that
 PyTorch had allocated on any rank, weights and result included, over that of stock; `L2` the relative error of all rows.
-With --exact, both are compared with stock in float32, which tells rounding from
-error. With --channels-last, the split is measured again with images in the order in which cuDNN computes. With
---profile, the kernels that took longest on rank 0 follow. With --tiny, this is to try the program on a CPU.
+Links are measured first, as workers do. With --exact, both are compared with stock in float32, which tells rounding
+from error. With --other-order, the split is measured again with images in the other order of memory than the class's
+rule has. With --profile, the kernels that took longest on rank 0 follow. With --tiny, this is to try the program on a
+CPU.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Setting:
     repeats: int
     profile: bool
     exact: bool
-    channels_last: bool
+    other_order: bool
     device_type: str
 
 
@@ -136,7 +137,8 @@ def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any
     from comfy.cli_args import args
 
     args.cpu = device_type == "cpu"  # before ComfyUI picks a device
-    from raylight.worker.parallel_vae import apply_row_parallel
+    from raylight.parallel import bandwidth
+    from raylight.worker.parallel_vae import apply_row_parallel, use_links
 
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -162,6 +164,7 @@ def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         dist.barrier()
+        use_links(bandwidth.measure(device))
         parallel = apply_row_parallel(model, dist.group.WORLD)
 
         def together() -> Tensor:
@@ -175,8 +178,8 @@ def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any
         if profile:
             kernels = profiled(together, device)
             report["kernels"] = kernels if rank == 0 else kernels[:1]
-        if setting.channels_last:
-            parallel.counts.channels_last = True
+        if setting.other_order:
+            parallel.counts.channels_last = not parallel.counts.channels_last
             last, report["last_s"], report["last_bytes"] = timed(together, device, repeats)
             report["last_squares"] = compared(parallel.rows, last, expected, rank)
             del last
@@ -213,12 +216,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--exact", action="store_true", help="compare with stock in float32 too")
-    parser.add_argument("--channels-last", action="store_true", help="keep images in the order of cuDNN")
+    parser.add_argument("--other-order", action="store_true", help="also with images in the other order of memory")
     parser.add_argument("--tiny", action="store_true", help="small models, on a CPU if there is no GPU")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = Setting(given.tiny, given.repeats, given.profile, given.exact, given.channels_last, device_type)
+    setting = Setting(given.tiny, given.repeats, given.profile, given.exact, given.other_order, device_type)
     results = []
     for world in given.ranks:
         if device_type == "cuda" and torch.cuda.device_count() < world:
@@ -259,7 +262,8 @@ def told(name: str, world: int, reports: list[dict[str, Any]]) -> dict[str, Any]
         squares = [report["last_squares"] for report in reports]
         error = (sum(error for error, _ in squares) / sum(norm for _, norm in squares)) ** 0.5
         print(
-            f"    channels last: {seconds:.3f} s, {stock / seconds:.2f}x, peak {share:.2f}, L2 {error:.1e}", flush=True
+            f"    other order of memory: {seconds:.3f} s, {stock / seconds:.2f}x, peak {share:.2f}, L2 {error:.1e}",
+            flush=True,
         )
     for title in ("stock_kernels", "kernels", "last_kernels"):
         for line in reports[0].get(title, []):

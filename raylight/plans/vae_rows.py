@@ -23,11 +23,17 @@ class RowRule:
     methods, as Class.method, that draw noise of their first argument's height and width. `by_memory` names functions of
     the class's Python module whose result depends on the memory of the GPU, and decides in how many parts it computes:
     all ranks have to take the smallest.
+
+    The rest is for speed, as measured: `pointwise` names classes of modules that compute each place of a tensor from
+    the channels there, so that their operations need not be followed one by one; `channels_last` keeps images in the
+    order of memory in which cuDNN computes.
     """
 
     ratio: int | Callable[[Any], int]
     noise: tuple[str, ...] = ()
     by_memory: tuple[str, ...] = ()
+    pointwise: tuple[str, ...] = ()
+    channels_last: bool = False
 
     def rows_per_latent(self, model: nn.Module) -> int:
         """Return the number of image rows that one latent row of `model` stands for."""
@@ -54,6 +60,8 @@ def _strides(model: Any) -> int:
 LDM = "comfy.ldm"
 AUTOENCODER = f"{LDM}.models.autoencoder"
 
+WAN_POINTWISE = ("RMS_norm", "SiLU", "Dropout")
+
 # By class; `AutoencodingEngine` is a frame for others, so its decoder's class decides.
 RULES: dict[str, RowRule] = {
     f"{AUTOENCODER}.AutoencoderKL": RowRule(_levels),
@@ -61,8 +69,8 @@ RULES: dict[str, RowRule] = {
     f"{LDM}.modules.temporal_ae.VideoDecoder": RowRule(_levels),
     f"{LDM}.hunyuan_video.vae.Decoder": RowRule(_upsamplers),
     f"{LDM}.hunyuan_video.vae_refiner.Decoder": RowRule(_upsamplers),
-    f"{LDM}.wan.vae.WanVAE": RowRule(8),
-    f"{LDM}.wan.vae2_2.WanVAE": RowRule(16),
+    f"{LDM}.wan.vae.WanVAE": RowRule(8, pointwise=WAN_POINTWISE, channels_last=True),
+    f"{LDM}.wan.vae2_2.WanVAE": RowRule(16, pointwise=WAN_POINTWISE, channels_last=True),
     f"{LDM}.lightricks.vae.causal_video_autoencoder.VideoVAE": RowRule(
         32, ("ResnetBlock3D._feed_spatial_noise",), ("get_max_chunk_size",)
     ),

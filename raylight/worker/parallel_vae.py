@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from raylight.host.comfy_patches import replaced
 from raylight.parallel import shares
+from raylight.parallel.bandwidth import Links
 from raylight.parallel.process_group import smallest
 from raylight.parallel.rows.engine import Factories, finished, shared
 from raylight.parallel.rows.layout import Cuts, Rows, cut
-from raylight.parallel.rows.row_tensor import RowGroup, wrap
+from raylight.parallel.rows.row_tensor import RowGroup, followed_as_one, wrap
 from raylight.plans.vae_rows import rule_for, why_not
 
 __all__ = ["RowParallel", "apply_row_parallel", "why_not"]
@@ -27,7 +28,18 @@ __all__ = ["RowParallel", "apply_row_parallel", "why_not"]
 # A reshape tells a dimension of rows from one of size 1 by its size, so each rank keeps two latent rows at least.
 LEAST_LATENT_ROWS = 2
 
+# A halo takes less time on such a link than the launches that would hide it.
+FAST_BYTES_PER_S = 20e9
+
 log = logging.getLogger(__name__)
+
+_links_are_slow = True
+
+
+def use_links(links: Links | None) -> None:
+    """Take note of the links between all ranks, None if they were not measured. The same on all ranks."""
+    global _links_are_slow
+    _links_are_slow = links is None or min(links.bytes_per_s.values(), default=0.0) < FAST_BYTES_PER_S
 
 
 def apply_row_parallel(first_stage_model: nn.Module, group: dist.ProcessGroup) -> RowParallel:
@@ -53,7 +65,13 @@ class RowParallel:
         self._output: Cuts | None = None
         self._factories = Factories()
         self._replaced: list[tuple[nn.Module, str]] = []
-        self.counts = RowGroup(group, dist.get_world_size(group), dist.get_rank(group))
+        self.counts = RowGroup(
+            group,
+            dist.get_world_size(group),
+            dist.get_rank(group),
+            channels_last=rule.channels_last,
+            hides_halos=_links_are_slow,
+        )
         vae: Any = model  # its methods are those of ComfyUI's VAE classes, which have no base
         self._replace(model, "decode", self._decode(vae.decode))
         self._replace(model, "encode", self._encode(vae.encode))
@@ -61,6 +79,9 @@ class RowParallel:
             self._replace(model, "decode_output_shape", self._output_shape(vae.decode_output_shape))
         for name in rule.noise:
             self._follow_noise(*name.split("."))
+        for module in model.modules():
+            if type(module).__name__ in rule.pointwise:
+                self._replace(module, "forward", followed_as_one(module.forward))
 
     @property
     def halo_bytes(self) -> int:

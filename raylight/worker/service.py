@@ -32,7 +32,7 @@ from raylight.parallel.batch import runs_of
 from raylight.parallel.mesh import sequence_axis
 from raylight.sharding.fsdp import reset
 
-from . import cuda_graphs, load_progress, model_cache, reading_together
+from . import cuda_graphs, load_progress, model_cache, parallel_vae, reading_together
 from .graph_obstacles import obstacle
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
@@ -56,6 +56,7 @@ class ModelService(WorkerService):
         self._models = ModelCache(context.device, context.world_size)
         self._forward = ModelForward(context.device)
         reading_together.use_links(context.links)
+        parallel_vae.use_links(context.links)
         self._vaes = VaeWork(context, self._models, self._beside_comfyui)
 
     def load(self, run: Run, recipe: ModelRecipe, may_refuse: bool = False) -> NeedsBytes | None:

@@ -67,6 +67,7 @@ def _run(method: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) ->
 
 def _compare(model: torch.nn.Module, direction: str, given: torch.Tensor, expected: torch.Tensor) -> Comparison:
     parallel = apply_row_parallel(model, dist.group.WORLD)
+    parallel.counts.hides_halos = dist.get_world_size() % 2 > 0  # both ways, on one number of ranks or another
     try:
         actual = _run(getattr(model, direction), given)
     finally:

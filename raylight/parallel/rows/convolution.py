@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .layout import Cuts, Span
 from .row_tensor import RowTensor, mixes, plain, position, rule, wrap
 
 Local = Callable[[Tensor, int], Tensor]  # a rank's operation on rows, with the padding of rows to use
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,36 +55,44 @@ def slide(name: str, tensor: RowTensor, window: Window, local: Local) -> Tensor:
         raise mixes(name, tensor, "its rows are flattened together with other dimensions")
     if window.reach == 0 and window.stride == 1 and window.padding == 0:
         return wrap(local(plain(tensor), 0), rows, ranks)
-    total = rows.cuts.total
-    output = window.output(rows.cuts)
+    output, wanted, needs = _geometry(window, rows.cuts)
     if min(output.sizes) < 1:
         raise mixes(name, tensor, "the picture has too few rows for so many ranks")
-    wanted = [window.need(span) for span in output.spans]
-    needs = [(max(start, 0), min(stop, total)) for start, stop in wanted]
-    start, stop = rows.cuts.spans[ranks.rank]
-    ranks.convolved_rows += needs[ranks.rank][1] - needs[ranks.rank][0]
-    ranks.convolved_of += total
-    above, below = start - wanted[ranks.rank][0], wanted[ranks.rank][1] - stop
-    is_same = window.stride == 1 and above == below == window.padding
-    # Near an edge of the image, a halo may be shorter than the padding.
-    is_whole = start in (0, max(start, above)) and stop in (total, min(stop, total - below))
-    if is_same and is_whole and stop - start >= window.reach:
+    need, want = needs[ranks.rank], wanted[ranks.rank]
+    ranks.convolved_rows += need[1] - need[0]
+    ranks.convolved_of += rows.cuts.total
+    if ranks.hides_halos and _is_by_edges(window, rows.cuts, ranks.rank):
         result = _by_edges(own(tensor), window, needs, local)
     else:
-        result = _assembled(tensor, needs, wanted, local)
+        result = local(Halo(tensor, needs).assembled(need[0] - want[0], want[1] - need[1], _order(tensor)), 0)
     return wrap(result, recut(rows, output), ranks)
 
 
-def _assembled(tensor: RowTensor, needs: Sequence[Span], wanted: Sequence[Span], local: Local) -> Tensor:
-    """Compute on a tensor of all needed rows, padded with zeros at the edges of the image."""
-    rank, dim = tensor.ranks.rank, position(tensor.rows, tensor)
-    full = Halo(tensor, needs).assembled()
-    zeros = [needs[rank][0] - wanted[rank][0], wanted[rank][1] - needs[rank][1]]
-    if any(zeros):
-        shape = list(full.shape)
-        pads = [full.new_zeros([*shape[:dim], count, *shape[dim + 1 :]]) for count in zeros]
-        full = torch.cat([pads[0], full, pads[1]], dim)
-    return local(full, 0)
+@lru_cache(maxsize=1024)  # a model has few kinds of windows, and slides them over and over
+def _geometry(window: Window, cuts: Cuts) -> tuple[Cuts, tuple[Span, ...], tuple[Span, ...]]:
+    """Return how the output is cut, and the input rows that each rank needs: with those of padding, and without."""
+    output = window.output(cuts)
+    wanted = tuple(window.need(span) for span in output.spans)
+    return output, wanted, tuple((max(start, 0), min(stop, cuts.total)) for start, stop in wanted)
+
+
+@lru_cache(maxsize=1024)
+def _is_by_edges(window: Window, cuts: Cuts, rank: int) -> bool:
+    """Return whether a rank has an output row for each of its rows, and only those by its edges lack a neighbour."""
+    wanted = _geometry(window, cuts)[1][rank]
+    start, stop = cuts.spans[rank]
+    above, below = start - wanted[0], wanted[1] - stop
+    is_same = window.stride == 1 and above == below == window.padding
+    # Near an edge of the image, a halo may be shorter than the padding.
+    is_whole = start in (0, max(start, above)) and stop in (cuts.total, min(stop, cuts.total - below))
+    return is_same and is_whole and stop - start >= window.reach
+
+
+def _order(tensor: RowTensor) -> torch.memory_format | None:
+    """Return the order of memory in which a tensor is convolved: channels last, or None for whichever it has."""
+    if not tensor.ranks.channels_last or tensor.device.type != "cuda" or tensor.dtype.itemsize != 2:
+        return None
+    return _CHANNELS_LAST.get(tensor.ndim)
 
 
 def _by_edges(tensor: RowTensor, window: Window, needs: Sequence[Span], local: Local) -> Tensor:
@@ -92,8 +102,9 @@ def _by_edges(tensor: RowTensor, window: Window, needs: Sequence[Span], local: L
     `reach` rows of this rank, both edges as one batch.
     """
     dim, pad, reach = position(tensor.rows, tensor), window.padding, window.reach
-    x = plain(tensor)
     halo = Halo(tensor, needs)
+    x, order = plain(tensor), _order(tensor)
+    x = x if order is None else x.contiguous(memory_format=order)
     result = local(x, pad)
     above, below = halo.wait()
     edges = []
@@ -160,8 +171,6 @@ def _convolve(func: Callable[..., Any], given: dict[str, Any], spatial: int) -> 
 
     def local(x: Tensor, rows: int) -> Tensor:
         padding[index] = rows
-        if tensor.ranks.channels_last and x.is_cuda and x.dtype.itemsize == 2 and spatial > 1:
-            x = x.contiguous(memory_format=torch.channels_last if spatial == 2 else torch.channels_last_3d)
         return func(x, weight, **{**given, "padding": tuple(padding), "stride": stride, "dilation": dilation})
 
     return slide(name, tensor, Window(reaches[index], stride[index], padding[index]), local)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,21 @@ def _missing(need: Span, held: Span) -> list[Span]:
     return [part for part in parts if part[0] < part[1]]
 
 
+@lru_cache(maxsize=1024)
+def _transfers(
+    needs: tuple[Span, ...], held: tuple[Span, ...], own: tuple[Span, ...], rank: int
+) -> tuple[bool, tuple[tuple[Span, ...], ...], tuple[tuple[Span, ...], ...]]:
+    """Return whether any rank receives rows, and which ones `rank` sends to each rank and receives from it."""
+    missing = [_missing(need, has) for need, has in zip(needs, held, strict=True)]
+
+    def parts(of: Sequence[Span], span: Span) -> tuple[Span, ...]:
+        return tuple(part for part in (_overlap(one, span) for one in of) if part)
+
+    sent = tuple(parts(missing[other], own[rank]) if other != rank else () for other in range(len(own)))
+    received = tuple(parts(missing[rank], own[other]) if other != rank else () for other in range(len(own)))
+    return any(missing), sent, received
+
+
 class Halo:
     """Rows on their way from other ranks. Collective: every rank makes it with the same `needs`.
 
@@ -38,35 +54,25 @@ class Halo:
             raise mixes("exchange", tensor, "its rows are flattened together with other dimensions")
         self._dim = position(rows, tensor)
         self._local = plain(tensor)
-        self._need, self._held = needs[ranks.rank], rows.spans[ranks.rank]
+        spans = rows.spans
+        self._need, self._held = needs[ranks.rank], spans[ranks.rank]
         self._work = None
         self._parts: list[tuple[Span, int]] = []
-        missing = [_missing(need, held) for need, held in zip(needs, rows.spans, strict=True)]
-        if not any(missing):
+        is_needed, sent, received = _transfers(tuple(needs), spans, rows.cuts.spans, ranks.rank)
+        if not is_needed:
             return
-        own = rows.cuts.spans
-        sent = [[_overlap(part, own[ranks.rank]) for part in parts] for parts in missing]
-        sent[ranks.rank] = []
-        received = [[_overlap(part, span) for part in missing[ranks.rank]] for span in own]
-        received[ranks.rank] = []
-        shape = list(tensor.shape)
-        shape[self._dim] = 1
-        row = torch.Size(shape).numel()  # elements
+        row = self._local.numel() // max(1, self._local.shape[self._dim])  # elements
 
-        def count(parts: list[Span | None]) -> int:
-            return sum((part[1] - part[0]) * row for part in parts if part)
+        def counts(of: tuple[tuple[Span, ...], ...]) -> tuple[int, ...]:
+            return tuple(sum(stop - start for start, stop in parts) * row for parts in of)
 
-        send_counts, receive_counts = [count(parts) for parts in sent], [count(parts) for parts in received]
-        buffer = self._local.new_empty(sum(send_counts))
-        offset = 0
-        for start, stop in filter(None, (part for parts in sent for part in parts)):
-            piece = self._local.narrow(self._dim, start - self._held[0], stop - start)
-            buffer[offset : offset + piece.numel()].view(piece.shape).copy_(piece)
-            offset += piece.numel()
-        self._received, self._work = start_exchange(
-            buffer, Splits(tuple(send_counts), tuple(receive_counts)), ranks.group
-        )
-        self._parts = [(part, (part[1] - part[0]) * row) for parts in received for part in parts if part]
+        pieces = [
+            self._local.narrow(self._dim, start - self._held[0], stop - start).reshape(-1)
+            for start, stop in (part for parts in sent for part in parts)
+        ]
+        buffer = torch.cat(pieces) if pieces else self._local.new_empty(0)
+        self._received, self._work = start_exchange(buffer, Splits(counts(sent), counts(received)), ranks.group)
+        self._parts = [(part, (part[1] - part[0]) * row) for parts in received for part in parts]
         ranks.exchanges += 1
         ranks.received_bytes += self._received.numel() * self._received.element_size()
 
@@ -84,12 +90,28 @@ class Halo:
             (above if start < self._held[0] else below).append(piece)
         return above, below
 
-    def assembled(self) -> Tensor:
-        """Return the rows of this rank's need, (..., need, ...): a view if it holds them all, else a new tensor."""
+    def assembled(self, zeros_above: int = 0, zeros_below: int = 0, order: torch.memory_format | None = None) -> Tensor:
+        """Return the rows of this rank's need between rows of zeros, (..., zeros + need + zeros, ...), in this order of
+        memory if one is given: a view if that is what it holds, else a new tensor.
+        """
         above, below = self.wait()
         start, stop = _overlap(self._need, self._held) or (self._held[0], self._held[0])
         middle = self._local.narrow(self._dim, start - self._held[0], stop - start)
-        return torch.cat([*above, middle, *below], self._dim) if above or below else middle
+        if not (above or below or zeros_above or zeros_below):
+            return middle if order is None else middle.contiguous(memory_format=order)
+        shape = list(middle.shape)
+        shape[self._dim] = zeros_above + self._need[1] - self._need[0] + zeros_below
+        full = torch.empty(
+            shape, dtype=middle.dtype, device=middle.device, memory_format=order or torch.contiguous_format
+        )
+        at = 0
+        for part in (zeros_above, *above, middle, *below, zeros_below):
+            rows = part if isinstance(part, int) else part.shape[self._dim]
+            if rows:
+                place = full.narrow(self._dim, at, rows)
+                place.zero_() if isinstance(part, int) else place.copy_(part)
+                at += rows
+        return full
 
 
 def fetch(tensor: RowTensor, needs: Sequence[Span]) -> Tensor:
@@ -136,4 +158,4 @@ def gathered(tensor: RowTensor) -> Tensor:
 
 def recut(rows: Rows, cuts: Cuts) -> Rows:
     """Return `rows` with other cuts, and nothing held beside them."""
-    return replace(rows, cuts=cuts, held=None)
+    return rows if rows.held is None and rows.cuts == cuts else replace(rows, cuts=cuts, held=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -34,13 +35,15 @@ class RowGroup:
 
     `received_bytes` came from other ranks in `exchanges`; convolutions had `convolved_rows` as input here, halos
     included, of `convolved_of` on all ranks. With `channels_last`, images that are convolved in 16 bits on a GPU are
-    kept in the order in which cuDNN computes, (B, H, W, C), instead of converted around each convolution.
+    kept in the order in which cuDNN computes, (B, H, W, C), instead of converted around each convolution. With
+    `hides_halos`, a convolution computes while its halo is on the way, and its edges again; else it waits.
     """
 
     group: dist.ProcessGroup
     ranks: int
     rank: int
     channels_last: bool = False
+    hides_halos: bool = True
     received_bytes: int = 0
     exchanges: int = 0
     convolved_rows: int = 0
@@ -87,12 +90,37 @@ class RowTensor(Tensor):
         rule = RULES.get(name)
         if rule is None:
             raise RowsError(f"the operation '{name}' cannot be followed by rows")
-        try:
-            with torch._C.DisableTorchFunctionSubclass():
-                return rule(func, args, dict(kwargs or {}))
-        except torch.OutOfMemoryError as error:
-            # Models catch PyTorch's own error and try in another way, with collectives in which no other rank is.
+        with _MemoryToldApart(), torch._C.DisableTorchFunctionSubclass():
+            return rule(func, args, dict(kwargs or {}))
+
+
+class _MemoryToldApart:
+    """Raise MemoryError for PyTorch's own error: models catch that one and try in another way, with collectives in
+    which no other rank is. A class, as a generator's context takes several times as long.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
+        if kind is not None and isinstance(error, torch.OutOfMemoryError):
             raise MemoryError(str(error)) from error
+
+
+def followed_as_one(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of a module that computes each row of its first argument, whatever it is, from that row alone
+    and takes no other tensor: its operations are not followed one by one.
+    """
+
+    @wraps(forward)
+    def follow(x: Tensor) -> Tensor:
+        if not isinstance(x, RowTensor):
+            return forward(x)
+        rows, ranks = x.rows, x.ranks
+        with _MemoryToldApart(), torch._C.DisableTorchFunction():
+            return wrap(forward(x.as_subclass(Tensor)), rows, ranks)
+
+    return follow
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
