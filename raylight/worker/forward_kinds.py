@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raylight.host.patcher_state import OPTIONS
 from raylight.plans.draft.proof import signature
 
 _SMALLER = 0.3
+# Of all values. Changes by one unit in the last place of so many are as much, on average, as rounding all of them anew.
+_NUDGED = 0.125
 
 
 def kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -32,12 +35,26 @@ def code_inside(name: str, kwargs: Mapping[str, Any]) -> str:
     return ""
 
 
-def another(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return arguments of another forward of the same kind: the latents mirrored, at a much earlier timestep.
+def changed(args: tuple[Any, ...], other: bool, nudged: bool) -> tuple[Any, ...]:
+    """Return the arguments of another forward of the same kind, or `args` themselves. If `other`, with the latents
+    mirrored, at a much earlier timestep. If `nudged`, with the last bit of one value of eight of the latents changed,
+    so that a model in 16 bits rounds anew everywhere, and does nothing else.
 
     ComfyUI passes both by position.
     """
-    return tuple(change(value) for change, value in zip((_mirrored, _earlier), args, strict=False)) + args[2:]
+    if other:
+        args = tuple(change(value) for change, value in zip((_mirrored, _earlier), args, strict=False)) + args[2:]
+    return (_nudged(args[0]), *args[1:]) if nudged and args else args
+
+
+def _nudged(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_nudged(item) for item in value)
+    if not (isinstance(value, Tensor) and value.is_floating_point() and value.itemsize == 2):
+        return value
+    chance = torch.Generator().manual_seed(0)  # the same on all ranks
+    bits = (torch.rand(value.shape, generator=chance) < _NUDGED).to(value.device, torch.int16)
+    return (value.contiguous().view(torch.int16) ^ bits).view(value.dtype)
 
 
 def _mirrored(value: Any) -> Any:

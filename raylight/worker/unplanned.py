@@ -41,10 +41,10 @@ from . import transformer_options
 from .account import Account
 from .batch_parallel import BatchParallel, batch_of
 from .drafted_plans import DraftedPlans
-from .forward_kinds import another, code_inside, copied, kind_of
+from .forward_kinds import changed, code_inside, copied, kind_of
 from .kept_state import kept_by
 from .layouts import GivenLayouts, Tell
-from .proving import ROWS, WHOLE, Forward, Way, is_same_everywhere
+from .proving import ROWS, WHOLE, Forward, Inputs, Way, is_same_everywhere
 from .sequence_parallel import ComfySequenceParallel, apply_sequence_parallel
 
 logger = logging.getLogger(__name__)
@@ -246,11 +246,11 @@ class UnplannedModel:
             self._note_change(key)
             return output
 
-        def repeat(way: Way, rank: int | None, other: bool) -> Any:
+        def repeat(way: Way, rank: int | None, inputs: Inputs) -> Any:
             set_random_state(before)
             role = None if rank is None else functools.partial(_simulated, rank)
             with nullcontext() if rank is None or self._groups is None else self._groups.undivided():
-                return self._compute(way, copied(another(args) if other else args), copied(kwargs), role)
+                return self._compute(way, copied(changed(args, inputs.other, inputs.nudged)), copied(kwargs), role)
 
         recover = functools.partial(reset, self._model)
         is_sharded = any(isinstance(parameter, DTensor) for parameter in self._model.parameters())

@@ -18,7 +18,7 @@ from raylight.dev.local_ranks import run_ranks, values
 from raylight.host.recipe import REPLICATED, SHARDED
 from raylight.parallel.mesh import MeshShape
 from raylight.parallel.plan import SequencePlan
-from raylight.worker.proving import Forward, Way
+from raylight.worker.proving import Forward, Inputs, Way
 
 TOLERANCE = 1e-4
 PROVEN = "proven"
@@ -120,7 +120,7 @@ def test_too_few_heads_are_said() -> None:
 
 @pytest.mark.parametrize(("rank", "is_sharded"), [(None, False), (0, True)])
 def test_out_of_memory_that_others_may_wait_for_is_no_failed_proof(rank: int | None, is_sharded: bool) -> None:
-    def compute(way: Way, alone: int | None, other: bool) -> Tensor:
+    def compute(way: Way, alone: int | None, inputs: Inputs) -> Tensor:
         if alone == rank:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.zeros(1, 2)
