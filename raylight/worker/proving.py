@@ -6,8 +6,8 @@ real after that has shapes that are known to fit, and needs less memory than the
 for the forward that came, and for another of the same kind: what matters little in one step may matter in others.
 
 In 16 bits a difference at a few places may be an error at the border of shards, or the rounding of a model that rounds
-some places more than others. Where that is the question, the whole forward is repeated with the last bits of its latent
-changed, which says how much rounding alone does at each place.
+some places more than others; a small one of all places may be that of many layers. Where that is the question, the
+whole forward is repeated with the last bits of its latent changed, which says how much rounding alone does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raylight.cluster.errors import is_out_of_memory
 from raylight.parallel.heartbeat import cancellation_point
 from raylight.parallel.plan import SequencePlan
 from raylight.parallel.process_group import alike, any_rank
-from raylight.plans.draft.proof import difference, overall_difference
+from raylight.plans.draft.proof import difference, may_be_rounding
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,7 @@ class Forward:
             failed = [one for one in (whole, result) if isinstance(one, Exception)]
             share = float("inf") if failed else difference(whole, result, self.in_16_bits)
             if self.in_16_bits and any_rank(not share <= 1.0):
-                overall = float("inf") if failed else overall_difference(whole, result, True)
-                if not any_rank(not overall <= 1.0):  # so it differs at few places
+                if not any_rank(bool(failed) or not may_be_rounding(whole, result)):
                     rounded = self._whole(Inputs(other, nudged=True), wholes)
                     failed = [rounded] if isinstance(rounded, Exception) else []
                     share = float("inf") if failed else difference(whole, result, True, rounded)

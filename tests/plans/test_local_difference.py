@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raylight.plans.draft.proof import difference
+from raylight.plans.draft.proof import difference, may_be_rounding
 
 ROUNDING = 4e-3  # of the standard deviation: that of a deep model in bfloat16
 SPREAD = 0.8  # of the logarithm of how much places round: a factor of 20 between the first and the last of 4096
@@ -128,3 +128,16 @@ def test_rounding_that_is_much_or_unlike_allows_nothing() -> None:
         assert difference(made.whole, wrong, rounding=rounded) > 1
     assert difference([made.whole] * 2, [made.split, wrong], rounding=[made.rounded] * 2) > 1
     assert difference([made.whole] * 2, [made.split] * 2, rounding=[made.rounded] * 2) < 1
+
+
+@pytest.mark.parametrize(
+    ("rounding", "error", "is_right"), [(1e-2, 0.0, True), (1e-2, 1.5e-2, False), (3e-2, 0.0, False)]
+)
+def test_what_many_layers_round_is_allowed_once_it_is_measured(rounding: float, error: float, is_right: bool) -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(2, 1024, 64)
+    whole, split, rounded = ((exact + rounding * torch.randn(exact.shape)).bfloat16() for _ in range(3))
+    split = (split + error * torch.randn(exact.shape)).bfloat16()
+    assert difference(whole, split) > 1
+    assert may_be_rounding(whole, split) == (rounding < 3e-2)
+    assert (difference(whole, split, rounding=rounded) < 1) == is_right

@@ -71,7 +71,7 @@ def test_an_error_at_a_border_is_none_of_it_and_rounding_is_measured_once() -> N
 
 
 def test_what_is_wrong_on_the_whole_measures_nothing() -> None:
-    model = Model(error=3.0)
+    model = Model(error=4.0)
     assert model.prove().way is None
     assert model.forwards == [(False, Inputs())]
 
