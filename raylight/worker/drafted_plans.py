@@ -30,7 +30,7 @@ from .proving import Way
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the file, and of what this version of Raylight drafts and proves
+_FORMAT = 2  # of the file, and of what this version of Raylight drafts and proves
 _FILE = "drafted_plans.json"
 
 
