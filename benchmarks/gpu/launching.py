@@ -31,7 +31,7 @@ from measure import synchronize
 
 from raylight.dev.local_ranks import run_ranks
 
-EXCHANGES = {"flux-1024": (24, 4608), "wan-480p": (40, 14040)}  # heads and tokens of a call
+EXCHANGES = {"flux-1024": (24, 4608), "wan-480p": (40, 14040), "wan-720p": (40, 75600)}  # heads and tokens of a call
 WIDTH = 128
 HANGS_AFTER_S = 25  # a rank that still works on a part says where
 

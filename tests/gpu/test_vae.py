@@ -112,7 +112,7 @@ def test_a_latent_of_zeros(form: str, file: Path, as_exact_as: Exact) -> None:
 def test_where_stock_runs_out_of_memory(
     form: str, file: Path, as_exact_as: Exact, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With four fifths of what stock needs on each GPU, stock falls back to tiles, and workers decode whole rows."""
+    """With less room on each GPU than stock needs, it falls back to tiles, and workers decode whole rows."""
     shape = {"flux": (1, 16, 192, 192), "wan": (1, 16, 3, 90, 160)}[form]
     theirs, ours, samples = read(file), on_all_gpus(file), latent(shape)
     exact = decoded(read(file, torch.float32), samples)
@@ -122,17 +122,22 @@ def test_where_stock_runs_out_of_memory(
     torch.cuda.reset_peak_memory_stats()
     picture = decoded(theirs, samples)
     peak = torch.cuda.max_memory_allocated()
-    comfy.model_management.unload_all_models()
-    comfy.model_management.soft_empty_cache()
-    with little_room(int(0.8 * peak) >> 20):
-        with caplog.at_level(logging.WARNING):
-            decoded(theirs, samples)
-        assert "Ran out of memory when regular VAE decoding" in caplog.text
+    for share in (0.8, 0.7, 0.6):  # cuDNN makes do with less than it takes, if it must
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "raylight"):
-            actual = decoded(ours, samples)
+        with little_room(int(share * peak) >> 20):
+            with caplog.at_level(logging.WARNING):
+                decoded(theirs, samples)
+            if "Ran out of memory when regular VAE decoding" not in caplog.text:
+                continue
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
+            caplog.clear()
+            with caplog.at_level(logging.INFO, "raylight"):
+                actual = decoded(ours, samples)
+            break
+    else:
+        pytest.fail("stock never ran out of memory")
     assert "pieces" not in caplog.text and "out of memory" not in caplog.text
     as_exact_as(actual, picture, exact, "decode")
 
