@@ -45,11 +45,11 @@ def test_each_mesh(depth: str, sharding: str, path: Path, lora: Path, expected: 
 
 def test_memory_over_many_changes(path: Path) -> None:
     free: list[list[int]] = []
-    for _ in range(4):
+    for _ in range(6):  # graphs of all kinds of forwards are captured in the third
         for mesh in MESHES:
             latent(on_workers(path, REPLICATED, mesh=mesh), steps=1)
         free.append(free_bytes())
-    for before, after in zip(free[1], free[-1], strict=True):
+    for before, after in zip(free[3], free[-1], strict=True):
         assert before - after < MOST_BYTES, "process groups pile up"
 
 

@@ -61,7 +61,7 @@ def test_changes_take_no_time_and_no_memory(path: Path) -> None:
     model = on_workers(path, REPLICATED, by_run=True)
     free: list[list[int]] = []
     seconds: dict[str, list[float]] = {name: [] for name in RUNS}
-    for _ in range(4):
+    for _ in range(6):  # graphs of all kinds of forwards are captured in the third
         for name, (tokens, count) in RUNS.items():
             began = time.monotonic()
             latent(model, shape=of_batch(count), tokens=tokens, steps=1)
@@ -70,5 +70,5 @@ def test_changes_take_no_time_and_no_memory(path: Path) -> None:
     for name, taken in seconds.items():
         assert taken[0] - min(taken) < MOST_S + 5, f"{name}: the first run took {taken}"
         assert max(taken[1:]) - min(taken) < MOST_S, f"{name}: {taken}"
-    for before, after in zip(free[1], free[-1], strict=True):
+    for before, after in zip(free[3], free[-1], strict=True):
         assert before - after < MOST_BYTES, "process groups pile up"
