@@ -86,9 +86,9 @@ def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     return bool(_agreed(int(flag), dist.ReduceOp.MAX, group))
 
 
-def smallest(value: int) -> int:
+def smallest(value: int, group: dist.ProcessGroup | None = None) -> int:
     """Return the smallest `value` of all ranks. Collective, on the CPU."""
-    return _agreed(value, dist.ReduceOp.MIN, None)
+    return _agreed(value, dist.ReduceOp.MIN, group)
 
 
 def alike(value: int) -> bool:

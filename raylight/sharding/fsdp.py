@@ -47,6 +47,11 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def gathering_of(model: nn.Module) -> Gathering:
+    """Return what gathers the weights of a model of `shard`."""
+    return getattr(model, _GATHERING)
+
+
 def reset(model: nn.Module) -> None:
     """Bring a model of `shard` back to where a forward may begin, after one that failed at the same place on all ranks.
     Does nothing to a model that is not sharded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class Gatherer:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, staged_bytes: int) -> None:
         """`staged_bytes` are the most that the offloaded shards of a unit take."""
         self.device = device
-        self._staging = Buffer(staged_bytes)
+        self._staging, self._has_staging = Buffer(staged_bytes), False
         self._group, self._degree = group, dist.get_world_size(group)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._is_forked = False
@@ -33,21 +34,22 @@ class Gatherer:
         self._options = AllgatherOptions()
         self._options.asyncOp = self._stream is None
 
-    def begin(self) -> None:
-        """Take memory for what `start` needs, until `end`."""
-        self._staging.allocate(self.device)
-
     def start(self, weights: UnitWeights, buffer: Buffer) -> None:
         """Start to gather the weights of a unit into a buffer that is not used any more. Collective."""
         self._finish(buffer)
-        buffer.holds = weights
+        buffer.holds = None  # unless all of it is started
         if not weights.needs_gather:
             buffer.ready = None  # nor may a CUDA graph wait for what was before it
+            buffer.holds = weights
             return
+        if not self._has_staging:
+            self._staging.allocate(self.device)
+            self._has_staging = True
         if self._stream is None:
             self._finish(self._last)  # on a GPU the stream does: it may still read the staged shards of another unit
             self._last = buffer
             buffer.work = self._gather(weights, buffer)
+            buffer.holds = weights
             return
         # The unit that the buffer had is done where the current stream is now.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -57,6 +59,7 @@ class Gatherer:
                 work.wait()  # of this stream, not of the host
             buffer.ready = buffer.ready or torch.cuda.Event()
             buffer.ready.record(self._stream)
+        buffer.holds = weights
 
     def wait(self, buffer: Buffer) -> None:
         """Let the current stream wait until the weights are in the buffer."""
@@ -64,15 +67,18 @@ class Gatherer:
         if buffer.ready is not None:
             torch.cuda.current_stream(self.device).wait_event(buffer.ready)
 
-    def end(self, buffers: list[Buffer]) -> None:
-        """Let the current stream wait for all that was started, and give the memory of these buffers back."""
-        for buffer in buffers:
+    def end(self, passing: Sequence[Buffer], kept: Collection[Buffer]) -> None:
+        """Let the current stream wait for all that was started, and give the memory of the `passing` buffers back."""
+        for buffer in (*passing, *kept):
             self._finish(buffer)
         if self._stream is not None and self._is_forked:  # else there is nothing that a CUDA graph could wait for
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
             self._is_forked = False
-        for buffer in (*buffers, self._staging):
+        for buffer in kept:
+            buffer.ready = None  # it is
+        for buffer in (*passing, self._staging):
             buffer.free()
+        self._has_staging = False
 
     def _finish(self, buffer: Buffer) -> None:
         """Wait for what the CPU gathers."""

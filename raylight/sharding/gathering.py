@@ -2,7 +2,8 @@
 
 All units share a few buffers. Each weight of a unit is gathered to its place in a buffer, so nothing is copied out of
 it, and is a parameter of its module only while the unit runs: before and after, the parameter is the shard. The next
-units are gathered on a stream of their own while one runs.
+units are gathered on a stream of their own while one runs. Units that are *kept* have buffers of their own: they are
+gathered once, by the next forward that enters them, and stay there for later forwards.
 
 This is the unshard and reshard of FSDP2 (Zhao et al., 2023, "PyTorch FSDP") for inference, at a fraction of what it
 costs the host, and it can be part of a CUDA graph: streams are forked from and joined to the current one, and nothing
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +27,11 @@ from .unit_weights import UnitWeights
 
 AHEAD = 2  # units that are gathered ahead
 AHEAD_OFFLOADED = 1  # who keeps weights in system memory is short of a GPU's
+
+Before = Callable[[tuple[Any, ...], dict[str, Any]], None]
+"""What is called with the arguments of a forward before it begins."""
+After = Callable[[bool], None]
+"""What is called when a forward has ended, with whether it has a result."""
 
 
 class Gathering:
@@ -44,12 +51,16 @@ class Gathering:
         """
         self._model, self._rest = model, rest
         self._listed = [weights for _, weights in blocks]
-        staged_bytes = max(one.staged_bytes for one in (*self._listed, rest))
-        self._gatherer = Gatherer(group, device, staged_bytes)
+        self._staged_bytes = max(one.staged_bytes for one in (*self._listed, rest))
+        self._gatherer = Gatherer(group, device, self._staged_bytes)
         self._ahead = AHEAD_OFFLOADED if any(one.is_offloaded for one in (*self._listed, rest)) else AHEAD
-        largest = max((one.full_bytes for one in self._listed), default=0)
-        self._buffers = [Buffer(largest) for _ in range(min(1 + self._ahead, len(blocks)))]
+        self._largest = max((one.full_bytes for one in self._listed), default=0)
+        self._buffers = [Buffer(self._largest) for _ in range(min(1 + self._ahead, len(blocks)))]
         self._rest_buffer = Buffer(rest.full_bytes)
+        self._own = {rest: self._rest_buffer} | {one: Buffer(one.full_bytes) for one in self._listed}
+        self._kept: dict[UnitWeights, Buffer] = {}
+        self._number = 0
+        self._watchers: list[tuple[Before, After]] = []
         self._depth = 0
         self._in_forward = False
         self._running: list[UnitWeights] = []
@@ -59,7 +70,7 @@ class Gathering:
         self._order: list[UnitWeights] = []
         self._is_steady = False
         self._steady: list[UnitWeights] | None = None  # the order that all forwards are expected to have then
-        model.register_forward_pre_hook(self._enter_model)
+        model.register_forward_pre_hook(self._enter_model, with_kwargs=True)
         model.register_forward_hook(self._leave_model, always_call=True)
         for module, weights in blocks:
             module.register_forward_pre_hook(self._entering(weights))
@@ -67,6 +78,58 @@ class Gathering:
         for name in methods:
             if hasattr(model, name):
                 setattr(model, name, self._holding(getattr(model, name)))
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self._listed)
+
+    @property
+    def number(self) -> int:
+        """How many units are kept."""
+        return self._number
+
+    def keep(self, number: int) -> None:
+        """Keep so many units from one forward to the next: none, or what is outside of blocks, then blocks, evenly
+        spread, so that there is time to gather those between them. The same on all ranks, between forwards.
+
+        Those that were kept before and no longer are give their memory back; the others take theirs now. Raises
+        torch.OutOfMemoryError: when there is none; then some have it, and fewer must be kept.
+        """
+        if self._in_forward or self._depth:  # the last forward was ended by what hooks are not told of
+            self.reset()
+        chosen = self._chosen(number)
+        for weights in [one for one in self._kept if one not in chosen]:
+            self._kept.pop(weights).free()
+        self._number = number
+        for weights in chosen:
+            if weights not in self._kept:
+                self._own[weights].allocate(self._gatherer.device)
+                self._kept[weights] = self._own[weights]
+
+    def forget(self) -> None:
+        """Gather what is kept again in the next forward: weights have changed. On all ranks."""
+        for buffer in self._kept.values():
+            buffer.holds = None
+
+    def kept_bytes(self, number: int) -> int:
+        """Return how many bytes so many kept units take, between forwards too."""
+        return sum(one.full_bytes for one in self._chosen(number))
+
+    def passing_bytes(self, number: int) -> int:
+        """Return how many bytes units take only during a forward if so many are kept."""
+        rest = 0 if number else self._rest.full_bytes
+        buffers = 0 if number > self.blocks else len(self._buffers) * self._largest
+        return rest + buffers + self._staged_bytes
+
+    def watch(self, before: Before, after: After) -> None:
+        """Call these before each forward of the model, where `keep` may be called, and after it."""
+        self._watchers.append((before, after))
+
+    def _chosen(self, number: int) -> set[UnitWeights]:
+        blocks = min(number - 1, self.blocks)
+        spread = {self._listed[index * self.blocks // blocks] for index in range(blocks)}
+        return spread | {self._rest} if number > 0 else set()
 
     def reset(self) -> None:
         """Let every parameter be its shard again, after a forward that did not end."""
@@ -80,18 +143,24 @@ class Gathering:
         """
         self._is_steady = on
 
-    def _enter_model(self, *_: Any) -> None:
+    def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._in_forward:  # the last one was ended by what is no Exception, of which hooks are not told
             self.reset()
+        if self._depth == 0:
+            for before, _after in self._watchers:
+                before(args, kwargs)
         self._in_forward = True
         if self._depth == 0:
             self._begin()
-            self._gather_ahead(self._expected[: self._ahead])
+            self._gather_ahead(self._to_gather(self._expected))
         self._depth += 1
 
-    def _leave_model(self, *_: Any) -> None:
+    def _leave_model(self, _: nn.Module, args: Any, output: Any) -> None:
         self._in_forward = False
         self._release()
+        if self._depth == 0:
+            for _before, after in self._watchers:
+                after(output is not None)
 
     def _release(self) -> None:
         self._depth = max(0, self._depth - 1)
@@ -113,8 +182,6 @@ class Gathering:
 
     def _entering(self, weights: UnitWeights) -> Callable[..., None]:
         def enter(*_: Any) -> None:
-            if self._is_alone:
-                self._gatherer.begin()
             buffer = self._gathered(weights, [])
             self._gatherer.wait(buffer)
             weights.show(buffer)
@@ -143,9 +210,10 @@ class Gathering:
 
     def _begin(self) -> None:
         self._order = []
-        self._gatherer.begin()
-        self._rest_buffer.allocate(self._gatherer.device)
-        self._gatherer.start(self._rest, self._rest_buffer)
+        if self._rest_buffer.holds is not self._rest:
+            if self._rest not in self._kept:
+                self._rest_buffer.allocate(self._gatherer.device)
+            self._gatherer.start(self._rest, self._rest_buffer)
         self._gatherer.wait(self._rest_buffer)
         self._rest.show(self._rest_buffer)
 
@@ -158,30 +226,42 @@ class Gathering:
         elif self._order and self._steady is None:
             self._steady = self._order
         self._order, self._turn = [], 0
-        buffers = [self._rest_buffer, *self._buffers]
-        self._gatherer.end(buffers)
+        passing = self._buffers if self._rest in self._kept else [self._rest_buffer, *self._buffers]
+        self._gatherer.end(passing, self._kept.values())
 
     @property
     def _expected(self) -> list[UnitWeights]:
         return self._steady if self._is_steady and self._steady is not None else self._last
 
     def _following(self, weights: UnitWeights) -> list[UnitWeights]:
-        """Return the units that will be entered next."""
+        """Return the units that will be entered next and are to be gathered."""
         expected, place = self._expected, len(self._order) - 1
         if place < len(expected) and expected[place] is weights:
-            return expected[place + 1 : place + 1 + self._ahead]
-        place = self._listed.index(weights)
-        return self._listed[place + 1 : place + 1 + self._ahead]
+            return self._to_gather(expected, place + 1)
+        return self._to_gather(self._listed, self._listed.index(weights) + 1)
+
+    def _to_gather(self, units: list[UnitWeights], start: int = 0) -> list[UnitWeights]:
+        """Return the first units from `start` on to be gathered ahead: not those that are kept and there."""
+        wanted = (one for one in islice(units, start, None) if one not in self._kept or self._own[one].holds is not one)
+        return list(islice(wanted, self._ahead))
 
     def _gather_ahead(self, following: list[UnitWeights]) -> None:
-        room = len(self._buffers) - len(self._running)
-        for weights in following[:room]:
+        room = len(self._buffers) - sum(one not in self._kept for one in self._running)
+        for weights in following:
+            if weights not in self._kept:
+                room -= 1
+                if room < 0:
+                    return
             self._gathered(weights, following)
 
     def _gathered(self, weights: UnitWeights, needed: list[UnitWeights]) -> Buffer:
         """Return the buffer that has, or will have, the weights of a unit. Start to gather them if none does, into one
-        that has none of the `needed` units.
+        that has none of the `needed` units, or into its own if it is kept.
         """
+        if (own := self._kept.get(weights)) is not None:
+            if own.holds is not weights:
+                self._gatherer.start(weights, own)
+            return own
         for buffer in self._buffers:
             if buffer.holds is weights:
                 return buffer
