@@ -13,6 +13,7 @@ from raylight.host.pickling import NotSerializableError, serialize
 from . import written_weights
 from .injected_code import inside_of, warn_of_full_tokens
 from .remote_model import RemotePatcher
+from .short_of_memory import may_keep
 
 
 def model_job(
@@ -43,4 +44,5 @@ def model_job(
         workers.graphs,
         torch_settings.read(),
         patcher.load_device.type,
+        may_keep(patcher.recipe),
     )

@@ -66,6 +66,7 @@ def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
         lines += [
             f"    holds {model.name} ({model.sharding}): {gb(model.device_bytes)} on the device, "
             f"{gb(model.host_bytes)} of its own in system memory"
+            f"{f'; {gb(model.kept_bytes)} stay gathered on the device' if model.kept_bytes else ''}"
             for model in of_rank.models
         ]
         if of_rank.graphs:

@@ -17,7 +17,7 @@ from raylight.host import settings
 from raylight.host.jobs import DegreesChosen, LoadProgress, NeedsBytes
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 
-from . import machine_files, memory, progress
+from . import machine_files, memory, progress, short_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,8 @@ def ask_with_room(
     refusals_left = _REFUSALS if session.config.device_type == "cuda" else 0
     try:
         while True:
-            answers = ask_all(session, verb, job, refusals_left > 0, about=about, on_event=on_event)
+            with short_of_memory.noted(about):
+                answers = ask_all(session, verb, job, refusals_left > 0, about=about, on_event=on_event)
             refusals = {rank: answer for rank, answer in answers.items() if isinstance(answer, NeedsBytes)}
             if not refusals:
                 return {rank: answer for rank, answer in answers.items() if not isinstance(answer, NeedsBytes)}

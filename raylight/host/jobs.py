@@ -37,7 +37,8 @@ class ModelJob:
     """The model that a job is for. `patches` are patches of weights by nodes besides the LoRAs of the recipe: a
     SerializedObject by ComfyUI's `patches_uuid`, fetched by a worker that does not have them applied. `inside` is what
     code of nodes inside of it needs. `graphs` is one of `parallel.graphs.NAMES`. `settings` are those of PyTorch in
-    ComfyUI's process, for workers on devices of its type, `device_type`.
+    ComfyUI's process, for workers on devices of its type, `device_type`. Workers that `may_keep` gathered weights on
+    their GPUs do so as far as memory allows.
     """
 
     recipe: ModelRecipe
@@ -48,6 +49,7 @@ class ModelJob:
     graphs: str = AUTO
     settings: torch_settings.Settings = ()
     device_type: str = ""
+    may_keep: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +162,15 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class HeldModel:
-    """A model on a rank, and the bytes of its weights on the device and in this rank's own host memory."""
+    """A model on a rank, and the bytes of its weights on the device, in this rank's own host memory, and of those that
+    stay gathered on the device.
+    """
 
     name: str
     sharding: str
     device_bytes: int
     host_bytes: int
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

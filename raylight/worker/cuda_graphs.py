@@ -63,11 +63,15 @@ def release(device: torch.device) -> int:
 
 
 def release_if_full(device: torch.device) -> None:
-    """Drop all graphs on a GPU of which less than `_LEAST_FREE` is free, for other programs on it."""
+    """Drop all graphs on a GPU of which less than `least_free` is free, for other programs on it."""
     if held_bytes(device) > 0:
-        free, total = torch.cuda.mem_get_info(device)
-        if free < _LEAST_FREE * total:
+        if torch.cuda.mem_get_info(device)[0] < least_free(device):
             release(device)
+
+
+def least_free(device: torch.device) -> int:
+    """Return how many bytes of a GPU are for other programs, if one uses it: ComfyUI's nodes do not all ask for it."""
+    return int(_LEAST_FREE * torch.cuda.mem_get_info(device)[1])
 
 
 def held_bytes(device: torch.device) -> int:

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from raylight.cluster.object_store import ObjectHandle
-from raylight.host.jobs import HeldModel, NeedsBytes, RankMemory
+from raylight.host.jobs import NeedsBytes
 from raylight.host.log_messages import gb, warn_on_first_rank
 from raylight.host.pickling import deserialize
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe
@@ -140,6 +140,10 @@ class ModelCache:
         missing = self._lacking_without_graphs(recipe, latent_shapes)
         if not any_rank(missing > 0):
             return None
+        if self.release_kept():
+            missing = self._lacking(recipe, latent_shapes)
+            if not any_rank(missing > 0):
+                return None
         movable = sum(other.patcher.loaded_size() for other in self._others(recipe))
         return NeedsBytes(max(0, missing), movable)
 
@@ -152,6 +156,28 @@ class ModelCache:
             if (used := self._models.get(recipe.without_loras)) is not None and latent_shapes:
                 used.sampled = tuple(map(tuple, latent_shapes))
             self._move_away(self._others(recipe), lambda: self._lacking(recipe, latent_shapes))
+
+    def release_kept(self) -> bool:
+        """Drop the gathered weights of all models. Return whether there may have been any, the same on all ranks: each
+        calls this.
+        """
+        models = [model for model in self.all() if model.recipe.sharding != REPLICATED]
+        freed = sum(model.patcher.release_kept() for model in models)
+        if freed:
+            logger.info("%s of gathered weights are dropped to make room", gb(freed))
+        return bool(models)
+
+    def leave_room(self, beside_comfyui: bool) -> None:
+        """Drop gathered weights if less than `least_free` is left on a GPU that ComfyUI uses too, for what does not ask
+        for it. `beside_comfyui` tells whether this rank's is one. Collective.
+        """
+        if self._device.type == "cpu" or all(model.recipe.sharding == REPLICATED for model in self.all()):
+            return
+        keeps = beside_comfyui and any(model.patcher.kept_bytes for model in self.all())
+        if any_rank(keeps and torch.cuda.mem_get_info(self._device)[0] < cuda_graphs.least_free(self._device)):
+            self.release_kept()
+            if beside_comfyui:
+                self.free_unused()
 
     def give_back(self, wanted: int | None) -> int:
         """Give back to other programs what is not in use of this rank's GPU, and move weights to the CPU, those of the
@@ -194,7 +220,13 @@ class ModelCache:
         return [model for model in self.all() if model is not used]
 
     def _move_away(self, models: Sequence[CachedModel], lacking: Callable[[], int]) -> None:
-        """Move weights of models to the CPU, in this order, until no rank is lacking bytes. Collective."""
+        """Move weights of models to the CPU, in this order, until no rank is lacking bytes. The gathered weights of
+        all models go first. Collective.
+        """
+        if any(model.recipe.sharding != REPLICATED for model in self.all()):
+            if not any_rank(lacking() > 0):
+                return
+            self.release_kept()
         for model in models:
             missing = lacking()
             if not any_rank(missing > 0):
@@ -264,6 +296,7 @@ class ModelCache:
     def unload_from_device(self) -> None:
         """Move the weights of all models to the CPU, and give the device's memory back to other programs."""
         comfy.model_management.unload_all_models()
+        self.release_kept()
         cuda_graphs.release(self._device)  # of weights that have left the GPU
         comfy.model_management.soft_empty_cache()
 
@@ -289,38 +322,3 @@ class ModelCache:
     def _drop_for_want_of_memory(self, model: CachedModel) -> None:
         logger.info("%s is dropped: memory is short", model.recipe.name)
         self.drop(model)
-
-
-def memory(device: torch.device, models: Sequence[CachedModel]) -> RankMemory:
-    """Return how full a rank is. On the CPU `free_bytes` and `total_bytes` are of the machine."""
-    held = tuple(
-        HeldModel(model.recipe.name, model.recipe.sharding, model.patcher.loaded_size(), model.host_bytes)
-        for model in models
-    )
-    process = psutil.Process().memory_info().rss
-    if device.type != "cuda":
-        machine = psutil.virtual_memory()
-        return RankMemory(process, machine.available, machine.total, 0, held)
-    free, total = torch.cuda.mem_get_info(device)
-    graphs, graph_bytes = cuda_graphs.number(device), cuda_graphs.held_bytes(device)
-    return RankMemory(process, free, total, torch.cuda.memory_allocated(device), held, graphs, graph_bytes)
-
-
-def describe(device: torch.device, models: Sequence[CachedModel]) -> str:
-    """Return what a rank holds in memory, as the end of a sentence."""
-    now = memory(device, models)
-    weights = (
-        ", ".join(
-            f"{model.name} ({model.sharding}, {gb(model.device_bytes)} on {device.type}, "
-            f"{gb(model.host_bytes)} of its own in system memory)"
-            for model in now.models
-        )
-        or "no model"
-    )
-    if device.type != "cuda":
-        return f"{weights}; its process takes {gb(now.process_bytes)}, and the machine has {gb(now.free_bytes)} left"
-    others = now.total_bytes - now.free_bytes - torch.cuda.memory_reserved(device)
-    return (
-        f"{weights}; all its tensors take {gb(now.tensor_bytes)} of {gb(now.total_bytes)}, other programs "
-        f"(ComfyUI among them) {gb(max(0, others))}, and {gb(now.free_bytes)} are free"
-    )

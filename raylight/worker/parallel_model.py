@@ -53,6 +53,14 @@ def _plan_or_none(model: nn.Module, config: str) -> SequencePlan | None:
         return None
 
 
+def graph_mode(job: ModelJob) -> str:
+    """Return the mode of CUDA graphs in which forwards of a job run."""
+    # Not measured through the product with ROCm or with sharded weights, so only if the user asks for it.
+    if job.graphs == AUTO and (torch.version.hip is not None or job.recipe.sharding != REPLICATED):
+        return OFF
+    return job.graphs
+
+
 class ParallelModel:
     """How the ranks compute one model together: by sequence, by batch, or both."""
 
@@ -109,7 +117,7 @@ class ParallelModel:
     def _install(self) -> None:
         # Before whatever replaces the model's forward to divide its rows: a graph is of the rows of this rank.
         if has_graphs(self._device):
-            self._graphs = GraphedForward(self._model, pool_of(self._device), self._split_now, self._begin, self._way)
+            self._graphs = GraphedForward(self._model, pool_of(self._device), self.split_now, self._begin, self._way)
         if self._mesh.size() == 1:
             if self._plan is not None:  # else ComfyUI's own attention
                 self._one_worker = OneWorker(self._model, self._plan)
@@ -166,7 +174,7 @@ class ParallelModel:
             logger.info("%s has no sequence plan: workers can only split its batch", drafted.name)
         return given(self._mesh, independent_rows=not needs_whole_batch(self._config))
 
-    def _split_now(self) -> Hashable:
+    def split_now(self) -> Hashable:
         """Return what the split of tokens depends on, at this moment."""
         if self._split is None:
             return None
@@ -192,16 +200,12 @@ class ParallelModel:
         # Layers of GGUF files add patches to weights in each forward.
         patches = job.patches.key if job.patches is not None else ""
         weights = (job.recipe.loras, patches) if job.recipe.gguf_pack else ()
-        mode = job.graphs
-        is_sharded = job.recipe.sharding != REPLICATED
-        # Not measured through the product with ROCm or with sharded weights, so only if the user asks for it.
-        if mode == AUTO and (torch.version.hip is not None or is_sharded):
-            mode = OFF
+        mode = graph_mode(job)
         keep_steady(self._model, mode != OFF)
         if self._batch is not None and self._batch.in_step and not obstacle:
             obstacle = "all workers gather its weights, and agree before each forward of their runs"
         context = job.attention, job.strategy, weights, shares.in_use()
-        self._graphs.use(mode, context, obstacle, whole_call=is_sharded)
+        self._graphs.use(mode, context, obstacle, whole_call=job.recipe.sharding != REPLICATED)
 
     @property
     def has_graphs(self) -> bool:

@@ -81,6 +81,15 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
         """Return a context in which ComfyUI moves this patcher's weights."""
         return nullcontext()
 
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes gathered weights take on this rank's device, which can be dropped at any time between runs."""
+        return 0
+
+    def release_kept(self) -> int:
+        """Drop these, and return how many bytes that frees."""
+        return 0
+
     # All that ComfyUI calls to have weights moved or patched.
     partially_load = in_own_mode(comfy.model_patcher.ModelPatcher.partially_load)
     partially_unload = in_own_mode(comfy.model_patcher.ModelPatcher.partially_unload)
@@ -93,6 +102,6 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
         """Return the free bytes on the fullest rank. Collective.
 
         ComfyUI batches conditionings by what is free; ranks that batched differently would meet in collectives of
-        different shapes.
+        different shapes. What gathered weights take is free: a larger forward drops them first.
         """
-        return smallest(int(super().get_free_memory(device)))
+        return smallest(int(super().get_free_memory(device)) + self.kept_bytes)

@@ -28,14 +28,17 @@ from raylight.host.model_files import FoundFile, ModelFile
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
 from raylight.host.vae_jobs import VaeJob, VaeResult
 from raylight.host.worker_service import WorkerService
+from raylight.parallel import shares
 from raylight.parallel.batch import runs_of
-from raylight.parallel.mesh import sequence_axis
+from raylight.parallel.graphs import OFF
+from raylight.parallel.mesh import AXES, sequence_axis
 from raylight.sharding.fsdp import reset
 
-from . import cuda_graphs, load_progress, model_cache, parallel_vae, reading_together
+from . import cuda_graphs, inventory, load_progress, parallel_vae, reading_together
 from .graph_obstacles import obstacle
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
+from .parallel_model import graph_mode
 from .parallelize import load_parallel
 from .patcher import RankPatcher, mode_of, note_change
 from .sampling import SamplingRun
@@ -82,6 +85,8 @@ class ModelService(WorkerService):
                 return refusal
             patcher = self._prepare(run, model, first.model, shapes)
             mesh = model.parallel.mesh_for(len(jobs), first.model, functools.partial(_tell, run))
+            together = len(jobs) == 1 or mesh["batch"].size() == 1
+            self._begin_keeping(model, first.model, may_keep=together, may_wait=not first.every_step)
             results = self._sample_all(run, model, patcher, jobs, mesh)
             run.enter("sending the result")
             if first.free_memory_after:
@@ -89,6 +94,7 @@ class ModelService(WorkerService):
         if self._beside_comfyui:  # whose nodes may need it now, and not all of them ask
             self._models.free_unused()
             cuda_graphs.release_if_full(self._context.device)
+        self._models.leave_room(self._beside_comfyui)
         return results if sequence_axis(mesh).get_local_rank() == 0 else {}
 
     def _sample_all(
@@ -122,6 +128,7 @@ class ModelService(WorkerService):
             if may_refuse and (refusal := self._models.refusal(recipe, shapes)):
                 return refusal
             patcher = self._prepare(run, model, job.model, shapes)
+            self._begin_keeping(model, job.model, shapes=shapes, may_wait=False, begins_run=job.begins_run)
             run.enter("step (one forward of the model)")
             output = self._forward.call(patcher, job, model.parallel, functools.partial(_tell, run))
         random = None if job.random is None else random_state(self._context.device)
@@ -155,21 +162,23 @@ class ModelService(WorkerService):
         """Give back GPU memory, of each rank as much as `wanted` has for it."""
         run.enter("giving GPU memory back to ComfyUI")
         freed = self._models.give_back(wanted.get(run.rank))
-        return GivenBack(freed, sum(model.patcher.loaded_size() for model in self._models.all()), self._gpu)
+        held = sum(model.patcher.loaded_size() + model.patcher.kept_bytes for model in self._models.all())
+        return GivenBack(freed, held, self._gpu)
 
     def inventory(self) -> str:
         """Return in words what this rank holds in memory."""
-        return model_cache.describe(self._context.device, self._models.all())
+        return inventory.describe(self._context.device, self._models.all())
 
     def recover(self) -> bool:
         """Reset the models after a failure that all ranks met alike."""
         for model in self._models.all():
             reset(model.patcher.model.diffusion_model)
+        self._models.release_kept()
         return True
 
     def memory(self, run: Run) -> RankMemory:
         """Return how much memory this rank uses, and its models."""
-        return model_cache.memory(self._context.device, self._models.all())
+        return inventory.memory(self._context.device, self._models.all())
 
     def _refusal_to_load(self, recipe: ModelRecipe) -> NeedsBytes | None:
         """Return what this rank's GPU lacks to load a model whose weights go there at once: others go there when they
@@ -193,6 +202,33 @@ class ModelService(WorkerService):
         if isinstance(patcher, ShardedPatcher):
             patcher.read_released()
         return patcher
+
+    def _begin_keeping(
+        self,
+        model: CachedModel,
+        job: ModelJob,
+        shapes: Sequence[tuple[int, ...]] = (),
+        may_keep: bool = True,
+        may_wait: bool = True,
+        begins_run: bool = True,
+    ) -> None:
+        """Let gathered weights stay on the GPU in this job, if they are gathered. Unless ComfyUI `may_wait` for memory
+        until the end of the run, it has some left; and so much that latents of these `shapes` find what they ask for.
+        """
+        if not isinstance(model.patcher, ShardedPatcher):
+            return
+        recipe, device = job.recipe, self._context.device
+        patches = (recipe.loras, job.patches.key if job.patches is not None else "") if recipe.gguf_pack else ()
+        degrees = tuple(self._context.mesh[axis].size() for axis in AXES)
+        context = (job.attention, job.strategy, job.inside, shares.in_use(), degrees, patches)
+
+        def wanted() -> int:
+            for_others = 0 if may_wait or not self._beside_comfyui else cuda_graphs.least_free(device)
+            return max(for_others, self._models.needed(recipe, shapes) if shapes else 0)
+
+        # Graphs replay the gathers that they have captured.
+        may_keep = may_keep and job.may_keep and graph_mode(job) == OFF
+        model.patcher.weights.kept.begin(may_keep, begins_run, context, model.parallel.split_now, wanted)
 
     def _load(self, run: Run, recipe: ModelRecipe) -> CachedModel:
         """Return the model of a recipe on the mesh of this moment, from the cache if it is there."""

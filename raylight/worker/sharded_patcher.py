@@ -19,24 +19,29 @@ from raylight.host.recipe import SHARDED
 from raylight.parallel.heartbeat import cancellation_point
 from raylight.parallel.process_group import any_rank
 from raylight.sharding.assign import set_parameter
-from raylight.sharding.fsdp import ShardReport, move, shard
+from raylight.sharding.fsdp import ShardReport, gathering_of, move, shard
 from raylight.sharding.shards import Shards, own_rows
 from raylight.sharding.subclass_weights import flatten_tensor, flatten_weights
 
 from . import load_progress
+from .kept_units import KeptUnits
 from .load_progress import ReadingStopped
 from .patcher import RankPatcher, in_own_mode
 from .sharded_patches import ShardPatches
+from .spare_memory import spare_memory
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardedWeights:
-    """A model's shards, the patches on them, the group of all ranks, and whether shards stay in host memory."""
+    """A model's shards, the patches on them, what is kept gathered, the group of all ranks, and whether shards stay in
+    host memory.
+    """
 
     shards: Shards
     patches: ShardPatches
+    kept: KeptUnits
     group: dist.ProcessGroup
     offloaded: bool
 
@@ -96,13 +101,22 @@ class ShardedPatcher(RankPatcher):
         if unpatch_weights:
             self.unpatch_hooks()
             if device_to is not None:
-                if device_to != self.load_device and not self.weights.offloaded:
-                    self.weights.shards.release()
-                    self.weights.patches.revert()
+                if device_to != self.load_device:
+                    self.release_kept()
+                    if not self.weights.offloaded:
+                        self.weights.shards.release()
+                        self.weights.patches.revert()
                 move(self.model, device_to)
                 self.model.device = device_to
             self.model.model_loaded_weight_memory = 0
             self.model.current_weight_patches_uuid = None
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.weights.kept.bytes
+
+    def release_kept(self) -> int:
+        return self.weights.kept.release()
 
     def partially_unload(
         self, device_to: torch.device, memory_to_free: int = 0, force_patch_weights: bool = False
@@ -150,10 +164,12 @@ def build_sharded(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple
     shard_bytes = 0 if offload else -(-(report.model_bytes - report.replicated_bytes) // mesh.size())
     size = report.replicated_bytes + shard_bytes
     patcher = ShardedPatcher(model, mapped.load_device, comfy.model_management.unet_offload_device(), size=size)
-    patches = ShardPatches(model.diffusion_model, mesh, mapped.load_device, _patch_dtype(mapped))
+    name, gathering = type(model.diffusion_model).__name__, gathering_of(model.diffusion_model)
+    kept = KeptUnits(name, gathering, mesh.get_group(), spare_memory(mapped.load_device))
+    patches = ShardPatches(model.diffusion_model, mesh, mapped.load_device, _patch_dtype(mapped), kept.forget)
     # Shards that stay in system memory need the file no more.
     shards = Shards(model.diffusion_model, {} if offload else own_rows(model.diffusion_model, weights, mesh))
-    patcher.weights = ShardedWeights(shards, patches, mesh.get_group(), offload)
+    patcher.weights = ShardedWeights(shards, patches, kept, mesh.get_group(), offload)
     patcher.load(mapped.load_device)  # the shards are there already: ComfyUI need not make room for them
     return patcher, report
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,12 +84,20 @@ _ROUNDED_BY_ROW = (torch.float32, torch.float16, torch.bfloat16)
 class ShardPatches:
     """The patches on one sharded model, and what its shards were before."""
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:
-        """`dtype` is that in which patches are computed, on `device`."""
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`dtype` is that in which patches are computed, on `device`. `on_change` is called when weights may change."""
         self._model = model
         self._mesh = mesh
         self._device = device
         self._dtype = dtype
+        self._on_change = on_change
         self._on_use = _patched_on_use(model)
         self._before: dict[str, Components] = {}
         self._version: Any = None
@@ -104,6 +112,7 @@ class ShardPatches:
         if self._version == version:
             return
         self._version = None
+        self._on_change()
         wanted = {
             key.removeprefix(DIFFUSION_MODEL): value
             for key, value in patches.items()
@@ -122,6 +131,7 @@ class ShardPatches:
 
     def revert(self) -> None:
         """Let weights that have memory be those of the file; others are read from there. `apply` will patch all."""
+        self._on_change()
         for name, before in self._before.items():
             for key, local in self._local(name).items():
                 if local.untyped_storage().nbytes():

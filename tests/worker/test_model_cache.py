@@ -36,6 +36,12 @@ class Patcher:
     size: int
     machine: Machine
     on_gpu: bool = True
+    kept_bytes: int = 0
+
+    def release_kept(self) -> int:
+        freed, self.kept_bytes = self.kept_bytes, 0
+        self.machine.gpu += freed
+        return freed
 
     def model_size(self) -> int:
         return self.size
@@ -206,3 +212,60 @@ def test_graphs_go_before_weights_unless_they_are_what_runs(
     assert held == [2 * GB if replays else 0]
     assert machine.moved == []
     assert entries[0].sampled == tuple(shapes)
+
+
+def keeping(machine: Machine, *nbytes: int) -> tuple[ModelCache, list[CachedModel]]:
+    """`three` models that keep so many bytes of gathered weights."""
+    models, entries = three(machine, "cuda")
+    for entry, kept in zip(entries, nbytes, strict=True):
+        entry.patcher.kept_bytes = kept
+        machine.gpu -= kept
+    return models, entries
+
+
+def kept(models: ModelCache) -> int:
+    return sum(model.patcher.kept_bytes for model in models.all())
+
+
+def test_gathered_weights_go_before_others_and_only_if_memory_is_short(machine: Machine) -> None:
+    machine.gpu = 12 * GB
+    models, _ = keeping(machine, 3 * GB, 2 * GB, 0)
+    for size, left, moved in ((10, 5 * GB, []), (16, 0, []), (26, 0, ["b"])):  # of which each of two ranks loads half
+        models.make_room_on_device(resident(machine, "d", size * GB).recipe)
+        assert kept(models) == left
+        assert machine.moved == moved
+
+
+def test_gathered_weights_are_no_reason_to_refuse(machine: Machine) -> None:
+    machine.gpu = 12 * GB
+    models, _ = keeping(machine, 3 * GB, 2 * GB, 0)
+    assert models.refusal(resident(machine, "d", 10 * GB).recipe) is None
+    assert kept(models) == 5 * GB
+    assert models.refusal(resident(machine, "d", 18 * GB).recipe) is None
+    assert kept(models) == 0
+    assert models.refusal(resident(machine, "d", 26 * GB).recipe) == NeedsBytes(2 * GB, movable=18 * GB)
+
+
+@pytest.mark.parametrize("wanted", [None, 0, GB, 4 * GB, 7 * GB])
+def test_gathered_weights_are_given_back_first(
+    wanted: int | None, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.gpu = 12 * GB
+    models, _ = keeping(machine, 3 * GB, 2 * GB, 0)
+    monkeypatch.setattr(comfy.model_management, "reset_cast_buffers", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 40 * GB - machine.gpu)
+    freed = models.give_back(wanted)
+    assert freed == {None: 0, 0: 0, GB: 5 * GB, 4 * GB: 5 * GB, 7 * GB: 11 * GB}[wanted]
+    assert kept(models) == (0 if wanted else 5 * GB)
+    assert machine.moved == (["b"] if wanted == 7 * GB else [])
+
+
+@pytest.mark.parametrize(("beside", "free", "left"), [(True, 19, 0), (True, 21, 5 * GB), (False, 1, 5 * GB)])
+def test_what_comfyui_has_left_on_its_gpu_after_a_run(
+    beside: bool, free: int, left: int, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, _ = keeping(machine, 3 * GB, 2 * GB, 0)
+    monkeypatch.setattr(comfy.model_management, "reset_cast_buffers", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * GB, 100 * GB))
+    models.leave_room(beside)
+    assert kept(models) == left

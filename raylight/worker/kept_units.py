@@ -1,0 +1,237 @@
+"""Gathered weights that stay on the GPU between forwards, as far as forwards leave room for them.
+
+Two forwards of each size are measured with nothing kept: the first may take what later ones do not, such as workspaces
+of libraries. From then on as many units are kept as fit beside the largest forward of the run. A forward that is larger
+than any measured one drops them before it begins, is measured, and they come back with the next.
+
+Ranks decide alike: what is decided by shapes is the same on all ranks, as all call the model with the same arguments,
+and of the memory that is left they take the smallest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from comfy.model_management import minimum_inference_memory
+from torch import Tensor
+
+from raylight.cluster.errors import is_out_of_memory
+from raylight.host.log_messages import gb
+from raylight.host.patcher_state import OPTIONS
+from raylight.parallel.process_group import any_rank, smallest
+from raylight.sharding.gathering import Gathering
+
+from .spare_memory import SpareMemory
+
+logger = logging.getLogger(__name__)
+
+_GROWTH = 1.1  # of what a forward takes, as memory is divided in another way each time
+_STEP = 8  # a number is raised by at least the units divided by this, as every change costs time
+_FORWARDS = 64  # sizes that are remembered
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """What a forward's memory depends on: its kind, and the elements of each of its tensors."""
+
+    kind: Hashable
+    sizes: tuple[int, ...]
+
+    def covers(self, other: _Forward) -> bool:
+        """Return whether a forward takes no more than this one."""
+        return self.kind == other.kind and all(
+            own >= others for own, others in zip(self.sizes, other.sizes, strict=True)
+        )
+
+
+class KeptUnits:
+    """The kept units of one sharded model. All ranks call the same, with the same arguments but where it says so."""
+
+    def __init__(self, name: str, gathering: Gathering, group: dist.ProcessGroup, memory: SpareMemory | None) -> None:
+        """`group` has all ranks. Without `memory` nothing is ever kept."""
+        self._name, self._gathering, self._group, self._memory = name, gathering, group, memory
+        self._units = 1 + gathering.blocks
+        self._may_keep = self._is_decided = self._has_lost = False
+        self._context: Hashable = None
+        self._split: Callable[[], Hashable] = lambda: None
+        self._wanted: Callable[[], int] = lambda: 0
+        self._begun: set[_Forward] = set()  # measured once
+        self._taken: dict[_Forward, int] = {}  # bytes, beside those of weights
+        self._seen: set[_Forward] = set()  # in this run
+        self._seen_before: set[_Forward] = set()  # in the last one
+        self._expected: set[_Forward] = set()  # what there has to be room for
+        self._measuring: _Forward | None = None
+        self._said = 0
+        if memory is not None and gathering.kept_bytes(self._units):
+            gathering.watch(self._before, self._after)
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the kept units take on this rank."""
+        return self._gathering.kept_bytes(self._gathering.number)
+
+    def begin(
+        self,
+        may_keep: bool,
+        begins_run: bool,
+        context: Hashable,
+        split: Callable[[], Hashable],
+        wanted: Callable[[], int],
+    ) -> None:
+        """Begin a job: a run or one forward of a run. Unless it `may_keep` units, drop them.
+
+        `context` is what the memory of its forwards depends on beside their arguments, and `split` returns that of
+        what depends on the forward that begins; they may differ by rank, if they change together. `wanted` returns how
+        many bytes have to be left on this rank beside what is kept.
+        """
+        if self._memory is None:
+            return
+        self._may_keep, self._is_decided = may_keep, False
+        self._split, self._wanted = split, wanted
+        if context != self._context:
+            self._context = context
+            self._forget_forwards()
+        if begins_run:
+            self._seen_before, self._seen, self._expected = self._seen, set(), set()
+        if not may_keep:
+            self._keep_none()
+
+    def forget(self) -> None:
+        """Gather what is kept again: weights have changed, on all ranks."""
+        self._gathering.forget()
+
+    def release(self) -> int:
+        """Drop what is kept, on this rank at least: the next run begins with an agreement. Return how many bytes that
+        frees.
+        """
+        freed = self.bytes
+        if self._gathering.number:
+            self._gathering.keep(0)
+            self._has_lost, self._is_decided = True, False
+        return freed
+
+    def _keep_none(self) -> None:
+        """Drop what is kept, on all ranks."""
+        if self._gathering.number:
+            self._gathering.keep(0)
+        self._has_lost = False
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._measuring = None
+        if not self._may_keep or self._memory is None or torch.compiler.is_compiling():
+            return
+        forward = self._forward(args, kwargs)
+        if self._largest(forward) is None:
+            self._keep_none()
+            self._is_decided = False
+            self._measuring = forward
+            self._memory.begin()
+            return
+        if not self._seen and forward in self._seen_before:
+            self._expected = set(self._seen_before)  # most likely the same run again
+        self._seen.add(forward)
+        if forward not in self._expected:
+            self._expected.add(forward)
+            self._is_decided = False
+        if not self._is_decided:
+            self._decide(self._memory)
+
+    def _after(self, has_ended_well: bool) -> None:
+        forward, self._measuring = self._measuring, None
+        if forward is None or self._memory is None or not has_ended_well:
+            return
+        if forward not in self._begun:
+            self._begun.add(forward)
+            return
+        if len(self._taken) == _FORWARDS:
+            self._forget_forwards()
+        self._taken[forward] = max(0, self._memory.taken() - self._gathering.passing_bytes(0))
+
+    def _forget_forwards(self) -> None:
+        for forwards in (self._begun, self._taken, self._seen, self._expected):
+            forwards.clear()
+
+    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Forward:
+        options = kwargs.get(OPTIONS) or {}
+        code = tuple(
+            (kind, name)
+            for kind in ("patches", "patches_replace", "wrappers")
+            for name in sorted(map(str, (options.get(kind) or {})))
+            if options[kind].get(name, True)
+        )
+        names, sizes = [], []
+        for name, tensor in _tensors("", (args, {key: kwargs[key] for key in kwargs if key != OPTIONS})):
+            names.append((name, tensor.dtype))
+            sizes.append(tensor.numel())
+        return _Forward((self._split(), code, tuple(names)), tuple(sizes))
+
+    def _largest(self, forward: _Forward) -> int | None:
+        """Return how many bytes a forward takes at most, None if none as large was measured."""
+        return min((taken for one, taken in self._taken.items() if one.covers(forward)), default=None)
+
+    def _decide(self, memory: SpareMemory) -> None:
+        """Keep as many units as every rank has room for. Collective."""
+        self._is_decided = True
+        agreed = smallest(-1 if self._has_lost else self._room(memory), self._group)
+        if agreed < 0:
+            self._keep_none()
+            agreed = smallest(self._room(memory), self._group)
+        number, before = self._fitting(agreed), self._gathering.number
+        if before < number < min(self._units, before + self._units // _STEP):
+            number = before
+        if number < before:
+            self._gathering.keep(number)
+        elif number > before:
+            self._raise_to(number, memory)
+        self._say()
+
+    def _room(self, memory: SpareMemory) -> int:
+        """Return how many bytes this rank has for weights that are kept, and for those that pass."""
+        forward = max((self._largest(one) or 0 for one in self._expected), default=0)
+        must_stay = max(int(minimum_inference_memory() + _GROWTH * forward), self._wanted())
+        return max(0, memory.left() + self.bytes - must_stay)
+
+    def _fitting(self, room: int) -> int:
+        gathering = self._gathering
+        fitting = (n for n in range(self._units, 0, -1) if gathering.kept_bytes(n) + gathering.passing_bytes(n) <= room)
+        return next(fitting, 0)
+
+    def _raise_to(self, number: int, memory: SpareMemory) -> None:
+        memory.tidy()
+        failure = None
+        try:
+            self._gathering.keep(number)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error
+        if any_rank(failure is not None, self._group):  # another program was faster
+            self._keep_none()
+
+    def _say(self) -> None:
+        number = self._gathering.number
+        if number in (0, self._said):
+            return
+        self._said = number
+        if dist.get_rank(self._group) == 0:
+            blocks = self._gathering.blocks
+            logger.info(
+                "%s: %d of %d blocks stay gathered on each GPU, %s", self._name, number - 1, blocks, gb(self.bytes)
+            )
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the tensors in an argument, with a name for each."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _tensors(f"{name}.{index}", item)

@@ -1,0 +1,216 @@
+"""The ranks' work in tests of what stays gathered as far as memory allows, on GPUs whose memory is simulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from comfy.cli_args import args
+
+args.cpu = not torch.cuda.is_available()  # before ComfyUI picks a device
+
+import comfy.lora
+from gathering_cases import BLOCKS, CPU, nets
+from kept_gathering_cases import gathered
+from sharded_cases import _patched_by_comfyui, two_loras
+from torch import Tensor
+
+from raylight.dev.zoo import families
+from raylight.dev.zoo.family import Draw
+from raylight.host.checkpoint import MappedModel
+from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+from raylight.sharding.fsdp import gathering_of
+from raylight.sharding.gathering import Gathering
+from raylight.worker import kept_units, lora, sharded_patcher
+from raylight.worker.forward_kinds import copied
+from raylight.worker.kept_units import KeptUnits
+from raylight.worker.sharded_patcher import build_sharded
+
+ORDER = tuple(range(BLOCKS))
+RESERVE = 100
+PER_ROW = 1000  # bytes that a forward takes
+LARGE = 1 << 40
+
+
+class SimulatedMemory:
+    """A GPU of `size` bytes that has kept units, and in forwards `needed` bytes beside those of weights."""
+
+    def __init__(self, size: int, gathering: Gathering | None = None) -> None:
+        self.size, self.gathering, self.needed = size, gathering, 0
+        self.measured = 0
+
+    def begin(self) -> None:
+        assert not self._kept, "a forward is measured with nothing kept"
+        self.measured += 1
+
+    def taken(self) -> int:
+        return self.needed + (0 if self.gathering is None else self.gathering.passing_bytes(0))
+
+    def left(self) -> int:
+        return self.size - self._kept
+
+    def tidy(self) -> None:
+        pass
+
+    @property
+    def _kept(self) -> int:
+        return 0 if self.gathering is None else self.gathering.kept_bytes(self.gathering.number)
+
+
+@dataclass
+class Ran:
+    """Whether a forward gave the net's result, the units that it gathered, and how many are kept after it."""
+
+    equal: bool
+    gathers: int
+    number: int
+
+
+class Job:
+    """A sharded net of which units are kept, beside the whole one."""
+
+    def __init__(self, world: int, room: int, offload: bool = False, wanted: int = 0) -> None:
+        """`room` is what this rank has for weights beside a forward of 2 rows."""
+        self.whole, self.net, _ = nets(world, offload, CPU)
+        self.gathering = gathering_of(self.net)
+        forward = int(RESERVE + 1.1 * PER_ROW * 2)
+        self.memory = SimulatedMemory(room + forward, self.gathering)
+        self.kept = KeptUnits("a net", self.gathering, dist.group.WORLD, self.memory)
+        self.wanted = wanted
+        self.begin()
+
+    def begin(self, may_keep: bool = True, begins_run: bool = True, context: Any = "") -> None:
+        self.kept.begin(may_keep, begins_run, context, lambda: None, lambda: self.wanted)
+
+    def forward(self, rows: int = 2) -> Ran:
+        x = torch.linspace(-1, 1, 6 * rows).view(rows, 6)
+        self.memory.needed = PER_ROW * rows
+        with (
+            torch.no_grad(),
+            gathered() as units,
+            patch.object(kept_units, "minimum_inference_memory", lambda: RESERVE),
+        ):
+            actual = self.net(x, ORDER)
+        return Ran(torch.equal(actual, self.whole(x, ORDER)), len(units), self.gathering.number)
+
+    def forwards(self, count: int, rows: int = 2) -> list[Ran]:
+        return [self.forward(rows) for _ in range(count)]
+
+
+def sizes(world: int) -> list[int]:
+    """Return the bytes that weights take within a forward, by the number of kept units."""
+    gathering = gathering_of(nets(world, False, CPU)[1])
+    return [gathering.kept_bytes(number) + gathering.passing_bytes(number) for number in range(2 + BLOCKS)]
+
+
+def with_rooms(rank: int, world: int, numbers: list[int], offload: bool) -> list[Ran]:
+    """Return what forwards do on ranks of which each has room for a number of kept units."""
+    gathering = gathering_of(nets(world, offload, CPU)[1])
+    number = numbers[rank]
+    room = gathering.kept_bytes(number) + gathering.passing_bytes(number) if number else 0
+    job = Job(world, room, offload)
+    first = job.forwards(5)
+    job.begin()
+    return [*first, *job.forwards(2)]
+
+
+def larger_ones(rank: int, world: int) -> list[Ran]:
+    """Return what forwards do of which the 6th is larger, and those from the 9th on are smaller again."""
+    job = Job(world, sizes(world)[2] + int(1.1 * PER_ROW) if rank else LARGE)
+    found = [*job.forwards(5), *job.forwards(3, rows=3), *job.forwards(2), job.forward(rows=1)]
+    job.begin()  # a run without the larger ones, and another one
+    found += job.forwards(2, rows=1)
+    job.begin()
+    return [*found, *job.forwards(2)]
+
+
+def released_on_one(rank: int, world: int) -> list[Ran]:
+    """Return what forwards do before and after one rank has lost what it kept."""
+    job = Job(world, LARGE)
+    found = job.forwards(4)
+    if rank == 1:
+        job.kept.release()
+    job.begin()
+    return [*found, *job.forwards(2)]
+
+
+def without_memory_on_one(rank: int, world: int) -> list[Ran]:
+    """Return what forwards do where one rank finds no memory for what all have agreed on, and later does."""
+    job, keep = Job(world, LARGE), Gathering.keep
+
+    def fail(gathering: Gathering, number: int) -> None:
+        keep(gathering, number)
+        if number and rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    with patch.object(Gathering, "keep", fail):
+        found = job.forwards(4)
+    job.begin()
+    return [*found, *job.forwards(2)]
+
+
+def of_jobs(rank: int, world: int) -> dict[str, list[Ran]]:
+    """Return what forwards do in jobs of other kinds, one after another."""
+    job = Job(world, LARGE)
+    found = {"first": job.forwards(4)}
+    job.begin(begins_run=False)
+    found["the next step by itself"] = [job.forward()]
+    job.wanted = job.memory.size - sizes(world)[2] if rank else 0
+    job.begin(begins_run=False)
+    found["memory is wanted on one rank"] = job.forwards(2)
+    job.wanted = 0
+    job.begin(may_keep=False)
+    found["none may be kept"] = job.forwards(2)
+    job.begin()
+    found["as at first"] = job.forwards(2)
+    job.begin(context="another")
+    found["in another context"] = job.forwards(3)
+    return found
+
+
+def with_loras(rank: int, world: int, offload: bool) -> list[tuple[bool, int, int]]:
+    """Return for the forwards of a model of ComfyUI's, before and after it has LoRAs and has left its device: whether
+    the result is that of ComfyUI, the units that are gathered, and the bytes that are kept.
+    """
+    family = families()["Wan T2V"]
+    model = family.build()
+    make = next(iter(family.calls.values()))
+    plain = model.apply_model(**make(Draw(3)))
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    loras = two_loras(shapes)
+    with_all = _patched_by_comfyui(model, loras, make)
+    mapped = MappedModel(model, {}, CPU, comfy.lora.model_lora_keys_unet(model, {}), shapes)
+    with patch.object(sharded_patcher, "spare_memory", lambda _: SimulatedMemory(LARGE)):
+        patcher, _ = build_sharded(mapped, world_axis(build_mesh(MeshShape(batch=world), CPU)), offload)
+    patched = patcher.clone()
+    for index, (tensors, strength) in enumerate(loras):
+        fitted = lora.fit_lora(f"LoRA {index}", tensors, mapped.lora_keys, lora.WeightShapes(shapes))
+        patched.add_patches(fitted.patches, strength)
+    patcher.weights.kept.begin(True, True, "", lambda: None, lambda: 0)
+    found = []
+
+    def forwards(expected: Tensor, count: int) -> None:
+        for _ in range(count):
+            with torch.no_grad(), gathered() as units:
+                actual = model.apply_model(**copied(make(Draw(3))))
+            found.append((torch.equal(actual, expected), len(units), patcher.kept_bytes))
+
+    def begin(other: Any) -> None:
+        other.partially_load(CPU)
+        patcher.weights.kept.begin(True, True, "", lambda: None, lambda: 0)
+
+    forwards(plain, 4)
+    begin(patched)
+    forwards(with_all, 2)
+    begin(patcher.clone())
+    forwards(plain, 2)
+    patcher.offload_device = torch.device("cpu", 0)
+    patcher.detach()
+    found.append((True, 0, patcher.kept_bytes))
+    patcher.read_released()
+    begin(patcher.clone())
+    forwards(plain, 2)
+    return found
