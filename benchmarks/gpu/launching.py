@@ -5,7 +5,8 @@
 Each part runs in processes of its own and prints as it goes. `launch` is the time until a forward returns, with the GPU
 idle before; `step` until the GPU is done; `graph` that of the same forward as one CUDA graph. `exchange-...` is one
 attention call with its exchange, in variants: milliseconds on the GPU, and microseconds of the host; each variant's
-result is compared with Raylight's, bit by bit.
+result is compared with Raylight's, bit by bit. `shards` and `offload` are the forward with sharded weights, and
+`shards-kept` and `offload-kept` where as many of them stay gathered as fit.
 """
 
 from __future__ import annotations
@@ -62,13 +63,15 @@ def say(text: str) -> None:
 
 def forward(size: str, layers: int | None, world: int, device: torch.device, part: str) -> dict[str, Any]:
     """Return seconds to launch and to finish a forward, also as a CUDA graph, and the profile of the host. `part` is
-    "forward", "shards" or "offload".
+    "forward", "shards" or "offload"; with "-kept", as much as fits stays gathered from one forward to the next.
     """
     from raylight.attention.kernels import kernel
     from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.plans import plan_for
     from raylight.sharding.fsdp import shard
     from raylight.worker.sequence_parallel import apply_sequence_parallel
+
+    part_of_weights, _, keeps = part.partition("-")
 
     model = skeleton(size, layers)
     options: dict[str, Any] = {}
@@ -80,7 +83,7 @@ def forward(size: str, layers: int | None, world: int, device: torch.device, par
     if part == "forward":
         fill(model.diffusion_model, weights, device)
     else:
-        shard(model.diffusion_model, weights, world_axis(mesh), device, part == "offload")
+        shard(model.diffusion_model, weights, world_axis(mesh), device, part_of_weights == "offload")
     torch.cuda.empty_cache()
     given, inner = inputs(size, device), dict(options.get("transformer_options", {}))
 
@@ -88,6 +91,8 @@ def forward(size: str, layers: int | None, world: int, device: torch.device, par
         return model.apply_model(**given, transformer_options=dict(inner))
 
     say(f"{world} ranks, {part}, {size}: weights are there")
+    if keeps:
+        keep_gathered(model.diffusion_model, world_axis(mesh).get_group(), device, step)
     found: dict[str, Any] = timed(step, device, 7)
     torch.cuda.reset_peak_memory_stats()
     result = step().clone()
@@ -107,7 +112,24 @@ def forward(size: str, layers: int | None, world: int, device: torch.device, par
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(16)
     say(f"{world} ranks, {part}, {size}: eager " + str({k: round(1e3 * v, 2) for k, v in times(found)}))
     say(f"peak {found['peak_bytes'] / 1e9:.2f} GB; collectives: {calls}")
-    return found | graphed(step, result, device) | {"profile": text.getvalue()}
+    # A graph would need the memory that is kept.
+    return found | ({} if keeps else graphed(step, result, device)) | {"profile": text.getvalue()}
+
+
+def keep_gathered(model: Any, group: Any, device: torch.device, step: Callable[[], Any]) -> None:
+    """Keep as many units of a sharded model as the worker would, beside forwards such as `step`."""
+    from raylight.sharding.fsdp import gathering_of
+    from raylight.worker.kept_units import KeptUnits
+    from raylight.worker.spare_memory import spare_memory
+
+    gathering = gathering_of(model)
+    kept = KeptUnits(type(model).__name__, gathering, group, spare_memory(device))
+    kept.begin(True, True, None, lambda: None, lambda: 0)
+    for _ in range(4):  # two are measured, and the next gathers what is kept
+        step()
+    synchronize(device)
+    blocks = max(0, gathering.number - 1)
+    say(f"{blocks} of {gathering.blocks} blocks stay gathered, {kept.bytes / 1e9:.2f} GB")
 
 
 def graphed(step: Callable[[], Any], expected: Any, device: torch.device) -> dict[str, Any]:

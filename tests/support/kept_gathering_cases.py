@@ -35,11 +35,13 @@ def gathered() -> Iterator[list[UnitWeights]]:
         Gatherer.start = start
 
 
-def kept_in_orders(rank: int, world: int, offload: bool) -> list[tuple[str, int, bool, bool, int]]:
+def kept_in_orders(
+    rank: int, world: int, offload: bool, device_type: str = "cpu"
+) -> list[tuple[str, int, bool, bool, int]]:
     """Return for each number of kept units and each order of blocks: the order, the number, whether three forwards gave
     the net's result, whether weights were shards afterwards, and the gathers of the last.
     """
-    whole, net, x = nets(world, offload, CPU)
+    whole, net, x = nets(world, offload, _device(rank, device_type))
     found = []
     for number in NUMBERS:
         gathering_of(net).keep(number)
@@ -55,9 +57,24 @@ def kept_in_orders(rank: int, world: int, offload: bool) -> list[tuple[str, int,
     return found
 
 
+def kept_on_gpus(rank: int, world: int) -> list[list[bool]]:
+    """Return what of the above is right on GPUs, of shards there and in system memory."""
+    found = []
+    for offload in (False, True):
+        in_orders = kept_in_orders(rank, world, offload, "cuda")
+        found.append([equal and at_rest for _, _, equal, at_rest, _ in in_orders])
+        for case in (after_what_ends_a_forward, after_a_change, nested_blocks):
+            found.append([equal for equal, _ in case(rank, world, offload, "cuda")])
+    return found
+
+
+def _device(rank: int, device_type: str) -> torch.device:
+    return torch.device("cuda", rank) if device_type == "cuda" else CPU
+
+
 def _is_equal(net: Net, whole: Net, x: Tensor, blocks: tuple[int, ...]) -> bool:
     if not blocks:
-        middle = torch.ones(2, 7)
+        middle = torch.ones(2, 7, device=x.device)
         return torch.equal(net.blocks[2](middle), whole.blocks[2](middle))
     if -1 in blocks:
         with suppress(ValueError):
@@ -68,11 +85,11 @@ def _is_equal(net: Net, whole: Net, x: Tensor, blocks: tuple[int, ...]) -> bool:
     return torch.equal(net(x, blocks), whole(x, blocks))
 
 
-def after_what_ends_a_forward(rank: int, world: int, offload: bool) -> list[tuple[bool, int]]:
+def after_what_ends_a_forward(rank: int, world: int, offload: bool, device_type: str = "cpu") -> list[tuple[bool, int]]:
     """Return whether forwards are right, and what they gather, after ones that have ended in the midst, with all units
     or some of them kept: of an error that hooks are told of, and of one that they are not.
     """
-    whole, net, x = nets(world, offload, CPU)
+    whole, net, x = nets(world, offload, _device(rank, device_type))
     found, listed = [], ORDERS["as listed"].blocks
     for number in (4, 1 + BLOCKS):
         for error in (ValueError, KeyboardInterrupt):
@@ -101,9 +118,9 @@ def _raiser(error: type[BaseException]) -> Any:
     return fail
 
 
-def after_a_change(rank: int, world: int, offload: bool) -> list[tuple[bool, int]]:
+def after_a_change(rank: int, world: int, offload: bool, device_type: str = "cpu") -> list[tuple[bool, int]]:
     """Return whether forwards are right, and what they gather: twice before weights change, and twice after."""
-    whole, net, x = nets(world, offload, CPU)
+    whole, net, x = nets(world, offload, _device(rank, device_type))
     gathering, listed = gathering_of(net), ORDERS["as listed"].blocks
     gathering.keep(4)
     found = []
@@ -120,9 +137,9 @@ def after_a_change(rank: int, world: int, offload: bool) -> list[tuple[bool, int
     return found
 
 
-def nested_blocks(rank: int, world: int, offload: bool) -> list[tuple[bool, int]]:
+def nested_blocks(rank: int, world: int, offload: bool, device_type: str = "cpu") -> list[tuple[bool, int]]:
     """Return the same for blocks within blocks, for several numbers of kept units."""
-    whole, net, x = nets(world, offload, CPU)
+    whole, net, x = nets(world, offload, _device(rank, device_type))
 
     def within(model: Net, inner: int) -> Any:
         def call(_: nn.Module, __: Any, output: Tensor) -> Tensor:

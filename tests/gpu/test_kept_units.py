@@ -1,0 +1,130 @@
+"""Gathered weights that stay on real GPUs between forwards: results, gathers, and memory that others need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+from gpu_cases import GPUS, LONG, latent, on_workers
+from kept_gathering_cases import kept_on_gpus
+from shared_gpu_cases import held, wide_wan
+from torch import Tensor
+
+from raylight.cluster import active_session
+from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.dev.local_ranks import run_ranks, values
+from raylight.driver import api, workers
+from raylight.host.jobs import RankMemory
+from raylight.host.recipe import OFFLOADED, SHARDED
+from raylight.host.worker_service import WorkerService
+from raylight.parallel.graphs import ON
+
+SUPPORT = str(Path(__file__).parents[1] / "support")
+# One rank gathers nothing but what is in system memory.
+GATHERED = (SHARDED, OFFLOADED) if GPUS > 1 else (OFFLOADED,)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_that_count() -> Iterator[None]:
+    own = workers.service_spec
+
+    def spec(config: SessionConfig) -> ServiceSpec:
+        made = own(config)
+        return replace(made, factory="kept_service:open_service", python_path=(*made.python_path, SUPPORT))
+
+    with pytest.MonkeyPatch.context() as patch:
+        api.end_workers(with_ray=False)
+        patch.setattr(workers, "service_spec", spec)
+        yield
+        api.end_workers(with_ray=False)
+
+
+def memory() -> list[RankMemory]:
+    session = active_session.running()
+    assert session is not None
+    return list(session.run_all(WorkerService.memory).values())
+
+
+def gathers() -> int:
+    (count,) = {rank.graphs for rank in memory()}
+    return count
+
+
+def kept() -> int:
+    (nbytes,) = {sum(model.kept_bytes for model in rank.models) for rank in memory()}
+    return nbytes
+
+
+@pytest.mark.parametrize("world", sorted({1, GPUS}))
+def test_without_ray(world: int) -> None:
+    for found in values(run_ranks(world, kept_on_gpus, device_type="cuda")):
+        assert all(all(case) for case in found)
+
+
+@pytest.mark.parametrize("stays_here", [False, True])
+@pytest.mark.parametrize("sharding", GATHERED)
+def test_later_runs_gather_less(sharding: str, stays_here: bool, path: Path, expected: Tensor, compare) -> None:
+    model, counts = on_workers(path, sharding), []
+    active_session.running().run_all(WorkerService.free)
+    for turn in range(4):
+        before = gathers()
+        compare(latent(model, stays_here), expected, f"run {turn}")
+        counts.append(gathers() - before)
+    assert kept() > 0
+    assert counts[1] < counts[0], counts
+    assert counts[2:] == [0, 0], counts
+
+
+@pytest.mark.parametrize("sharding", GATHERED)
+def test_loras_and_larger_sizes(sharding: str, path: Path, lora: Path, stock, expected: Tensor, compare) -> None:
+    long = latent(stock, shape=LONG)
+    patched = comfy.sd.load_lora_for_models(stock, None, comfy.utils.load_torch_file(str(lora)), 0.8, 0)[0]
+    with_lora = latent(patched)
+    plain, changed = on_workers(path, sharding), on_workers(path, sharding, (lora, 0.8))
+    for turn in ("first", "second"):
+        compare(latent(plain), expected, f"{turn}, plain")
+        compare(latent(changed), with_lora, f"{turn}, with a LoRA")
+        compare(latent(plain, shape=LONG), long, f"{turn}, large")
+        compare(latent(plain, shape=LONG), long, f"{turn}, large again")
+    assert kept() > 0
+
+
+@pytest.mark.parametrize("sharding", GATHERED)
+def test_goes_to_who_needs_memory(sharding: str, folder: Path, path: Path, expected: Tensor, compare) -> None:
+    wide = wide_wan(folder)
+    wanted = latent(comfy.sd.load_diffusion_model(str(wide)))
+    comfy.model_management.unload_all_models()
+    model = on_workers(wide, sharding)
+    for turn in range(3):
+        compare(latent(model), wanted, f"run {turn}")
+    full, nbytes = held(), kept()
+    assert nbytes > 0
+    # ComfyUI needs memory on its GPU: what is gathered goes, on all ranks, and the shards stay.
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(0, device)  # workers give what they do not use
+    free = comfy.model_management.get_free_memory(device)
+    comfy.model_management.free_memory(free + nbytes // 2, device)
+    assert kept() == 0
+    assert held() == full
+    compare(latent(model), wanted, "after ComfyUI had memory")
+    assert kept() == nbytes
+    # So it is beside a second model, of which weights stay gathered too.
+    other = on_workers(path, sharding)
+    for turn in range(3):
+        compare(latent(other), expected, f"the other, run {turn}")
+        compare(latent(model), wanted, f"beside the other, run {turn}")
+    assert kept() > nbytes
+
+
+@pytest.mark.parametrize("sharding", GATHERED)
+def test_nothing_is_kept_beside_graphs(sharding: str, path: Path, expected: Tensor, compare) -> None:
+    model, graphed = on_workers(path, sharding), on_workers(path, sharding, graphs=ON)
+    for turn in range(3):
+        compare(latent(model), expected, f"run {turn}")
+        compare(latent(graphed), expected, f"run {turn} with graphs")
+        assert kept() == 0

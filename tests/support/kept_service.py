@@ -1,0 +1,35 @@
+"""A worker that counts gathers. On the CPU it keeps gathered weights as if it had a large GPU."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from unittest.mock import patch
+
+from kept_gathering_cases import gathered
+from kept_units_cases import LARGE, SimulatedMemory
+
+from raylight.cluster.actor import RankContext, Run
+from raylight.host.jobs import RankMemory
+from raylight.host.settings import HostSettings
+from raylight.worker import sharded_patcher
+from raylight.worker.service import ModelService
+
+_gathered: list = []
+_counting = ExitStack()  # until the process ends
+
+
+class KeptService(ModelService):
+    """Tells the number of gathers so far where a worker tells that of its graphs."""
+
+    def memory(self, run: Run) -> RankMemory:
+        return replace(super().memory(run), graphs=len(_gathered))
+
+
+def open_service(context: RankContext, settings: HostSettings) -> KeptService:
+    """Return the service of this worker."""
+    global _gathered
+    _gathered = _counting.enter_context(gathered())
+    if context.device.type == "cpu":
+        patch.object(sharded_patcher, "spare_memory", lambda _: SimulatedMemory(LARGE)).start()
+    return KeptService(context, settings.gpu)

@@ -1,0 +1,146 @@
+"""Runs of the product in which weights stay gathered, on workers without a GPU: against ComfyUI in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_cases import CASES, checkpoint
+from dropin_cases import SETUPS, equal_lengths, sample
+from loras import lora_for
+from safetensors.torch import load_file
+
+from raylight.cluster import active_session
+from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.cluster.errors import OUT_OF_MEMORY, WorkerError
+from raylight.driver import api, short_of_memory, workers
+from raylight.host.recipe import OFFLOADED, SHARDED, ModelRecipe, RayModel, WorkerConfig
+from raylight.host.worker_service import WorkerService
+from raylight.parallel.graphs import AUTO, ON
+from raylight.parallel.mesh import MeshShape
+
+TOLERANCE = 1e-4
+STEPS = 4
+SUPPORT = str(Path(__file__).parents[1] / "support")
+MESHES = {"Ulysses 2": MeshShape(ulysses=2), "CFG 2": MeshShape(batch=2)}
+
+both_depths = pytest.mark.parametrize("depth", [False, True], ids=["whole run", "loop in ComfyUI"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_that_keep() -> Iterator[None]:
+    own = workers.service_spec
+
+    def spec(config: SessionConfig) -> ServiceSpec:
+        made = own(config)
+        return replace(made, factory="kept_service:open_service", python_path=(*made.python_path, SUPPORT))
+
+    with pytest.MonkeyPatch.context() as patch:
+        api.end_workers(with_ray=False)
+        patch.setattr(workers, "service_spec", spec)
+        yield
+        api.end_workers(with_ray=False)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
+
+
+@pytest.fixture(scope="module")
+def stock(path: Path) -> ModelPatcher:
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+@pytest.fixture(autouse=True)
+def as_comfyui_runs_nodes() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def recipe_of(path: Path, sharding: str) -> ModelRecipe:
+    return ModelRecipe.of(str(path), "default", sharding)
+
+
+def dropin(path: Path, sharding: str, mesh: MeshShape = MESHES["Ulysses 2"], graphs: str = AUTO) -> ModelPatcher:
+    config = WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH", graphs=graphs)
+    return api.load(RayModel(config, recipe_of(path, sharding)))
+
+
+def gathers() -> int:
+    (count,) = {rank.graphs for rank in active_session.running().run_all(WorkerService.memory).values()}
+    return count
+
+
+def kept() -> int:
+    answers = active_session.running().run_all(WorkerService.memory).values()
+    (nbytes,) = {sum(model.kept_bytes for model in rank.models) for rank in answers}
+    return nbytes
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return ((actual - expected).abs().max() / expected.std()).item() <= TOLERANCE
+
+
+@both_depths
+@pytest.mark.parametrize(("sharding", "mesh"), [(SHARDED, "Ulysses 2"), (OFFLOADED, "CFG 2")])
+def test_equals_comfyui_and_gathers_once(
+    sharding: str, mesh: str, depth: bool, path: Path, stock: ModelPatcher
+) -> None:
+    for set_up in (SETUPS["plain"], equal_lengths):
+        expected = sample(set_up(stock), steps=STEPS)[0]
+        model = dropin(path, sharding, MESHES[mesh])
+        counts = [0]
+        for _ in range(3):
+            before = gathers()
+            assert same(sample(set_up(model), stays_here=depth, steps=STEPS)[0], expected)
+            counts.append(gathers() - before)
+        assert counts[1] > 0 and counts[2:] == [0, 0]
+        assert kept() > 0
+        comfy.model_management.unload_all_models()
+        active_session.running().run_all(WorkerService.free)
+        assert kept() == 0
+
+
+@both_depths
+def test_loras_in_turns(depth: bool, path: Path, stock: ModelPatcher) -> None:
+    shapes = {f"diffusion_model.{key}": tuple(tensor.shape) for key, tensor in load_file(path).items()}
+    tensors = lora_for(shapes, ["lora"], 1, size=0.06)
+
+    def with_lora(model: ModelPatcher, strength: float) -> ModelPatcher:
+        return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0)[0]
+
+    model = dropin(path, SHARDED)
+    for strength in (0.8, 0.0, 0.4, 0.8):
+        expected = sample(SETUPS["plain"](with_lora(stock, strength) if strength else stock), steps=STEPS)[0]
+        one = with_lora(model, strength) if strength else model
+        assert same(sample(SETUPS["plain"](one), stays_here=depth, steps=STEPS)[0], expected), strength
+    assert kept() > 0
+
+
+def test_two_models_and_other_degrees(path: Path, stock: ModelPatcher) -> None:
+    expected = sample(SETUPS["plain"](stock), steps=STEPS)[0]
+    for sharding, mesh in ((SHARDED, "CFG 2"), (OFFLOADED, "CFG 2"), (SHARDED, "Ulysses 2"), (SHARDED, "CFG 2")):
+        model = dropin(path, sharding, MESHES[mesh])
+        assert same(sample(SETUPS["plain"](model), steps=STEPS)[0], expected)
+        assert kept() > 0
+
+
+def test_nothing_is_kept_for_graphs_nor_after_memory_ran_out(
+    path: Path, stock: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_of_memory, "_short", set())
+    expected = sample(SETUPS["plain"](stock), steps=STEPS)[0]
+    active_session.running().run_all(WorkerService.free)
+    for graphs, ran_out in ((AUTO, False), (ON, False), (AUTO, False), (AUTO, True)):
+        if ran_out:
+            with pytest.raises(WorkerError), short_of_memory.noted(recipe_of(path, SHARDED)):
+                raise WorkerError("simulated", OUT_OF_MEMORY)
+        assert same(sample(SETUPS["plain"](dropin(path, SHARDED, graphs=graphs)), steps=STEPS)[0], expected)
+        assert (kept() > 0) == (graphs == AUTO and not ran_out)
