@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from raylight.host.jobs import Inside, ModelJob
-from raylight.host.patcher_state import DIFFUSION_MODEL, OVERRIDE, Change
+from raylight.host.patcher_state import DIFFUSION_MODEL, OPTIONS, OVERRIDE, Change
 
 from .transformer_options import is_ours
+
+_COMPILED = "torch.compile"  # ComfyUI's key of the wrapper that has the model compiled
 
 
 def obstacle(patcher: ModelPatcher, changes: Sequence[Change], job: ModelJob) -> str:
@@ -25,6 +28,12 @@ def obstacle(patcher: ModelPatcher, changes: Sequence[Change], job: ModelJob) ->
         if getattr(patcher, name, None):
             return f"the model has {what}, which must run each time"
     return ""
+
+
+def is_compiled(model_options: Mapping[str, Any]) -> bool:
+    """Return whether a run with these options of a patcher has its model compiled by ComfyUI, hooks included."""
+    wrappers = model_options.get(OPTIONS, {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    return bool(wrappers.get(_COMPILED))
 
 
 def obstacle_in(options: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from comfy.model_management import minimum_inference_memory
 from torch import Tensor
@@ -31,6 +30,8 @@ from .spare_memory import SpareMemory
 logger = logging.getLogger(__name__)
 
 _GROWTH = 1.1  # of what a forward takes, as memory is divided in another way each time
+_MEASURED = 2  # forwards of a size, of which the last counts
+_LOST, _UNKNOWN = -1, -2  # instead of a number of bytes: this rank no longer has what was kept, or did not measure
 _STEP = 8  # a number is raised by at least the units divided by this, as every change costs time
 _FORWARDS = 64  # sizes that are remembered
 
@@ -60,8 +61,8 @@ class KeptUnits:
         self._context: Hashable = None
         self._split: Callable[[], Hashable] = lambda: None
         self._wanted: Callable[[], int] = lambda: 0
-        self._begun: set[_Forward] = set()  # measured once
-        self._taken: dict[_Forward, int] = {}  # bytes, beside those of weights
+        self._begun: dict[_Forward, int] = {}  # how often, with nothing kept
+        self._taken: dict[_Forward, int] = {}  # bytes beside those of weights, if this rank has measured them
         self._seen: set[_Forward] = set()  # in this run
         self._seen_before: set[_Forward] = set()  # in the last one
         self._expected: set[_Forward] = set()  # what there has to be room for
@@ -101,6 +102,11 @@ class KeptUnits:
         if not may_keep:
             self._keep_none()
 
+    def stop(self) -> None:
+        """Keep nothing in this job."""
+        self._may_keep = False
+        self._keep_none()
+
     def forget(self) -> None:
         """Gather what is kept again: weights have changed, on all ranks."""
         self._gathering.forget()
@@ -123,14 +129,11 @@ class KeptUnits:
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._measuring = None
-        if not self._may_keep or self._memory is None or torch.compiler.is_compiling():
+        if not self._may_keep or self._memory is None:
             return
         forward = self._forward(args, kwargs)
-        if self._largest(forward) is None:
-            self._keep_none()
-            self._is_decided = False
-            self._measuring = forward
-            self._memory.begin()
+        if not any(one.covers(forward) for one, times in self._begun.items() if times == _MEASURED):
+            self._measure(forward, self._memory)
             return
         if not self._seen and forward in self._seen_before:
             self._expected = set(self._seen_before)  # most likely the same run again
@@ -143,17 +146,21 @@ class KeptUnits:
 
     def _after(self, has_ended_well: bool) -> None:
         forward, self._measuring = self._measuring, None
-        if forward is None or self._memory is None or not has_ended_well:
-            return
-        if forward not in self._begun:
-            self._begun.add(forward)
-            return
-        if len(self._taken) == _FORWARDS:
+        if forward is not None and self._memory is not None and has_ended_well:
+            self._taken[forward] = max(0, self._memory.taken() - self._gathering.passing_bytes(0))
+
+    def _measure(self, forward: _Forward, memory: SpareMemory) -> None:
+        """Measure a forward that begins, with nothing kept. That it was is known to all ranks, also if it fails."""
+        self._keep_none()
+        self._is_decided = False
+        if len(self._begun) == _FORWARDS:
             self._forget_forwards()
-        self._taken[forward] = max(0, self._memory.taken() - self._gathering.passing_bytes(0))
+        self._begun[forward] = self._begun.get(forward, 0) + 1
+        self._measuring = forward
+        memory.begin()
 
     def _forget_forwards(self) -> None:
-        for forwards in (self._begun, self._taken, self._seen, self._expected):
+        for forwards in (self._begun, self._taken, self._seen, self._seen_before, self._expected):
             forwards.clear()
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Forward:
@@ -171,16 +178,21 @@ class KeptUnits:
         return _Forward((self._split(), code, tuple(names)), tuple(sizes))
 
     def _largest(self, forward: _Forward) -> int | None:
-        """Return how many bytes a forward takes at most, None if none as large was measured."""
+        """Return how many bytes a forward takes at most, None if this rank has measured none that covers it."""
         return min((taken for one, taken in self._taken.items() if one.covers(forward)), default=None)
 
     def _decide(self, memory: SpareMemory) -> None:
         """Keep as many units as every rank has room for. Collective."""
         self._is_decided = True
-        agreed = smallest(-1 if self._has_lost else self._room(memory), self._group)
-        if agreed < 0:
+        agreed = smallest(_LOST if self._has_lost else self._room(memory), self._group)
+        if agreed == _LOST:
             self._keep_none()
             agreed = smallest(self._room(memory), self._group)
+        if agreed == _UNKNOWN:
+            self._keep_none()
+            self._forget_forwards()
+            self._is_decided = False
+            return
         number, before = self._fitting(agreed), self._gathering.number
         if before < number < min(self._units, before + self._units // _STEP):
             number = before
@@ -191,8 +203,11 @@ class KeptUnits:
         self._say()
 
     def _room(self, memory: SpareMemory) -> int:
-        """Return how many bytes this rank has for weights that are kept, and for those that pass."""
-        forward = max((self._largest(one) or 0 for one in self._expected), default=0)
+        """Return how many bytes this rank has for weights that are kept, and for those that pass, or `_UNKNOWN`."""
+        taken = [self._largest(one) for one in self._expected]
+        if None in taken:
+            return _UNKNOWN
+        forward = max((one for one in taken if one is not None), default=0)
         must_stay = max(int(minimum_inference_memory() + _GROWTH * forward), self._wanted())
         return max(0, memory.left() + self.bytes - must_stay)
 

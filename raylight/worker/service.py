@@ -35,7 +35,7 @@ from raylight.parallel.mesh import AXES, sequence_axis
 from raylight.sharding.fsdp import reset
 
 from . import cuda_graphs, inventory, load_progress, parallel_vae, reading_together
-from .graph_obstacles import obstacle
+from .graph_obstacles import is_compiled, obstacle
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
 from .parallel_model import graph_mode
@@ -113,6 +113,8 @@ class ModelService(WorkerService):
 
     def _sample(self, run: Run, model: CachedModel, patcher: RankPatcher, index: int, job: RunJob) -> RunResult:
         sampling = SamplingRun(run, patcher, index, job, self._context.device)
+        if isinstance(patcher, ShardedPatcher) and is_compiled(sampling.model_options):
+            patcher.weights.kept.stop()
         model.parallel.install(sampling.model_options, job.model, functools.partial(_tell, run))
         model.parallel.use_graphs(job.model, obstacle(patcher, sampling.changes, job.model))
         with model.parallel.watching(patcher, job.model.inside):

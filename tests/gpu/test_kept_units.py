@@ -18,7 +18,7 @@ from torch import Tensor
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.dev.local_ranks import run_ranks, values
-from raylight.driver import api, workers
+from raylight.driver import api, short_of_memory, workers
 from raylight.host.jobs import RankMemory
 from raylight.host.recipe import OFFLOADED, SHARDED
 from raylight.host.worker_service import WorkerService
@@ -27,6 +27,11 @@ from raylight.parallel.graphs import ON
 SUPPORT = str(Path(__file__).parents[1] / "support")
 # One rank gathers nothing but what is in system memory.
 GATHERED = (SHARDED, OFFLOADED) if GPUS > 1 else (OFFLOADED,)
+
+
+@pytest.fixture(autouse=True)
+def no_failure_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short_of_memory, "_short", set())
 
 
 @pytest.fixture(scope="module", autouse=True)

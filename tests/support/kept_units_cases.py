@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw
 from raylight.host.checkpoint import MappedModel
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
-from raylight.sharding.fsdp import gathering_of
+from raylight.sharding.fsdp import gathering_of, reset
 from raylight.sharding.gathering import Gathering
 from raylight.worker import kept_units, lora, sharded_patcher
 from raylight.worker.forward_kinds import copied
@@ -150,6 +151,23 @@ def without_memory_on_one(rank: int, world: int) -> list[Ran]:
         found = job.forwards(4)
     job.begin()
     return [*found, *job.forwards(2)]
+
+
+def failed_on_one(rank: int, world: int) -> list[Ran]:
+    """Return what forwards do after two, which are measured, have failed on one rank when it had gathered all."""
+    job = Job(world, LARGE)
+    handle = job.net.blocks[4].register_forward_hook(_raise) if rank else None
+    for _ in range(2):
+        with suppress(ValueError):
+            job.forward()
+    if handle is not None:
+        handle.remove()
+        reset(job.net)
+    return job.forwards(5)
+
+
+def _raise(*_: Any) -> None:
+    raise ValueError("simulated fault")
 
 
 def of_jobs(rank: int, world: int) -> dict[str, list[Ran]]:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 from gathering_cases import BLOCKS
-from kept_units_cases import Ran, larger_ones, of_jobs, released_on_one, with_loras, with_rooms, without_memory_on_one
+from kept_units_cases import (
+    Ran,
+    failed_on_one,
+    larger_ones,
+    of_jobs,
+    released_on_one,
+    with_loras,
+    with_rooms,
+    without_memory_on_one,
+)
 
 from raylight.dev.local_ranks import run_ranks, values
 
@@ -57,6 +66,13 @@ def test_a_rank_without_memory_for_what_was_agreed() -> None:
     for found in values(run_ranks(2, without_memory_on_one)):
         assert all(one.equal for one in found)
         assert numbers(found) == [0, 0, 0, 0, ALL, ALL]
+
+
+def test_a_measured_forward_that_failed_on_one_rank() -> None:
+    for found in values(run_ranks(2, failed_on_one)):
+        assert all(one.equal for one in found)
+        # The first finds it out, two more are measured.
+        assert numbers(found) == [0, 0, 0, ALL, ALL]
 
 
 def test_jobs() -> None:
