@@ -112,8 +112,7 @@ def forward(size: str, layers: int | None, world: int, device: torch.device, par
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(16)
     say(f"{world} ranks, {part}, {size}: eager " + str({k: round(1e3 * v, 2) for k, v in times(found)}))
     say(f"peak {found['peak_bytes'] / 1e9:.2f} GB; collectives: {calls}")
-    # A graph would need the memory that is kept.
-    return found | ({} if keeps else graphed(step, result, device)) | {"profile": text.getvalue()}
+    return found | graphed(step, result, device) | {"profile": text.getvalue()}
 
 
 def keep_gathered(model: Any, group: Any, device: torch.device, step: Callable[[], Any]) -> None:
