@@ -11,6 +11,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_cases import CASES, checkpoint
 from dropin_cases import SETUPS, equal_lengths, sample
 from loras import lora_for
@@ -144,3 +145,13 @@ def test_nothing_is_kept_for_graphs_nor_after_memory_ran_out(
                 raise WorkerError("simulated", OUT_OF_MEMORY)
         assert same(sample(SETUPS["plain"](dropin(path, SHARDED, graphs=graphs)), steps=STEPS)[0], expected)
         assert (kept() > 0) == (graphs == AUTO and not ran_out)
+
+
+def test_nothing_is_kept_in_a_compiled_run(path: Path, stock: ModelPatcher) -> None:
+    expected = sample(equal_lengths(stock), steps=STEPS)[0]
+    model = dropin(path, SHARDED, MESHES["CFG 2"])
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", dynamic=False)
+    for one, keeps in ((model, True), (compiled, False), (model, True)):
+        assert same(sample(equal_lengths(one), steps=STEPS)[0], expected)
+        assert (kept() > 0) == keeps
