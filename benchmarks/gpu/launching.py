@@ -31,6 +31,7 @@ from full_size import RandomWeights, fill, inputs, skeleton, versions
 from measure import synchronize
 
 from raylight.dev.local_ranks import run_ranks
+from raylight.parallel import bandwidth
 
 EXCHANGES = {"flux-1024": (24, 4608), "wan-480p": (40, 14040), "wan-720p": (40, 75600)}  # heads and tokens of a call
 WIDTH = 128
@@ -42,6 +43,8 @@ def measure(rank: int, world: int, part: str, sizes: list[str], layers: int | No
     torch.cuda.set_device(device)
     faulthandler.dump_traceback_later(HANGS_AFTER_S, repeat=True)
     found: dict[str, Any] = {}
+    if world > 1:
+        bandwidth.use(bandwidth.measure(device))  # as workers do
     with torch.no_grad():
         if part.startswith("exchange-"):
             return exchanges(world, device, part.removeprefix("exchange-"))

@@ -150,6 +150,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tu
     from staged_ring import StagedThroughCpuHybrid
 
     from raylight.attention.kernels import kernel
+    from raylight.parallel import bandwidth
     from raylight.parallel.batch import BatchAxis, Rows
     from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.plans import plan_for
@@ -157,6 +158,8 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tu
     from raylight.worker.cuda_graphs import GraphedForward, pool_of
     from raylight.worker.sequence_parallel import apply_sequence_parallel
 
+    if world > 1 and not setting.shared_gpu:
+        bandwidth.use(bandwidth.measure(device))  # as workers do
     mesh = build_mesh(MeshShape(way.batch, way.ring, way.ulysses), device)
     model = skeleton(setting.size, setting.layers)
     diffusion_model = model.diffusion_model

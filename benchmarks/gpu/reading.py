@@ -29,7 +29,6 @@ def measure(rank: int, world: int, path: str, ways: tuple[str, ...], repeats: in
     """
     from raylight.host.checkpoint import load_mapped
     from raylight.parallel import bandwidth
-    from raylight.worker import reading_together
     from raylight.worker.patcher import mode_of
     from raylight.worker.replicated_patcher import build_replicated
 
@@ -52,7 +51,7 @@ def measure(rank: int, world: int, path: str, ways: tuple[str, ...], repeats: in
             return taken
 
         for way in ways:
-            reading_together.use_links(links if way == "together" else None)
+            bandwidth.use(links if way == "together" else None)
             found[f"{way}, first"] = seconds()
             if repeats:
                 found[way] = min(seconds() for _ in range(repeats))

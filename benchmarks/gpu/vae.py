@@ -138,7 +138,7 @@ def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any
 
     args.cpu = device_type == "cpu"  # before ComfyUI picks a device
     from raylight.parallel import bandwidth
-    from raylight.worker.parallel_vae import apply_row_parallel, use_links
+    from raylight.worker.parallel_vae import apply_row_parallel
 
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -164,7 +164,7 @@ def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         dist.barrier()
-        use_links(bandwidth.measure(device))
+        bandwidth.use(bandwidth.measure(device))
         parallel = apply_row_parallel(model, dist.group.WORLD)
 
         def together() -> Tensor:

@@ -1,8 +1,9 @@
-"""The links between ranks: whether they transfer data correctly, and their bandwidth."""
+"""The links between ranks: whether they transfer data correctly, their bandwidth, and those that are in use."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,27 @@ class Links:
     exact: bool
     latency_s: float
     bytes_per_s: dict[tuple[int, int], float]
+
+
+_in_use: Links | None = None
+
+
+def use(links: Links | None) -> None:
+    """Take note of the links between the ranks of this world, None if they were not measured. The same on all ranks."""
+    global _in_use
+    _in_use = links
+
+
+def slowest_in_use(ranks: Collection[int] | None = None) -> float:
+    """Return the bytes per second of the slowest link between these ranks, or all; 0 if none was measured. The same on
+    all ranks.
+    """
+    if _in_use is None:
+        return 0.0
+    speeds = (
+        speed for pair, speed in _in_use.bytes_per_s.items() if ranks is None or (pair[0] in ranks and pair[1] in ranks)
+    )
+    return min(speeds, default=0.0)
 
 
 def fast_ranks(links: Links, world_size: int) -> int:

@@ -1,8 +1,8 @@
 """Ulysses attention: exchange tokens for heads, attend over the full sequence, and exchange back.
 
 DeepSpeed Ulysses (Jacobs et al. 2023, arXiv 2309.14509), for any number of tokens, and of heads from one per rank:
-shards are uneven instead of padded. A large exchange is made in two chunks of heads: one is sent while attention of
-the other is computed.
+shards are uneven instead of padded. Over slow links, a large exchange is made in two chunks of heads: one is sent while
+attention of the other is computed.
 
 Shapes: B batch rows, H heads, HKV key heads, D head size, S tokens on all ranks; S_LOCAL, H_LOCAL and HKV_LOCAL are
 this rank's (of one chunk). Key heads are those that the rank's query heads need.
@@ -15,33 +15,37 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from . import shares
+from . import bandwidth, shares
 from .collectives import Splits, exchange, start_exchange
 from .exchange_layout import pack_tokens, place_all_heads, place_heads
 from .exchange_parts import Part, exchange_parts
 from .sequence_attention import Kernel
 
 CHUNKS = 2
+# Measured over NVLink: what a chunk hides is less than what its kernels take from attention, at every size.
+FAST_BYTES_PER_S = 80e9
 LARGE_BYTES = 32 * 2**20  # received per rank; below it, launching everything twice costs more than it hides
 
 
 class UlyssesAttention:
-    """The exchange of one Ulysses group. Exchanges of at least `large_bytes` are made in `chunks`. If a ring joins it
-    with other groups, `ring` is this rank's.
+    """The exchange of one Ulysses group. Exchanges of at least `large_bytes` are made in `chunks`, by default in one if
+    all its links are fast. If a ring joins it with other groups, `ring` is this rank's.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup,
         large_bytes: int = LARGE_BYTES,
-        chunks: int = CHUNKS,
+        chunks: int = 0,
         ring: dist.ProcessGroup | None = None,
     ) -> None:
         self._group = group
         self._weights = shares.of_heads(group, ring)
         self._rank = dist.get_rank(group)
         self._degree = dist.get_world_size(group)
-        self._large_bytes, self._chunks = large_bytes, chunks
+        self._large_bytes = large_bytes
+        slowest = bandwidth.slowest_in_use(dist.get_process_group_ranks(group))
+        self._chunks = chunks or (1 if slowest >= FAST_BYTES_PER_S else CHUNKS)
 
     def __call__(
         self,

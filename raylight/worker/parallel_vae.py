@@ -15,8 +15,7 @@ from comfy import model_management
 from torch import Tensor, nn
 
 from raylight.host.comfy_patches import replaced
-from raylight.parallel import shares
-from raylight.parallel.bandwidth import Links
+from raylight.parallel import bandwidth, shares
 from raylight.parallel.process_group import smallest
 from raylight.parallel.rows.engine import Factories, finished, shared
 from raylight.parallel.rows.layout import Cuts, Rows, cut
@@ -32,14 +31,6 @@ LEAST_LATENT_ROWS = 2
 FAST_BYTES_PER_S = 20e9
 
 log = logging.getLogger(__name__)
-
-_links_are_slow = True
-
-
-def use_links(links: Links | None) -> None:
-    """Take note of the links between all ranks, None if they were not measured. The same on all ranks."""
-    global _links_are_slow
-    _links_are_slow = links is None or min(links.bytes_per_s.values(), default=0.0) < FAST_BYTES_PER_S
 
 
 def apply_row_parallel(first_stage_model: nn.Module, group: dist.ProcessGroup) -> RowParallel:
@@ -70,7 +61,7 @@ class RowParallel:
             dist.get_world_size(group),
             dist.get_rank(group),
             channels_last=rule.channels_last,
-            hides_halos=_links_are_slow,
+            hides_halos=bandwidth.slowest_in_use() < FAST_BYTES_PER_S,
         )
         vae: Any = model  # its methods are those of ComfyUI's VAE classes, which have no base
         self._replace(model, "decode", self._decode(vae.decode))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from raylight.cluster.errors import is_out_of_memory
 from raylight.host.log_messages import gb
-from raylight.parallel.bandwidth import Links
+from raylight.parallel import bandwidth
 from raylight.parallel.process_group import agreeing_group, alike
 from raylight.sharding.shared_read import SharedRead
 from raylight.sharding.staged_read import Copy
@@ -26,19 +26,17 @@ logger = logging.getLogger(__name__)
 # Measured: what a rank reads from memory of the system while others read too. Below it the link would hold up.
 FILE_BYTES_PER_S = 7e9
 
-_why_alone = "the links between the workers were not measured"
 _pending: list[bool] = []  # for each `partially_load` that runs: whether this rank has yet to agree in it
 
 
-def use_links(links: Links | None) -> None:
-    """Take note of the links between all ranks, None if they were not measured. The same on all ranks."""
-    global _why_alone
-    if links is None or not links.bytes_per_s:
-        _why_alone = "the links between the workers were not measured"
-        return
-    slowest = min(links.bytes_per_s.values())
-    is_slow = slowest < FILE_BYTES_PER_S
-    _why_alone = f"the slowest link between workers has {slowest / 1e9:.1f} GB/s, and the file more" if is_slow else ""
+def _why_alone() -> str:
+    """Return why ranks read by themselves because of their links, "" if these are fast. The same on all ranks."""
+    slowest = bandwidth.slowest_in_use()
+    if not slowest:
+        return "the links between the workers were not measured"
+    if slowest < FILE_BYTES_PER_S:
+        return f"the slowest link between workers has {slowest / 1e9:.1f} GB/s, and the file more"
+    return ""
 
 
 @contextmanager
@@ -47,7 +45,7 @@ def agreed_once() -> Iterator[None]:
 
     Collective, where ranks may read together at all.
     """
-    _pending.append(not _why_alone and _ranks() > 1)
+    _pending.append(not _why_alone() and _ranks() > 1)
     try:
         yield
         decline()
@@ -73,7 +71,7 @@ def read_together(copies: Sequence[Copy], names: Sequence[str], device: torch.de
     """
     if not (_pending and _pending[-1]):
         if _pending and _ranks() > 1:
-            _log_alone(what, _why_alone)
+            _log_alone(what, _why_alone())
         return False
     try:
         together = SharedRead(copies, device, agreeing_group(), names)

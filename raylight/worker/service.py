@@ -28,13 +28,13 @@ from raylight.host.model_files import FoundFile, ModelFile
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
 from raylight.host.vae_jobs import VaeJob, VaeResult
 from raylight.host.worker_service import WorkerService
-from raylight.parallel import shares
+from raylight.parallel import bandwidth, shares
 from raylight.parallel.batch import runs_of
 from raylight.parallel.graphs import OFF
 from raylight.parallel.mesh import AXES, sequence_axis
 from raylight.sharding.fsdp import reset
 
-from . import cuda_graphs, inventory, load_progress, parallel_vae, reading_together
+from . import cuda_graphs, inventory, load_progress
 from .graph_obstacles import is_compiled, obstacle
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
@@ -58,8 +58,7 @@ class ModelService(WorkerService):
         self._beside_comfyui = self._gpu != "" and self._gpu == comfyui_gpu
         self._models = ModelCache(context.device, context.world_size)
         self._forward = ModelForward(context.device)
-        reading_together.use_links(context.links)
-        parallel_vae.use_links(context.links)
+        bandwidth.use(context.links)
         self._vaes = VaeWork(context, self._models, self._beside_comfyui)
 
     def load(self, run: Run, recipe: ModelRecipe, may_refuse: bool = False) -> NeedsBytes | None:

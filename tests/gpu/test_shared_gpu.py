@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy.model_management import minimum_inference_memory
 from gpu_cases import SHAPE, latent, on_workers
-from shared_gpu_cases import Encoder, held, left_free, vae, wide_wan
+from shared_gpu_cases import Encoder, held, kept, left_free, vae, wide_wan
 
 from raylight.driver import memory
 from raylight.host.recipe import REPLICATED, SHARDED
@@ -32,14 +32,17 @@ def test_each_takes_from_the_others_what_is_missing(sharding: str, folder: Path,
 
     model = on_workers(path, sharding)
     compare(latent(model), expected, "alone")
+    latent(model)  # weights that stay gathered are there from now on
     full = held()
     (rank,) = [entry.rank for entry in memory._workers.entries if entry.device == encoder.patcher.load_device]
-    missing = full[rank] // 2
+    # Gathered weights go first, and then half of the others.
+    missing = kept()[rank] + full[rank] // 2
     with left_free(encoder.room - missing):
         for _ in range(2):  # the second time, nothing is missing
             assert torch.equal(encoder.encode(), text)
             assert encoder.patcher.loaded_size() == encoder.patcher.model_size()
             after = held()
+            assert not any(kept().values())
             if sharding == REPLICATED:
                 given = full[rank] - after[rank]
                 assert missing - LESS <= given <= missing + MORE, f"{given / 1e6:.0f} of {missing / 1e6:.0f} MB"

@@ -6,7 +6,7 @@ import functools
 import time
 
 import pytest
-from split_cases import CASES, Case, one_rank_fails, split_toy, uneven_collectives, votes
+from split_cases import CASES, Case, chunks_by_links, one_rank_fails, split_toy, uneven_collectives, votes
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.parallel.partition import partition
@@ -78,3 +78,7 @@ def test_a_fault_in_one_rank_ends_the_others(how: str) -> None:
     if how == "raises":
         assert "simulated fault" in answers[1].error
     assert time.monotonic() - started < 150
+
+
+def test_an_exchange_over_fast_links_is_not_divided() -> None:
+    assert values(run_ranks(2, chunks_by_links)) == [[2, 1, 2, 1]] * 2

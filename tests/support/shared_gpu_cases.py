@@ -92,6 +92,12 @@ def held() -> dict[int, int]:
     return {rank: sum(model.device_bytes for model in answer.models) for rank, answer in answers.items()}
 
 
+def kept() -> dict[int, int]:
+    """The bytes of weights that stay gathered on each rank's GPU."""
+    answers = active_session.running().run_all(WorkerService.memory)
+    return {rank: sum(model.kept_bytes for model in answer.models) for rank, answer in answers.items()}
+
+
 @contextmanager
 def left_free(nbytes: int) -> Iterator[None]:
     """Within it so many bytes of ComfyUI's GPU are free, and what else is there stays as it is."""

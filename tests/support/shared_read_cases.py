@@ -16,6 +16,7 @@ args.cpu = not torch.cuda.is_available()  # before ComfyUI picks a device
 from torch import Tensor
 
 from raylight.host.checkpoint import load_mapped
+from raylight.parallel import bandwidth
 from raylight.parallel.bandwidth import Links
 from raylight.parallel.heartbeat import cancellation_checked_by
 from raylight.parallel.process_group import any_rank
@@ -138,7 +139,7 @@ def loads(rank: int, world: int, path: Path, dtype: torch.dtype | None) -> dict[
         wanted, model = built(path, options), built(path, options)
         in_file, full = wanted._bytes_to_read(GPU), wanted.model_size()
         wanted.partially_load(GPU, 10**12)
-        reading_together.use_links(FAST)
+        bandwidth.use(FAST)
         read = counted_reads()
 
         def measure(way: str, load: Callable[[], Any]) -> None:
@@ -155,9 +156,9 @@ def loads(rank: int, world: int, path: Path, dtype: torch.dtype | None) -> dict[
         measure("one out of memory", lambda: out_of_memory(model, rank == 0))
         measure("one cancels", lambda: cancelled(model, rank == 1))
         measure("one has it already", lambda: twice_on_one(model, rank == 0))
-        reading_together.use_links(Links(True, 1e-5, {(0, 1): 1e9}))
+        bandwidth.use(Links(True, 1e-5, {(0, 1): 1e9}))
         measure("slow link", lambda: model.partially_load(GPU, 10**12))
-        reading_together.use_links(None)
+        bandwidth.use(None)
     return found
 
 
@@ -215,9 +216,9 @@ def cancelled(model: ReplicatedPatcher, here: bool) -> None:
 def twice_on_one(model: ReplicatedPatcher, here: bool) -> None:
     """Load where one rank has all weights on its GPU already."""
     if here:
-        reading_together.use_links(None)  # it loads alone: others do nothing
+        bandwidth.use(None)  # it loads alone: others do nothing
         model.partially_load(GPU, 10**12)
-        reading_together.use_links(FAST)
+        bandwidth.use(FAST)
     model.partially_load(GPU, 10**12)
 
 
@@ -237,9 +238,9 @@ def loads_on_gpus(rank: int, world: int, path: Path, dtypes: list[torch.dtype]) 
     with mode_of("replicated"):
         for dtype in dtypes:
             alone, model = (build_replicated(load_mapped(str(path), {"dtype": dtype}), CPU, True)[0] for _ in range(2))
-            reading_together.use_links(None)
+            bandwidth.use(None)
             alone.partially_load(device, 10**12)
-            reading_together.use_links(FAST)
+            bandwidth.use(FAST)
             held = torch.cuda.memory_allocated(device)
             for way in ("fresh", "again", "once more"):
                 together.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from counting import CountingKernel, CountingStrategy
 from toy import TOY_PLAN, WIDTH, Toy, plain_kernel
 
 from raylight.attention.kernels import kernel as kernel_named
+from raylight.parallel import bandwidth
 from raylight.parallel.collectives import Splits, all_gather, exchange, start_exchange
 from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
 from raylight.parallel.partition import partition
@@ -154,6 +156,20 @@ def uneven_collectives(rank: int, world: int) -> bool:
     received = exchange(torch.arange(3.0 * world) + 100 * rank, even, torch.distributed.group.WORLD)
     assert received.tolist() == [100 * source + 3 * rank + index for source in range(world) for index in range(3)]
     return True
+
+
+def chunks_by_links(rank: int, world: int) -> list[int]:
+    """In how many chunks a large exchange is made: over links not measured, fast, slow, and slow only to others."""
+    group, found = torch.distributed.group.WORLD, []
+    inside = {pair: 200e9 for pair in itertools.combinations(range(world), 2)}
+    for speeds in ({}, inside, inside | {(0, world - 1): 20e9}, inside | {(0, world): 20e9}):
+        bandwidth.use(bandwidth.Links(True, 1e-5, speeds) if speeds else None)
+        strategy, kernel = UlyssesAttention(group, large_bytes=0), CountingKernel(plain_kernel)
+        q = torch.randn(1, 2 * world, 3, WIDTH)
+        strategy(kernel, q, q, q, (3,) * world, None, None)
+        found.append(len(kernel.heads))
+    bandwidth.use(None)
+    return found
 
 
 def votes(rank: int, world: int) -> tuple[bool, bool, int]:
