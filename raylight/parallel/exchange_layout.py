@@ -70,7 +70,7 @@ def pack_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[HeadRange, ...]
     even = all(_are_even(of_tensor, tensor.shape[1]) for tensor, of_tensor in zip(tensors, ranges, strict=True))
     if even and batch == 1 and tokens and all(tensor.shape[3] == width for tensor in tensors):
         slots = [_heads_of_ranks(*one) for one in zip(_in_words(*tensors), ranges, strict=True)]
-        if sum(slot.nbytes for slot in slots) <= SMALL_BYTES:
+        if sum(slot.numel() * slot.itemsize for slot in slots) <= SMALL_BYTES:  # no `nbytes`: it cannot be compiled
             # one kernel for all: (ranks, S_LOCAL, heads, D) of each tensor -> (ranks, S_LOCAL, heads of all, D)
             return torch.cat(slots, 2)
     widths = [

@@ -11,8 +11,9 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_cases import CASES, checkpoint
-from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, STAYING, OnlyHere, sample
+from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, STAYING, OnlyHere, equal_lengths, sample
 from loras import lora_for
 
 from raylight.cluster.config import SessionConfig
@@ -133,6 +134,16 @@ def test_a_lora_by_comfyuis_loader_reaches_the_workers(sharding: str, stock: Mod
             )[0]
             for model in (stock, dropin)
         )
+        assert _error(actual, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sharding", [REPLICATED, pytest.param(SHARDED, marks=pytest.mark.slow)])
+def test_compiled_for_prompts_of_any_length(sharding: str, stock: ModelPatcher, path: Path) -> None:
+    """After the second length, torch.compile takes lengths for unknown numbers."""
+    compiled = api.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding))).clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    for set_up in (SETUPS["plain"], equal_lengths):
+        expected, actual = (sample(set_up(model))[0] for model in (stock, compiled))
         assert _error(actual, expected) <= TOLERANCE
 
 
