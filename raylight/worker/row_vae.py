@@ -28,7 +28,7 @@ _CALLS_BETWEEN_CHECKS = 16  # of modules; small VAEs have few of them, and many 
 _OVERLAP = 64  # pixels of the picture that two pieces share, as in ComfyUI's tiles
 _LEAST_WIDTH = 256  # pixels of a piece
 # ComfyUI's estimates are generous, and with more than one piece the picture is no longer that of one GPU.
-_GENEROSITY = 1.5
+GENEROSITY = 1.5
 
 _CONVERTED_BYTES = 128 * 2**20  # of a picture, at a time
 
@@ -108,7 +108,7 @@ class RowVae:
             [vae.patcher], memory_required=needed, force_full_load=vae.disable_offload
         )
         free: Any = vae.patcher.get_free_memory(vae.device)
-        wanted = max(least, math.ceil(needed / _GENEROSITY / max(1, int(free))))
+        wanted = max(least, math.ceil(needed / GENEROSITY / max(1, int(free))))
         most = max(1, pixel_width // _LEAST_WIDTH)
         batch = 1 if least > 1 else max(1, int(free) // needed)
         return batch, min(wanted, most)

@@ -29,6 +29,7 @@ from raylight.dev.demo.graphs import Sampling, node, on_workers, stock
 from raylight.dev.demo.prompts import random_prompt, write_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
+from raylight.worker.row_vae import GENEROSITY
 
 several = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 # Latents whose rows do not divide by the number of GPUs; a picture of 1264 x 1048, and a video of 17 frames.
@@ -122,7 +123,10 @@ def test_where_stock_runs_out_of_memory(
     torch.cuda.reset_peak_memory_stats()
     picture = decoded(theirs, samples)
     peak = torch.cuda.max_memory_allocated()
+    estimate = ours.memory_used_decode(shape, torch.bfloat16) / GPUS
     for share in (0.8, 0.7, 0.6, 0.5, 0.4):  # cuDNN makes do with less than it takes, if it must
+        if share * peak < estimate / GENEROSITY:
+            pytest.skip("where stock runs out of memory, workers expect to do so too")
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         with little_room(int(share * peak) >> 20):
