@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -12,19 +11,17 @@ import comfy.utils
 import pytest
 from gpu_cases import GPUS, LONG, latent, on_workers
 from kept_gathering_cases import kept_on_gpus
+from other_service import gathers, kept, served_by
 from shared_gpu_cases import held, wide_wan
 from torch import Tensor
 
 from raylight.cluster import active_session
-from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.dev.local_ranks import run_ranks, values
-from raylight.driver import api, short_of_memory, workers
-from raylight.host.jobs import RankMemory
+from raylight.driver import short_of_memory
 from raylight.host.recipe import OFFLOADED, SHARDED
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.graphs import ON
 
-SUPPORT = str(Path(__file__).parents[1] / "support")
 # One rank gathers nothing but what is in system memory.
 GATHERED = (SHARDED, OFFLOADED) if GPUS > 1 else (OFFLOADED,)
 
@@ -36,33 +33,8 @@ def no_failure_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def workers_that_count() -> Iterator[None]:
-    own = workers.service_spec
-
-    def spec(config: SessionConfig) -> ServiceSpec:
-        made = own(config)
-        return replace(made, factory="kept_service:open_service", python_path=(*made.python_path, SUPPORT))
-
-    with pytest.MonkeyPatch.context() as patch:
-        api.end_workers(with_ray=False)
-        patch.setattr(workers, "service_spec", spec)
+    with served_by("kept_service:open_service"):
         yield
-        api.end_workers(with_ray=False)
-
-
-def memory() -> list[RankMemory]:
-    session = active_session.running()
-    assert session is not None
-    return list(session.run_all(WorkerService.memory).values())
-
-
-def gathers() -> int:
-    (count,) = {rank.graphs for rank in memory()}
-    return count
-
-
-def kept() -> int:
-    (nbytes,) = {sum(model.kept_bytes for model in rank.models) for rank in memory()}
-    return nbytes
 
 
 @pytest.mark.parametrize("world", sorted({1, GPUS}))

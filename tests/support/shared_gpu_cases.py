@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from raylight.cluster import active_session
 from raylight.dev.demo.tiny import write_checkpoint
+from raylight.host.jobs import HeldModel
 from raylight.host.worker_service import WorkerService
 
 WIDTH, LAYERS = 4096, 300
@@ -88,14 +89,17 @@ def vae() -> comfy.sd.VAE:
 
 def held() -> dict[int, int]:
     """The bytes of weights that each rank has on its GPU."""
-    answers = active_session.running().run_all(WorkerService.memory)
-    return {rank: sum(model.device_bytes for model in answer.models) for rank, answer in answers.items()}
+    return _of_models(lambda model: model.device_bytes)
 
 
 def kept() -> dict[int, int]:
     """The bytes of weights that stay gathered on each rank's GPU."""
+    return _of_models(lambda model: model.kept_bytes)
+
+
+def _of_models(count: Callable[[HeldModel], int]) -> dict[int, int]:
     answers = active_session.running().run_all(WorkerService.memory)
-    return {rank: sum(model.kept_bytes for model in answer.models) for rank, answer in answers.items()}
+    return {rank: sum(map(count, answer.models)) for rank, answer in answers.items()}
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -15,12 +14,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy_cases import CASES, checkpoint
 from dropin_cases import MORE_SETUPS, SETUPS, equal_lengths, sample
 from loras import lora_for
+from other_service import memory, served_by
 from safetensors.torch import load_file
 
 from raylight.cluster import active_session
-from raylight.cluster.config import ServiceSpec, SessionConfig
-from raylight.driver import api, workers
-from raylight.host.jobs import RankMemory
+from raylight.cluster.config import SessionConfig
+from raylight.driver import api
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.graphs import LARGEST_NUMBER, ON
@@ -28,24 +27,14 @@ from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
 STEPS = 5
-SUPPORT = str(Path(__file__).parents[1] / "support")
 
 both_depths = pytest.mark.parametrize("depth", [False, True], ids=["whole run", "loop in ComfyUI"])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def workers_with_graphs() -> Iterator[None]:
-    own = workers.service_spec
-
-    def spec(config: SessionConfig) -> ServiceSpec:
-        made = own(config)
-        return replace(made, factory="graph_service:open_service", python_path=(*made.python_path, SUPPORT))
-
-    with pytest.MonkeyPatch.context() as patch:
-        api.end_workers(with_ray=False)
-        patch.setattr(workers, "service_spec", spec)
+    with served_by("graph_service:open_service"):
         yield
-        api.end_workers(with_ray=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +58,8 @@ def dropin(path: Path, mesh: MeshShape, sharding: str = REPLICATED) -> ModelPatc
     return api.load(RayModel(config, ModelRecipe.of(str(path), "default", sharding)))
 
 
-def held() -> list[RankMemory]:
-    return list(active_session.running().run_all(WorkerService.memory).values())
-
-
 def replays() -> int:
-    counts = {rank.graph_bytes for rank in held()}
+    counts = {rank.graph_bytes for rank in memory()}
     assert len(counts) == 1, "ranks do not replay alike"
     return counts.pop()
 
@@ -107,7 +92,7 @@ def test_equals_comfyui(name: str, mesh: MeshShape, depth: bool, path: Path, sto
     for _ in range(2):
         assert same(sample(set_up(model), stays_here=depth, steps=STEPS)[0], expected)
     assert replays() - before >= least
-    assert all(rank.graphs <= LARGEST_NUMBER for rank in held())
+    assert all(rank.graphs <= LARGEST_NUMBER for rank in memory())
 
 
 @both_depths
@@ -137,7 +122,7 @@ def test_sharded_weights(path: Path, stock: ModelPatcher) -> None:
 def test_nothing_is_left_of_a_model_that_is_unloaded(path: Path) -> None:
     model = dropin(path, MeshShape(ulysses=2))
     sample(SETUPS["plain"](model), steps=STEPS)
-    assert all(rank.graphs > 0 for rank in held())
+    assert all(rank.graphs > 0 for rank in memory())
     comfy.model_management.unload_all_models()
     active_session.running().run_all(WorkerService.free)
-    assert [rank.graphs for rank in held()] == [0, 0]
+    assert [rank.graphs for rank in memory()] == [0, 0]

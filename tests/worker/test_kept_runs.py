@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -15,12 +14,13 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_cases import CASES, checkpoint
 from dropin_cases import SETUPS, equal_lengths, sample
 from loras import lora_for
+from other_service import gathers, kept, served_by
 from safetensors.torch import load_file
 
 from raylight.cluster import active_session
-from raylight.cluster.config import ServiceSpec, SessionConfig
+from raylight.cluster.config import SessionConfig
 from raylight.cluster.errors import OUT_OF_MEMORY, WorkerError
-from raylight.driver import api, short_of_memory, workers
+from raylight.driver import api, short_of_memory
 from raylight.host.recipe import OFFLOADED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.graphs import AUTO, ON
@@ -28,7 +28,6 @@ from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
 STEPS = 4
-SUPPORT = str(Path(__file__).parents[1] / "support")
 MESHES = {"Ulysses 2": MeshShape(ulysses=2), "CFG 2": MeshShape(batch=2)}
 
 both_depths = pytest.mark.parametrize("depth", [False, True], ids=["whole run", "loop in ComfyUI"])
@@ -36,17 +35,8 @@ both_depths = pytest.mark.parametrize("depth", [False, True], ids=["whole run", 
 
 @pytest.fixture(scope="module", autouse=True)
 def workers_that_keep() -> Iterator[None]:
-    own = workers.service_spec
-
-    def spec(config: SessionConfig) -> ServiceSpec:
-        made = own(config)
-        return replace(made, factory="kept_service:open_service", python_path=(*made.python_path, SUPPORT))
-
-    with pytest.MonkeyPatch.context() as patch:
-        api.end_workers(with_ray=False)
-        patch.setattr(workers, "service_spec", spec)
+    with served_by("kept_service:open_service"):
         yield
-        api.end_workers(with_ray=False)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +62,6 @@ def recipe_of(path: Path, sharding: str) -> ModelRecipe:
 def dropin(path: Path, sharding: str, mesh: MeshShape = MESHES["Ulysses 2"], graphs: str = AUTO) -> ModelPatcher:
     config = WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH", graphs=graphs)
     return api.load(RayModel(config, recipe_of(path, sharding)))
-
-
-def gathers() -> int:
-    (count,) = {rank.graphs for rank in active_session.running().run_all(WorkerService.memory).values()}
-    return count
-
-
-def kept() -> int:
-    answers = active_session.running().run_all(WorkerService.memory).values()
-    (nbytes,) = {sum(model.kept_bytes for model in rank.models) for rank in answers}
-    return nbytes
 
 
 def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
