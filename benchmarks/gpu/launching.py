@@ -249,7 +249,9 @@ def variants(group: Any, which: str) -> dict[str, Callable[[], Any]]:
         }
     from symmetric import SymmetricUlysses
 
-    strategy = SymmetricUlysses(group, which)
+    ranks = dist.get_world_size(group)
+    largest_bytes = max(3 * tokens * (heads // ranks) * WIDTH * 2 for heads, tokens in EXCHANGES.values())
+    strategy = SymmetricUlysses(group, which, largest_bytes)
     return ours | {f"symmetric memory, {which}": lambda: strategy}
 
 

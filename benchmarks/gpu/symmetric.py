@@ -61,7 +61,7 @@ def _send_tokens(
 class SymmetricUlysses:
     """The strategy. `how`: "kernel" writes by one kernel, "copies" packs as Raylight does and copies to each rank."""
 
-    def __init__(self, group: dist.ProcessGroup, how: str, largest_bytes: int = 512 * 2**20) -> None:
+    def __init__(self, group: dist.ProcessGroup, how: str, largest_bytes: int) -> None:
         """Allocate inboxes for `largest_bytes` of q, k and v on a rank. Collective."""
         self._rank, self._ranks, self._how = dist.get_rank(group), dist.get_world_size(group), how
         device = torch.device("cuda", torch.cuda.current_device())
