@@ -103,7 +103,7 @@ class HybridAttention:
     def __init__(self, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup) -> None:
         self._ulysses_degree, self._ring_rank = dist.get_world_size(ulysses), dist.get_rank(ring)
         # The ring overlaps its own exchange with attention: chunks would gain nothing.
-        self._ulysses = UlyssesAttention(ulysses, chunks=1 if dist.get_world_size(ring) > 1 else 0, ring=ring)
+        self._ulysses = UlyssesAttention(ulysses, chunks=1 if dist.get_world_size(ring) > 1 else None, ring=ring)
         self._ring = RingAttention(ring)
         self.degrees = self._ulysses_degree, dist.get_world_size(ring)
 

@@ -36,7 +36,7 @@ class UlyssesAttention:
         self,
         group: dist.ProcessGroup,
         large_bytes: int = LARGE_BYTES,
-        chunks: int = 0,
+        chunks: int | None = None,
         ring: dist.ProcessGroup | None = None,
     ) -> None:
         self._group = group
@@ -45,7 +45,8 @@ class UlyssesAttention:
         self._degree = dist.get_world_size(group)
         self._large_bytes = large_bytes
         slowest = bandwidth.slowest_in_use(dist.get_process_group_ranks(group))
-        self._chunks = chunks or (1 if slowest >= FAST_BYTES_PER_S else CHUNKS)
+        usual = 1 if slowest >= FAST_BYTES_PER_S else CHUNKS
+        self._chunks = usual if chunks is None else chunks
 
     def __call__(
         self,

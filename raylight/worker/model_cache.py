@@ -157,21 +157,25 @@ class ModelCache:
                 used.sampled = tuple(map(tuple, latent_shapes))
             self._move_away(self._others(recipe), lambda: self._lacking(recipe, latent_shapes))
 
+    @property
+    def _gathers_any(self) -> bool:
+        """Whether there is a model whose weights are gathered, the same on all ranks."""
+        return any(model.recipe.sharding != REPLICATED for model in self.all())
+
     def release_kept(self) -> bool:
         """Drop the gathered weights of all models. Return whether there may have been any, the same on all ranks: each
         calls this.
         """
-        models = [model for model in self.all() if model.recipe.sharding != REPLICATED]
-        freed = sum(model.patcher.release_kept() for model in models)
+        freed = sum(model.patcher.release_kept() for model in self.all())
         if freed:
             logger.info("%s of gathered weights are dropped to make room", gb(freed))
-        return bool(models)
+        return self._gathers_any
 
     def leave_room(self, beside_comfyui: bool) -> None:
         """Drop gathered weights if less than `least_free` is left on a GPU that ComfyUI uses too, for what does not ask
         for it. `beside_comfyui` tells whether this rank's is one. Collective.
         """
-        if self._device.type == "cpu" or all(model.recipe.sharding == REPLICATED for model in self.all()):
+        if self._device.type == "cpu" or not self._gathers_any:
             return
         keeps = beside_comfyui and any(model.patcher.kept_bytes for model in self.all())
         if any_rank(keeps and torch.cuda.mem_get_info(self._device)[0] < cuda_graphs.least_free(self._device)):
@@ -223,7 +227,7 @@ class ModelCache:
         """Move weights of models to the CPU, in this order, until no rank is lacking bytes. The gathered weights of
         all models go first. Collective.
         """
-        if any(model.recipe.sharding != REPLICATED for model in self.all()):
+        if self._gathers_any:
             if not any_rank(lacking() > 0):
                 return
             self.release_kept()
