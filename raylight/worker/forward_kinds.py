@@ -53,7 +53,7 @@ def _nudged(value: Any) -> Any:
     if not (isinstance(value, Tensor) and value.is_floating_point() and value.itemsize == 2):
         return value
     chance = torch.Generator().manual_seed(0)  # the same on all ranks
-    bits = (torch.rand(value.shape, generator=chance) < _NUDGED).to(value.device, torch.int16)
+    bits = (torch.rand(value.shape, generator=chance, device=chance.device) < _NUDGED).to(value.device, torch.int16)
     return (value.contiguous().view(torch.int16) ^ bits).view(value.dtype)
 
 
