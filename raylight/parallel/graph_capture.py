@@ -14,7 +14,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_MARGIN_BYTES = 512 * 2**20  # left free beside a graph, for what is outside of it
+MARGIN_BYTES = 512 * 2**20  # left free beside a graph, for what is outside of it
 _GROWTH = 1.1  # of a forward's memory, as a graph's pool is divided in another way
 
 
@@ -89,7 +89,7 @@ class CudaBackend:
     def shortage(self, cost: Cost) -> int:
         free, _ = torch.cuda.mem_get_info(self.device)
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return max(0, int(cost.peak_bytes * (_GROWTH + 1)) + _MARGIN_BYTES - free - unused)
+        return max(0, int(cost.peak_bytes * (_GROWTH + 1)) + MARGIN_BYTES - free - unused)
 
     @property
     def held_bytes(self) -> int:

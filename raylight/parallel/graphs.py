@@ -159,6 +159,12 @@ class ForwardGraphs:
         return any(kind.graphs for kind in self._kinds.values())
 
     @property
+    def expects_any(self) -> bool:
+        """Whether there are graphs, or may soon be: not of forwards that are all refused, or too few of a kind."""
+        kinds = self._kinds.values()
+        return any(kind.graphs or kind.recording for kind in kinds) or not any(kind.refused for kind in kinds)
+
+    @property
     def reasons(self) -> frozenset[str]:
         """Why forwards have run as they are, as logged."""
         return frozenset(self._logged)

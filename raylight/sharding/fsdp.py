@@ -6,7 +6,8 @@ Zhao et al., 2023, "PyTorch FSDP"; the idea is ZeRO-3 (Rajbhandari et al., 2020)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -61,13 +62,19 @@ def reset(model: nn.Module) -> None:
         gathering.reset()
 
 
-def keep_steady(model: nn.Module, on: bool) -> None:
+def keep_steady(model: nn.Module, on: bool, drop_graphs: Callable[[], None] = lambda: None) -> None:
     """Let forwards of a model of `shard` gather the same whatever ran before, as `Gathering.keep_steady`, or no longer.
     Does nothing to a model that is not sharded.
     """
     gathering = getattr(model, _GATHERING, None)
     if gathering is not None:
-        gathering.keep_steady(on)
+        gathering.keep_steady(on, drop_graphs)
+
+
+def announce_to(model: nn.Module) -> Callable[..., AbstractContextManager[bool]] | None:
+    """Return `Gathering.announced` of a model of `shard`; None for a model that is not sharded."""
+    gathering = getattr(model, _GATHERING, None)
+    return None if gathering is None else gathering.announced
 
 
 @dataclass(frozen=True, slots=True)

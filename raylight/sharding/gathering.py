@@ -7,12 +7,13 @@ gathered once, by the next forward that enters them, and stay there for later fo
 
 This is the unshard and reshard of FSDP2 (Zhao et al., 2023, "PyTorch FSDP") for inference, at a fraction of what it
 costs the host, and it can be part of a CUDA graph: streams are forked from and joined to the current one, and nothing
-waits for the GPU.
+waits for the GPU. A graph knows where kept units are, and gathers the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from itertools import islice
 from typing import Any
@@ -28,10 +29,10 @@ from .unit_weights import UnitWeights
 AHEAD = 2  # units that are gathered ahead
 AHEAD_OFFLOADED = 1  # who keeps weights in system memory is short of a GPU's
 
-Before = Callable[[tuple[Any, ...], dict[str, Any]], None]
-"""What is called with the arguments of a forward before it begins."""
+Before = Callable[[tuple[Any, ...], dict[str, Any]], bool]
+"""What is called with the arguments of a forward before it begins, and tells whether it may be a CUDA graph."""
 After = Callable[[bool], None]
-"""What is called when a forward has ended, with whether it has a result."""
+"""What is called when a forward has ended, with whether it has a result and has run the blocks."""
 
 
 class Gathering:
@@ -62,7 +63,7 @@ class Gathering:
         self._number = 0
         self._watchers: list[tuple[Before, After]] = []
         self._depth = 0
-        self._in_forward = False
+        self._in_forward = self._is_announced = self._has_run = False
         self._running: list[UnitWeights] = []
         self._turn = 0
         # The order of the last forward, which the next one will most likely have, and this one's so far.
@@ -70,6 +71,7 @@ class Gathering:
         self._order: list[UnitWeights] = []
         self._is_steady = False
         self._steady: list[UnitWeights] | None = None  # the order that all forwards are expected to have then
+        self._drop_graphs: Callable[[], None] = lambda: None
         model.register_forward_pre_hook(self._enter_model, with_kwargs=True)
         model.register_forward_hook(self._leave_model, always_call=True)
         for module, weights in blocks:
@@ -99,6 +101,8 @@ class Gathering:
         if self._in_forward or self._depth:  # the last forward was ended by what hooks are not told of
             self.reset()
         chosen = self._chosen(number)
+        if chosen != self._kept.keys():
+            self._drop_graphs()
         for weights in [one for one in self._kept if one not in chosen]:
             self._kept.pop(weights).free()
         self._number = number
@@ -111,6 +115,33 @@ class Gathering:
         """Gather what is kept again in the next forward: weights have changed. On all ranks."""
         for buffer in self._kept.values():
             buffer.holds = None
+
+    @contextmanager
+    def announced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[bool]:
+        """Let the forward within be one that hooks may not see, as it may be the replay of a CUDA graph. Give whether
+        it may. What is kept is gathered before it, and who watches is told of it here. Collective.
+        """
+        if self._in_forward or self._depth:
+            self.reset()
+        may_replay = self._begin_watched(args, kwargs)
+        if may_replay:
+            self._gather_kept()
+        self._is_announced, has_result = True, False
+        try:
+            yield may_replay
+            has_result = True
+        finally:
+            self._is_announced = False
+            self._end_watched(has_result)
+
+    def _gather_kept(self) -> None:
+        """Gather what is kept and not there."""
+        in_order = [one for one in (self._rest, *self._listed) if one in self._kept]  # the same on all ranks
+        missing = [one for one in in_order if self._kept[one].holds is not one]
+        for weights in missing:
+            self._gatherer.start(weights, self._kept[weights])
+        if missing:
+            self._gatherer.end([], self._kept.values())
 
     def kept_bytes(self, number: int) -> int:
         """Return how many bytes so many kept units take, between forwards too."""
@@ -136,19 +167,19 @@ class Gathering:
         self._depth, self._in_forward = 0, False
         self._end()
 
-    def keep_steady(self, on: bool) -> None:
+    def keep_steady(self, on: bool, drop_graphs: Callable[[], None]) -> None:
         """With `on`, let a forward gather the same in the same order whatever ran before it: a rank that replays it as
         a CUDA graph gathers what it did at its capture, beside ranks that do not. All of them are then expected to have
-        the order of the first one that ran so. The same on all ranks.
+        the order of the first one that ran so. The same on all ranks. `drop_graphs` is called before other units are
+        kept than the graphs know of.
         """
-        self._is_steady = on
+        self._is_steady, self._drop_graphs = on, drop_graphs
 
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._in_forward:  # the last one was ended by what is no Exception, of which hooks are not told
             self.reset()
-        if self._depth == 0:
-            for before, _after in self._watchers:
-                before(args, kwargs)
+        if self._depth == 0 and not self._is_announced:
+            self._begin_watched(args, kwargs)
         self._in_forward = True
         if self._depth == 0:
             self._begin()
@@ -158,9 +189,16 @@ class Gathering:
     def _leave_model(self, _: nn.Module, args: Any, output: Any) -> None:
         self._in_forward = False
         self._release()
-        if self._depth == 0:
-            for _before, after in self._watchers:
-                after(output is not None)
+        if self._depth == 0 and not self._is_announced:
+            self._end_watched(output is not None)
+
+    def _begin_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        self._has_run = not self._listed
+        return all([before(args, kwargs) for before, _after in self._watchers])
+
+    def _end_watched(self, has_result: bool) -> None:
+        for _before, after in self._watchers:
+            after(has_result and self._has_run)
 
     def _release(self) -> None:
         self._depth = max(0, self._depth - 1)
@@ -188,6 +226,7 @@ class Gathering:
             self._running.append(weights)
             self._order.append(weights)
             if self._depth:
+                self._has_run = True
                 self._gather_ahead(self._following(weights))
 
         return enter

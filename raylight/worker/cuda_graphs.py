@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _OUTSIDE = ("wrappers", "callbacks")
 
 _LEAST_FREE = 0.2
+
+Announce = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[bool]]
+"""What is entered with the arguments of a forward around it, and gives whether it may be replayed."""
 
 _pools: dict[torch.device, GraphPool] = {}
 
@@ -118,7 +121,7 @@ class GraphedForward:
         self._weights: tuple[Any, ...] = ()
         self._weights_obstacle = ""
         self._override: Any = None
-        self._whole_call = False
+        self._announce: Announce | None = None
         model.forward = functools.wraps(self._own)(functools.partial(self._forward))
         model._compiled_call_impl = self._call  # where `nn.Module` has a place for another call
 
@@ -130,11 +133,12 @@ class GraphedForward:
         if self._replaced is not None:
             self._model.forward = self._replaced
 
-    def use(self, mode: str, context: Hashable, obstacle: str, whole_call: bool = False) -> None:
+    def use(self, mode: str, context: Hashable, obstacle: str, announce: Announce | None = None) -> None:
         """Replay the following forwards in this mode of `graphs.NAMES`, unless there is an `obstacle`. They depend on
-        `context`, beside their arguments. With `whole_call` graphs have the model's hooks in them.
+        `context`, beside their arguments. With `announce` graphs have the model's hooks in them, and it is entered
+        around each forward, whether it is replayed or not; but in mode `OFF`.
         """
-        self._mode, self._context, self._obstacle, self._whole_call = mode, context, obstacle, whole_call
+        self._mode, self._context, self._obstacle, self._announce = mode, context, obstacle, announce
         if obstacle and mode != OFF:
             self._graphs.log(obstacle)
 
@@ -157,6 +161,11 @@ class GraphedForward:
         """Whether there is a graph of this model."""
         return self._graphs.holds_any
 
+    @property
+    def expects_any(self) -> bool:
+        """Whether forwards as the last ones are, or may become, graphs."""
+        return self._mode != OFF and not self._obstacle and self._graphs.expects_any
+
     def drop(self) -> None:
         """Drop all graphs of this model."""
         self._graphs.clear()
@@ -164,19 +173,29 @@ class GraphedForward:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
         if self._override is not None:
             options[OVERRIDE] = self._override
-        run = self._model._call_impl if self._whole_call else self._own
+        run = self._own if self._announce is None else self._model._call_impl
         return run(*args, **kwargs, **{OPTIONS: options})
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        return self._graphed(self._model._call_impl, self._whole_call, args, kwargs)
+        own = self._model._call_impl
+        if self._announce is None or self._is_off:
+            return own(*args, **kwargs)
+        with self._announce(args, kwargs) as may_replay:
+            return self._graphed(own, args, kwargs) if may_replay else own(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._graphed(self._own, not self._whole_call, args, kwargs)
+        if self._announce is not None or self._is_off:
+            return self._own(*args, **kwargs)
+        return self._graphed(self._own, args, kwargs)
 
-    def _graphed(self, own: Callable[..., Any], here: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Replay what `own` does if graphs are taken `here` and can be, else do it."""
+    @property
+    def _is_off(self) -> bool:
         # What compiles the model would look into this, and can do without.
-        if not here or self._mode == OFF or self._obstacle or self._paused or torch.compiler.is_compiling():
+        return self._mode == OFF or self._paused or torch.compiler.is_compiling()
+
+    def _graphed(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replay what `own` does if it can be a graph, else do it."""
+        if self._obstacle:
             return own(*args, **kwargs)
         found = obstacle_in(kwargs.get(OPTIONS) or {}) or self._obstacle_of_weights()
         if found:
@@ -189,8 +208,8 @@ class GraphedForward:
         options = {name: value for name, value in (kwargs.pop(OPTIONS, None) or {}).items() if name not in _OUTSIDE}
         # Ours, and a new one for each job. What it does is in the context.
         self._override = options.pop(OVERRIDE, None)
-        # In a whole call the split is chosen within, by what is in its arguments.
-        split = None if self._whole_call else self._split()
+        # With hooks the split is chosen within, by what is in the arguments.
+        split = self._split() if self._announce is None else None
         context = self._context, self._way(), split, self._override is not None
         try:
             return self._graphs.call(context, self._weight_tensors, self._mode == ON, args, kwargs, options)

@@ -4,6 +4,10 @@ Two forwards of each size are measured with nothing kept: the first may take wha
 of libraries. From then on as many units are kept as fit beside the largest forward of the run. A forward that is larger
 than any measured one drops them before it begins, is measured, and they come back with the next.
 
+A CUDA graph takes memory of its own, and knows where kept units are. So room is left for one, but where links are slow
+and not all units would fit beside it: there weights that are gathered less save more time. Other units are kept only
+after the graphs are dropped.
+
 Ranks decide alike: what is decided by shapes is the same on all ranks, as all call the model with the same arguments,
 and of the memory that is left they take the smallest.
 """
@@ -22,6 +26,7 @@ from torch import Tensor
 from raylight.cluster.errors import is_out_of_memory
 from raylight.host.log_messages import gb
 from raylight.host.patcher_state import OPTIONS
+from raylight.parallel.graph_capture import MARGIN_BYTES
 from raylight.parallel.process_group import any_rank, smallest
 from raylight.sharding.gathering import Gathering
 
@@ -34,6 +39,7 @@ _MEASURED = 2  # forwards of a size, of which the last counts
 _LOST, _UNKNOWN = -1, -2  # instead of a number of bytes: this rank no longer has what was kept, or did not measure
 _STEP = 8  # a number is raised by at least the units divided by this, as every change costs time
 _FORWARDS = 64  # sizes that are remembered
+_MUCH = 2**62  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,19 @@ class _Forward:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class GraphsOfJob:
+    """Whether forwards of a job are `expected` to be CUDA graphs on this rank, and whether these `come_first`, before
+    what is kept; the latter is the same on all ranks.
+    """
+
+    expected: Callable[[], bool] = lambda: False
+    come_first: bool = False
+
+
+NO_GRAPHS = GraphsOfJob()
+
+
 class KeptUnits:
     """The kept units of one sharded model. All ranks call the same, with the same arguments but where it says so."""
 
@@ -61,6 +80,7 @@ class KeptUnits:
         self._context: Hashable = None
         self._split: Callable[[], Hashable] = lambda: None
         self._wanted: Callable[[], int] = lambda: 0
+        self._graphs = NO_GRAPHS
         self._begun: dict[_Forward, int] = {}  # how often, with nothing kept
         self._taken: dict[_Forward, int] = {}  # bytes beside those of weights, if this rank has measured them
         self._seen: set[_Forward] = set()  # in this run
@@ -83,6 +103,7 @@ class KeptUnits:
         context: Hashable,
         split: Callable[[], Hashable],
         wanted: Callable[[], int],
+        graphs: GraphsOfJob = NO_GRAPHS,
     ) -> None:
         """Begin a job: a run or one forward of a run. Unless it `may_keep` units, drop them.
 
@@ -93,7 +114,7 @@ class KeptUnits:
         if self._memory is None:
             return
         self._may_keep, self._is_decided = may_keep, False
-        self._split, self._wanted = split, wanted
+        self._split, self._wanted, self._graphs = split, wanted, graphs
         if context != self._context:
             self._context = context
             self._forget_forwards()
@@ -127,14 +148,15 @@ class KeptUnits:
             self._gathering.keep(0)
         self._has_lost = False
 
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether the forward that begins may be a CUDA graph: not one that is measured."""
         self._measuring = None
         if not self._may_keep or self._memory is None:
-            return
+            return True
         forward = self._forward(args, kwargs)
         if not any(one.covers(forward) for one, times in self._begun.items() if times == _MEASURED):
             self._measure(forward, self._memory)
-            return
+            return False
         if not self._seen and forward in self._seen_before:
             self._expected = set(self._seen_before)  # most likely the same run again
         self._seen.add(forward)
@@ -143,6 +165,7 @@ class KeptUnits:
             self._is_decided = False
         if not self._is_decided:
             self._decide(self._memory)
+        return True
 
     def _after(self, has_ended_well: bool) -> None:
         forward, self._measuring = self._measuring, None
@@ -193,7 +216,7 @@ class KeptUnits:
             self._forget_forwards()
             self._is_decided = False
             return
-        number, before = self._fitting(agreed), self._gathering.number
+        number, before = self._fitting(agreed, self._agree_on_graphs(memory)), self._gathering.number
         if before < number < min(self._units, before + self._units // _STEP):
             number = before
         if number < before:
@@ -204,17 +227,42 @@ class KeptUnits:
 
     def _room(self, memory: SpareMemory) -> int:
         """Return how many bytes this rank has for weights that are kept, and for those that pass, or `_UNKNOWN`."""
-        taken = [self._largest(one) for one in self._expected]
-        if None in taken:
+        forward = self._expected_bytes()
+        if forward is None:
             return _UNKNOWN
-        forward = max((one for one in taken if one is not None), default=0)
         must_stay = max(int(minimum_inference_memory() + _GROWTH * forward), self._wanted())
         return max(0, memory.left() + self.bytes - must_stay)
 
-    def _fitting(self, room: int) -> int:
-        gathering = self._gathering
-        fitting = (n for n in range(self._units, 0, -1) if gathering.kept_bytes(n) + gathering.passing_bytes(n) <= room)
-        return next(fitting, 0)
+    def _expected_bytes(self) -> int | None:
+        """Return how many bytes the largest expected forward takes, None if this rank has not measured it."""
+        taken = [self._largest(one) for one in self._expected]
+        return None if None in taken else max((one for one in taken if one is not None), default=0)
+
+    def _agree_on_graphs(self, memory: SpareMemory) -> int | None:
+        """Return how many bytes every rank has for weights beside graphs, None if no rank expects any. Collective."""
+        own = _MUCH
+        if self._graphs.expected():
+            graph = int(_GROWTH * (self._expected_bytes() or 0)) + MARGIN_BYTES
+            own = max(0, self._room(memory) - max(0, graph - memory.graphs()))
+        agreed = smallest(own, self._group)
+        return None if agreed == _MUCH else agreed
+
+    def _fitting(self, room: int, beside_graphs: int | None) -> int:
+        """Return how many units fit in so many bytes, or `beside_graphs` if these come first, or all units fit."""
+        if beside_graphs is not None:
+            number = self._most(min(room, beside_graphs), passes=1 + _GROWTH)
+            if number == self._units or self._graphs.come_first:
+                return number
+        return self._most(room)
+
+    def _most(self, room: int, passes: float = 1) -> int:
+        """Return how many units fit in `room` bytes, if there are `passes` places for those that pass: a graph has its
+        own.
+        """
+        for number in range(self._units, 0, -1):
+            if self._gathering.kept_bytes(number) + int(passes * self._gathering.passing_bytes(number)) <= room:
+                return number
+        return 0
 
     def _raise_to(self, number: int, memory: SpareMemory) -> None:
         memory.tidy()

@@ -205,11 +205,14 @@ class ModelCache:
     def _lacking(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]]) -> int:
         """Return how many bytes this rank's GPU lacks; less than 0 where some are left."""
         free: Any = comfy.model_management.get_free_memory(self._device)
-        # To ComfyUI what graphs keep to themselves is PyTorch's to use. It is, by replays of the same sizes.
+        # To ComfyUI what graphs keep to themselves is PyTorch's to use. It is, by replays of the same sizes. And what
+        # is kept gathered leaves the room that forwards of these sizes were measured to take.
         used = self._models.get(recipe.without_loras)
-        replays = used is not None and used.parallel.has_graphs and used.sampled == tuple(map(tuple, latent_shapes))
-        held = 0 if replays else cuda_graphs.held_bytes(self._device)
-        return self.needed(recipe, latent_shapes) - int(free) + held
+        if used is not None and used.sampled != tuple(map(tuple, latent_shapes)):
+            used = None
+        held = 0 if used is not None and used.parallel.has_graphs else cuda_graphs.held_bytes(self._device)
+        kept = 0 if used is None else used.patcher.kept_bytes
+        return self.needed(recipe, latent_shapes) - int(free) + held - kept
 
     def _lacking_without_graphs(self, recipe: ModelRecipe, latent_shapes: Sequence[tuple[int, ...]]) -> int:
         """Return as `_lacking`, after dropping all graphs of this rank if their memory is needed."""

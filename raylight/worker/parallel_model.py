@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from raylight.attention.kernels import kernel
 from raylight.host.jobs import Inside, ModelJob
 from raylight.host.patcher_state import OVERRIDE
-from raylight.host.recipe import REPLICATED
 from raylight.parallel import shares
 from raylight.parallel.batch import BatchAxis
 from raylight.parallel.degrees import DegreesByRun
@@ -31,7 +30,7 @@ from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_attention import Strategy
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceGroups
 from raylight.plans import has_known_rows, needs_whole_batch, plan_for
-from raylight.sharding.fsdp import keep_steady, reset
+from raylight.sharding.fsdp import announce_to, keep_steady, reset
 
 from .batch_parallel import BatchParallel
 from .cuda_graphs import GraphedForward, has_graphs, pool_of
@@ -55,10 +54,8 @@ def _plan_or_none(model: nn.Module, config: str) -> SequencePlan | None:
 
 def graph_mode(job: ModelJob) -> str:
     """Return the mode of CUDA graphs in which forwards of a job run."""
-    # Not measured through the product with ROCm or with sharded weights, so only if the user asks for it.
-    if job.graphs == AUTO and (torch.version.hip is not None or job.recipe.sharding != REPLICATED):
-        return OFF
-    return job.graphs
+    # Not measured with ROCm, so only if the user asks for it.
+    return OFF if job.graphs == AUTO and torch.version.hip is not None else job.graphs
 
 
 class ParallelModel:
@@ -201,16 +198,21 @@ class ParallelModel:
         patches = job.patches.key if job.patches is not None else ""
         weights = (job.recipe.loras, patches) if job.recipe.gguf_pack else ()
         mode = graph_mode(job)
-        keep_steady(self._model, mode != OFF)
+        keep_steady(self._model, mode != OFF, self._graphs.drop)
         if self._batch is not None and self._batch.in_step and not obstacle:
             obstacle = "all workers gather its weights, and agree before each forward of their runs"
         context = job.attention, job.strategy, weights, shares.in_use()
-        self._graphs.use(mode, context, obstacle, whole_call=job.recipe.sharding != REPLICATED)
+        self._graphs.use(mode, context, obstacle, announce_to(self._model))
 
     @property
     def has_graphs(self) -> bool:
         """Whether there are graphs of the model."""
         return self._graphs is not None and self._graphs.holds_any
+
+    @property
+    def expects_graphs(self) -> bool:
+        """Whether forwards of this job are, or may become, graphs on this rank."""
+        return self._graphs is not None and self._graphs.expects_any
 
     def drop_graphs(self) -> None:
         """Drop the model's graphs: its weights leave the GPU."""

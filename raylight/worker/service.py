@@ -30,12 +30,14 @@ from raylight.host.vae_jobs import VaeJob, VaeResult
 from raylight.host.worker_service import WorkerService
 from raylight.parallel import bandwidth, shares
 from raylight.parallel.batch import runs_of
-from raylight.parallel.graphs import OFF
+from raylight.parallel.graphs import ON
 from raylight.parallel.mesh import AXES, sequence_axis
+from raylight.parallel.ulysses import FAST_BYTES_PER_S
 from raylight.sharding.fsdp import reset
 
 from . import cuda_graphs, inventory, load_progress
 from .graph_obstacles import is_compiled, obstacle
+from .kept_units import GraphsOfJob
 from .model_cache import CachedModel, ModelCache
 from .model_forward import ModelForward, answer
 from .parallel_model import graph_mode
@@ -227,9 +229,10 @@ class ModelService(WorkerService):
             for_others = 0 if may_wait or not self._beside_comfyui else cuda_graphs.least_free(device)
             return max(for_others, self._models.needed(recipe, shapes) if shapes else 0)
 
-        # Graphs replay the gathers that they have captured.
-        may_keep = may_keep and job.may_keep and graph_mode(job) == OFF
-        model.patcher.weights.kept.begin(may_keep, begins_run, context, model.parallel.split_now, wanted)
+        come_first = graph_mode(job) == ON or bandwidth.slowest_in_use() >= FAST_BYTES_PER_S
+        graphs = GraphsOfJob(lambda: model.parallel.expects_graphs, come_first)
+        may_keep = may_keep and job.may_keep
+        model.patcher.weights.kept.begin(may_keep, begins_run, context, model.parallel.split_now, wanted, graphs)
 
     def _load(self, run: Run, recipe: ModelRecipe) -> CachedModel:
         """Return the model of a recipe on the mesh of this moment, from the cache if it is there."""

@@ -24,6 +24,10 @@ class SpareMemory(Protocol):
         """Return how many bytes this process could take beside those in use now."""
         ...
 
+    def graphs(self) -> int:
+        """Return how many bytes CUDA graphs keep to themselves."""
+        ...
+
     def tidy(self) -> None:
         """Give back what is not in use, so that what is taken next does not lie between what a forward takes."""
         ...
@@ -47,7 +51,10 @@ class GpuMemory:
         free, _ = torch.cuda.mem_get_info(self._device)
         unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         # What graphs keep to themselves is for their replays.
-        return free + max(0, unused - cuda_graphs.held_bytes(self._device))
+        return free + max(0, unused - self.graphs())
+
+    def graphs(self) -> int:
+        return cuda_graphs.held_bytes(self._device)
 
     def tidy(self) -> None:
         torch.cuda.empty_cache()

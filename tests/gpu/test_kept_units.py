@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -11,7 +12,8 @@ import comfy.utils
 import pytest
 from gpu_cases import GPUS, LONG, latent, on_workers
 from kept_gathering_cases import kept_on_gpus
-from other_service import gathers, kept, served_by
+from kept_graph_cases import phases
+from other_service import gathers, kept, memory, served_by
 from shared_gpu_cases import held, wide_wan
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from raylight.dev.local_ranks import run_ranks, values
 from raylight.driver import short_of_memory
 from raylight.host.recipe import OFFLOADED, SHARDED
 from raylight.host.worker_service import WorkerService
-from raylight.parallel.graphs import ON
+from raylight.parallel.graphs import OFF, ON
 
 # One rank gathers nothing but what is in system memory.
 GATHERED = (SHARDED, OFFLOADED) if GPUS > 1 else (OFFLOADED,)
@@ -98,10 +100,33 @@ def test_goes_to_who_needs_memory(sharding: str, folder: Path, path: Path, expec
     assert kept() > nbytes
 
 
+@pytest.mark.parametrize(("world", "offload"), sorted({(1, True), (GPUS, True), (GPUS, GPUS == 1)}))
+def test_graphs_as_kept_units_come_change_and_go(world: int, offload: bool) -> None:
+    for rank, (units, found) in enumerate(values(run_ranks(world, phases, offload, "cuda", device_type="cuda"))):
+        captures = rank < world - 1 or world == 1
+        assert all(phase.equal for phase in found.values()), found
+        assert found["captured"].gathers == 0
+        assert [phase.kept for phase in found.values()] == [*[units] * 5, 0, units]
+        replays = [phase.replays for phase in found.values()]
+        assert replays == ([0, 2, 2, 2, 2, 0, 2] if captures else [0] * 7), found
+
+
+@pytest.mark.parametrize("stays_here", [False, True])
 @pytest.mark.parametrize("sharding", GATHERED)
-def test_nothing_is_kept_beside_graphs(sharding: str, path: Path, expected: Tensor, compare) -> None:
-    model, graphed = on_workers(path, sharding), on_workers(path, sharding, graphs=ON)
-    for turn in range(3):
-        compare(latent(model), expected, f"run {turn}")
-        compare(latent(graphed), expected, f"run {turn} with graphs")
-        assert kept() == 0
+def test_stay_gathered_beside_graphs(
+    sharding: str, stays_here: bool, path: Path, lora: Path, stock: Any, expected: Tensor, compare
+) -> None:
+    patched = comfy.sd.load_lora_for_models(stock, None, comfy.utils.load_torch_file(str(lora)), 0.8, 0)[0]
+    with_lora, long = latent(patched), latent(stock, shape=LONG)
+    eager, graphed = on_workers(path, sharding, graphs=OFF), on_workers(path, sharding, graphs=ON)
+    changed = on_workers(path, sharding, (lora, 0.8), graphs=ON)
+    for turn in ("first", "second"):
+        compare(latent(eager, stays_here), expected, f"{turn}, without graphs")
+        compare(latent(graphed, stays_here), expected, f"{turn}, with graphs")
+        compare(latent(changed, stays_here), with_lora, f"{turn}, with a LoRA")
+        compare(latent(graphed, stays_here, shape=LONG), long, f"{turn}, large")
+        compare(latent(graphed, stays_here, shape=LONG), long, f"{turn}, large again")
+    before = gathers()
+    compare(latent(graphed, stays_here, shape=LONG), long, "nothing is gathered")
+    assert gathers() == before
+    assert kept() > 0 and all(rank.graph_bytes > 0 for rank in memory())

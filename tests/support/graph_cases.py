@@ -22,7 +22,7 @@ from raylight.parallel.graph_capture import CudaBackend
 from raylight.parallel.graphs import ON, GraphPool
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.plans import plan_for
-from raylight.sharding.fsdp import reset, shard
+from raylight.sharding.fsdp import announce_to, reset, shard
 from raylight.worker.cuda_graphs import GraphedForward
 from raylight.worker.forward_kinds import copied
 from raylight.worker.sequence_parallel import apply_sequence_parallel
@@ -107,7 +107,7 @@ def _repeated(model: Any, split: Any, make: Any, device: torch.device, fails: bo
 
         expected = forwards()
         graphed = GraphedForward(diffusion_model, pool, lambda: None, lambda: _begin(diffusion_model, split))
-        graphed.use(ON, "test", "", whole_call=shards)
+        graphed.use(ON, "test", "", announce_to(diffusion_model))
         if fails and device.type == "cuda":
             handle = next(diffusion_model.children()).register_forward_pre_hook(_wait_in_capture)
         elif fails:

@@ -1,16 +1,20 @@
-"""A worker on the CPU whose forwards are graphs, by the backend that captures nothing."""
+"""A worker on the CPU whose forwards are graphs, by the backend that captures nothing. It keeps gathered weights as if
+it had a large GPU.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 from fake_graphs import FakeBackend
+from kept_units_cases import LARGE, SimulatedMemory
 
 from raylight.cluster.actor import RankContext, Run
 from raylight.host.jobs import RankMemory
 from raylight.host.settings import HostSettings
 from raylight.parallel import graph_inputs
-from raylight.worker import cuda_graphs
+from raylight.worker import cuda_graphs, sharded_patcher
 from raylight.worker.service import ModelService
 
 
@@ -26,4 +30,5 @@ def open_service(context: RankContext, settings: HostSettings) -> GraphService:
     """Return the service of this worker."""
     graph_inputs.treat_cpu_as_device()
     cuda_graphs.pool_of(context.device, lambda _: FakeBackend())
+    patch.object(sharded_patcher, "spare_memory", lambda _: SimulatedMemory(LARGE)).start()
     return GraphService(context, settings.gpu)

@@ -27,7 +27,7 @@ from raylight.sharding.fsdp import gathering_of, reset
 from raylight.sharding.gathering import Gathering
 from raylight.worker import kept_units, lora, sharded_patcher
 from raylight.worker.forward_kinds import copied
-from raylight.worker.kept_units import KeptUnits
+from raylight.worker.kept_units import NO_GRAPHS, GraphsOfJob, KeptUnits
 from raylight.worker.sharded_patcher import build_sharded
 
 ORDER = tuple(range(BLOCKS))
@@ -40,7 +40,7 @@ class SimulatedMemory:
     """A GPU of `size` bytes that has kept units, and in forwards `needed` bytes beside those of weights."""
 
     def __init__(self, size: int, gathering: Gathering | None = None) -> None:
-        self.size, self.gathering, self.needed = size, gathering, 0
+        self.size, self.gathering, self.needed, self.held = size, gathering, 0, 0
         self.measured = 0
 
     def begin(self) -> None:
@@ -51,7 +51,10 @@ class SimulatedMemory:
         return self.needed + (0 if self.gathering is None else self.gathering.passing_bytes(0))
 
     def left(self) -> int:
-        return self.size - self._kept
+        return self.size - self._kept - self.held
+
+    def graphs(self) -> int:
+        return self.held
 
     def tidy(self) -> None:
         pass
@@ -83,8 +86,10 @@ class Job:
         self.wanted = wanted
         self.begin()
 
-    def begin(self, may_keep: bool = True, begins_run: bool = True, context: Any = "") -> None:
-        self.kept.begin(may_keep, begins_run, context, lambda: None, lambda: self.wanted)
+    def begin(
+        self, may_keep: bool = True, begins_run: bool = True, context: Any = "", graphs: GraphsOfJob = NO_GRAPHS
+    ) -> None:
+        self.kept.begin(may_keep, begins_run, context, lambda: None, lambda: self.wanted, graphs)
 
     def forward(self, rows: int = 2) -> Ran:
         x = torch.linspace(-1, 1, 6 * rows).view(rows, 6)
@@ -93,6 +98,7 @@ class Job:
             torch.no_grad(),
             gathered() as units,
             patch.object(kept_units, "minimum_inference_memory", lambda: RESERVE),
+            patch.object(kept_units, "MARGIN_BYTES", 0),
         ):
             actual = self.net(x, ORDER)
         return Ran(torch.equal(actual, self.whole(x, ORDER)), len(units), self.gathering.number)
@@ -116,6 +122,19 @@ def with_rooms(rank: int, world: int, numbers: list[int], offload: bool) -> list
     first = job.forwards(5)
     job.begin()
     return [*first, *job.forwards(2)]
+
+
+def beside_graphs(rank: int, world: int, come_first: bool, held: int) -> list[int]:
+    """Return how many units stay where the last rank expects graphs, which hold `held` bytes there already: with room
+    for a graph and all units, and with a byte less.
+    """
+    found, has_graphs = [], rank == world - 1
+    for less in (0, 1):
+        job = Job(world, sizes(world)[-1] + int(1.1 * PER_ROW * 2) - less)
+        job.memory.held = held if has_graphs else 0
+        job.begin(graphs=GraphsOfJob(lambda: has_graphs, come_first))
+        found.append(job.forwards(3)[-1].number)
+    return found
 
 
 def larger_ones(rank: int, world: int) -> list[Ran]:

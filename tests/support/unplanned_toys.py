@@ -31,7 +31,7 @@ from raylight.parallel.graphs import ON, GraphPool
 from raylight.parallel.mesh import Meshes, MeshShape, build_mesh, sequence_axis, world_axis
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_parallel import SequenceGroup
-from raylight.sharding.fsdp import reset, shard
+from raylight.sharding.fsdp import announce_to, reset, shard
 from raylight.worker import parallel_model
 from raylight.worker.cuda_graphs import GraphedForward
 from raylight.worker.drafted_plans import DraftedPlans
@@ -173,7 +173,7 @@ def graphed_day(
     backend = FakeBackend()
     graphs = GraphedForward(model, GraphPool(backend), lambda: None, lambda: reset(model), lambda: split.model.way)
     split = Split(model, mesh, file, graphs=graphs)
-    graphs.use(ON, "test", "", whole_call=shards)
+    graphs.use(ON, "test", "", announce_to(model))
     found = []
     with torch.no_grad(), cpu_as_device():
         for x, whole in zip(sequences, expected, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import comfy.model_management
@@ -14,15 +15,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy_cases import CASES, checkpoint
 from dropin_cases import MORE_SETUPS, SETUPS, equal_lengths, sample
 from loras import lora_for
-from other_service import memory, served_by
+from other_service import kept, memory, served_by
 from safetensors.torch import load_file
 
 from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
-from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
-from raylight.parallel.graphs import LARGEST_NUMBER, ON
+from raylight.parallel.graphs import LARGEST_NUMBER, OFF, ON
 from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
@@ -53,8 +54,8 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
         yield
 
 
-def dropin(path: Path, mesh: MeshShape, sharding: str = REPLICATED) -> ModelPatcher:
-    config = WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH", graphs=ON)
+def dropin(path: Path, mesh: MeshShape, sharding: str = REPLICATED, graphs: str = ON) -> ModelPatcher:
+    config = WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH", graphs=graphs)
     return api.load(RayModel(config, ModelRecipe.of(str(path), "default", sharding)))
 
 
@@ -96,14 +97,15 @@ def test_equals_comfyui(name: str, mesh: MeshShape, depth: bool, path: Path, sto
 
 
 @both_depths
-def test_loras_in_turns(depth: bool, path: Path, stock: ModelPatcher) -> None:
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
+def test_loras_in_turns(sharding: str, depth: bool, path: Path, stock: ModelPatcher) -> None:
     shapes = {f"diffusion_model.{key}": tuple(tensor.shape) for key, tensor in load_file(path).items()}
     tensors = lora_for(shapes, ["lora"], 1, size=0.06)
 
     def with_lora(model: ModelPatcher, strength: float) -> ModelPatcher:
         return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0)[0]
 
-    model = dropin(path, MeshShape(ulysses=2))
+    model = dropin(path, MeshShape(ulysses=2), sharding)
     before = replays()
     for strength in (0.8, 0.0, 0.4, 0.8):
         expected = sample(SETUPS["plain"](with_lora(stock, strength) if strength else stock), steps=STEPS)[0]
@@ -112,11 +114,24 @@ def test_loras_in_turns(depth: bool, path: Path, stock: ModelPatcher) -> None:
     assert replays() - before >= 4
 
 
-def test_sharded_weights(path: Path, stock: ModelPatcher) -> None:
-    expected = sample(SETUPS["plain"](stock), steps=STEPS)[0]
-    model = dropin(path, MeshShape(ulysses=2), SHARDED)
-    for _ in range(2):
-        assert same(sample(SETUPS["plain"](model), steps=STEPS)[0], expected)
+@both_depths
+@pytest.mark.parametrize(("sharding", "mesh"), [(SHARDED, MeshShape(ulysses=2)), (OFFLOADED, MeshShape(batch=2))])
+def test_gathered_weights(sharding: str, mesh: MeshShape, depth: bool, path: Path, stock: ModelPatcher) -> None:
+    expected = sample(equal_lengths(stock), steps=STEPS)[0]
+    model = dropin(path, mesh, sharding)
+    active_session.running().run_all(WorkerService.free)
+    counts = [replays()]
+    for _ in range(3):
+        assert same(sample(equal_lengths(model), stays_here=depth, steps=STEPS)[0], expected)
+        counts.append(replays())
+    # Two forwards are measured before weights stay gathered, the next two run as they are, and the rest are replays.
+    assert [after - before for before, after in pairwise(counts)] == [STEPS - 4, STEPS, STEPS]
+    assert kept() > 0
+    without = dropin(path, mesh, sharding, OFF)
+    assert same(sample(equal_lengths(without), stays_here=depth, steps=STEPS)[0], expected)
+    assert replays() == counts[-1]
+    active_session.running().run_all(WorkerService.free)
+    assert kept() == 0 and [rank.graphs for rank in memory()] == [0, 0]
 
 
 def test_nothing_is_left_of_a_model_that_is_unloaded(path: Path) -> None:

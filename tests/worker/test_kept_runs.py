@@ -23,7 +23,6 @@ from raylight.cluster.errors import OUT_OF_MEMORY, WorkerError
 from raylight.driver import api, short_of_memory
 from raylight.host.recipe import OFFLOADED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
-from raylight.parallel.graphs import AUTO, ON
 from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
@@ -59,8 +58,8 @@ def recipe_of(path: Path, sharding: str) -> ModelRecipe:
     return ModelRecipe.of(str(path), "default", sharding)
 
 
-def dropin(path: Path, sharding: str, mesh: MeshShape = MESHES["Ulysses 2"], graphs: str = AUTO) -> ModelPatcher:
-    config = WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH", graphs=graphs)
+def dropin(path: Path, sharding: str, mesh: MeshShape = MESHES["Ulysses 2"]) -> ModelPatcher:
+    config = WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH")
     return api.load(RayModel(config, recipe_of(path, sharding)))
 
 
@@ -112,18 +111,16 @@ def test_two_models_and_other_degrees(path: Path, stock: ModelPatcher) -> None:
         assert kept() > 0
 
 
-def test_nothing_is_kept_for_graphs_nor_after_memory_ran_out(
-    path: Path, stock: ModelPatcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_kept_after_memory_ran_out(path: Path, stock: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(short_of_memory, "_short", set())
     expected = sample(SETUPS["plain"](stock), steps=STEPS)[0]
     active_session.running().run_all(WorkerService.free)
-    for graphs, ran_out in ((AUTO, False), (ON, False), (AUTO, False), (AUTO, True)):
+    for ran_out in (False, True):
         if ran_out:
             with pytest.raises(WorkerError), short_of_memory.noted(recipe_of(path, SHARDED)):
                 raise WorkerError("simulated", OUT_OF_MEMORY)
-        assert same(sample(SETUPS["plain"](dropin(path, SHARDED, graphs=graphs)), steps=STEPS)[0], expected)
-        assert (kept() > 0) == (graphs == AUTO and not ran_out)
+        assert same(sample(SETUPS["plain"](dropin(path, SHARDED)), steps=STEPS)[0], expected)
+        assert (kept() > 0) == (not ran_out)
 
 
 def test_nothing_is_kept_in_a_compiled_run(path: Path, stock: ModelPatcher) -> None:

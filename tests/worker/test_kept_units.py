@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from gathering_cases import BLOCKS
 from kept_units_cases import (
+    PER_ROW,
     Ran,
+    beside_graphs,
     failed_on_one,
     larger_ones,
     of_jobs,
@@ -39,6 +41,14 @@ def test_as_many_as_every_rank_has_room_for(rooms: tuple[int, ...], number: int,
         assert all(one.equal for one in found)
         assert numbers(found) == [0, 0, *[number] * 5]
         assert gathers(found) == [ALL, ALL, ALL, *[ALL - number] * 4]
+
+
+@pytest.mark.parametrize("held", [0, PER_ROW])
+@pytest.mark.parametrize("come_first", [False, True])
+def test_room_for_graphs(come_first: bool, held: int) -> None:
+    # Units that pass need buffers, in the graph and beside it: so much that none fits if not all do.
+    less = 0 if come_first else ALL
+    assert values(run_ranks(2, beside_graphs, come_first, held)) == [[ALL, less]] * 2
 
 
 def test_one_rank_with_offloaded_weights() -> None:
