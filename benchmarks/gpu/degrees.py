@@ -1,10 +1,12 @@
 """Degrees that each run chooses, beside given ones and stock ComfyUI, through Ray, per step of a model at full size.
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/degrees.py --folder /dev/shm --ranks 2 4 --json degrees.json
+    ... --size flux-1024 --layers 0 --kinds one --steps 9 --shardings replicated sharded --graphs auto off
 
 Runs with CFG, without it, with two images, and with prompts of different lengths, which ComfyUI cannot put into one
 batch. For each number of workers the ways share one session, whose workers take other degrees without a restart; a step
-is the difference between a run of several steps and a run of one. `relative L2` is to stock's latent.
+is the difference between a run of several steps and a run of one, after a run in which graphs are captured and weights
+begin to stay gathered. `relative L2` is to stock's latent.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from full_size import SIZES, versions, write_checkpoint
 from torch import Tensor
+
+from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED
+from raylight.parallel.graphs import AUTO, NAMES
 
 BY_RUN = "by the run"
 TEXT = "c_crossattn"
@@ -66,6 +72,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="of the longer run")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--attention", default="TORCH_FLASH", help="TORCH_FLASH is what stock ComfyUI takes")
+    parser.add_argument("--ways", nargs="+", help="only degrees of these names in the table")
+    parser.add_argument("--shardings", nargs="+", default=[REPLICATED], choices=(REPLICATED, SHARDED, OFFLOADED))
+    parser.add_argument("--graphs", nargs="+", default=[AUTO], choices=NAMES)
     parser.add_argument("--folder", type=Path, help="for the file of weights; a temporary one where it is not given")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path)
@@ -110,7 +119,8 @@ def timed(model: Any, name: str, kind: Kind, seed: int, steps: int) -> tuple[flo
 
 def measure(model: Any, name: str, kind: Kind, options: argparse.Namespace) -> tuple[float, Tensor]:
     """Return the seconds of a step, and the latent of a run whose seed is the same for every way."""
-    timed(model, name, kind, 0, 1)  # loads, makes process groups and warms up
+    for steps in (1, options.steps):  # loads, makes process groups and warms up
+        timed(model, name, kind, 0, steps)
     taken = []
     latent = torch.empty(0)
     for turn in range(options.repeats):
@@ -159,22 +169,23 @@ def main() -> None:
         comfy.model_management.unload_all_models()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        print(f"{'':<34} {'way':<20} {'s a step':>9} {'speed-up':>8} {'relative L2':>11}  chosen")
+        print(f"{'':<34} {'way':<34} {'s a step':>9} {'speed-up':>8} {'relative L2':>11}  chosen")
         for key, (seconds, _) in expected.items():
-            print(f"{KINDS[key].title:<34} {'stock, 1 GPU':<20} {seconds:>9.4f} {1:>8.2f}")
+            print(f"{KINDS[key].title:<34} {'stock, 1 GPU':<34} {seconds:>9.4f} {1:>8.2f}")
         for ranks in options.ranks:
-            for way, mesh in meshes(ranks).items():
+            found = {way: mesh for way, mesh in meshes(ranks).items() if not options.ways or way in options.ways}
+            for (way, mesh), sharding, graphs in product(found.items(), options.shardings, options.graphs):
                 config = SessionConfig(mesh or MeshShape(ulysses=ranks), options.device, by_run=mesh is None)
-                model = api.load(
-                    RayModel(WorkerConfig(config, options.attention), ModelRecipe.of(str(path), "default"))
-                )
+                worker = WorkerConfig(config, options.attention, graphs=graphs)
+                model = api.load(RayModel(worker, ModelRecipe.of(str(path), "default", sharding)))
+                way = ", ".join([way, *[sharding] * (sharding != REPLICATED), *[f"graphs {graphs}"] * (graphs != AUTO)])
                 for key in options.kinds:
                     chosen.text = ""
                     seconds, latent = measure(model, name, KINDS[key], options)
                     of_stock, other = expected[key]
                     error = ((latent - other).norm() / other.norm()).item()
                     print(
-                        f"{KINDS[key].title:<34} {f'{ranks}: {way}':<20} {seconds:>9.4f} {of_stock / seconds:>8.2f} "
+                        f"{KINDS[key].title:<34} {f'{ranks}: {way}':<34} {seconds:>9.4f} {of_stock / seconds:>8.2f} "
                         f"{error:>11.1e}  {chosen.text}",
                         flush=True,
                     )

@@ -88,7 +88,7 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
     elif setting.device_type == "cpu":
         device = torch.device("cpu")
     with torch.no_grad():
-        forward, graphed = prepared(way, setting, device, world)
+        forward, model, graphed = prepared(way, setting, device, world)
         for _ in range(2):  # NCCL connects ranks and cuDNN plans its kernels in the first
             result = forward()
         if device.type == "cuda":
@@ -97,7 +97,7 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
         taken = timed(forward, setting.repeats, device)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         link, bare = communication(forward, device)
-        graph = as_graph(forward, graphed, result, way, setting, device) if graphed is not None else {}
+        graph = as_graph(forward, graphed, model, result, setting, device) if graphed is not None else {}
     return graph | {
         "seconds": taken,
         "peak_bytes": peak,
@@ -121,13 +121,14 @@ def timed(forward: Any, repeats: int, device: torch.device) -> list[float]:
 
 
 def as_graph(
-    forward: Any, graphed: Any, expected: Tensor, way: Way, setting: Setting, device: torch.device
+    forward: Any, graphed: Any, model: Any, expected: Tensor, setting: Setting, device: torch.device
 ) -> dict[str, Any]:
     """Return the seconds of each step as a CUDA graph, its relative L2 against the eager one, and the graph's bytes."""
     from raylight.parallel.graphs import ON
+    from raylight.sharding.fsdp import announce_to
     from raylight.worker import cuda_graphs
 
-    graphed.use(ON, "benchmark", "", whole_call=way.shards)
+    graphed.use(ON, "benchmark", "", announce_to(model))
     launch = []
     for _ in range(4):  # as it is, recorded, captured, replayed
         synchronize(device)
@@ -145,8 +146,10 @@ def as_graph(
     return found
 
 
-def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tuple[Any, Any]:
-    """Return a function that does one step on this rank, and what replays it as a graph if the setting asks for it."""
+def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tuple[Any, Any, Any]:
+    """Return a function that does one step on this rank, its model, and what replays it as a graph if the setting asks
+    for it.
+    """
     from staged_ring import StagedThroughCpuHybrid
 
     from raylight.attention.kernels import kernel
@@ -191,7 +194,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tu
         # With one row and a batch axis, as FSDP alone has it, every rank does the same work.
         return axis.call(call, total) if axis.can_split(total) else call(Rows(0, total, total))
 
-    return forward, graphed
+    return forward, diffusion_model, graphed
 
 
 def communication(forward: Any, device: torch.device) -> tuple[float, float]:

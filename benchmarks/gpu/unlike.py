@@ -66,7 +66,7 @@ def measure(rank: int, world: int, setting: Setting) -> dict[str, Any]:
         way = Way(name, batch=world) if name == "alone" else Way(name, ulysses=world)
         use({"tried": found["trial"].speeds(), "exact": found.get("exact speeds", ALIKE)}.get(name, ALIKE))
         with torch.no_grad():
-            forward, _ = prepared(way, setting, device, world)
+            forward, *_ = prepared(way, setting, device, world)
             forward()
             result = forward()
             seconds = statistics.median(timed(forward, setting.repeats, device))
