@@ -18,6 +18,8 @@ from torch import Tensor
 
 from raylight.attention.torch_kernels import LseFunction, Partial, merge
 
+from .eight_bit_ulysses import EightBitUlysses
+from .eight_bits import decode, encode
 from .heartbeat import beat
 from .partition import offsets
 from .sequence_attention import Kernel
@@ -25,10 +27,12 @@ from .ulysses import UlyssesAttention
 
 
 class RingAttention:
-    """The ring of one group."""
+    """The ring of one group. `in_8_bits`, keys and values are encoded once, by the rank that has them, and passed on as
+    they are; a rank attends to its own as the model made them.
+    """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, in_8_bits: bool = False) -> None:
+        self._group, self._in_8_bits = group, in_8_bits
         self._rank = dist.get_rank(group)
         self._degree = dist.get_world_size(group)
 
@@ -59,7 +63,8 @@ class RingAttention:
         starts = offsets(tuple(lengths))
         if mask is not None and mask.shape[-2] > 1:
             mask = mask.narrow(-2, starts[self._rank], lengths[self._rank])  # (.., S, S) -> (.., S_LOCAL, S)
-        block = torch.stack([k, v])  # two (B, HKV, S_LOCAL, D) -> (2, B, HKV, S_LOCAL, D)
+        # two (B, HKV, S_LOCAL, D) -> (2, B, HKV, S_LOCAL, D), or W bytes for D
+        block = torch.stack([encode(k), encode(v)] if self._in_8_bits else [k, v])
         merged: Partial | None = None
         for step in range(self._degree):
             source = (self._rank - step) % self._degree  # the rank that block comes from
@@ -67,14 +72,21 @@ class RingAttention:
             if lengths[self._rank] and lengths[source]:
                 # (.., S_LOCAL|1, S) -> (.., S_LOCAL|1, S_SOURCE)
                 block_mask = None if mask is None else mask.narrow(-1, starts[source], lengths[source])
-                # q (B, H, S_LOCAL, D), block (2, B, HKV, S_SOURCE, D) -> (B, H, S_LOCAL, D), (B, H, S_LOCAL)
-                block_out, block_lse = with_lse(q, block[0], block[1], block_mask, scale)
+                keys, values = (k, v) if step == 0 else self._decoded(block, k)
+                # q (B, H, S_LOCAL, D), keys, values (B, HKV, S_SOURCE, D) -> (B, H, S_LOCAL, D), (B, H, S_LOCAL)
+                block_out, block_lse = with_lse(q, keys, values, block_mask, scale)
                 block_lse = block_lse.float()
                 merged = merge(*merged, block_out, block_lse) if merged else (block_out.float(), block_lse)
             for request in requests:
                 request.wait()
             block = next_block
         return torch.empty_like(q) if merged is None else merged[0].to(q.dtype)
+
+    def _decoded(self, block: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a block that was received, of the width and dtype of `like`."""
+        if not self._in_8_bits:
+            return block[0], block[1]
+        return decode(block[0], like.shape[3], like.dtype), decode(block[1], like.shape[3], like.dtype)
 
     def _pass_on(self, block: Tensor, lengths: Sequence[int], source: int) -> tuple[Tensor, list[dist.Work]]:
         """Start sending `block` (2, B, HKV, S_SOURCE, D) to the next rank, and receiving one from the previous rank.
@@ -98,13 +110,16 @@ class RingAttention:
 
 
 class HybridAttention:
-    """Ulysses within each Ulysses group, and the ring between ranks of the same place in these groups."""
+    """Ulysses within each Ulysses group, and the ring between ranks of the same place in these groups. Both exchange
+    tensors `in_8_bits` if that is true.
+    """
 
-    def __init__(self, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup) -> None:
+    def __init__(self, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup, in_8_bits: bool = False) -> None:
         self._ulysses_degree, self._ring_rank = dist.get_world_size(ulysses), dist.get_rank(ring)
+        of_ulysses = EightBitUlysses if in_8_bits else UlyssesAttention
         # The ring overlaps its own exchange with attention: chunks would gain nothing.
-        self._ulysses = UlyssesAttention(ulysses, chunks=1 if dist.get_world_size(ring) > 1 else None, ring=ring)
-        self._ring = RingAttention(ring)
+        self._ulysses = of_ulysses(ulysses, chunks=1 if dist.get_world_size(ring) > 1 else None, ring=ring)
+        self._ring = RingAttention(ring, in_8_bits)
         self.degrees = self._ulysses_degree, dist.get_world_size(ring)
 
     def __call__(

@@ -5,7 +5,7 @@ The shape is that of context parallelism in diffusers: one call applies it, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch import nn
@@ -14,13 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from . import shares
 from .collectives import Simulated
+from .exchange_error import ErrorMeter, exact_of, hybrid_attention, ulysses_attention
 from .hooks import SequenceHooks
 from .mesh import outer_axis, sequence_axis, world_axis
 from .plan import SequencePlan
-from .ring import HybridAttention
 from .sequence_attention import Kernel, SequenceAttention, Strategy
 from .tokens import TokenState
-from .ulysses import UlyssesAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class SequenceGroup:
     @classmethod
     def of(cls, group: dist.ProcessGroup, strategy: Strategy) -> SequenceGroup:
         """Return the sequence group of all ranks of `group`."""
-        has_ring = isinstance(strategy, HybridAttention) and strategy.degrees[1] > 1
+        has_ring = getattr(strategy, "degrees", (1, 1))[1] > 1
         weights = shares.of_tokens(group, has_ring)
         return cls(strategy, group, dist.get_rank(group), dist.get_world_size(group), weights)
 
@@ -48,6 +47,10 @@ class SequenceGroup:
     def single_rank(cls) -> SequenceGroup:
         """Return a group of this rank alone, which keeps full tokens."""
         return cls(lambda kernel, q, k, v, lengths, mask, scale: kernel(q, k, v, mask, scale))
+
+    def exact(self) -> SequenceGroup:
+        """Return the same ranks, with an exact exchange if theirs is not."""
+        return replace(self, strategy=exact_of(self.strategy))
 
     @classmethod
     def simulated(cls, rank: int, degree: int, weights: shares.Weights = ()) -> SequenceGroup:
@@ -77,15 +80,19 @@ class SequenceGroups:
         """Return the ranks that the mesh's degrees assign to one sequence, exchanging by `strategy`."""
         return SequenceGroup.of(self._sequence, strategy)
 
-    def all_ranks(self, kernel: Kernel) -> SequenceGroup | None:
+    def all_ranks(self, kernel: Kernel, error_of_8_bits: ErrorMeter | None = None) -> SequenceGroup | None:
         """Return all ranks as one group: Ulysses if the model has enough heads, else Ulysses within each Ulysses group
         and the ring between these. None if `kernel` has no log-sum-exp, which the ring needs.
+
+        They exchange in 8 bits if there is a meter for the error.
         """
         if self._heads >= dist.get_world_size(self._world):
-            return SequenceGroup.of(self._world, UlyssesAttention(self._world))
-        if hasattr(kernel, "with_lse"):
-            return SequenceGroup.of(self._world, HybridAttention(self._ulysses, self._outer))
-        return None
+            strategy = ulysses_attention(self._world, error_of_8_bits)
+        elif hasattr(kernel, "with_lse"):
+            strategy = hybrid_attention(self._ulysses, self._outer, error_of_8_bits)
+        else:
+            return None
+        return SequenceGroup.of(self._world, strategy)
 
 
 class SequenceParallel:

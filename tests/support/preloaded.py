@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import eight_bit_cases
 import external_cases
 import gguf_cases
 import loaded_cases
@@ -12,6 +13,7 @@ import split_cases
 import vae_split_cases
 
 __all__ = [
+    "eight_bit_cases",
     "external_cases",
     "gguf_cases",
     "loaded_cases",
