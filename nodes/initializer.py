@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from raylight.attention import kernels
-from raylight.driver.options import AUTOMATIC, MOST, check_product, workers_from
+from raylight.driver.options import AUTOMATIC, MOST, check_product, without_exchange, workers_from
 from raylight.parallel import external_strategies, graphs
 
 from .common import CATEGORY, RayActorsInit, begin_workers, show
@@ -129,7 +129,8 @@ class _Initializer(io.ComfyNode):
         # ComfyUI executes asynchronous nodes first: workers start while text encoder and VAE are loaded.
         workers, degrees = workers_from(cls.defaults() | inputs)
         begin_workers(workers)
-        return io.NodeOutput(workers, ui=show(cls, str(degrees)))
+        text = "\n".join(filter(None, (str(degrees), without_exchange(workers.strategy, degrees))))
+        return io.NodeOutput(workers, ui=show(cls, text))
 
 
 class RayInitializer(_Initializer):
@@ -190,7 +191,8 @@ class RayInitializerAdvanced(_Initializer):
                 optional=True,
                 advanced=True,
                 tooltip="What exchanges tokens for attention. yunchang and xfuser need equal shards and no masks; "
-                "Raylight does the other calls.",
+                "Raylight does the other calls. raylight_int8: Raylight in 8 bits, half the bytes for slow links, at "
+                "the cost of another picture. The node that samples shows the error.",
             ),
             io.Combo.Input(
                 "cuda_graphs",

@@ -5,8 +5,9 @@
 Each part runs in processes of its own and prints as it goes. `launch` is the time until a forward returns, with the GPU
 idle before; `step` until the GPU is done; `graph` that of the same forward as one CUDA graph. `exchange-...` is one
 attention call with its exchange, in variants: milliseconds on the GPU, and microseconds of the host; each variant's
-result is compared with Raylight's, bit by bit. `shards` and `offload` are the forward with sharded weights, and
-`shards-kept` and `offload-kept` where as many of them stay gathered as fit.
+result is compared with Raylight's, bit by bit; in `exchange-8-bits` it is another one, as it should be. `shards` and
+`offload` are the forward with sharded weights, and `shards-kept` and `offload-kept` where as many of them stay gathered
+as fit.
 """
 
 from __future__ import annotations
@@ -229,6 +230,7 @@ def shown(found: dict[str, Any], name: str, values: dict[str, Any]) -> None:
 
 def variants(group: Any, which: str) -> dict[str, Callable[[], Any]]:
     """Return what makes each strategy; the first is the one that Raylight uses."""
+    from raylight.parallel.eight_bit_ulysses import EightBitUlysses
     from raylight.parallel.ulysses import UlyssesAttention
 
     ours: dict[str, Callable[[], Any]] = {"raylight": lambda: UlyssesAttention(group)}
@@ -237,6 +239,12 @@ def variants(group: Any, which: str) -> dict[str, Callable[[], Any]]:
             "1 part": lambda: UlyssesAttention(group, chunks=1),
             "2 parts": lambda: UlyssesAttention(group, large_bytes=0, chunks=2),
             "4 parts": lambda: UlyssesAttention(group, large_bytes=0, chunks=4),
+        }
+    if which == "8-bits":
+        return ours | {
+            "8 bits": lambda: EightBitUlysses(group),
+            "8 bits, 1 part": lambda: EightBitUlysses(group, chunks=1),
+            "8 bits, 2 parts": lambda: EightBitUlysses(group, large_bytes=0, chunks=2),
         }
     if which == "channels":
         made = {ctas: limited(ctas) for ctas in (2, 4, 8, 16)}

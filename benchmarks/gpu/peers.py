@@ -2,10 +2,10 @@
 
     COMFYUI_PATH=/my/ComfyUI python benchmarks/gpu/peers.py --folder /dev/shm --layers 10 --json peers.json
 
-Beside stock ComfyUI on one GPU: ComfyUI's own MultiGPU CFG Split on two; Raylight with its own exchange, and with that
-of yunchang and of xfuser (`sequence_attention`), where they are installed. All with one attention kernel, by default
-the one that stock takes. A step has a positive and a negative prompt (CFG); with --no-cfg it has one. It is the
-difference between a run of several steps and a run of one. Each way runs in a process of its own.
+Beside stock ComfyUI on one GPU: ComfyUI's own MultiGPU CFG Split on two; Raylight with its own exchange, with that of
+yunchang and of xfuser where they are installed, and with its own in 8 bits (`sequence_attention`). All with one
+attention kernel, by default the one that stock takes. A step has a positive and a negative prompt (CFG); with --no-cfg
+it has one. It is the difference between a run of several steps and a run of one. Each way runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def ways(gpus: int, cfg: bool) -> list[Way]:
     found = [Way("stock ComfyUI", 1)]
     if gpus >= 2 and cfg:
         found += [Way(SPLIT, 2), Way("cfg 2", 2, (2, 1, 1))]
+    others = ("yunchang", "xfuser", "raylight_int8")
     for count in (2, 4):
         if count <= gpus:
             found += [Way(f"ulysses {count}", count, (1, 1, count))]
-            found += [Way(f"ulysses {count}, {by}", count, (1, 1, count), by) for by in ("yunchang", "xfuser")]
+            found += [Way(f"ulysses {count}, {by}", count, (1, 1, count), by) for by in others]
             found += [Way(f"ring {count}", count, (1, count, 1))]
     if gpus >= 4 and cfg:
         found += [Way("cfg 2 x ulysses 2", 4, (2, 1, 2))]

@@ -17,8 +17,8 @@ from raylight.host.log_messages import gb
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.degrees import Arrangement, Choice, Limits, choose, speed_up
-from raylight.parallel.estimate import Hardware, forward_s
-from raylight.parallel.external_strategies import OURS
+from raylight.parallel.estimate import SENT_BYTES, SENT_BYTES_IN_8_BITS, Hardware, forward_s
+from raylight.parallel.external_strategies import OURS_INT8, is_ours
 from raylight.parallel.mesh import MeshShape
 
 from . import step_times, weightless
@@ -134,31 +134,34 @@ def _fits(recipe: ModelRecipe, size: ModelSize, mesh: MeshShape, cards: _Cards) 
 def _speeds(size: ModelSize, model: RayModel, arrangement: Arrangement, cards: _Cards) -> list[str]:
     """Return a line for each kind of forward: the degrees, and what is expected of them."""
     hardware = _hardware(cards)
+    sent_bytes = SENT_BYTES_IN_8_BITS if model.workers.strategy == OURS_INT8 else SENT_BYTES
     lines = []
     for rows, what in _FORWARDS:
         shape, words = arrangement.mesh, how(cards.config)
         if arrangement.by_run:
             choice = _choice(rows, size, arrangement, model.workers)
             shape, words = choice.shape, str(choice)
-        lines.append(f"    {what}: {words}: {_expected(size, rows, shape, arrangement, hardware)}")
+        lines.append(f"    {what}: {words}: {_expected(size, rows, shape, arrangement, hardware, sent_bytes)}")
     if hardware is None:
         lines.append("Seconds are told when the workers run on GPUs, and their links and speeds were tried.")
     return lines
 
 
 def _choice(rows: int, size: ModelSize, arrangement: Arrangement, workers: WorkerConfig) -> Choice:
-    may_ring = kernels.has_lse(workers.attention) and workers.strategy == OURS
+    may_ring = kernels.has_lse(workers.attention) and is_ours(workers.strategy)
     rows = rows if size.independent_rows else 1
     return choose(rows, arrangement, Limits(None if size.work is None else size.work.heads, may_ring))
 
 
-def _expected(size: ModelSize, rows: int, shape: MeshShape, arrangement: Arrangement, hardware: Hardware | None) -> str:
+def _expected(
+    size: ModelSize, rows: int, shape: MeshShape, arrangement: Arrangement, hardware: Hardware | None, sent_bytes: float
+) -> str:
     if size.work is None:
         return "the model's tokens cannot be split"
     if hardware is None:
         times = speed_up(shape, rows, arrangement, Limits(size.work.heads))
         return f"about {times:.1f} times as fast as the fastest worker alone, as far as is known from other machines"
-    seconds = forward_s(size.work, rows, shape, hardware, arrangement.speeds)
+    seconds = forward_s(size.work, rows, shape, hardware, arrangement.speeds, sent_bytes)
     each = [forward_s(size.work, rows, MeshShape(), hardware.alone(rank)) for rank in range(shape.world_size)]
     alone_s, best = min((alone_s, rank) for rank, alone_s in enumerate(each))
     text = f"about {seconds:.3g} s a forward, {alone_s / seconds:.2f} times as fast as rank {best} alone"

@@ -112,6 +112,19 @@ class Degrees:
         return text + (f" ({' and '.join(self.chosen)} chosen automatically)" if self.chosen else "")
 
 
+def without_exchange(strategy: str, degrees: Degrees) -> str:
+    """Return why an exchange in 8 bits, if it is chosen, has nothing to send with these degrees, "" if it has."""
+    mesh = degrees.mesh
+    if strategy != external_strategies.OURS_INT8 or degrees.grows or mesh.ulysses * mesh.ring > 1:
+        return ""
+    if mesh.world_size == 1:
+        return f"sequence_attention = {strategy} has no effect: one worker exchanges nothing"
+    return (
+        f"sequence_attention = {strategy} has no effect with ulysses_degree = 1 and ring_degree = 1, except for "
+        f"batches that are too small for {mesh.batch} groups of workers, whose tokens are split"
+    )
+
+
 def check_product(*degrees: int | None) -> bool | str:
     """Return True, or why GPU and the degrees of Ulysses, ring, CFG and data parallelism do not fit together.
 
@@ -216,6 +229,8 @@ def workers_from(inputs: Mapping[str, Any]) -> tuple[WorkerConfig, Degrees]:
     """
     config, degrees = config_from(inputs)
     logger.info("Ray initializer: %s", degrees)
+    if note := without_exchange(inputs.get("sequence_attention", external_strategies.OURS), degrees):
+        logger.warning("%s", note)
     ignored = [name for name, default in _IGNORED.items() if inputs.get(name, default) != default]
     if ignored:
         logger.info("these inputs of the Ray initializer have no effect: %s", ", ".join(ignored))

@@ -8,7 +8,7 @@ import time
 import comfy.utils
 from comfy_execution.utils import get_executing_context
 
-from raylight.host.jobs import DegreesChosen, LoadProgress
+from raylight.host.jobs import DegreesChosen, ExchangeTold, LoadProgress
 from raylight.host.prompt_server import prompt_server
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,12 @@ def show_text(text: str) -> None:
 
 
 class Loading:
-    """Shows on the executing node how much of a model was read, in words and on its bar, and with which degrees it
-    runs.
+    """Shows on the executing node how much of a model was read, in words and on its bar, with which degrees it runs,
+    and what is told of its exchanges.
     """
 
     def __init__(self) -> None:
-        self._degrees = ""
+        self._told: dict[str, str] = {}  # of the run, in order
         self._last: LoadProgress | None = None
         self._bar: comfy.utils.ProgressBar | None = None
         self._began = self._shown_at = time.monotonic()
@@ -45,9 +45,16 @@ class Loading:
 
     def show_degrees(self, chosen: DegreesChosen) -> None:
         """Show the degrees of the run, and log them."""
-        self._degrees = f"degrees: {chosen.text}"
-        logger.info("%s", self._degrees)
-        show_text(self._degrees)
+        self._tell("degrees", chosen.text)
+
+    def show_exchange(self, told: ExchangeTold) -> None:
+        """Show how tokens are exchanged, and log it."""
+        self._tell("exchange", told.text)
+
+    def _tell(self, what: str, text: str) -> None:
+        self._told[what] = f"{what}: {text}"
+        logger.info("%s", self._told[what])
+        show_text("; ".join(self._told.values()))
 
     def end(self) -> None:
         """Say that the model is there, if any progress was shown."""
@@ -55,7 +62,7 @@ class Loading:
             # Not until now: the job may have sampled since.
             size, seconds = self._last.total_bytes / 1e9, self._shown_at - self._began
             loaded = f"{self._last.name} is loaded: {size:.1f} GB in {seconds:.1f} s"
-            show_text("; ".join(filter(None, (loaded, self._degrees))))
+            show_text("; ".join((loaded, *self._told.values())))
 
 
 def text_of(progress: LoadProgress) -> str:

@@ -14,7 +14,7 @@ from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import DIED, HUNG, MACHINE_LOST, OUT_OF_MEMORY, RunCancelled
 from raylight.cluster.session import Session
 from raylight.host import settings
-from raylight.host.jobs import DegreesChosen, LoadProgress, NeedsBytes
+from raylight.host.jobs import DegreesChosen, ExchangeTold, LoadProgress, NeedsBytes
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, WorkerConfig
 
 from . import machine_files, memory, progress, short_of_memory
@@ -131,8 +131,9 @@ def ask_all(
 ) -> dict[int, R]:
     """Call a verb of `WorkerService` on all workers, for the model `about`, and return the results by rank.
 
-    The progress of loading and the degrees of a run go to the executing node, other events to `on_event`. Raises what
-    `Session.run_all` raises, errors with a remedy, and ComfyUI's interrupt when the user cancels.
+    The progress of loading, the degrees of a run and what is told of its exchanges go to the executing node, other
+    events to `on_event`. Raises what `Session.run_all` raises, errors with a remedy, and ComfyUI's interrupt when the
+    user cancels.
     """
     loading = progress.Loading()
 
@@ -141,6 +142,8 @@ def ask_all(
             loading.show(event)
         elif isinstance(event, DegreesChosen):
             loading.show_degrees(event)
+        elif isinstance(event, ExchangeTold):
+            loading.show_exchange(event)
         else:
             on_event(event)
 

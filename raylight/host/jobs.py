@@ -139,6 +139,13 @@ class DegreesChosen:
 
 
 @dataclass(frozen=True, slots=True)
+class ExchangeTold:
+    """What the workers say of how they exchange tokens in a run, where that is not exact."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class LoadProgress:
     """Rank 0 has read `done_bytes` of the `total_bytes` that it reads of the weights of the model `name`. Some of them
     stay in the file if the GPU has no room for all.

@@ -13,7 +13,8 @@ from .mesh import MeshShape
 from .partition import divide
 from .shares import ALIKE, Speeds
 
-_SENT_BYTES = 2  # of a number that is exchanged
+SENT_BYTES = 2.0  # of a number that is exchanged
+SENT_BYTES_IN_8_BITS = 17 / 16  # with the scales of a head of 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,12 @@ class Hardware:
         return Hardware((self.products[rank],), (self.attention[rank],), self.link_bytes_per_s, self.latency_s)
 
 
-def forward_s(work: Work, rows: int, shape: MeshShape, hardware: Hardware, speeds: Speeds = ALIKE) -> float:
-    """Return the seconds of a forward of `rows` batch rows on a mesh, whose ranks share the work by `speeds`."""
+def forward_s(
+    work: Work, rows: int, shape: MeshShape, hardware: Hardware, speeds: Speeds = ALIKE, sent_bytes: float = SENT_BYTES
+) -> float:
+    """Return the seconds of a forward of `rows` batch rows on a mesh, whose ranks share the work by `speeds`, and
+    exchange numbers of `sent_bytes`.
+    """
     ranks = shape.ring * shape.ulysses
     firsts = range(0, shape.world_size, ranks)
     each = [rows] * shape.batch
@@ -54,12 +59,12 @@ def forward_s(work: Work, rows: int, shape: MeshShape, hardware: Hardware, speed
         overall = speeds.overall
         each = divide(rows, shape.batch, [sum(overall[first : first + ranks]) for first in firsts] if overall else ())
     return max(
-        count * _row_s(work, shape, slice(first, first + ranks), hardware, speeds)
+        count * _row_s(work, shape, slice(first, first + ranks), hardware, speeds, sent_bytes)
         for count, first in zip(each, firsts, strict=True)
     )
 
 
-def _row_s(work: Work, shape: MeshShape, group: slice, hardware: Hardware, speeds: Speeds) -> float:
+def _row_s(work: Work, shape: MeshShape, group: slice, hardware: Hardware, speeds: Speeds, sent_bytes: float) -> float:
     """Return the seconds of one row on the ranks of one group, which split its tokens."""
     ulysses, ring = shape.ulysses, shape.ring
     by_tokens = (speeds.overall if ring > 1 else speeds.products)[group]
@@ -77,10 +82,10 @@ def _row_s(work: Work, shape: MeshShape, group: slice, hardware: Hardware, speed
     of_group = max(_queries(tokens, rank, ulysses) for rank in range(0, ulysses * ring, ulysses))
     exchange_s = ring_s = 0.0
     if ulysses > 1:  # queries, keys, values and results, of which each rank receives the others' parts
-        received = 4 * of_group * work.width * _SENT_BYTES * (ulysses - 1) / ulysses**2
+        received = 4 * of_group * work.width * sent_bytes * (ulysses - 1) / ulysses**2
         exchange_s = work.attentions * (received / hardware.link_bytes_per_s + 2 * hardware.latency_s)
     if ring > 1:  # keys and values of the heads of this place, beside attention
-        passed = 2 * of_group * work.width * _SENT_BYTES * (ring - 1) / ulysses
+        passed = 2 * of_group * work.width * sent_bytes * (ring - 1) / ulysses
         ring_s = work.attentions * (passed / hardware.link_bytes_per_s + (ring - 1) * hardware.latency_s)
     return products_s + max(attention_s, ring_s) + exchange_s
 

@@ -1,7 +1,8 @@
-"""The long-context attention of yunchang and of xfuser, as strategies that a user can choose instead of ours.
+"""The strategies that a user can choose by name: ours, ours in 8 bits, and the long-context attention of yunchang and
+of xfuser.
 
-Both need equal numbers of tokens and heads on all ranks, and no mask; ours does the other calls. yunchang's ring uses
-zeros for the log-sum-exp of two of PyTorch's kernels, which is wrong: these are refused with a ring.
+The libraries need equal numbers of tokens and heads on all ranks, and no mask; ours does the other calls. yunchang's
+ring uses zeros for the log-sum-exp of two of PyTorch's kernels, which is wrong: these are refused with a ring.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .sequence_attention import Kernel, Strategy
 logger = logging.getLogger(__name__)
 
 OURS, YUNCHANG, XFUSER = "raylight", "yunchang", "xfuser"
-NAMES = (OURS, YUNCHANG, XFUSER)
+OURS_INT8 = "raylight_int8"  # half the bytes, not the same result: never chosen but by the user
+NAMES = (OURS, YUNCHANG, XFUSER, OURS_INT8)
 
 # Both depend on torch, which pip may replace to satisfy them.
 _YUNCHANG_INSTALL = "run pip install --no-deps yunchang"
@@ -38,12 +40,17 @@ _KERNELS = ("TORCH", "TORCH_FLASH", "TORCH_EFFICIENT", "TORCH_CUDNN", "FA", "FA3
 _NO_RING = ("TORCH", "TORCH_CUDNN")
 
 
+def is_ours(name: str) -> bool:
+    """Return whether a strategy is Raylight's own, which works with every kernel, mask and size, and in a ring."""
+    return name in (OURS, OURS_INT8)
+
+
 def check_strategy(name: str, kernel: str, ring_degree: int, has_gpu: bool) -> None:
     """Check whether the strategy `name` can be used here, with this kernel and a ring of this degree.
 
     Raises ValueError: when it cannot; the message says what to install or choose.
     """
-    if name == OURS:
+    if is_ours(name):
         return
     if name not in NAMES:
         raise ValueError(f"sequence_attention = {name} is not known: choose one of {', '.join(NAMES)}")

@@ -103,13 +103,16 @@ class GraphedForward:
         split: Callable[[], Hashable],
         reset: Callable[[], None],
         way: Callable[[], Hashable] = lambda: None,
+        is_measured: Callable[[], bool] = lambda: False,
     ) -> None:
         """Replace `model.forward`, and what a call of the model does.
 
         `split` returns what the split of its tokens depends on at this moment, and `reset` brings it back to the start
         of a forward. `way` returns what of it is decided before the model is called, by more than its arguments.
+        `is_measured` is asked when a forward begins, and returns whether ranks exchange more in this one than in
+        others, so that it must run as it is on all of them.
         """
-        self._model, self._split, self._way = model, split, way
+        self._model, self._split, self._way, self._is_measured = model, split, way, is_measured
         self._paused = False
         self._own = model.forward
         self._replaced = vars(model).get("forward")
@@ -178,20 +181,22 @@ class GraphedForward:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         own = self._model._call_impl
-        if self._announce is None or self._is_off:
+        if self._announce is None or self._must_run():
             return own(*args, **kwargs)
         with self._announce(args, kwargs) as may_replay:
             return self._graphed(own, args, kwargs) if may_replay else own(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._announce is not None or self._is_off:
+        if self._announce is not None or self._must_run():
             return self._own(*args, **kwargs)
         return self._graphed(self._own, args, kwargs)
 
-    @property
-    def _is_off(self) -> bool:
+    def _must_run(self) -> bool:
+        """Return whether the forward that begins runs as it is on every rank. To be asked once."""
         # What compiles the model would look into this, and can do without.
-        return self._mode == OFF or self._paused or torch.compiler.is_compiling()
+        if self._paused or torch.compiler.is_compiling():
+            return True
+        return self._is_measured() or self._mode == OFF
 
     def _graphed(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replay what `own` does if it can be a graph, else do it."""

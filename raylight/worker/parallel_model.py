@@ -21,13 +21,11 @@ from raylight.host.patcher_state import OVERRIDE
 from raylight.parallel import shares
 from raylight.parallel.batch import BatchAxis
 from raylight.parallel.degrees import DegreesByRun
-from raylight.parallel.external_strategies import OURS, ExternalAttention
+from raylight.parallel.external_strategies import is_ours
 from raylight.parallel.graphs import AUTO, OFF
 from raylight.parallel.mesh import sequence_axis
 from raylight.parallel.plan import SequencePlan
 from raylight.parallel.process_group import among
-from raylight.parallel.ring import HybridAttention
-from raylight.parallel.sequence_attention import Strategy
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceGroups
 from raylight.plans import has_known_rows, needs_whole_batch, plan_for
 from raylight.sharding.fsdp import announce_to, keep_steady, reset
@@ -35,6 +33,8 @@ from raylight.sharding.fsdp import announce_to, keep_steady, reset
 from .batch_parallel import BatchParallel
 from .cuda_graphs import GraphedForward, has_graphs, pool_of
 from .drafted_plans import DraftedPlans
+from .exchange import Exchange
+from .graph_obstacles import is_compiled
 from .layouts import ChosenLayouts, GivenLayouts, Tell, given
 from .node_code import TokenProbe
 from .one_worker import OneWorker
@@ -80,6 +80,7 @@ class ParallelModel:
         self._layouts: GivenLayouts | ChosenLayouts | None = None
         self._one_worker: OneWorker | None = None
         self._graphs: GraphedForward | None = None
+        self._exchange = Exchange()
         self._mesh, self._by_run = mesh, by_run
         self._is_arranged = False
         self._install()
@@ -114,7 +115,10 @@ class ParallelModel:
     def _install(self) -> None:
         # Before whatever replaces the model's forward to divide its rows: a graph is of the rows of this rank.
         if has_graphs(self._device):
-            self._graphs = GraphedForward(self._model, pool_of(self._device), self.split_now, self._begin, self._way)
+            graphs, exchange = pool_of(self._device), self._exchange
+            self._graphs = GraphedForward(
+                self._model, graphs, self.split_now, self._begin, self._way, exchange.begins_forward
+            )
         if self._mesh.size() == 1:
             if self._plan is not None:  # else ComfyUI's own attention
                 self._one_worker = OneWorker(self._model, self._plan)
@@ -176,7 +180,7 @@ class ParallelModel:
         if self._split is None:
             return None
         tokens, strategy = self._split.tokens, self._split.attention.strategy
-        degrees = strategy.degrees if isinstance(strategy, HybridAttention) else type(strategy)
+        degrees = getattr(strategy, "degrees", None) or type(strategy)
         name = tokens.group.group_name if isinstance(tokens.group, dist.ProcessGroup) else None
         return name, tokens.rank, tokens.degree, degrees
 
@@ -252,6 +256,7 @@ class ParallelModel:
 
         Raises ValueError: when the job's attention kernel or sequence attention cannot be used here.
         """
+        self._exchange.begin(job.strategy, begins_run, is_compiled(model_options))
         if isinstance(self._layouts, ChosenLayouts):
             self._layouts.tell(tell, begins_run)
         if self._one_worker is not None:
@@ -262,24 +267,28 @@ class ParallelModel:
         if self._split is None:
             return
         local, full = kernel(job.attention, self._device), bool(job.inside.full_tokens_for)
-        strategy = functools.partial(_strategy, job.strategy)
+        exchange = self._exchange
         if isinstance(self._layouts, ChosenLayouts):
             # Neither an override of nodes nor another library's strategy can be relied on for a log-sum-exp.
-            has_lse = job.strategy == OURS and not model_options.get("transformer_options", {}).get(OVERRIDE)
+            has_lse = is_ours(job.strategy) and not model_options.get("transformer_options", {}).get(OVERRIDE)
             given_ring = self._mesh["ring"].size() > 1
-            self._layouts.use(local, strategy, job.inside, may_ring=has_lse or given_ring)
+            self._layouts.use(local, exchange.strategy, job.inside, may_ring=has_lse or given_ring)
         elif self._groups is not None:
-            sequence = SequenceGroup.single_rank() if full else self._groups.sequence(strategy(self._mesh))
+            sequence = SequenceGroup.single_rank() if full else self._groups.sequence(exchange.strategy(self._mesh))
             self._split.use(sequence)
             if self._layouts is not None:
-                self._layouts.use(sequence, None if full else self._groups.all_ranks(local))
+                self._layouts.use(sequence, None if full else self._groups.all_ranks(local, exchange.meter))
         self._split.install(model_options, local)
+
+    def tell_exchange(self, tell: Tell) -> None:
+        """Tell once in a run, when its first step is over, in words what an exchange in 8 bits has changed."""
+        self._exchange.tell(tell)
 
     def _install_unplanned(
         self, split: UnplannedModel, model_options: dict[str, Any], job: ModelJob, tell: Tell, begins_run: bool
     ) -> None:
         split.tell(tell if self._by_run is not None else lambda _: None, begins_run)
-        sequence = SequenceGroup.of(sequence_axis(self._mesh).get_group(), _strategy(job.strategy, self._mesh))
+        sequence = SequenceGroup.of(sequence_axis(self._mesh).get_group(), self._exchange.strategy(self._mesh))
         kind = (job.attention, job.strategy, shares.in_use())
         split.install(model_options, kernel(job.attention, self._device), kind, job.inside != Inside())
         split.use(sequence)
@@ -310,14 +319,3 @@ class ParallelModel:
                 f"a node has changed {path} of the model, which works with tokens that are split over "
                 f"workers here: remove the node, or use cfg_degree, dp_degree or GPU = 1 instead"
             )
-
-
-def _strategy(name: str, mesh: DeviceMesh) -> Strategy:
-    ulysses, ring = (mesh.get_group(axis) for axis in ("ulysses", "ring"))
-    ours = HybridAttention(ulysses, ring)
-    if name == OURS:
-        return ours
-    try:
-        return ExternalAttention(name, ulysses, ring, ours)
-    except ImportError as error:
-        raise ValueError(f"sequence_attention = {name} cannot be used: {error}; choose {OURS}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -35,6 +35,7 @@ class SamplingRun:
         self._device = device
         self._last: tuple[int, int, Any, Any] | None = None
         self._steps = 0
+        self._on_step: Callable[[], None] = lambda: None
         state, self._changes, self._guider, self._call, self._positional, self._wrappers = deserialize(
             job.content, patcher
         )
@@ -54,11 +55,13 @@ class SamplingRun:
         """What nodes have changed on the model itself."""
         return self._changes
 
-    def sample(self) -> RunResult:
-        """Sample, and return the result, the same on every rank of the sequence group.
+    def sample(self, on_step: Callable[[], None] = lambda: None) -> RunResult:
+        """Sample, and return the result, the same on every rank of the sequence group. `on_step` is called after each
+        step, and at the end.
 
         To be called in the mode of the model. Raises RunCancelled: at the first step boundary after a cancel.
         """
+        self._on_step = on_step
         call = self._call | {"callback": self._after_step, "disable_pbar": True}
         mask = call.get("denoise_mask")
         if isinstance(mask, Tensor):  # the one tensor that `outer_sample` expects on the model's device
@@ -78,6 +81,7 @@ class SamplingRun:
         finally:
             # Otherwise the patcher and this run would keep each other alive, with all that the run has.
             patcher.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
+        on_step()
         return RunResult(samples.cpu(), random_state(self._device), self._last_step())
 
     def _enter_step(self, number: int) -> None:
@@ -90,6 +94,7 @@ class SamplingRun:
         return StepDone(step, total, _on_cpu(x0), _on_cpu(x))
 
     def _after_step(self, step: int, x0: Any, x: Any, total: int) -> None:
+        self._on_step()
         job = self._job
         if job.every_step or (job.wants_last and step + 1 == total):
             event, self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x)), None

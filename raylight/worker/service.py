@@ -15,6 +15,7 @@ from raylight.host import model_files, torch_settings
 from raylight.host.gpu_identity import gpu_identity
 from raylight.host.jobs import (
     DegreesChosen,
+    ExchangeTold,
     ForwardJob,
     GivenBack,
     ModelJob,
@@ -119,7 +120,7 @@ class ModelService(WorkerService):
         model.parallel.install(sampling.model_options, job.model, functools.partial(_tell, run))
         model.parallel.use_graphs(job.model, obstacle(patcher, sampling.changes, job.model))
         with model.parallel.watching(patcher, job.model.inside):
-            return sampling.sample()
+            return sampling.sample(lambda: model.parallel.tell_exchange(functools.partial(_tell_exchange, run)))
 
     def forward(self, run: Run, job: ForwardJob, may_refuse: bool = False) -> SerializedObject | NeedsBytes | None:
         """Call a method of the diffusion model once."""
@@ -134,6 +135,7 @@ class ModelService(WorkerService):
             self._begin_keeping(model, job.model, shapes=shapes, may_wait=False, begins_run=job.begins_run)
             run.enter("step (one forward of the model)")
             output = self._forward.call(patcher, job, model.parallel, functools.partial(_tell, run))
+            model.parallel.tell_exchange(functools.partial(_tell_exchange, run))
         random = None if job.random is None else random_state(self._context.device)
         return answer((output, random)) if run.rank == 0 else None
 
@@ -261,3 +263,7 @@ class ModelService(WorkerService):
 
 def _tell(run: Run, text: str) -> None:
     run.emit(DegreesChosen(text))
+
+
+def _tell_exchange(run: Run, text: str) -> None:
+    run.emit(ExchangeTold(text))

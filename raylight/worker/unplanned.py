@@ -248,7 +248,8 @@ class UnplannedModel:
 
         def repeat(way: Way, rank: int | None, inputs: Inputs) -> Any:
             set_random_state(before)
-            role = None if rank is None else functools.partial(_simulated, rank)
+            # A plan is to be proven, not what is lost in an exchange.
+            role = SequenceGroup.exact if rank is None else functools.partial(_simulated, rank)
             with nullcontext() if rank is None or self._groups is None else self._groups.undivided():
                 return self._compute(way, copied(changed(args, inputs.other, inputs.nudged)), copied(kwargs), role)
 

@@ -146,3 +146,27 @@ def test_validation_leaves_what_only_the_run_knows(pack: dict[str, Any]) -> None
     assert check(GPU=0, ulysses_degree=3, ring_degree=1, cfg_degree=1, dp_degree=1) is True
     assert check(GPU=4, ulysses_degree=0, ring_degree=1, cfg_degree=2, dp_degree=1) is True
     assert "divides 4" in check(GPU=4, ulysses_degree=0, ring_degree=3, cfg_degree=1, dp_degree=1)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"GPU": 1}, "sequence_attention = raylight_int8 has no effect: one worker exchanges nothing"),
+        ({"ulysses_degree": 1, "cfg_degree": 2}, "except for batches that are too small for 2 groups of workers"),
+        ({"ulysses_degree": 2}, ""),
+        ({"ulysses_degree": 1, "ring_degree": 2}, ""),
+        ({}, ""),
+    ],
+)
+def test_an_exchange_in_8_bits_without_an_exchange_is_told(
+    pack: dict[str, Any], inputs: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = pack["RayInitializerAdvanced"]
+    for strategy in ("raylight_int8", "raylight"):
+        caplog.clear()
+        output = asyncio.run(node.execute(**({"GPU": 2, "sequence_attention": strategy} | inputs)))
+        assert output.result[0].strategy == strategy
+        text = output.ui.as_dict()["text"][0]
+        wanted = words if strategy == "raylight_int8" else ""
+        assert ("no effect" in text) == bool(wanted) and wanted in text
+        assert any(wanted in message for message in caplog.messages) or not wanted

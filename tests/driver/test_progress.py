@@ -13,7 +13,7 @@ import pytest
 from comfy_execution.utils import CurrentNodeContext
 
 from raylight.driver import progress, workers
-from raylight.host.jobs import DegreesChosen, LoadProgress, StepDone
+from raylight.host.jobs import DegreesChosen, ExchangeTold, LoadProgress, StepDone
 from raylight.host.worker_service import WorkerService
 
 LOADS = [LoadProgress("wan", done * 10**9, 4 * 10**9) for done in (0, 1, 4)]
@@ -77,6 +77,22 @@ def test_degrees_are_shown_and_logged_and_stay_beside_the_loading(
         assert (line, "7") in shown
         assert shown[-1][0].endswith(line) and shown[-1][0].startswith("wan is loaded" if loads else line)
     assert steps == [STEP, STEP] and caplog.messages.count(line) == 2
+
+
+def test_what_is_told_of_exchanges_is_shown_beside_the_degrees(
+    shown: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Telling(LoadingSession):
+        def run_all(self, verb: Any, on_event: Callable[[Any], None], **_: Any) -> dict[int, Any]:
+            for event in (*LOADS, DegreesChosen("ulysses 4"), ExchangeTold("in 8 bits")):
+                on_event(event)
+            return {0: "done"}
+
+    with CurrentNodeContext("prompt", "7"), caplog.at_level(logging.INFO, "raylight"):
+        workers.ask_all(Telling(), WorkerService.sample, on_event=lambda event: pytest.fail(f"{event}"))
+    assert ("degrees: ulysses 4; exchange: in 8 bits", "7") in shown
+    assert shown[-1][0].startswith("wan is loaded") and shown[-1][0].endswith("ulysses 4; exchange: in 8 bits")
+    assert caplog.messages == ["degrees: ulysses 4", "exchange: in 8 bits"]
 
 
 def test_the_time_of_loading_is_not_that_of_sampling(

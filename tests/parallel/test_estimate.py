@@ -48,3 +48,14 @@ def test_a_slow_link_makes_two_ranks_slower_than_one() -> None:
     assert times == sorted(times) and times[0] < alone < times[-1]
     # A ring sends beside attention.
     assert forward_s(WORK, 1, MeshShape(ring=2), hardware(10**14, 10**14, link=1e11)) < times[0]
+
+
+@pytest.mark.parametrize("shape", [MeshShape(ulysses=4), MeshShape(ring=4)])
+def test_fewer_bytes_take_less_time_where_the_link_is_slow(shape: MeshShape) -> None:
+    free, slow = hardware(*[10**12] * 4), hardware(*[10**12] * 4, link=1e6)
+    computing, full, half = (
+        forward_s(WORK, 1, shape, of, sent_bytes=size) for of, size in ((free, 2.0), (slow, 2.0), (slow, 1.0))
+    )
+    least = 0.0 if shape.ulysses > 1 else forward_s(WORK, 1, MeshShape(), hardware(10**12)) / 4
+    assert computing < half < full
+    assert (half - least) / (full - least) == pytest.approx(0.5, abs=0.1)

@@ -80,6 +80,7 @@ def test_says_what_is_missing(name: str, absent: str, message: str, monkeypatch:
 
 def test_accepts() -> None:
     external_strategies.check_strategy("raylight", "SAGE_FP16", 4, False)
+    external_strategies.check_strategy("raylight_int8", "SAGE_FP16", 4, False)
     external_strategies.check_strategy("yunchang", "TORCH", 1, False)
     external_strategies.check_strategy("yunchang", "TORCH_FLASH", 2, True)
     external_strategies.check_strategy("xfuser", "FA", 2, True)

@@ -22,6 +22,7 @@ from raylight.dev.demo.prompts import random_prompt
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe, RayModel, WorkerConfig
+from raylight.parallel.external_strategies import OURS
 from raylight.parallel.graphs import AUTO
 from raylight.parallel.mesh import MeshShape
 
@@ -56,6 +57,7 @@ def on_workers(
     by_run: bool = False,
     attention: str = WORKERS.attention,
     graphs: str = AUTO,
+    strategy: str = OURS,
 ) -> ModelPatcher:
     """The drop-in model of a file."""
     recipes = tuple(LoraRecipe.of(str(lora), strength) for lora, strength in loras)
@@ -67,6 +69,7 @@ def on_workers(
         free_memory_after=free_memory_after,
         sharding=sharding,
         graphs=graphs,
+        strategy=strategy,
     )
     return api.load(RayModel(workers, ModelRecipe.of(str(path), "default", sharding, recipes)))
 

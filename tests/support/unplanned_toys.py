@@ -221,6 +221,7 @@ def sampled(
     on: str = "cpu",
     degrees_by_run: bool = False,
     known_rows: bool = False,
+    strategy: str = OURS,
 ) -> tuple[float, list[str], list[str]]:
     """Sample a Wan checkpoint without its plan; return the error in standard deviations, what was logged, and what was
     told of degrees by the run. With `known_rows` its rows are known to be independent, as those of a U-Net.
@@ -243,7 +244,7 @@ def sampled(
             by_run = DegreesByRun(Arrangement(shape, by_run=True), meshes) if degrees_by_run else None
             model = load_parallel(recipe, meshes.of(shape, keep=True), device, by_run)
             patcher = model.patched((), None).clone()
-            model.parallel.install(patcher.model_options, ModelJob(recipe, "TORCH", OURS), told.append)
+            model.parallel.install(patcher.model_options, ModelJob(recipe, "TORCH", strategy), told.append)
             actual = sample.__wrapped__(patcher, case)
     finally:
         parallel_model.plan_for, parallel_model.has_known_rows = before

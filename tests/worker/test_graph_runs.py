@@ -23,6 +23,7 @@ from raylight.cluster.config import SessionConfig
 from raylight.driver import api
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
+from raylight.parallel.external_strategies import OURS, OURS_INT8
 from raylight.parallel.graphs import LARGEST_NUMBER, OFF, ON
 from raylight.parallel.mesh import MeshShape
 
@@ -54,8 +55,10 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
         yield
 
 
-def dropin(path: Path, mesh: MeshShape, sharding: str = REPLICATED, graphs: str = ON) -> ModelPatcher:
-    config = WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH", graphs=graphs)
+def dropin(
+    path: Path, mesh: MeshShape, sharding: str = REPLICATED, strategy: str = OURS, graphs: str = ON
+) -> ModelPatcher:
+    config = WorkerConfig(SessionConfig(mesh, "cpu"), "TORCH_FLASH", strategy=strategy, graphs=graphs)
     return api.load(RayModel(config, ModelRecipe.of(str(path), "default", sharding)))
 
 
@@ -127,11 +130,31 @@ def test_gathered_weights(sharding: str, mesh: MeshShape, depth: bool, path: Pat
     # Two forwards are measured before weights stay gathered, the next two run as they are, and the rest are replays.
     assert [after - before for before, after in pairwise(counts)] == [STEPS - 4, STEPS, STEPS]
     assert kept() > 0
-    without = dropin(path, mesh, sharding, OFF)
+    without = dropin(path, mesh, sharding, graphs=OFF)
     assert same(sample(equal_lengths(without), stays_here=depth, steps=STEPS)[0], expected)
     assert replays() == counts[-1]
     active_session.running().run_all(WorkerService.free)
     assert kept() == 0 and [rank.graphs for rank in memory()] == [0, 0]
+
+
+@both_depths
+def test_exchanges_in_8_bits(depth: bool, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Which are measured in the first forward of each run, and then no rank replays: another may not be able to."""
+
+    def made(graphs: str, steps: int = STEPS) -> torch.Tensor:
+        model = dropin(path, MeshShape(ulysses=2), strategy=OURS_INT8, graphs=graphs)
+        return sample(equal_lengths(model), stays_here=depth, steps=steps)[0]
+
+    expected, counts = made(OFF), [replays()]
+    with caplog.at_level("INFO", "raylight"):
+        for steps in (STEPS, 1, STEPS):
+            actual = made(ON, steps)
+            assert steps == 1 or torch.equal(actual, expected)
+            counts.append(replays())
+    first, second, third = (after - before for before, after in pairwise(counts))
+    assert (second, third) == (0, STEPS - 1) and first >= STEPS - 3
+    told = [message for message in caplog.messages if message.startswith("exchange: in 8 bits, which changed")]
+    assert len(told) == 3
 
 
 def test_nothing_is_left_of_a_model_that_is_unloaded(path: Path) -> None:

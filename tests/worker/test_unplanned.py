@@ -16,6 +16,7 @@ from unplanned_toys import Day, compiled_calls, graphed_days, sampled, sampled_e
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.host.recipe import REPLICATED, SHARDED
+from raylight.parallel.external_strategies import OURS_INT8
 from raylight.parallel.mesh import MeshShape
 from raylight.parallel.plan import SequencePlan
 from raylight.worker.proving import Forward, Inputs, Way
@@ -144,6 +145,7 @@ SAMPLED = {
     "degrees by the run": (REPLICATED, MeshShape(ulysses=2), "cpu", True, False),
     "known rows": (REPLICATED, MeshShape(ulysses=2), "cpu", False, True),
     "known rows, degrees by the run": (REPLICATED, MeshShape(ulysses=2), "cpu", True, True),
+    "in 8 bits": (REPLICATED, MeshShape(ulysses=2), "cpu", False, False, OURS_INT8),
 }
 
 
@@ -169,6 +171,12 @@ def test_sampling(case: str, report_parity) -> None:
         assert "WanModel has no plan: a drafted one splits its tokens over 2 workers" in said[0]
         assert told == (["ulysses 2 (no plan: a drafted one is proven)"] if case == "degrees by the run" else [])
     assert (users()[case] / "__raylight" / "drafted_plans.json").exists()
+
+
+def test_a_plan_is_proven_by_an_exact_exchange_where_the_user_has_chosen_another() -> None:
+    for error, said, _ in samples()["in 8 bits"]:
+        assert TOLERANCE < error < 5e-2
+        assert "WanModel has no plan: a drafted one splits its tokens over 2 workers" in said[0]
 
 
 @pytest.mark.parametrize("case", ["known rows", "known rows, degrees by the run"])
