@@ -12,7 +12,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,16 @@ comfy_args.cpu = not torch.cuda.is_available()  # before ComfyUI's modules choos
 
 @dataclass(frozen=True)
 class FullSize:
-    """A family of `raylight.dev.zoo` with the widths of the real model, the shape of its latent and of its texts."""
+    """A family of `raylight.dev.zoo` with the widths of the real model, the shape of its latent and of its texts, and
+    other arguments.
+    """
 
     title: str
     family: str
     widths: Mapping[str, Any]
     latent: tuple[int, ...]
     texts: Mapping[str, tuple[int, ...]]
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 WAN = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "text_dim": 4096, "freq_dim": 256}
@@ -51,7 +54,7 @@ FLUX = {
     "vec_in_dim": 768,
 }
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # in the header of a file
-LAYERS = ("num_layers", "depth", "depth_single_blocks")
+LAYERS = ("num_layers", "n_layers", "depth", "depth_single_blocks")
 SIZES = {
     "wan-480p": FullSize(
         "Wan 2.1 14B, 832x480, 33 frames", "Wan T2V", WAN, (1, 16, 9, 60, 104), {"c_crossattn": (1, 512, 4096)}
@@ -65,6 +68,65 @@ SIZES = {
         FLUX,
         (1, 16, 128, 128),
         {"c_crossattn": (1, 512, 4096), "y": (1, 768), "guidance": (1,)},
+    ),
+    "wan-1.3b": FullSize(
+        "Wan 2.1 1.3B, 832x480, 81 frames",
+        "Wan T2V",
+        WAN | {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
+        (1, 16, 21, 60, 104),
+        {"c_crossattn": (1, 512, 4096)},
+    ),
+    "wan-5b": FullSize(
+        "Wan 2.2 5B, 1280x704, 121 frames",
+        "Wan 2.2 5B",
+        WAN | {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30},
+        (1, 48, 31, 44, 80),
+        {"c_crossattn": (1, 512, 4096)},
+    ),
+    "qwen-1024": FullSize(
+        "Qwen Image, 1024x1024",
+        "Qwen Image",
+        {
+            "num_layers": 60,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 3584,
+            "axes_dims_rope": (16, 56, 56),
+        },
+        (1, 16, 1, 128, 128),
+        {"c_crossattn": (1, 256, 3584)},
+    ),
+    "z-image-1024": FullSize(
+        "Z-Image, 1024x1024",
+        "Z-Image",
+        {
+            "dim": 3840,
+            "n_layers": 30,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "cap_feat_dim": 2560,
+            "ffn_dim_multiplier": 8.0 / 3.0,
+        },
+        (1, 16, 128, 128),
+        {"c_crossattn": (1, 256, 2560)},
+        {"num_tokens": 256},
+    ),
+    "ltx-13b": FullSize(
+        "LTX-Video 13B, 1216x704, 121 frames",
+        "LTX-Video",
+        {
+            "num_layers": 48,
+            "attention_head_dim": 128,
+            "num_attention_heads": 32,
+            "in_channels": 128,
+            "cross_attention_dim": 4096,
+            "caption_channels": 4096,
+        },
+        (1, 128, 16, 22, 38),
+        {"c_crossattn": (1, 256, 4096)},
+        {"frame_rate": 25, "attention_mask": None},
     ),
     "tiny-wan": FullSize(
         "a tiny Wan, to try a benchmark on a CPU",
@@ -134,14 +196,14 @@ class RandomWeights(Mapping):
         return len(self.like)
 
 
-def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+def inputs(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Return the arguments of `BaseModel.apply_model`."""
     size, generator = SIZES[name], torch.Generator(device).manual_seed(0)
     made = {
         key: torch.randn(shape, generator=generator, device=device, dtype=dtype)
         for key, shape in {"x": size.latent, **size.texts}.items()
     }
-    return made | {"t": torch.tensor([0.7], device=device)}
+    return made | {"t": torch.tensor([0.7], device=device)} | dict(size.more)
 
 
 def write_checkpoint(name: str, path: Path, device: torch.device, layers: int | None = None) -> int:

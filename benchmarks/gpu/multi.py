@@ -180,6 +180,8 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tu
     if setting.cfg:
         given = {
             name: torch.cat([value, value.flip(-1) if name == "c_crossattn" else value])
+            if isinstance(value, Tensor)
+            else value
             for name, value in given.items()
         }
     axis = BatchAxis(mesh.get_group("batch"))
