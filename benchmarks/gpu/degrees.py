@@ -6,7 +6,9 @@
 Runs with CFG, without it, with two images, and with prompts of different lengths, which ComfyUI cannot put into one
 batch. For each number of workers the ways share one session, whose workers take other degrees without a restart; a step
 is the difference between a run of several steps and a run of one, after a run in which graphs are captured and weights
-begin to stay gathered. `relative L2` is to stock's latent.
+begin to stay gathered. `relative L2` is to stock's latent. With --advice, what Raylight Advice expects of these workers
+and the file is printed beside what was measured. With --compile the model is compiled, by stock and by the workers, as
+ComfyUI's TorchCompileModel does.
 """
 
 from __future__ import annotations
@@ -76,6 +78,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--shardings", nargs="+", default=[REPLICATED], choices=(REPLICATED, SHARDED, OFFLOADED))
     parser.add_argument("--graphs", nargs="+", default=[AUTO], choices=NAMES)
     parser.add_argument("--folder", type=Path, help="for the file of weights; a temporary one where it is not given")
+    parser.add_argument("--advice", action="store_true")
+    parser.add_argument("--compile", metavar="BACKEND", help="inductor or another backend of torch.compile")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -111,6 +115,17 @@ def sample(model: Any, name: str, kind: Kind, seed: int, steps: int) -> Tensor:
     )
 
 
+def compiled(model: Any, backend: str | None) -> Any:
+    """Return the model that TorchCompileModel gives, or the same one without a backend."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    if backend is None:
+        return model
+    model = model.clone()
+    set_torch_compile_wrapper(model, backend=backend)
+    return model
+
+
 def timed(model: Any, name: str, kind: Kind, seed: int, steps: int) -> tuple[float, Tensor]:
     began = time.perf_counter()
     result = sample(model, name, kind, seed, steps).float().cpu()
@@ -128,6 +143,15 @@ def measure(model: Any, name: str, kind: Kind, options: argparse.Namespace) -> t
         often, latent = timed(model, name, kind, turn, options.steps)
         taken.append((often - once) / (options.steps - 1))
     return statistics.median(taken), latent
+
+
+def advice_for(model: Any, stock: Any, name: str) -> str:
+    """Return what Raylight Advice says of a model at this size."""
+    from raylight.driver.advice import advise
+
+    latent, scale = SIZES[name].latent, stock.model.latent_format.spacial_downscale_ratio
+    frames = 1 if len(latent) == 4 else 4 * (latent[2] - 1) + 1
+    return advise(model, latent[-1] * scale, latent[-2] * scale, frames)
 
 
 def meshes(ranks: int) -> dict[str, Any]:
@@ -160,11 +184,12 @@ def main() -> None:
     name = options.size
     figures: dict[str, Any] = {"versions": versions(), "attention": options.attention, "layers": options.layers}
     print(figures["versions"])
-    print(f"{SIZES[name].title}, {options.layers or 'all'} layers, {options.attention}")
+    by = f", compiled by {options.compile}" if options.compile else ""
+    print(f"{SIZES[name].title}, {options.layers or 'all'} layers, {options.attention}{by}")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "model.safetensors"
         write_checkpoint(name, path, torch.device(options.device), options.layers or None)
-        stock = comfy.sd.load_diffusion_model(str(path))
+        stock = compiled(comfy.sd.load_diffusion_model(str(path)), options.compile)
         expected = {key: measure(stock, name, KINDS[key], options) for key in options.kinds}
         comfy.model_management.unload_all_models()
         if torch.cuda.is_available():
@@ -177,7 +202,8 @@ def main() -> None:
             for (way, mesh), sharding, graphs in product(found.items(), options.shardings, options.graphs):
                 config = SessionConfig(mesh or MeshShape(ulysses=ranks), options.device, by_run=mesh is None)
                 worker = WorkerConfig(config, options.attention, graphs=graphs)
-                model = api.load(RayModel(worker, ModelRecipe.of(str(path), "default", sharding)))
+                loaded = RayModel(worker, ModelRecipe.of(str(path), "default", sharding))
+                model = compiled(api.load(loaded), options.compile)
                 way = ", ".join([way, *[sharding] * (sharding != REPLICATED), *[f"graphs {graphs}"] * (graphs != AUTO)])
                 for key in options.kinds:
                     chosen.text = ""
@@ -195,6 +221,8 @@ def main() -> None:
                         "relative_l2": error,
                         "chosen": chosen.text,
                     }
+                if options.advice:
+                    print(advice_for(loaded, stock, name))
             active_session.close(keep_ray=True)
     active_session.close()
     if options.json:

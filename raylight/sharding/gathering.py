@@ -121,8 +121,11 @@ class Gathering:
         """Let the forward within be one that hooks may not see, as it may be the replay of a CUDA graph. Give whether
         it may. What is kept is gathered before it, and who watches is told of it here. Collective.
         """
-        if self._in_forward or self._depth:
+        if self._in_forward:  # as in `_enter_model`
             self.reset()
+        if self._depth:  # within a method that holds weights
+            yield False
+            return
         may_replay = self._begin_watched(args, kwargs)
         if may_replay:
             self._gather_kept()
