@@ -11,6 +11,8 @@ For as long as a `with` block (`replaced`, `replaced_on`), after which the origi
   smallest of all ranks (`RowRule.by_memory`).
 - Functions of ComfyUI's models, their classes and Python modules that node packs have replaced in ComfyUI's process:
   replaced in the workers too, for one run (`patcher_state.changed`).
+- Import statements of ComfyUI's modules, while a worker imports what its service needs (`late_imports`): models, text
+  encoders and libraries are imported when they are first used.
 - `memory_required` of a model whose weights are on the workers, and `comfy.model_management.load_models_gpu` and
   `free_memory`, while ComfyUI makes room for it: it needs none (`driver.remote_model`).
 
@@ -26,6 +28,7 @@ Not here, as it is not ComfyUI's: methods of model instances that Raylight has b
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib
 import sys
@@ -38,12 +41,39 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .late_imports import LateImports
+
 NAME = "optimized_attention"
 FOR_DEVICE = "optimized_attention_for_device"
 _MARK = "raylight_routed"
 _MISSING = object()
 
+# What ComfyUI imports for models, text encoders and samplers of which a worker uses few, or none.
+_LATE_LIBRARIES = ("av", "scipy", "torchaudio", "torchsde", "torchvision", "transformers")
+_LATE = (
+    "comfy.audio_encoders",
+    "comfy.background_removal",
+    "comfy.cldm",
+    "comfy.image_encoders",
+    "comfy.ldm",
+    "comfy.sd1_clip",
+    "comfy.sdxl_clip",
+    "comfy.t2i_adapter",
+    "comfy.taesd",
+    "comfy.text_encoders",
+)
+# What all of them share: attention functions, which Raylight looks at, and base classes.
+_NOT_LATE = ("comfy.ldm.modules", "comfy.ldm.common_dit", "comfy.ldm.util")
+
 _current: list[dict[str, Any]] = []
+
+
+@contextmanager
+def late_imports() -> Iterator[LateImports]:
+    """Within it ComfyUI's modules import models, text encoders and some libraries when they first use them."""
+    late = LateImports(("comfy", "comfy_api"), _LATE_LIBRARIES, _LATE, _NOT_LATE)
+    with replaced(builtins, "__import__", late.instead_of):
+        yield late
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from raylight.cluster.timeline import WORKER
+from raylight.host import comfy_patches
 from raylight.host import settings as host_settings
 
 if TYPE_CHECKING:
@@ -13,14 +14,18 @@ if TYPE_CHECKING:
 
     from .service import ModelService
 
+# The service imports more of ComfyUI; `comfy.samplers` is what a run is serialized with.
+IMPORTS = ("comfy.model_management", "comfy.model_base", "comfy.sd", "comfy.samplers", "raylight.worker.service")
+
 
 def prepare(device_type: str, settings: host_settings.HostSettings) -> None:
     """Set up ComfyUI in this worker, and import what the service needs of it."""
     host_settings.apply(settings, device_type)
     # Only now: ComfyUI picks devices and dtypes when it is imported.
-    for module in ("comfy.model_management", "comfy.model_base", "comfy.sd", "raylight.worker.service"):
-        importlib.import_module(module)
-        WORKER.mark(module)
+    with comfy_patches.late_imports():
+        for module in IMPORTS:
+            importlib.import_module(module)
+            WORKER.mark(module)
 
 
 def open_service(context: RankContext, settings: host_settings.HostSettings) -> ModelService:
