@@ -1,15 +1,16 @@
 """A process that imports what every worker imports, and forks workers, which then start without imports.
 
-Imports are most of a worker's start: PyTorch, its compiler and ComfyUI's other libraries are some thousands of files.
-They are imported once, while Ray starts. Workers share that memory too, until they write to it.
+Imports are most of a worker's start: PyTorch, its compiler and other libraries are some thousands of files. They are
+imported once, while Ray starts. Workers share that memory too, until they write to it.
 
 Ray starts a worker by the command `command` (`py_executable` of a runtime environment), which runs `fork_client.py`.
 That asks this process for a fork, which takes on the command line, environment, folder and files of the client. If this
 process is gone, the client becomes the worker itself, as without it.
 
-This process imports nothing of Raylight or Ray, and no module that starts CUDA or threads: neither would work in a
-fork. It ends when its standard input is closed, or by itself if a module has done that; then it writes which. Modules
-that may do it are tried in a fork first, and left to workers if they do.
+This process imports no module that starts CUDA or threads: neither would work in a fork. Nor Ray, which ends a fork of
+a process that has imported it. It ends when its standard input is closed, or by itself if a module has done that; then
+it writes which. Modules that may do it are tried in a fork first, beside the other imports, and left to workers if they
+do.
 
 Libraries that ask whether there is a GPU are told by who started this process: to find out would start CUDA where NVML
 is missing.
@@ -46,6 +47,8 @@ _CUDA, _CUDA_NOT_INITIALIZED = "libcuda.so.1", 3
 _NVML, _MOST_SHUTDOWNS = "libnvidia-ml.so.1", 1000
 _REPORT_BYTES = 1 << 16
 _END_S, _TRIAL_S = 5.0, 20.0
+_PR_SET_PDEATHSIG = 1
+_BEFORE_TRIALS = 2  # PyTorch and its compiler: each trial would import them itself
 # Libraries of linear algebra start threads when they are loaded.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Without it the question whether there is a GPU would start CUDA.
@@ -224,11 +227,16 @@ def _become(request: dict[str, Any]) -> None:
 def _import_all(modules: Sequence[str], tried: Sequence[str], has_gpu: bool, report: int) -> bool:
     """Import what is there of some modules; a worker imports the others itself. Return whether none of them has done
     what a fork cannot have. `report` is the file that the report goes to.
+
+    The first of `modules` are there when those of `tried` are tried.
     """
     gc.disable()  # it takes two fifths of the time of imports
-    for module in [*modules, *tried]:
+    trials: dict[str, _Trial] = {}
+    for index, module in enumerate([*modules, *tried]):
+        if index == min(_BEFORE_TRIALS, len(modules)):
+            trials = {one: _Trial(one, has_gpu) for one in tried}
         began = time.monotonic()
-        if module in tried and (why := _tried(module, has_gpu)):
+        if module in trials and (why := trials[module].found()):
             _write(report, **{"left out": module, "why": why})
             continue
         with _told_of_gpu(has_gpu):
@@ -247,24 +255,35 @@ def _import(module: str) -> None:
         importlib.import_module(module)
 
 
-def _tried(module: str, has_gpu: bool) -> str:
-    """Import a module in a fork, which ends then. Return what this would keep a fork from, "" if nothing."""
-    reads, writes = os.pipe()
-    if (pid := os.fork()) == 0:
-        with _told_of_gpu(has_gpu):
-            _import(module)
-        os.write(writes, _obstacle().encode())
-        os._exit(0)
-    os.close(writes)
-    with open(reads, "rb") as answer:
-        in_time = bool(select.select([answer], [], [], _TRIAL_S)[0])
+class _Trial:
+    """The import of a module in a fork, which ends then."""
+
+    def __init__(self, module: str, has_gpu: bool) -> None:
+        """Begin it, beside this process."""
+        self._began = time.monotonic()
+        reads, writes = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with this process
+            with _told_of_gpu(has_gpu):
+                _import(module)
+            os.write(writes, _obstacle().encode())
+            os._exit(0)
+        os.close(writes)
+        self._answer = open(reads, "rb")  # closed by `found`
+
+    def found(self) -> str:
+        """Wait for it. Return what this import would keep a fork from, "" if nothing."""
+        with self._answer as answer:
+            left_s = max(0.0, self._began + _TRIAL_S - time.monotonic())
+            in_time = bool(select.select([answer], [], [], left_s)[0])
+            if not in_time:
+                os.kill(self._pid, signal.SIGKILL)
+            why = answer.read().decode()
+        _, status = os.waitpid(self._pid, 0)
         if not in_time:
-            os.kill(pid, signal.SIGKILL)
-        why = answer.read().decode()
-    _, status = os.waitpid(pid, 0)
-    if not in_time:
-        return f"has not ended within {_TRIAL_S:g} s"
-    return why or (f"has ended a process (status {status})" if status else "")
+            return f"has not ended within {_TRIAL_S:g} s"
+        return why or (f"has ended a process (status {status})" if status else "")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,13 @@ _SHUTDOWN_S = 20.0
 _KILL_S = 5.0
 _REQUIRED = ("gcs_server", "raylet")
 _WORKER_PREFIX = "ray::"
+# What takes half of the time of Ray's import, which itself would end forks.
+_RAYS_LIBRARIES = tuple(
+    """
+    requests jsonschema google.protobuf.descriptor_pb2 google.protobuf.json_format google.protobuf.timestamp_pb2
+    filelock packaging.version attr logging.handlers pdb
+    """.split()
+)
 
 
 ForkedImports = tuple[Sequence[str], Sequence[str]]
@@ -202,8 +209,13 @@ class RayRuntime:
             return
         assert self._folder is not None
         try:
+            imported, tried = modules
             self._fork_server = ForkServer(
-                os.path.join(self._folder.owned[0], "forks"), *modules, environment, config.device_type == "cuda"
+                os.path.join(self._folder.owned[0], "forks"),
+                (*imported, *_RAYS_LIBRARIES),
+                tried,
+                environment,
+                config.device_type == "cuda",
             )
         except OSError as error:
             logger.info("workers start without a process to fork them from: %s", error)

@@ -14,14 +14,17 @@ from typing import Any
 
 from . import other_machine
 
-# Libraries that the import of ComfyUI and of Raylight's workers takes most of its time for. None of them starts CUDA or
-# a thread. One that is not there is left out.
+# What the import of ComfyUI and of Raylight's workers takes most of its time for: libraries, but not those that ComfyUI
+# imports late (`comfy_patches.late_imports`), and Raylight's modules that need PyTorch alone. The first step of most
+# models needs PyTorch's compiler: ComfyUI's kernels are operators that it must not look into. None starts CUDA or a
+# thread. One that is not there is left out.
 LIBRARIES = tuple(
     """
-    torch torch.distributed.fsdp torch.distributed.tensor torch.distributed.device_mesh torch._dynamo numpy
-    torchvision torchaudio torchsde transformers.models.clip.tokenization_clip transformers.models.t5.tokenization_t5
-    transformers.models.qwen2.tokenization_qwen2 tokenizers huggingface_hub safetensors.torch
-    scipy.integrate scipy.interpolate scipy.optimize scipy.stats einops PIL.Image psutil tqdm yaml av
+    torch torch._dynamo torch.distributed.tensor numpy safetensors.torch einops PIL.Image psutil tqdm yaml
+    raylight.parallel.degrees raylight.parallel.graphs raylight.parallel.hooks raylight.parallel.process_group
+    raylight.parallel.rows.engine raylight.parallel.speed_trial raylight.plans.draft.proof raylight.sharding.fsdp
+    raylight.sharding.gathering raylight.sharding.shard_reader raylight.sharding.staged_read
+    raylight.sharding.subclass_weights
     """.split()
 )
 # One that looks for GPUs when it is imported.
