@@ -21,6 +21,8 @@ For the life of the process:
 - `optimized_attention`, and `optimized_attention_for_device`, which chooses such a function, in the Python modules of
   models that call it without their `transformer_options` (`route_unhooked_calls`): ComfyUI's
   `optimized_attention_override` is one of these options.
+- In a worker, the packages that models and text encoders lie in: a module that nothing has imported yet is imported
+  when it is asked for (`late_imports`).
 
 Not here, as it is not ComfyUI's: methods of model instances that Raylight has built for itself (`driver.weightless`,
 `worker.batch_parallel`); and the command line and folders that `settings` gives to ComfyUI in a worker.

@@ -5,7 +5,8 @@ ComfyUI's modules import all models, text encoders and libraries at once. A work
 A statement `import a.b` gives a stand-in for the module, `from a import b` one for the name. Each imports the module as
 soon as anything is asked of it: an attribute, a call, a base class, an `isinstance`, an operator. So a stand-in behaves
 as what it stands for; a name is replaced by it in the module that had imported it, too. Only `is` tells them apart, so
-names in capitals, which may be any value, are not late.
+names in capitals, which may be any value, are not late. The packages that late modules lie in import other modules when
+they are asked for.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ class LateImports:
         library = module.partition(".")[0]
         if _is_in(module, self._libraries):
             return library not in sys.modules and importlib.util.find_spec(library) is not None
-        return _is_in(module, self._own) and not _is_in(module, self._now) and _can_be_found(module)
+        if not _is_in(module, self._own) or _is_in(module, self._now) or not _can_be_found(module):
+            return False
+        if package := module.rpartition(".")[0]:
+            _let_import_what_is_asked_for(sys.modules[package])
+        return True
 
     def _module(self, name: str) -> Any:
         """Return what the statement `import a.b.c` gives, which is `a`."""
@@ -175,6 +180,18 @@ for _name in _REFLECTED:
     _delegate(f"r{_name}", getattr(operator, f"__{_name}__"), reflected=True)
 for _name in _FUNCTIONS:
     _delegate(_name, getattr(builtins, _name))
+
+
+def _let_import_what_is_asked_for(package: ModuleType) -> None:
+    """Have a package import its modules when they are asked for: others would have, without late imports."""
+
+    def find(name: str) -> ModuleType:
+        module = f"{package.__name__}.{name}"
+        if name.startswith("__") or not _can_be_found(module):
+            raise AttributeError(f"module {package.__name__!r} has no attribute {name!r}")
+        return importlib.import_module(module)
+
+    vars(package).setdefault("__getattr__", find)
 
 
 def _is_in(module: str, packages: Sequence[str]) -> bool:

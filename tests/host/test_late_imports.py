@@ -37,6 +37,7 @@ def use(value: "Thing | None" = None):
 """,
     "a_host/models/big.py": "SIZE = 3",
     "a_host/models/small.py": "class Model:\n    layers = 5",
+    "a_host/models/unnamed.py": "SIZE = 8",
     "a_host/models/limits.py": "LIMIT = 2",
     "a_host/eager/base.py": "BASE = 'a constant'",
     "a_library/__init__.py": """
@@ -117,6 +118,13 @@ def test_what_is_set_on_a_module_is_set_on_the_module_itself(late: LateImports) 
     found = user()
     found.a_library.VALUE = 11
     assert sys.modules["a_library"].VALUE == 11 and found.use()[3] == 11
+
+
+def test_a_package_imports_the_modules_that_it_is_asked_for(late: LateImports) -> None:
+    """Node packs may rely on what ComfyUI's own modules would have imported."""
+    models = user().a_host.models
+    assert "a_host.models.unnamed" not in sys.modules and models.unnamed.SIZE == 8
+    assert not hasattr(models, "no_such_module") and not hasattr(models, "__all__")
 
 
 def test_others_import_at_once_and_what_is_there_is_not_late(late: LateImports) -> None:
