@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from raylight.host import settings
 
 SCRIPT = """
@@ -38,6 +40,7 @@ print("done")
 """
 
 
+@pytest.mark.smoke
 def test_a_worker_imports_models_and_their_libraries_late() -> None:
     """What ComfyUI imports by name from them can be a stand-in: it is called or asked for attributes."""
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(settings.python_path())}
