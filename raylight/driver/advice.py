@@ -175,9 +175,9 @@ def _hardware(cards: _Cards) -> Hardware | None:
     if cards.running is None:
         return None
     trial, links = speed_check.known(cards.running.places), cards.running.links
-    if trial is None or not trial.is_complete or links is None or not links.bytes_per_s:
+    if trial is None or not trial.is_complete or 0 in trial.memory or links is None or not links.bytes_per_s:
         return None
-    return Hardware(trial.products, trial.attention, min(links.bytes_per_s.values()), links.latency_s)
+    return Hardware(trial.products, trial.attention, min(links.bytes_per_s.values()), links.latency_s, trial.memory)
 
 
 def _measured(recipe: ModelRecipe) -> list[str]:

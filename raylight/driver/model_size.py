@@ -95,6 +95,7 @@ def _attentions(model: nn.Module, plan: SequencePlan) -> Iterator[tuple[SelfAtte
 
 def _patch(model: nn.Module, dimensions: int) -> tuple[int, ...]:
     """Return the size of a token in each dimension of the latent."""
-    given: Any = getattr(model, "patch_size", _PATCH)
+    patchifier = getattr(model, "patchifier", None)  # of LTX-Video, which has no `patch_size`
+    given: Any = getattr(model, "patch_size", getattr(patchifier, "_patch_size", _PATCH))
     sizes = tuple(given) if isinstance(given, (tuple, list)) else (int(given),) * min(dimensions, 2)
     return (1,) * (dimensions - len(sizes)) + sizes[-dimensions:]

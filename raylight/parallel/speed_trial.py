@@ -22,17 +22,19 @@ _WHOLE = 1000  # the fastest rank's speed, of which those of others are parts
 # On a GPU large enough to fill it, and in half precision, which all have.
 _CUDA_SIZE, _CUDA_TOKENS, _CPU_SIZE, _CPU_TOKENS = 4096, 4096, 512, 512
 _HEADS, _HEAD_SIZE = 8, 128
+_CUDA_BYTES, _CPU_BYTES = 256 << 20, 8 << 20  # more than caches hold
 _WARM_UP_S, _TIMED_S, _REPEATS = 0.03, 0.01, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What each rank has done, in operations per second: of products of matrices, and of attention. 0 for a rank that
-    could not do it.
+    """What each rank has done, in operations per second: of products of matrices, and of attention; and the bytes per
+    second that it has read and written. 0 for a rank that could not do it.
     """
 
     products: tuple[int, ...]
     attention: tuple[int, ...]
+    memory: tuple[int, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -52,15 +54,16 @@ def measure(device: torch.device) -> Trial:
     on_gpu = device.type == "cuda"
     size, tokens = (_CUDA_SIZE, _CUDA_TOKENS) if on_gpu else (_CPU_SIZE, _CPU_TOKENS)
     dtype = torch.float16 if on_gpu else torch.float32
-    products = attention = 0
+    products = attention = memory = 0
     try:
         with torch.inference_mode():
             products, attention = _products(size, device, dtype), _attention(tokens, device, dtype)
+            memory = _memory(_CUDA_BYTES if on_gpu else _CPU_BYTES, device)
     except RuntimeError as error:  # out of memory, or no kernel: work goes on, with equal shares
         logger.warning("the speed of this worker could not be tried: %s", error)
     if on_gpu:
         torch.cuda.empty_cache()
-    return Trial(tuple(of_all_ranks(products)), tuple(of_all_ranks(attention)))
+    return Trial(tuple(of_all_ranks(products)), tuple(of_all_ranks(attention)), tuple(of_all_ranks(memory)))
 
 
 def _products(size: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -74,6 +77,13 @@ def _attention(tokens: int, device: torch.device, dtype: torch.dtype) -> int:
     q = torch.randn(1, _HEADS, tokens, _HEAD_SIZE, device=device, dtype=dtype)
     seconds = _seconds(lambda: functional.scaled_dot_product_attention(q, q, q), device)
     return int(4 * _HEADS * tokens**2 * _HEAD_SIZE / seconds)
+
+
+def _memory(nbytes: int, device: torch.device) -> int:
+    """Return the bytes per second that are read and written by an operator on so many bytes."""
+    source = torch.zeros(nbytes // 2, device=device, dtype=torch.float16)
+    result = torch.empty_like(source)
+    return int(2 * nbytes / _seconds(lambda: torch.neg(source, out=result), device))
 
 
 def _seconds(call: Callable[[], torch.Tensor], device: torch.device) -> float:

@@ -12,6 +12,7 @@ from comfy_cases import CASES, checkpoint, sample_on_workers
 
 from raylight.cluster.actor import Place
 from raylight.cluster.config import ANY, SessionConfig
+from raylight.dev.zoo import families
 from raylight.driver import advice
 from raylight.driver.advice import advise
 from raylight.driver.model_size import measure
@@ -95,6 +96,11 @@ def test_chooses_the_first_way_that_fits(
 def measured(path: Path, width: int = 832, height: int = 480, frames: int = 33) -> advice.ModelSize:
     recipe = ModelRecipe.of(str(path), "default")
     return measure(advice.weightless.build(recipe, advice.forward_on_workers), width, height, frames)
+
+
+def test_tokens_of_a_model_without_patches() -> None:
+    found = measure(families()["LTX-Video"].build(), 1216, 704, 121)
+    assert found.work is not None and found.work.tokens == 16 * 22 * 38
 
 
 def test_tokens_follow_the_size(wan: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylight.parallel.estimate import Hardware, Work, forward_s
+from raylight.parallel.estimate import REST_BYTES, Hardware, Work, forward_s
 from raylight.parallel.mesh import MeshShape
 from raylight.parallel.shares import Speeds
 
@@ -19,6 +19,21 @@ def hardware(*speeds: int, link: float = FAST_LINK) -> Hardware:
 def test_one_rank_does_all() -> None:
     products, attention = 2 * 10**9 * 12000, 4 * 12000**2 * 1200 * 10
     assert forward_s(WORK, 1, MeshShape(), hardware(10**12)) == pytest.approx((products + attention) / 10**12)
+
+
+def test_the_rest_takes_the_time_of_its_bytes() -> None:
+    def of(*memory: int) -> Hardware:
+        ranks = (10**12,) * len(memory)
+        return Hardware(ranks, ranks, FAST_LINK, NO_LATENCY, memory)
+
+    without = forward_s(WORK, 1, MeshShape(), hardware(10**12))
+    rest = 12000 * 1200 * 10 * REST_BYTES / 10**9
+    assert forward_s(WORK, 1, MeshShape(), of(10**9)) == pytest.approx(without + rest)
+    assert forward_s(WORK, 1, MeshShape(ulysses=2), of(10**9, 10**9)) == pytest.approx((without + rest) / 2)
+    # The others wait for the rank whose memory is slow.
+    unlike = of(10**12, 10**9)
+    assert forward_s(WORK, 1, MeshShape(ulysses=2), unlike) == pytest.approx((without + rest) / 2)
+    assert forward_s(WORK, 1, MeshShape(), unlike.alone(1)) == pytest.approx(without + rest)
 
 
 @pytest.mark.parametrize("shape", [MeshShape(ulysses=4), MeshShape(ring=4), MeshShape(ring=2, ulysses=2)])

@@ -14,7 +14,8 @@ def test_all_ranks_have_the_same_figures_of_all() -> None:
     first, second = values(run_ranks(2, speed_on_the_cpu))
     assert first == second
     assert len(first.products) == len(first.attention) == 2
-    assert all(10**8 < one < 10**14 for one in (*first.products, *first.attention))
+    assert all(10**8 < one < 10**14 for one in (*first.products, *first.attention, *first.memory))
+    assert len(first.memory) == 2
 
 
 @pytest.mark.parametrize(
