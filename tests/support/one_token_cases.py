@@ -31,5 +31,10 @@ def calls_of(family: Family) -> Calls:
     return calls
 
 
+def every_call(family: Family) -> Calls:
+    """Return the calls of this family, and those with a stream of one token."""
+    return {**family.calls, **calls_of(family)}
+
+
 def _with_latent(call: Callable[[Draw], dict[str, Any]], shape: tuple[int, ...]) -> Callable[[Draw], dict[str, Any]]:
     return lambda draw: call(draw) | {"x": draw(*shape)}
