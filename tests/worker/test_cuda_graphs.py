@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections import ChainMap
 
 import pytest
-from graph_cases import FORWARDS, Outcome, every_call
+from graph_cases import FORWARDS, Outcome, every_call, on_one_rank
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.dev.zoo import families
@@ -23,7 +24,11 @@ SHARDED = ("Flux Dev", "Wan T2V", "Qwen Image")
 
 @functools.cache
 def measured(world: int) -> list[dict[tuple[str, str], Outcome]]:
-    return values(run_ranks(world, every_call, tuple(families()), MeshShape(ulysses=world), timeout_s=900))
+    """Measure all families on ranks that compute together, or one rank, in two processes that halve the families."""
+    names = tuple(families())
+    if world == 1:
+        return [dict(ChainMap(*values(run_ranks(2, on_one_rank, names, timeout_s=900))))]
+    return values(run_ranks(world, every_call, names, MeshShape(ulysses=world), timeout_s=900))
 
 
 def test_sharded_weights_are_gathered_in_a_graph() -> None:
