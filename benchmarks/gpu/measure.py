@@ -1,4 +1,4 @@
-"""Times and errors of calls on a device."""
+"""Times, errors and communication of calls on a device."""
 
 from __future__ import annotations
 
@@ -47,3 +47,32 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     """Return the relative L2 error, infinity if it is not a number."""
     error = ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
     return error if error == error else float("inf")
+
+
+def communication(forward: Any, device: torch.device) -> tuple[float, float]:
+    """Return the shares of a step in which NCCL's kernels run, and in which no other kernel does."""
+    if device.type != "cuda":
+        forward()
+        return 0.0, 0.0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        forward()
+        synchronize(device)
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = {True: [], False: []}
+    for event in events:
+        spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
+    everything = spans[True] + spans[False]
+    if not everything:
+        return 0.0, 0.0
+    total = max(end for _, end in everything) - min(start for start, _ in everything)
+    computing = covered(spans[False])
+    return covered(spans[True]) / total, (covered(everything) - computing) / total
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Return the length of the union of spans."""
+    length, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
