@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
 
 from raylight.cluster.timeline import WORKER
@@ -21,6 +22,8 @@ IMPORTS = ("comfy.model_management", "comfy.model_base", "comfy.sd", "comfy.samp
 def prepare(device_type: str, settings: host_settings.HostSettings) -> None:
     """Set up ComfyUI in this worker, and import what the service needs of it."""
     host_settings.apply(settings, device_type)
+    # A compiled model calls functions whose results Raylight keeps. The compiler looks into them, which is right too.
+    warnings.filterwarnings("ignore", message=r"Dynamo detected a call to a `functools\.lru_cache`")
     # Only now: ComfyUI picks devices and dtypes when it is imported.
     with comfy_patches.late_imports():
         for module in IMPORTS:

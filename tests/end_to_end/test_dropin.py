@@ -142,13 +142,16 @@ def test_a_lora_by_comfyuis_loader_reaches_the_workers(sharding: str, stock: Mod
 
 
 @pytest.mark.parametrize("sharding", [REPLICATED, pytest.param(SHARDED, marks=pytest.mark.slow)])
-def test_compiled_for_prompts_of_any_length(sharding: str, stock: ModelPatcher, path: Path) -> None:
+def test_compiled_for_prompts_of_any_length(
+    sharding: str, stock: ModelPatcher, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """After the second length, torch.compile takes lengths for unknown numbers."""
     compiled = api.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default", sharding))).clone()
     set_torch_compile_wrapper(compiled, backend="eager")
     for set_up in (SETUPS["plain"], equal_lengths):
         expected, actual = (sample(set_up(model))[0] for model in (stock, compiled))
         assert _error(actual, expected) <= TOLERANCE
+    assert "lru_cache" not in caplog.text
 
 
 def test_rejects_merging_and_saving_what_is_not_here(dropin: ModelPatcher) -> None:
