@@ -11,26 +11,23 @@ order; so it does not matter to the others whether a rank replays.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import graph_inputs, heartbeat
-from .graph_capture import Backend, Captured, Cost
-from .graph_constants import Constants, recorded, supplied
+from .graph_constants import recorded, supplied
 from .graph_inputs import NotStaticError, WatchedOptions
+from .graph_pool import Graph, GraphPool, Kind, Recording
 
 logger = logging.getLogger(__name__)
 
 AUTO, ON, OFF = "auto", "on", "off"
 NAMES = (AUTO, ON, OFF)
 
-LARGEST_NUMBER = 8  # of graphs on one device
 _KINDS = 64  # of forwards whose fate is remembered
 _RECORDINGS = 3  # of one kind, whose options differ each time
 _CROWDED_OUT = 2  # how often a graph may have to go for others
@@ -38,103 +35,6 @@ _LEAST_LAUNCH_SHARE = 0.25  # of a recorded forward, whose launch takes two to t
 _LARGEST_CONSTANTS = 2**30  # bytes
 
 Forward = Callable[[tuple[Any, ...], dict[str, Any], dict[str, Any]], Any]
-
-
-@dataclass(slots=True)
-class _Recording:
-    reads: frozenset[str]
-    options: Hashable
-    constants: Constants
-    cost: Cost
-
-
-@dataclass(slots=True, eq=False)
-class _Graph:
-    recording: _Recording
-    inputs: list[Tensor]
-    captured: Captured
-    outside: list[Tensor]
-    signs: heartbeat.Signs
-
-
-@dataclass(slots=True, eq=False)
-class _Kind:
-    """Forwards with inputs of one outline."""
-
-    refused: bool = False
-    crowded_out: int = 0
-    forwards: int = 0
-    recordings: int = 0
-    recording: _Recording | None = None
-    graphs: list[_Graph] = field(default_factory=list)
-
-
-class GraphPool:
-    """The graphs of one device, of all its models, the least recently used first."""
-
-    def __init__(self, backend: Backend, largest_number: int = LARGEST_NUMBER) -> None:
-        self.backend = backend
-        self.replays = 0
-        self._largest_number = largest_number
-        self._graphs: OrderedDict[int, tuple[_Graph, _Kind]] = OrderedDict()
-        _pools.add(self)
-
-    def __len__(self) -> int:
-        return len(self._graphs)
-
-    def use(self, graph: _Graph) -> None:
-        """Take note that a graph is replayed."""
-        self.replays += 1
-        self._graphs.move_to_end(id(graph))
-
-    def add(self, graph: _Graph, kind: _Kind) -> None:
-        """Hold a new graph."""
-        kind.graphs.append(graph)
-        self._graphs[id(graph)] = graph, kind
-
-    def make_room(self) -> None:
-        """Drop the least recently used graph if there are as many as may be."""
-        while len(self._graphs) >= self._largest_number:
-            self._drop([next(iter(self._graphs))], crowded_out=True)
-
-    def make_all_room(self) -> None:
-        """Drop all graphs for another that needs their memory."""
-        self._drop(list(self._graphs), crowded_out=True)
-
-    def drop(self, kinds: Iterable[_Kind]) -> None:
-        """Drop all graphs of these kinds."""
-        self._drop([id(graph) for kind in kinds for graph in kind.graphs])
-
-    def drop_all(self) -> None:
-        """Drop all graphs."""
-        self._drop(list(self._graphs))
-
-    @property
-    def held_bytes(self) -> int:
-        """The bytes that graphs keep to themselves."""
-        return self.backend.held_bytes
-
-    def _drop(self, keys: list[int], crowded_out: bool = False) -> None:
-        for key in keys:
-            graph, kind = self._graphs.pop(key)
-            kind.graphs.remove(graph)
-            # Its constants are recorded once more, should it be wanted again.
-            kind.recording, kind.forwards, kind.recordings = None, 0, 0
-            kind.crowded_out += crowded_out
-            del graph
-        if keys and not self._graphs:
-            self.backend.released()
-
-
-_pools: weakref.WeakSet[GraphPool] = weakref.WeakSet()
-
-
-def drop_all() -> None:
-    """Drop all graphs of this process, before a process group ends: NCCL would wait for ever for those with its
-    collectives in them.
-    """
-    for pool in tuple(_pools):
-        pool.drop_all()
 
 
 class ForwardGraphs:
@@ -145,7 +45,7 @@ class ForwardGraphs:
         the model keeps during a forward back to the start, after a capture that has failed in its midst.
         """
         self._name, self._forward, self._reset, self._pool = name, forward, reset, pool
-        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
         self._logged: set[str] = set()
 
     @property
@@ -220,7 +120,7 @@ class ForwardGraphs:
         return self._record(kind, args, kwargs, options, always, keeps)
 
     @staticmethod
-    def _found(kind: _Kind, options: dict[str, Any]) -> tuple[_Graph, list[Tensor]] | None:
+    def _found(kind: Kind, options: dict[str, Any]) -> tuple[Graph, list[Tensor]] | None:
         """Return the graph of a forward with these options, and the tensors among those that it reads."""
         for graph in kind.graphs:
             read, tensors = graph_inputs.outline_read(options, graph.recording.reads)
@@ -228,20 +128,20 @@ class ForwardGraphs:
                 return graph, tensors
         return None
 
-    def _kind(self, key: Hashable) -> _Kind:
-        kind = self._kinds.pop(key, None) or _Kind()
+    def _kind(self, key: Hashable) -> Kind:
+        kind = self._kinds.pop(key, None) or Kind()
         self._kinds[key] = kind
         if len(self._kinds) > _KINDS:
             self._pool.drop([self._kinds.popitem(last=False)[1]])
         return kind
 
-    def _refuse(self, kind: _Kind, reason: str) -> None:
+    def _refuse(self, kind: Kind, reason: str) -> None:
         kind.refused, kind.recording = True, None
         self.log(reason)
 
     def _record(
         self,
-        kind: _Kind,
+        kind: Kind,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: dict[str, Any],
@@ -270,7 +170,7 @@ class ForwardGraphs:
             try:
                 graph_inputs.copies_of(result, lambda tensor: tensor)
                 read, _ = graph_inputs.outline_read(options, reads)
-                kind.recording = _Recording(reads, read, recorder.constants, cost)
+                kind.recording = Recording(reads, read, recorder.constants, cost)
             except NotStaticError as reason:
                 obstacle = str(reason)
         if obstacle:
@@ -279,14 +179,14 @@ class ForwardGraphs:
 
     def _capture(
         self,
-        kind: _Kind,
-        recording: _Recording,
+        kind: Kind,
+        recording: Recording,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: dict[str, Any],
         tensors: list[Tensor],
         keeps: Callable[[], Iterable[Tensor]],
-    ) -> _Graph | None:
+    ) -> Graph | None:
         """Return a graph of this forward, None if it cannot be captured, which is logged."""
         backend = self._pool.backend
         if kind.crowded_out > _CROWDED_OUT:
@@ -325,7 +225,7 @@ class ForwardGraphs:
             self._refuse(kind, f"it cannot be captured: {_first_line(failure)}")
             return None
         kind.recording = None
-        graph = _Graph(recording, inputs, captured, outside, heartbeat.take_back(before))
+        graph = Graph(recording, inputs, captured, outside, heartbeat.take_back(before))
         self._pool.add(graph, kind)
         shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in inputs[:2])
         logger.info(
@@ -336,7 +236,7 @@ class ForwardGraphs:
         )
         return graph
 
-    def _replay(self, graph: _Graph, tensors: list[Tensor]) -> Any:
+    def _replay(self, graph: Graph, tensors: list[Tensor]) -> Any:
         heartbeat.repeat(graph.signs)
         self._pool.use(graph)
         for static, tensor in zip(graph.inputs, tensors, strict=True):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from . import graphs
+from . import graph_pool
 
 AXES = ("batch", "ring", "ulysses")
 
@@ -75,7 +75,7 @@ def _end(mesh: DeviceMesh) -> None:
     """End the process groups of a mesh, except that of the world. Collective."""
     if mesh.device_type == "cuda":
         torch.cuda.synchronize()  # what a forward has sent over them may still be under way
-    graphs.drop_all()
+    graph_pool.drop_all()
     groups = [mesh.get_group(axis) for axis in AXES]
     groups += [axis(mesh).get_group() for axis in (world_axis, outer_axis, sequence_axis)]
     for group in dict.fromkeys(groups):

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from raylight.host import torch_settings
 from raylight.host.patcher_state import OPTIONS, OVERRIDE, bind_arguments, run_with_wrappers
 from raylight.parallel.graph_capture import Backend, CudaBackend
-from raylight.parallel.graphs import OFF, ON, ForwardGraphs, GraphPool
+from raylight.parallel.graph_pool import GraphPool
+from raylight.parallel.graphs import OFF, ON, ForwardGraphs
 from raylight.sharding.file_weight import FileWeight
 from raylight.sharding.subclass_weights import flatten_tensor
 

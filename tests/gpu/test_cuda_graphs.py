@@ -25,7 +25,8 @@ from raylight.driver import api
 from raylight.host.jobs import RankMemory
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel
 from raylight.host.worker_service import WorkerService
-from raylight.parallel.graphs import LARGEST_NUMBER, OFF, ON
+from raylight.parallel.graph_pool import LARGEST_NUMBER
+from raylight.parallel.graphs import OFF, ON
 from raylight.parallel.mesh import MeshShape
 
 STEPS = 5

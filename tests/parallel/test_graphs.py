@@ -14,7 +14,8 @@ from torch import Tensor
 from raylight.parallel import heartbeat
 from raylight.parallel.graph_capture import Cost
 from raylight.parallel.graph_inputs import WatchedOptions
-from raylight.parallel.graphs import ForwardGraphs, GraphPool
+from raylight.parallel.graph_pool import GraphPool
+from raylight.parallel.graphs import ForwardGraphs
 
 
 @pytest.fixture(autouse=True)

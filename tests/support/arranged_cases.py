@@ -13,7 +13,8 @@ from torch.distributed import distributed_c10d
 args.cpu = True  # before ComfyUI picks a device
 
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe
-from raylight.parallel.graphs import ForwardGraphs, GraphPool
+from raylight.parallel.graph_pool import GraphPool
+from raylight.parallel.graphs import ForwardGraphs
 from raylight.parallel.mesh import Meshes, MeshShape
 from raylight.worker.parallelize import load_parallel
 from raylight.worker.patcher import mode_of

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from raylight.parallel import graph_inputs
 from raylight.parallel.graph_capture import Cost
@@ -56,6 +58,19 @@ class FakeBackend:
             raise self.fails
         self.held_bytes += self.cost.peak_bytes
         return _Replayed(self, function)
+
+
+def forbid_captures(model: nn.Module, backend: Any) -> RemovableHandle | None:
+    """Let every capture of a model fail, until the handle is removed if there is one."""
+    if isinstance(backend, FakeBackend):
+        backend.fails = RuntimeError("this rank cannot capture")
+        return None
+    return next(model.children()).register_forward_pre_hook(_wait_in_capture)
+
+
+def _wait_in_capture(*_: Any) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        torch.ones(1, device="cuda").item()
 
 
 @dataclass(frozen=True)

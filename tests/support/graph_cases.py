@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from comfy.cli_args import args
-from fake_graphs import CPU, FakeBackend, cpu_as_device
+from fake_graphs import CPU, FakeBackend, cpu_as_device, forbid_captures
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -20,7 +20,8 @@ from raylight.attention.kernels import kernel
 from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw
 from raylight.parallel.graph_capture import CudaBackend
-from raylight.parallel.graphs import ON, GraphPool
+from raylight.parallel.graph_pool import GraphPool
+from raylight.parallel.graphs import ON
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.plans import plan_for
 from raylight.sharding.fsdp import announce_to, reset, shard
@@ -118,10 +119,8 @@ def _repeated(model: Any, split: Any, make: Any, device: torch.device, fails: bo
         expected = forwards()
         graphed = GraphedForward(diffusion_model, pool, lambda: None, lambda: _begin(diffusion_model, split))
         graphed.use(ON, "test", "", announce_to(diffusion_model))
-        if fails and device.type == "cuda":
-            handle = next(diffusion_model.children()).register_forward_pre_hook(_wait_in_capture)
-        elif fails:
-            backend.fails = RuntimeError("this rank cannot capture")
+        if fails:
+            handle = forbid_captures(diffusion_model, backend)
         actual = forwards()
         reasons = tuple(sorted(graphed.reasons))
         replays = pool.replays
@@ -143,8 +142,3 @@ def _begin(model: torch.nn.Module, split: Any) -> None:
     if split is not None:
         split.tokens.begin()
     reset(model)
-
-
-def _wait_in_capture(*_: Any) -> None:
-    if torch.cuda.is_current_stream_capturing():
-        torch.ones(1, device="cuda").item()

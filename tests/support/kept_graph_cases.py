@@ -8,10 +8,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from kept_units_cases import LARGE, SimulatedMemory
+from kept_units_cases import LARGE, SimulatedMemory  # first: it tells ComfyUI whether there is a GPU
 
 # isort: split
-from fake_graphs import CPU, FakeBackend, cpu_as_device
+from fake_graphs import CPU, FakeBackend, cpu_as_device, forbid_captures
 from kept_gathering_cases import gathered
 from torch import Tensor
 
@@ -19,7 +19,8 @@ from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw
 from raylight.host.checkpoint import MappedModel
 from raylight.parallel.graph_capture import CudaBackend
-from raylight.parallel.graphs import ON, GraphPool
+from raylight.parallel.graph_pool import GraphPool
+from raylight.parallel.graphs import ON
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.sharding.fsdp import announce_to, keep_steady, reset
 from raylight.worker import sharded_patcher
@@ -60,7 +61,7 @@ def phases(rank: int, world: int, offload: bool, device_type: str = "cpu") -> tu
     pool = GraphPool(backend)
     graphed = GraphedForward(diffusion_model, pool, lambda: None, lambda: reset(diffusion_model))
     if rank == world - 1 > 0:
-        _forbid(diffusion_model, backend)
+        forbid_captures(diffusion_model, backend)
 
     def begin() -> None:
         kept.begin(True, True, "", lambda: None, lambda: 0, GraphsOfJob(lambda: graphed.expects_any, True))
@@ -95,19 +96,6 @@ def phases(rank: int, world: int, offload: bool, device_type: str = "cpu") -> tu
 
 def _moved(value: Any, device: torch.device, rows: int) -> Any:
     return torch.cat([value] * rows).to(device) if isinstance(value, Tensor) else value
-
-
-def _forbid(model: torch.nn.Module, backend: Any) -> None:
-    """Let every capture fail."""
-    if isinstance(backend, FakeBackend):
-        backend.fails = RuntimeError("this rank cannot capture")
-    else:
-        next(model.children()).register_forward_pre_hook(_wait_in_capture)
-
-
-def _wait_in_capture(*_: Any) -> None:
-    if torch.cuda.is_current_stream_capturing():
-        torch.ones(1, device="cuda").item()
 
 
 def _halve(sharded: torch.nn.Module, whole: Any) -> None:

@@ -27,7 +27,8 @@ from raylight.host.jobs import ModelJob
 from raylight.host.recipe import ModelRecipe
 from raylight.parallel.degrees import Arrangement, DegreesByRun
 from raylight.parallel.external_strategies import OURS
-from raylight.parallel.graphs import ON, GraphPool
+from raylight.parallel.graph_pool import GraphPool
+from raylight.parallel.graphs import ON
 from raylight.parallel.mesh import Meshes, MeshShape, build_mesh, sequence_axis, world_axis
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_parallel import SequenceGroup

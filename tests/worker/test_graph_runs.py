@@ -24,7 +24,8 @@ from raylight.driver import api
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.external_strategies import OURS, OURS_INT8
-from raylight.parallel.graphs import LARGEST_NUMBER, OFF, ON
+from raylight.parallel.graph_pool import LARGEST_NUMBER
+from raylight.parallel.graphs import OFF, ON
 from raylight.parallel.mesh import MeshShape
 
 TOLERANCE = 1e-4
