@@ -82,6 +82,13 @@ def report_parity():
     return _parity_lines.append
 
 
+@pytest.fixture
+def as_comfyui_runs_nodes() -> Iterator[None]:
+    """Inference mode."""
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedServer]:
     """A real ComfyUI for all tests that send graphs and leave it as it was (see support/shared_server.py)."""

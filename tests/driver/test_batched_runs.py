@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from raylight.host.pickling import NotSerializableError
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
+
 TOLERANCE = 1e-4
 SEEDS = (3, 7, 11)
 
@@ -40,12 +42,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stock(path: Path) -> ModelPatcher:
     return comfy.sd.load_diffusion_model(str(path))
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def dropin(path: Path, mesh: MeshShape, sharding: str) -> ModelPatcher:

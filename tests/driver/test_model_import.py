@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,11 @@ from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, WorkerConfig
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_comfyui_runs_nodes")]
 TOLERANCE = 1e-4
 WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
 WAN, FLUX = CASES["Wan T2V"], CASES["Flux"]
 EXPORTED = "from ComfyUI's memory"
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.sd
@@ -20,6 +19,8 @@ from raylight.cluster.config import SessionConfig
 from raylight.driver import api
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
+
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 TOLERANCE = 1e-4
 WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
@@ -38,12 +39,6 @@ def stock(path: Path) -> ModelPatcher:
 @pytest.fixture(scope="module")
 def dropin(path: Path) -> ModelPatcher:
     return api.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default")))
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 SMOKE = [("euler", "plain"), ("euler_ancestral", "skipped_layers")]

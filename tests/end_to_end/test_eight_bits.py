@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, Wor
 from raylight.parallel.external_strategies import OURS, OURS_INT8
 from raylight.parallel.mesh import MeshShape
 
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
+
 EXACT, CLOSE = 1e-4, 5e-2
 TOLD = re.compile(
     r"exchange: in 8 bits, which changed what attention gets by (0\.\d\d)% \(at most \d\.\d\d%\), and its result by "
@@ -39,12 +40,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(path: Path) -> torch.Tensor:
     return sample(equal_lengths(comfy.sd.load_diffusion_model(str(path))), steps=2)[0]
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def on_workers(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from raylight.host import patcher_state
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_comfyui_runs_nodes")]
 WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
 
 
@@ -36,12 +35,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stock(path: Path) -> ModelPatcher:
     return comfy.sd.load_diffusion_model(str(path))
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def dropin(path: Path, sharding: str = REPLICATED) -> ModelPatcher:

@@ -28,6 +28,8 @@ from raylight.parallel.graph_pool import LARGEST_NUMBER
 from raylight.parallel.graphs import OFF, ON
 from raylight.parallel.mesh import MeshShape
 
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
+
 TOLERANCE = 1e-4
 STEPS = 5
 
@@ -48,12 +50,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stock(path: Path) -> ModelPatcher:
     return comfy.sd.load_diffusion_model(str(path))
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def dropin(

@@ -25,6 +25,8 @@ from raylight.host.recipe import OFFLOADED, SHARDED, ModelRecipe, RayModel, Work
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
 
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
+
 TOLERANCE = 1e-4
 STEPS = 4
 MESHES = {"Ulysses 2": MeshShape(ulysses=2), "CFG 2": MeshShape(batch=2)}
@@ -46,12 +48,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stock(path: Path) -> ModelPatcher:
     return comfy.sd.load_diffusion_model(str(path))
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def recipe_of(path: Path, sharding: str) -> ModelRecipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from raylight.driver import api
 from raylight.driver.batched_runs import run_batched
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
+
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 TOLERANCE = 1e-4
 CHOICE = "degrees: "
@@ -67,12 +69,6 @@ def expected(folder: Path) -> Callable[..., torch.Tensor]:
         return sample(SETS[name](stock), "euler_ancestral", shape=shape, steps=2)[0]
 
     return of
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def workers(count: int, by_run: bool = True, mesh: MeshShape | None = None) -> WorkerConfig:

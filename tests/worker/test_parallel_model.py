@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.sd
 import pytest
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_cases import CASES, checkpoint
 from dropin_cases import SETUPS, easy_cache, equal_lengths, sample
@@ -16,6 +14,8 @@ from raylight.cluster.config import SessionConfig
 from raylight.driver import api
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
+
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 TOLERANCE = 1e-4
 
@@ -28,12 +28,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stock(path: Path) -> ModelPatcher:
     return comfy.sd.load_diffusion_model(str(path))
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def dropin(path: Path, mesh: MeshShape, sharding: str = REPLICATED, kernel: str = "TORCH_FLASH") -> ModelPatcher:

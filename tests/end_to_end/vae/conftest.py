@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import comfy.sd
 import pytest
-import torch
 from vae_nodes import DEMO, WORKERS, read
 
 from raylight.driver import api
 from raylight.driver.remote_vae import RemoteVAE
-
-
-@pytest.fixture(autouse=True)
-def as_comfyui_runs_nodes() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

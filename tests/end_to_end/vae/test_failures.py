@@ -22,6 +22,8 @@ from raylight.driver import api
 from raylight.driver.remote_vae import RemoteVAE
 from raylight.parallel.rows.row_tensor import RowsError
 
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
+
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 

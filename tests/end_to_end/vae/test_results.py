@@ -21,6 +21,8 @@ from raylight.driver.remote_vae import RemoteVAE
 from raylight.host.recipe import ModelRecipe, RayModel
 from raylight.host.worker_service import WorkerService
 
+pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
+
 
 @pytest.mark.smoke
 def test_it_is_a_vae_of_comfyui(stock: comfy.sd.VAE, dropin: RemoteVAE) -> None:
