@@ -18,6 +18,11 @@ from . import narrow_ltx2, small_minimax
 MARK = "raylight.weightless"
 TEXT_ENCODER = "raylight.text_encoder"
 _VOCABULARY = 2048
+# What ComfyUI reads from a file into buffers, by the ends of their names; the other buffers are constants.
+_BUFFERS = {
+    ("running_mean", "mean-of-means", "latents_mean", "zero_k_bias", "mask_token"): 0.0,
+    ("running_var", "std-of-means", "latents_std"): 1.0,
+}
 _DRAWN = 4_194_301  # prime, so that no two rows of a matrix begin at the same number
 
 
@@ -32,7 +37,10 @@ def install() -> None:
 
 
 def fill(module: torch.nn.Module, seed: int = 1) -> None:
-    """Random weights, matrices scaled by fan-in, so that activations neither vanish nor grow."""
+    """Random weights, matrices scaled by fan-in, so that activations neither vanish nor grow.
+
+    Raises ValueError: a buffer holds what its memory held (`unset_is_nan` shows it).
+    """
     drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(seed))
     start = 0
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
@@ -50,10 +58,22 @@ def fill(module: torch.nn.Module, seed: int = 1) -> None:
                 noise = 1 + 0.1 * noise if scale else 0.1 * noise
             tensor.copy_(noise)
         for name, buffer in module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.fill_(float(name.endswith("var")))
-            elif name.endswith(("mean-of-means", "std-of-means")):
-                buffer.fill_(float(name.endswith("std-of-means")))
+            for endings, value in _BUFFERS.items():
+                if name.endswith(endings):
+                    buffer.fill_(value)
+            if buffer.isnan().any():
+                raise ValueError(f"{type(module).__name__}.{name} comes from the file: give its value in _BUFFERS")
+
+
+@contextmanager
+def unset_is_nan() -> Iterator[None]:
+    """Let memory that nothing has written hold NaN: what it holds otherwise differs from run to run."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with it, torch.empty fills memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def _detect_text_encoders() -> None:
@@ -74,7 +94,8 @@ def _narrow_text_encoders() -> None:
         self: Any, *args: Any, model_class: Any = comfy.sd1_clip.comfy.clip_model.CLIPTextModel, **kwargs: Any
     ) -> None:
         def narrow_class(config: dict[str, Any], dtype: Any, device: Any, operations: Any) -> Any:
-            transformer = _first(model_class, _narrower(config), dtype, device, operations)
+            with unset_is_nan():
+                transformer = _first(model_class, _narrower(config), dtype, device, operations)
             fill(transformer)
             embedding = transformer.get_input_embeddings()
             look_up = embedding.forward
@@ -126,7 +147,7 @@ def _fill_vaes() -> None:
         if sd is None or MARK not in sd:
             made(self, sd, *args, **kwargs)
             return
-        with _nothing_loaded(), small_minimax.classes():
+        with _nothing_loaded(), small_minimax.classes(), unset_is_nan():
             made(self, sd, *args, **kwargs)
         if self.first_stage_model is not None:
             fill(self.first_stage_model)
@@ -152,7 +173,8 @@ def _fill_image_encoders() -> None:
         if not isinstance(json_config, dict):
             with open(json_config) as file:
                 json_config = json.load(file)
-        made(self, json_config | {"intermediate_size": 64})
+        with unset_is_nan():
+            made(self, json_config | {"intermediate_size": 64})
         fill(self.model)
 
     comfy.clip_vision.ClipVisionModel.__init__ = __init__
