@@ -91,10 +91,14 @@ REASONS: dict[str, str] = {
     f"{LDM}.mmaudio.vae.autoencoder.AudioAutoencoder": _SOUND,
     f"{LDM}.lightricks.vae.audio_vae.AudioVAE": _SOUND,
     f"{LDM}.minimax.audio_vae.MiniMaxH3AudioVAE": _SOUND,
+    f"{LDM}.minimax_music.dav.MiniMaxMusic3DAV": _SOUND,
     f"{LDM}.hunyuan3d.vae.ShapeVAE": "it makes a shape from a set of points, which has no rows",
     f"{LDM}.triposplat.vae.OctreeGaussianDecoder": "it makes a set of Gaussians, which has no rows",
     f"{LDM}.mage_flow.vae.MageVAE": "its attention looks at windows of 512 rows, which no cut may cross",
     f"{LDM}.minimax.vae.MiniMaxH3VideoVAE": "it cuts the picture into tiles of 256 pixels itself, and blends them",
+    f"{LDM}.lightricks.vae.na_diffusion_decoder.CausalDiffusionVAE": (
+        "its attention looks at neighboring rows, by their place in the whole picture, in a kernel of its own"
+    ),
     f"{LDM}.seedvr.vae.VideoAutoencoderKLWrapper": "it cuts large convolutions along the height itself",
     "comfy.pixel_space_convert.PixelspaceConversionVAE": "it computes nothing",
 }

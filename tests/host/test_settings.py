@@ -19,6 +19,7 @@ print(args.disable_cuda_graphs, args.disable_comfy_compiler, args.cpu, args.fast
 
 
 def test_a_worker_has_the_command_line_without_cuda_graphs_of_comfyui() -> None:
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(settings.python_path())}
+    search = [*settings.python_path(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
     found = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True, check=True)
     assert found.stdout.split("\n")[-2] == "True True True {'a'}"

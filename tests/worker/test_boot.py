@@ -43,7 +43,8 @@ print("done")
 @pytest.mark.smoke
 def test_a_worker_imports_models_and_their_libraries_late() -> None:
     """What ComfyUI imports by name from them can be a stand-in: it is called or asked for attributes."""
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(settings.python_path())}
+    search = [*settings.python_path(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
     found = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     lines = found.stdout.split("\n")
