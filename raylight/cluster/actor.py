@@ -301,7 +301,8 @@ class RankActor:
                 raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             held = "nothing yet" if self._service is None else self._service.inventory()
-            raise OutOfMemory(f"{first.rstrip('.')}. It held {held}") from error
+            spare_bytes = 0 if self._service is None else self._service.spare_bytes()
+            raise OutOfMemory(f"{first.rstrip('.')}. It held {held}", spare_bytes) from error
 
     def _is_full(self) -> bool:
         """Return whether this rank's GPU has no room for NCCL. False if CUDA does not answer any more."""

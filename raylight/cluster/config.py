@@ -22,6 +22,10 @@ class Service(Protocol):
         """Return in words what this rank holds in memory."""
         ...
 
+    def spare_bytes(self) -> int:
+        """Return how many bytes this rank holds only to be faster."""
+        ...
+
     def recover(self) -> bool:
         """Get ready for the next run after an error that all ranks met. Return False if that is impossible.
 

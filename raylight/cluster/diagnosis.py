@@ -73,12 +73,13 @@ def to_error(failure: Failure, states: WorkerStates, remedies: Remedies = no_rem
     text = f"{place or f'rank {rank}'} {verb}{phase}: {cause}."
     if lines := states.last_lines.get(rank):
         text += "\n  ".join(("\nLast output:", *lines))
-    return worker_error(text, failure.kind, remedies)
+    spare_bytes = getattr(None if failure.error is None else cause_of(failure.error), "spare_bytes", 0)
+    return worker_error(text, failure.kind, remedies, spare_bytes)
 
 
-def worker_error(message: str, kind: str, remedies: Remedies) -> WorkerError:
+def worker_error(message: str, kind: str, remedies: Remedies, spare_bytes: int = 0) -> WorkerError:
     """Return an error with the remedies for its kind."""
-    return WorkerError("\n".join(filter(None, (message, remedies(kind)))), kind)
+    return WorkerError("\n".join(filter(None, (message, remedies(kind)))), kind, spare_bytes)
 
 
 def root_cause(errors: Mapping[int, BaseException]) -> Failure:

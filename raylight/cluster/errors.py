@@ -10,12 +10,12 @@ class WorkerError(RuntimeError):
     """A worker failed or died, and the workers have ended.
 
     The message names the rank, where it ran, its phase, the root cause and the remedies. `kind` is one of this
-    module's constants.
+    module's constants. Of memory that ran out, the rank held `spare_bytes` only to be faster.
     """
 
-    def __init__(self, message: str, kind: str = FAILED) -> None:
+    def __init__(self, message: str, kind: str = FAILED, spare_bytes: int = 0) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.spare_bytes = kind, spare_bytes
 
 
 class StoreFull(RuntimeError):
@@ -23,7 +23,14 @@ class StoreFull(RuntimeError):
 
 
 class OutOfMemory(RuntimeError):
-    """A rank ran out of memory. The message names what it held."""
+    """A rank ran out of memory. The message names what it held; `spare_bytes` of it only to be faster."""
+
+    def __init__(self, message: str, spare_bytes: int = 0) -> None:
+        super().__init__(message, spare_bytes)  # both, or a copy in another process would lack one
+        self.spare_bytes = spare_bytes
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class RunCancelled(BaseException):

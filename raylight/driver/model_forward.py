@@ -10,6 +10,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from raylight.cluster.errors import WorkerError
 from raylight.cluster.serialization import SerializedObject, unpack
 from raylight.cluster.session import Session
 from raylight.cluster.tensor_delta import Sender
@@ -24,6 +25,7 @@ from . import memory, model_changes
 from .model_job import model_job
 from .outer_sample import begins_run, move_to_workers
 from .remote_model import RemotePatcher
+from .short_of_memory import may_repeat, noted
 from .workers import ask, ask_with_room, open_session
 
 FORWARD = "forward"
@@ -88,39 +90,60 @@ def _send(
     global _channel
     if _channel is None or not _channel.session.alive:
         _channel = ForwardChannel(open_session(patcher.workers))
-    channel = _channel
-    shape = next((tuple(value.shape) for value in args if isinstance(value, Tensor)), None)
-    diffusion_model = patcher.model.diffusion_model
-    args, kwargs = bind_arguments(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
-    options = kwargs.pop(OPTIONS, None) or {}
     try:
-        changes = model_changes.of_forward(patcher)
-        inner, code = patcher_state.of_forward(patcher), _code(options)
-        key = channel.key_of(
-            (code, inner, str(patcher.patches_uuid), [(one.owner, one.name, one.value) for one in changes])
-        )
-        extras = channel.session.shared.of(key, lambda: _serialized(patcher, inner, code, changes))
-        data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
-        call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_slots_of(channel.sender))
-        model = model_job(channel.session, patcher, changes)
-        move_to_workers(model.inside.full_tokens_for)
-        has_code = bool(code or changes or inner["object_patches"])
-        random = random_state(patcher.load_device) if has_code else None
-        job = ForwardJob(model, method, call, channel.sender.message(), extras, shape, begins_run(), random)
-        if channel.is_new:
-            answer = ask_with_room(channel.session, WorkerService.forward, job, patcher.recipe)[0]
-            channel.is_new = False
-        else:
-            memory.note_use(channel.session)
-            answer = ask(channel.session, WorkerService.forward, job, False, about=patcher.recipe)
+        job, has_code = _job(_channel, patcher, method, args, kwargs)
+        try:
+            answer = _ask(_channel, job)
+        except WorkerError as error:
+            # What code inside the model has kept since the run began is gone with the workers.
+            if has_code or not may_repeat(error, job.model):
+                raise
+            _channel = ForwardChannel(open_session(patcher.workers))
+            answer = _ask(_channel, _job(_channel, patcher, method, args, kwargs)[0])
     except BaseException:
         _channel = None  # what the workers have of this stream is not known any more
         raise
-    assert isinstance(answer, SerializedObject)  # of rank 0
     output, random = unpack(answer, _no_reference, device)
     if random is not None:
         set_random_state(random)
     return _on(output, device)
+
+
+def _job(
+    channel: ForwardChannel, patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ForwardJob, bool]:
+    """Return a call as a job, and whether code of nodes runs in it."""
+    shape = next((tuple(value.shape) for value in args if isinstance(value, Tensor)), None)
+    diffusion_model = patcher.model.diffusion_model
+    args, kwargs = bind_arguments(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
+    options = kwargs.pop(OPTIONS, None) or {}
+    changes = model_changes.of_forward(patcher)
+    inner, code = patcher_state.of_forward(patcher), _code(options)
+    key = channel.key_of(
+        (code, inner, str(patcher.patches_uuid), [(one.owner, one.name, one.value) for one in changes])
+    )
+    extras = channel.session.shared.of(key, lambda: _serialized(patcher, inner, code, changes))
+    data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
+    call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_slots_of(channel.sender))
+    model = model_job(channel.session, patcher, changes)
+    move_to_workers(model.inside.full_tokens_for)
+    has_code = bool(code or changes or inner["object_patches"])
+    random = random_state(patcher.load_device) if has_code else None
+    return ForwardJob(model, method, call, channel.sender.message(), extras, shape, begins_run(), random), has_code
+
+
+def _ask(channel: ForwardChannel, job: ForwardJob) -> SerializedObject:
+    """Return rank 0's answer to a job. Only for the first of a channel it may be that memory has to be freed."""
+    recipe = job.model.recipe
+    if channel.is_new:
+        answer = ask_with_room(channel.session, WorkerService.forward, job, recipe)[0]
+        channel.is_new = False
+    else:
+        memory.note_use(channel.session)
+        with noted(recipe):
+            answer = ask(channel.session, WorkerService.forward, job, False, about=recipe)
+    assert isinstance(answer, SerializedObject)
+    return answer
 
 
 def _code(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from raylight.host.pickling import NotSerializableError, serialize
 from . import written_weights
 from .injected_code import inside_of, warn_of_full_tokens
 from .remote_model import RemotePatcher
-from .short_of_memory import may_keep
+from .short_of_memory import graphs_of, may_keep
 
 
 def model_job(
@@ -41,7 +41,7 @@ def model_job(
         workers.strategy,
         patches,
         inside,
-        workers.graphs,
+        graphs_of(patcher.recipe, workers.graphs),
         torch_settings.read(),
         patcher.load_device.type,
         may_keep(patcher.recipe),

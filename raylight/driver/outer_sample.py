@@ -165,7 +165,9 @@ def _pending(
         every_step=every_step,
         wants_last=callback is not None and not every_step,
     )
-    return PendingRun(session, job, callback, comfy.utils.PROGRESS_BAR_ENABLED and not call.get("disable_pbar"))
+    shows_bar = comfy.utils.PROGRESS_BAR_ENABLED and not call.get("disable_pbar")
+    renewed = functools.partial(_pending, patcher, changes, full_tokens_for, content, call, random, callback)
+    return PendingRun(session, job, callback, shows_bar, renewed)
 
 
 def _stay(

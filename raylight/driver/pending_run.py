@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from raylight.cluster.errors import WorkerError
 from raylight.cluster.session import Session
 from raylight.host.jobs import RunJob, RunResult, StepDone, set_random_state
 from raylight.host.worker_service import WorkerService
 
+from .short_of_memory import may_repeat
 from .status import how
 from .step_times import StepClock
 from .workers import ask_with_room
@@ -23,16 +25,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class PendingRun:
-    """A run for the workers of `session`. `callback` is ComfyUI's, to be called after each step, or None."""
+    """A run for the workers of `session`. `callback` is ComfyUI's, to be called after each step, or None. `renewed`
+    returns the same run again, for the workers of that moment.
+    """
 
     session: Session
     job: RunJob
     callback: Callable[..., Any] | None
     shows_bar: bool
+    renewed: Callable[[], PendingRun]
     _bar: tqdm | None = field(default=None, init=False)
+    _has_reported: bool = field(default=False, init=False)
+
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether code that looks at all of every step has seen none yet: it might count on each step coming once."""
+        return not (self._has_reported and self.job.every_step)
 
     def report(self, step: StepDone) -> None:
         """Show a step on the terminal, and pass it to ComfyUI's callback."""
+        self._has_reported = True
         if self._bar is None:
             self._bar = tqdm(total=step.total, disable=not self.shows_bar)
         self._bar.update(step.step + 1 - self._bar.n)
@@ -60,10 +72,19 @@ class PendingRun:
 
 def complete(pending: Sequence[PendingRun]) -> list[RunResult]:
     """Have the workers do runs of one model and one session, at the same time where there are several groups of
-    workers. Return the results in order.
+    workers. Return the results in order. If memory runs out that was held for speed alone, do them once more without.
 
     Raises what `workers.ask_all` raises.
     """
+    try:
+        return _complete(pending)
+    except WorkerError as error:
+        if not all(one.may_be_repeated for one in pending) or not may_repeat(error, pending[0].job.model):
+            raise
+    return _complete([one.renewed() for one in pending])
+
+
+def _complete(pending: Sequence[PendingRun]) -> list[RunResult]:
     first = pending[0]
     if len(pending) > 1:
         logger.info("the workers do %d runs at once", len(pending))

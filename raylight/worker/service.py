@@ -174,6 +174,11 @@ class ModelService(WorkerService):
         """Return in words what this rank holds in memory."""
         return inventory.describe(self._context.device, self._models.all())
 
+    def spare_bytes(self) -> int:
+        """Return how many bytes gathered weights that are kept, and CUDA graphs, take on this rank."""
+        kept = sum(model.patcher.kept_bytes for model in self._models.all())
+        return kept + cuda_graphs.held_bytes(self._context.device)
+
     def recover(self) -> bool:
         """Reset the models after a failure that all ranks met alike."""
         for model in self._models.all():

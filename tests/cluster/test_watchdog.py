@@ -86,6 +86,7 @@ def test_out_of_memory_names_what_the_rank_held() -> None:
     with pytest.raises(WorkerError, match="ran out of memory .* It held nothing but echoes") as error:
         session().run(EchoService.exhaust_memory)
     assert error.value.kind == OUT_OF_MEMORY
+    assert error.value.spare_bytes == 3
 
 
 def test_workers_log_to_this_process_once(caplog: pytest.LogCaptureFixture) -> None:

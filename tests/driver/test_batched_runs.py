@@ -128,7 +128,9 @@ PLACE: ContextVar[str] = ContextVar("PLACE", default="")
 
 
 def pending(session: str = "session", model: str = "model") -> PendingRun:
-    return PendingRun(session, SimpleNamespace(model=model, random=random_state(CPU)), None, False)
+    return PendingRun(
+        session, SimpleNamespace(model=model, random=random_state(CPU)), None, False, lambda: pytest.fail("repeated")
+    )
 
 
 def sampling(log: list[str], name: str, **job: str) -> Callable[[], tuple[Any, ...]]:

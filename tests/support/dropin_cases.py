@@ -150,9 +150,10 @@ def sample(
     seed: int = 5,
     shape: tuple[int, ...] = SHAPE,
     steps: int = STEPS,
+    looks: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """As SamplerCustomAdvanced samples: the latent, and what each step showed. With `stays_here` the sampler holds
-    something that no other process can have.
+    """As SamplerCustomAdvanced samples: the latent, and what each step showed if it `looks` at steps. With `stays_here`
+    the sampler holds something that no other process can have.
     """
     kind = comfy.samplers.sampler_object(sampler)
     if stays_here or held is not None:
@@ -171,6 +172,6 @@ def sample(
         denoise_mask=mask,
         disable_pbar=True,
         seed=seed,
-        callback=lambda step, x0, x, total: shown.append(x0.clone()),
+        callback=(lambda step, x0, x, total: shown.append(x0.clone())) if looks else None,
     )
     return samples, shown

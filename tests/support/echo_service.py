@@ -25,6 +25,9 @@ class EchoService(Service):
     def inventory(self) -> str:
         return "nothing but echoes"
 
+    def spare_bytes(self) -> int:
+        return 3
+
     def recover(self) -> bool:
         return not self.cannot_recover
 

@@ -1,4 +1,6 @@
-"""A worker that counts gathers. On the CPU it keeps gathered weights as if it had a large GPU."""
+"""A worker that counts gathers, and runs out of memory on request. On the CPU it keeps gathered weights as if it had a
+large GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from unittest.mock import patch
 
+import torch
+from comfy.ldm.flux.model import Flux
 from kept_gathering_cases import gathered
 from kept_units_cases import LARGE, SimulatedMemory
 
@@ -24,6 +28,18 @@ class KeptService(ModelService):
 
     def memory(self, run: Run) -> RankMemory:
         return replace(super().memory(run), graphs=len(_gathered))
+
+    def run_out(self, run: Run, forwards: int) -> None:
+        """Run out of memory on rank 1 after this many forwards of Flux that begin with gathered weights kept."""
+        begun = 0
+
+        def fill(module: torch.nn.Module, _: object) -> None:
+            nonlocal begun
+            begun += isinstance(module, Flux) and self.spare_bytes() > 0
+            if begun > forwards and self._context.rank == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+        torch.nn.modules.module.register_module_forward_pre_hook(fill)
 
 
 def open_service(context: RankContext, settings: HostSettings) -> KeptService:

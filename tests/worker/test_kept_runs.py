@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_cases import CASES, checkpoint
 from dropin_cases import SETUPS, equal_lengths, sample
+from kept_service import KeptService
 from loras import lora_for
 from other_service import gathers, kept, served_by
 from safetensors.torch import load_file
@@ -23,6 +25,7 @@ from raylight.cluster.errors import OUT_OF_MEMORY, WorkerError
 from raylight.driver import api, short_of_memory
 from raylight.host.recipe import OFFLOADED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
+from raylight.parallel.graphs import AUTO, OFF, ON
 from raylight.parallel.mesh import MeshShape
 
 pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
@@ -114,9 +117,59 @@ def test_nothing_is_kept_after_memory_ran_out(path: Path, stock: ModelPatcher, m
     for ran_out in (False, True):
         if ran_out:
             with pytest.raises(WorkerError), short_of_memory.noted(recipe_of(path, SHARDED)):
-                raise WorkerError("simulated", OUT_OF_MEMORY)
+                raise WorkerError("simulated", OUT_OF_MEMORY, spare_bytes=1)
         assert same(sample(SETUPS["plain"](dropin(path, SHARDED)), steps=STEPS)[0], expected)
         assert (kept() > 0) == (not ran_out)
+
+
+@pytest.mark.parametrize(("sharding", "depth"), [(SHARDED, False), (OFFLOADED, True)], ids=["whole run", "one forward"])
+def test_a_run_is_repeated_without_what_was_kept(
+    sharding: str,
+    depth: bool,
+    path: Path,
+    stock: ModelPatcher,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(short_of_memory, "_short", set())
+    expected = sample(SETUPS["plain"](stock), steps=STEPS)[0]
+    model = SETUPS["plain"](dropin(path, sharding))
+    assert same(sample(model, stays_here=depth, steps=STEPS)[0], expected)
+    assert kept() > 0
+    active_session.running().run_all(KeptService.run_out, 2)
+    caplog.clear()
+    assert same(sample(model, stays_here=depth, steps=STEPS, looks=False)[0], expected)
+    for _ in range(2):
+        assert kept() == 0
+        assert same(sample(model, stays_here=depth, steps=STEPS)[0], expected)
+    assert caplog.text.count("workers do it again without these: rank 1") == 1
+
+
+def test_a_run_whose_steps_were_looked_at_is_not_repeated(
+    path: Path, stock: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_of_memory, "_short", set())
+    expected = sample(SETUPS["plain"](stock), steps=STEPS)[0]
+    model = SETUPS["plain"](dropin(path, SHARDED))
+    assert same(sample(model, steps=STEPS)[0], expected)
+    active_session.running().run_all(KeptService.run_out, 2)
+    with pytest.raises(WorkerError, match="ran out of memory") as error:
+        sample(model, steps=STEPS)
+    assert error.value.spare_bytes > 0
+    assert same(sample(model, steps=STEPS)[0], expected)
+    assert kept() == 0
+
+
+def test_memory_that_is_short_all_the_same_is_not_noted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short_of_memory, "_short", set())
+    recipe = recipe_of(path, SHARDED)
+    for spare_bytes, may_keep in ((0, True), (1, False), (0, True)):
+        with pytest.raises(WorkerError), short_of_memory.noted(recipe):
+            raise WorkerError("simulated", OUT_OF_MEMORY, spare_bytes)
+        assert short_of_memory.may_keep(recipe) == may_keep
+        assert short_of_memory.graphs_of(recipe, AUTO) == (AUTO if may_keep else OFF)
+        assert short_of_memory.graphs_of(recipe, ON) == ON
 
 
 def test_nothing_is_kept_in_a_compiled_run(path: Path, stock: ModelPatcher) -> None:
