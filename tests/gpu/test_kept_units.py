@@ -10,9 +10,10 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import pytest
-from gpu_cases import GPUS, LONG, latent, on_workers
+from gpu_cases import GPUS, LONG, WAYS, latent, on_workers
 from kept_gathering_cases import kept_on_gpus
 from kept_graph_cases import phases
+from kept_service import KeptService
 from other_service import gathers, kept, memory, served_by
 from shared_gpu_cases import held, wide_wan
 from torch import Tensor
@@ -130,3 +131,18 @@ def test_stay_gathered_beside_graphs(
     compare(latent(graphed, stays_here, shape=LONG), long, "nothing is gathered")
     assert gathers() == before
     assert kept() > 0 and all(rank.graph_bytes > 0 for rank in memory())
+
+
+@pytest.mark.parametrize("sharding", WAYS)
+def test_a_run_is_repeated_without_what_made_it_faster(
+    sharding: str, path: Path, expected: Tensor, compare, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = on_workers(path, sharding)
+    for turn in range(3):
+        compare(latent(model), expected, f"run {turn}")
+    assert kept() + sum(rank.graph_bytes for rank in memory()) > 0
+    active_session.running().run_all(KeptService.run_out, 0)
+    compare(latent(model), expected, "the run that is repeated")
+    assert caplog.text.count("do it again without these") == 1
+    assert kept() + sum(rank.graph_bytes for rank in memory()) == 0
+    compare(latent(model), expected, "the run after it")

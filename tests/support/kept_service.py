@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from comfy.ldm.flux.model import Flux
+from comfy.model_base import BaseModel
 from kept_gathering_cases import gathered
 from kept_units_cases import LARGE, SimulatedMemory
 
@@ -30,16 +32,29 @@ class KeptService(ModelService):
         return replace(super().memory(run), graphs=len(_gathered))
 
     def run_out(self, run: Run, forwards: int) -> None:
-        """Run out of memory on rank 1 after this many forwards of Flux that begin with gathered weights kept."""
+        """Run out of memory on the last rank after this many forwards that begin with memory held to be faster: on the
+        CPU of Flux, on GPUs, where a graph may be replayed, of what a sampler calls.
+        """
         begun = 0
 
-        def fill(module: torch.nn.Module, _: object) -> None:
+        def begin() -> None:
             nonlocal begun
-            begun += isinstance(module, Flux) and self.spare_bytes() > 0
-            if begun > forwards and self._context.rank == 1:
+            begun += self.spare_bytes() > 0
+            if begun > forwards and self._context.rank == self._context.world_size - 1:
                 raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
 
-        torch.nn.modules.module.register_module_forward_pre_hook(fill)
+        if self._context.device.type == "cpu":
+            torch.nn.modules.module.register_module_forward_pre_hook(
+                lambda module, _: begin() if isinstance(module, Flux) else None
+            )
+            return
+        apply_model = BaseModel.apply_model
+
+        def apply(model: BaseModel, *args: Any, **kwargs: Any) -> Any:
+            begin()
+            return apply_model(model, *args, **kwargs)
+
+        patch.object(BaseModel, "apply_model", apply).start()
 
 
 def open_service(context: RankContext, settings: HostSettings) -> KeptService:
