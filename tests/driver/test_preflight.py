@@ -26,7 +26,7 @@ SCRIPT = f"""
 import asyncio, importlib.abc, json, logging, os, sys, time
 from comfy.cli_args import args
 args.cpu = True
-import nodes, comfy_config.config_parser
+import aiohttp.web, nodes, comfy_config.config_parser  # the first for its server
 
 lines = []
 class Log(logging.Handler):
