@@ -10,7 +10,7 @@ from pathlib import Path
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from .actor import Place
-from .errors import DIED, FAILED, OUT_OF_MEMORY, StoreFull, WorkerError, is_out_of_memory
+from .errors import DIED, FAILED, OUT_OF_MEMORY, OutOfMemory, StoreFull, WorkerError, is_out_of_memory
 
 # In errors that a rank meets because another rank has gone. They are no root cause.
 _LOST_PEER_MARKS = (
@@ -73,8 +73,8 @@ def to_error(failure: Failure, states: WorkerStates, remedies: Remedies = no_rem
     text = f"{place or f'rank {rank}'} {verb}{phase}: {cause}."
     if lines := states.last_lines.get(rank):
         text += "\n  ".join(("\nLast output:", *lines))
-    spare_bytes = getattr(None if failure.error is None else cause_of(failure.error), "spare_bytes", 0)
-    return worker_error(text, failure.kind, remedies, spare_bytes)
+    raised = None if failure.error is None else cause_of(failure.error)
+    return worker_error(text, failure.kind, remedies, raised.spare_bytes if isinstance(raised, OutOfMemory) else 0)
 
 
 def worker_error(message: str, kind: str, remedies: Remedies, spare_bytes: int = 0) -> WorkerError:

@@ -25,7 +25,7 @@ from . import memory, model_changes
 from .model_job import model_job
 from .outer_sample import begins_run, move_to_workers
 from .remote_model import RemotePatcher
-from .short_of_memory import may_repeat, noted
+from .short_of_memory import may_repeat
 from .workers import ask, ask_with_room, open_session
 
 FORWARD = "forward"
@@ -140,8 +140,7 @@ def _ask(channel: ForwardChannel, job: ForwardJob) -> SerializedObject:
         channel.is_new = False
     else:
         memory.note_use(channel.session)
-        with noted(recipe):
-            answer = ask(channel.session, WorkerService.forward, job, False, about=recipe)
+        answer = ask(channel.session, WorkerService.forward, job, False, about=recipe)
     assert isinstance(answer, SerializedObject)
     return answer
 

@@ -21,16 +21,18 @@ _short: set[ModelRecipe] = set()
 
 
 @contextmanager
-def noted(recipe: ModelRecipe) -> Iterator[None]:
-    """Note it if workers run out of memory in this context, in which they use a model; but not that it was short for
-    what they hold to be faster, if it is without that too.
+def noted(recipe: ModelRecipe | None) -> Iterator[None]:
+    """Note it if workers run out of memory in this context, in which they use a model, if any; but not that it was
+    short for what they hold to be faster, if it is without that too.
     """
     try:
         yield
     except WorkerError as error:
-        if error.kind == OUT_OF_MEMORY and not may_keep(recipe):
+        if error.kind != OUT_OF_MEMORY or recipe is None or isinstance(recipe, VaeRecipe):
+            raise
+        if not may_keep(recipe):
             _short.remove(recipe.without_loras)
-        elif error.kind == OUT_OF_MEMORY and error.spare_bytes > 0 and not isinstance(recipe, VaeRecipe):
+        elif error.spare_bytes > 0:
             _short.add(recipe.without_loras)
             logger.info(
                 "workers keep neither gathered weights nor CUDA graphs of %s from now on, as memory is short",

@@ -148,13 +148,14 @@ def ask_all(
             on_event(event)
 
     try:
-        results = session.run_all(
-            verb,
-            *arguments,
-            on_event=listen,
-            wants_cancel=comfy.model_management.processing_interrupted,
-            remedies=functools.partial(remedies, session.config, None if about is None else about.sharding),
-        )
+        with short_of_memory.noted(about):
+            results = session.run_all(
+                verb,
+                *arguments,
+                on_event=listen,
+                wants_cancel=comfy.model_management.processing_interrupted,
+                remedies=functools.partial(remedies, session.config, None if about is None else about.sharding),
+            )
     except RunCancelled:
         _interrupt()
     loading.end()
@@ -181,8 +182,7 @@ def ask_with_room(
     refusals_left = _REFUSALS if session.config.device_type == "cuda" else 0
     try:
         while True:
-            with short_of_memory.noted(about):
-                answers = ask_all(session, verb, job, refusals_left > 0, about=about, on_event=on_event)
+            answers = ask_all(session, verb, job, refusals_left > 0, about=about, on_event=on_event)
             refusals = {rank: answer for rank, answer in answers.items() if isinstance(answer, NeedsBytes)}
             if not refusals:
                 return {rank: answer for rank, answer in answers.items() if not isinstance(answer, NeedsBytes)}

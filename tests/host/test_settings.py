@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from search_path import search_path
+
 from raylight.host import settings
 
 SCRIPT = """
@@ -19,7 +21,6 @@ print(args.disable_cuda_graphs, args.disable_comfy_compiler, args.cpu, args.fast
 
 
 def test_a_worker_has_the_command_line_without_cuda_graphs_of_comfyui() -> None:
-    search = [*settings.python_path(), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
+    environ = os.environ | {"PYTHONPATH": search_path(settings.python_path())}
     found = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True, check=True)
     assert found.stdout.split("\n")[-2] == "True True True {'a'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -16,6 +15,7 @@ import pytest
 import torch
 from loras import lora_for
 from safetensors.torch import load_file, save_file
+from search_path import search_path
 
 from raylight.cluster.orphan_guard import is_running, name_of
 from raylight.cluster.status import IDLE, STARTING
@@ -62,9 +62,10 @@ class FaultServer(ComfyServer):
             "datasets": files / "datasets",
             "custom_nodes": files / "packs",
         }
-        search = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
         self._runs = 0
-        super().__init__(files / name, model_paths=paths, environ={"PYTHONPATH": search, **environ})
+        super().__init__(
+            files / name, model_paths=paths, environ={"PYTHONPATH": search_path([str(SUPPORT)]), **environ}
+        )
 
     def latent(self, graph: Graph) -> torch.Tensor:
         """Run a graph and return the latent that it saves."""

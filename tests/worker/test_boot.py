@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from search_path import search_path
 
 from raylight.host import settings
 
@@ -43,8 +44,7 @@ print("done")
 @pytest.mark.smoke
 def test_a_worker_imports_models_and_their_libraries_late() -> None:
     """What ComfyUI imports by name from them can be a stand-in: it is called or asked for attributes."""
-    search = [*settings.python_path(), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
+    environ = os.environ | {"PYTHONPATH": search_path(settings.python_path())}
     found = subprocess.run([sys.executable, "-c", SCRIPT], env=environ, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     lines = found.stdout.split("\n")
