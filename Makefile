@@ -11,7 +11,7 @@ BOOTSTRAP = $(PYTHON) raylight/dev/setup/bootstrap.py $(if $(COMFYUI),--comfyui 
 
 help:
 	@echo "make demo                   draw with a small model in a real ComfyUI, by stock nodes and by Ray workers"
-	@echo "make test                   run all but the slow tests (about 17 minutes on 2 cores)"
+	@echo "make test                   run all but the slow tests (about 28 minutes on 2 cores)"
 	@echo "make test ARGS=\"-k parity\"  run the tests that a path in tests/, -k or -m selects, slow or not"
 	@echo "make test-all               run all tests; some need Chromium"
 	@echo "make smoke                  run a few tests that show whether a release of ComfyUI works at all"
