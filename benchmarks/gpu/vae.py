@@ -7,8 +7,8 @@ random weights in bfloat16. Rank 0 runs the untouched VAE in the same process fi
 PyTorch had allocated on any rank, weights and result included, over that of stock; `L2` the relative error of all rows.
 Links are measured first, as workers do. With --exact, both are compared with stock in float32, which tells rounding
 from error. With --other-order, the split is measured again with images in the other order of memory than the class's
-rule has. With --profile, the kernels that took longest on rank 0 follow. With --tiny, this is to try the program on a
-CPU.
+rule has, and with --hides-from with halos that are hidden from other sizes. With --profile, the kernels that took
+longest on rank 0 follow. With --tiny, this is to try the program on a CPU.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class Setting:
     profile: bool
     exact: bool
     other_order: bool
+    hides_from: tuple[float, ...]
     device_type: str
 
 
@@ -178,6 +179,11 @@ def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any
         if profile:
             kernels = profiled(together, device)
             report["kernels"] = kernels if rank == 0 else kernels[:1]
+        report["hides_s"] = []
+        for least in setting.hides_from:
+            usual, parallel.counts.hides_halos_from = parallel.counts.hides_halos_from, least * 2**20
+            report["hides_s"].append(timed(together, device, repeats)[1])
+            parallel.counts.hides_halos_from = usual
         if setting.other_order:
             parallel.counts.channels_last = not parallel.counts.channels_last
             last, report["last_s"], report["last_bytes"] = timed(together, device, repeats)
@@ -217,11 +223,14 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--exact", action="store_true", help="compare with stock in float32 too")
     parser.add_argument("--other-order", action="store_true", help="also with images in the other order of memory")
+    parser.add_argument("--hides-from", type=float, nargs="+", default=[], metavar="MIB", help="0: all, inf: none")
     parser.add_argument("--tiny", action="store_true", help="small models, on a CPU if there is no GPU")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = Setting(given.tiny, given.repeats, given.profile, given.exact, given.other_order, device_type)
+    setting = Setting(
+        given.tiny, given.repeats, given.profile, given.exact, given.other_order, tuple(given.hides_from), device_type
+    )
     results = []
     for world in given.ranks:
         if device_type == "cuda" and torch.cuda.device_count() < world:
@@ -233,6 +242,9 @@ def main() -> None:
                 run_ranks(world, measure, *arguments, timeout_s=300, collective_timeout_s=120, device_type=device_type)
             )
             results.append(told(name, world, reports))
+            for at, least in enumerate(given.hides_from):
+                seconds = max(report["hides_s"][at] for report in reports)
+                print(f"    halos hidden from {least:g} MiB a rank: {seconds:.3f} s", flush=True)
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
 

@@ -7,6 +7,7 @@ inputs are, and a rank needs about half a kernel of its neighbours' rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,7 +62,7 @@ def slide(name: str, tensor: RowTensor, window: Window, local: Local) -> Tensor:
     need, want = needs[ranks.rank], wanted[ranks.rank]
     ranks.convolved_rows += need[1] - need[0]
     ranks.convolved_of += rows.cuts.total
-    if ranks.hides_halos and _is_by_edges(window, rows.cuts, ranks.rank):
+    if _is_by_edges(window, rows.cuts) and _bytes_a_rank(tensor) >= ranks.hides_halos_from:
         result = _by_edges(own(tensor), window, needs, local)
     else:
         result = local(Halo(tensor, needs).assembled(need[0] - want[0], want[1] - need[1], _order(tensor)), 0)
@@ -77,15 +78,23 @@ def _geometry(window: Window, cuts: Cuts) -> tuple[Cuts, tuple[Span, ...], tuple
 
 
 @lru_cache(maxsize=1024)
-def _is_by_edges(window: Window, cuts: Cuts, rank: int) -> bool:
-    """Return whether a rank has an output row for each of its rows, and only those by its edges lack a neighbour."""
-    wanted = _geometry(window, cuts)[1][rank]
-    start, stop = cuts.spans[rank]
-    above, below = start - wanted[0], wanted[1] - stop
-    is_same = window.stride == 1 and above == below == window.padding
-    # Near an edge of the image, a halo may be shorter than the padding.
-    is_whole = start in (0, max(start, above)) and stop in (cuts.total, min(stop, cuts.total - below))
-    return is_same and is_whole and stop - start >= window.reach
+def _is_by_edges(window: Window, cuts: Cuts) -> bool:
+    """Return whether each rank has an output row for each of its rows, and only those by its edges lack a neighbour."""
+    for (start, stop), wanted in zip(cuts.spans, _geometry(window, cuts)[1], strict=True):
+        above, below = start - wanted[0], wanted[1] - stop
+        is_same = window.stride == 1 and above == below == window.padding
+        # Near an edge of the image, a halo may be shorter than the padding.
+        is_whole = start in (0, max(start, above)) and stop in (cuts.total, min(stop, cuts.total - below))
+        if not (is_same and is_whole and stop - start >= window.reach):
+            return False
+    return True
+
+
+def _bytes_a_rank(tensor: RowTensor) -> float:
+    """Return the mean bytes that ranks have of a tensor: the same number on each, as all must go the same way."""
+    shape = list(tensor.shape)
+    shape[position(tensor.rows, tensor)] = tensor.rows.cuts.total
+    return math.prod(shape) * tensor.dtype.itemsize / tensor.ranks.ranks
 
 
 def _order(tensor: RowTensor) -> torch.memory_format | None:

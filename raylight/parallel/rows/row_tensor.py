@@ -35,15 +35,16 @@ class RowGroup:
 
     `received_bytes` came from other ranks in `exchanges`; convolutions had `convolved_rows` as input here, halos
     included, of `convolved_of` on all ranks. With `channels_last`, images that are convolved in 16 bits on a GPU are
-    kept in the order in which cuDNN computes, (B, H, W, C), instead of converted around each convolution. With
-    `hides_halos`, a convolution computes while its halo is on the way, and its edges again; else it waits.
+    kept in the order in which cuDNN computes, (B, H, W, C), instead of converted around each convolution. From
+    `hides_halos_from` bytes of input a rank, a convolution computes while its halo is on the way, and its edges again;
+    else it waits.
     """
 
     group: dist.ProcessGroup
     ranks: int
     rank: int
     channels_last: bool = False
-    hides_halos: bool = True
+    hides_halos_from: float = 0
     received_bytes: int = 0
     exchanges: int = 0
     convolved_rows: int = 0
