@@ -5,10 +5,10 @@
 
 Runs with CFG, without it, with two images, and with prompts of different lengths, which ComfyUI cannot put into one
 batch. For each number of workers the ways share one session, whose workers take other degrees without a restart; a step
-is the difference between a run of several steps and a run of one, after a run in which graphs are captured and weights
-begin to stay gathered. `relative L2` is to stock's latent. With --advice, what Raylight Advice expects of these workers
-and the file is printed beside what was measured. With --compile the model is compiled, by stock and by the workers, as
-ComfyUI's TorchCompileModel does.
+is the difference between a run of several steps and a run of one, after runs in which weights begin to stay gathered
+and graphs are captured. `relative L2` is to stock's latent. With --advice, what Raylight Advice expects of these
+workers and the file is printed beside what was measured. With --compile the model is compiled, by stock and by the
+workers, as ComfyUI's TorchCompileModel does.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def timed(model: Any, name: str, kind: Kind, seed: int, steps: int) -> tuple[flo
 
 def measure(model: Any, name: str, kind: Kind, options: argparse.Namespace) -> tuple[float, Tensor]:
     """Return the seconds of a step, and the latent of a run whose seed is the same for every way."""
-    for steps in (1, options.steps):  # loads, makes process groups and warms up
+    # Loads, makes process groups and warms up; what weights that begin to stay gathered change is captured anew.
+    for steps in (1, options.steps, options.steps):
         timed(model, name, kind, 0, steps)
     taken = []
     latent = torch.empty(0)

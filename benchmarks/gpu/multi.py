@@ -78,6 +78,7 @@ class Setting:
     shared_gpu: bool
     device_type: str
     graphs: bool = False
+    attention: str = "auto"
 
 
 def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tu
     staged = StagedThroughCpuHybrid(mesh.get_group("ulysses"), mesh.get_group("ring")) if setting.shared_gpu else None
     options: dict[str, Any] = {}
     split = apply_sequence_parallel(diffusion_model, plan_for(diffusion_model), mesh, staged)
-    split.install(options, kernel("auto", device))
+    split.install(options, kernel(setting.attention, device))
     weights = RandomWeights(diffusion_model, device)
     if way.shards:
         shard(diffusion_model, weights, world_axis(mesh), device)
@@ -259,7 +260,14 @@ def report(size: str, worlds: list[int], options: argparse.Namespace, predicted:
                 continue
             cfg = "CFG" in way.name
             setting = Setting(
-                size, options.layers, options.repeats, cfg, options.share_gpu, options.device, options.graphs == "on"
+                size,
+                options.layers,
+                options.repeats,
+                cfg,
+                options.share_gpu,
+                options.device,
+                options.graphs == "on",
+                options.attention,
             )
             try:
                 row = run(world, way, setting, options.timeout)
@@ -312,6 +320,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one row")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--share-gpu", action="store_true")
+    parser.add_argument("--attention", default="auto", help="TORCH_FLASH is what stock ComfyUI takes")
     parser.add_argument("--graphs", default="on", choices=("on", "off"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
