@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from raylight.cluster.actor import Run
@@ -21,6 +21,8 @@ from raylight.host.pickling import deserialize
 
 from . import lora
 from .node_code import restored_after
+from .pace import Pace
+from .resident_conds import ResidentConds
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class SamplingRun:
         self._last: tuple[int, int, Any, Any] | None = None
         self._steps = 0
         self._on_step: Callable[[], None] = lambda: None
+        self._pace = Pace(device)
         state, self._changes, self._guider, self._call, self._positional, self._wrappers = deserialize(
             job.content, patcher
         )
@@ -44,6 +47,9 @@ class SamplingRun:
         for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):  # for ComfyUI's process only
             for holder in ("transformer_options", "to_load_options"):
                 self.model_options.get(holder, {}).get("wrappers", {}).get(kind, {}).pop(KEY, None)
+        # Those of nodes, of the model's too, are there already, so this is within them.
+        conds = ResidentConds(device)
+        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, conds, self.model_options, is_model_options=True)
 
     @property
     def model_options(self) -> dict[str, Any]:
@@ -94,6 +100,7 @@ class SamplingRun:
         return StepDone(step, total, _on_cpu(x0), _on_cpu(x))
 
     def _after_step(self, step: int, x0: Any, x: Any, total: int) -> None:
+        self._pace.launched()
         self._on_step()
         job = self._job
         if job.every_step or (job.wants_last and step + 1 == total):

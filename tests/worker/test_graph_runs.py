@@ -14,6 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_cases import CASES, checkpoint
 from dropin_cases import MORE_SETUPS, SETUPS, equal_lengths, sample
+from graph_service import GraphService
 from loras import lora_for
 from other_service import kept, memory, served_by
 from safetensors.torch import load_file
@@ -69,6 +70,14 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return ((actual - expected).abs().max() / expected.std()).item() <= TOLERANCE
 
 
+def copied_conds() -> int:
+    """How much conditioning each rank has copied to stay."""
+    session = active_session.running()
+    assert session is not None
+    (count,) = set(session.run_all(GraphService.copied_conds).values())
+    return count
+
+
 SETS: dict[str, tuple[Callable, int]] = {
     # Forwards of a run that are replays: both prompts have a kind of their own, of which two run as they are.
     "plain": (SETUPS["plain"], 2 * (STEPS - 2)),
@@ -97,6 +106,21 @@ def test_equals_comfyui(name: str, mesh: MeshShape, depth: bool, path: Path, sto
         assert same(sample(set_up(model), stays_here=depth, steps=STEPS)[0], expected)
     assert replays() - before >= least
     assert all(rank.graphs <= LARGEST_NUMBER for rank in memory())
+
+
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
+@pytest.mark.parametrize("name", [*SETUPS, *MORE_SETUPS])
+def test_conditioning_is_copied_once_in_a_run(name: str, sharding: str, path: Path, stock: ModelPatcher) -> None:
+    set_up = (SETUPS | MORE_SETUPS)[name]
+    expected = sample(set_up(stock), steps=2)[0]
+    model = dropin(path, MeshShape(ulysses=2), sharding)
+    sample(set_up(model), steps=2)
+    counts = [copied_conds()]
+    for steps in (2, 3):
+        result = sample(set_up(model), steps=steps)[0]
+        assert steps != 2 or same(result, expected)
+        counts.append(copied_conds())
+    assert counts[2] - counts[1] == counts[1] - counts[0] > 0
 
 
 @both_depths
