@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raylight.parallel.rows.engine import Factories, finished, shared
-from raylight.parallel.rows.layout import cut
+from raylight.parallel.rows.layout import Cuts, cut
 from raylight.parallel.rows.row_tensor import RowGroup, RowsError
 
 Operation = Callable[[Tensor], Tensor]
@@ -89,6 +90,7 @@ IMAGES: dict[str, Operation] = {
     "kernel 5, less padding": _conv(5, padding=1),
     "kernel 3, more padding": _conv(3, padding=2),
     "kernel 4, even": _conv(4, padding=1),
+    "kernel 3, one column": lambda x: _conv(3, padding=1)(x[..., :1]),
     "padding same": _conv(3, padding="same"),
     "stride 2": _conv(3, padding=1, stride=2),
     "stride 2, kernel 2": _conv(2, stride=2),
@@ -123,6 +125,7 @@ IMAGES: dict[str, Operation] = {
 }
 VIDEOS: dict[str, Operation] = {
     "kernel 3": _conv(3, 3, padding=1),
+    "kernel 3, one frame": lambda x: _conv(3, 3, padding=1)(x[:, :, :1]),
     "replicate": lambda x: _conv(3, 3)(functional.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate")),
     "group norm": lambda x: functional.group_norm(x, 2),
     "frames": _frames,
@@ -150,34 +153,53 @@ REFUSED: dict[str, Operation] = {
 }
 
 
-def run_all(rank: int, world: int, heights: tuple[int, ...]) -> dict[tuple[str, int], float | str]:
-    """Return the largest error of each operation on pictures of these heights, or what it raised."""
-    found: dict[tuple[str, int], float | str] = {}
+@dataclass(frozen=True)
+class Errors:
+    """The largest errors of an operation's rows: against the whole, and of channels last against the usual order."""
+
+    whole: float
+    order: float
+
+
+def run_all(rank: int, world: int, heights: tuple[int, ...]) -> dict[tuple[str, int], Errors | str]:
+    """Return the errors of each operation on pictures of these heights, or what it raised."""
+    found: dict[tuple[str, int], Errors | str] = {}
     for height in heights:
         for kind, operations, shape in (("image", IMAGES, (2, 4, height, 10)), ("video", VIDEOS, (1, 4, 3, height, 6))):
             for name, operation in operations.items():
-                errors = [_error(operation, shape, rank, world, least) for least in (0, math.inf)]
-                refusals = [error for error in errors if isinstance(error, str)]
-                found[f"{kind}: {name}", height] = refusals[0] if refusals else max(map(float, errors))
+                try:
+                    found[f"{kind}: {name}", height] = _errors(operation, shape, rank, world)
+                except RowsError as error:
+                    found[f"{kind}: {name}", height] = str(error)
     return found
 
 
-def _error(operation: Operation, shape: tuple[int, ...], rank: int, world: int, hides_halos_from: float) -> float | str:
+def _errors(operation: Operation, shape: tuple[int, ...], rank: int, world: int) -> Errors:
     full = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(2)
     expected = operation(full.clone())
+    whole, order = [], []
+    for least in (0, math.inf):
+        usual, last = (
+            _run(operation, full, RowGroup(dist.group.WORLD, world, rank, last, last, hides_halos_from=least))
+            for last in (False, True)
+        )
+        for local, cuts in (usual, last):
+            if cuts.total != expected.shape[-2]:
+                raise RowsError(f"{cuts.total} rows instead of {expected.shape[-2]}")
+            start, stop = cuts.spans[rank]
+            whole.append((local - expected[..., start:stop, :]).abs().max().item())
+        order.append((last[0] - usual[0]).abs().max().item())
+    return Errors(max(whole), max(order))
+
+
+def _run(operation: Operation, full: Tensor, ranks: RowGroup) -> tuple[Tensor, Cuts]:
+    """Return this rank's rows. With channels last, every other rank's own are in that order before."""
     torch.manual_seed(2)
-    ranks = RowGroup(dist.group.WORLD, world, rank, hides_halos_from=hides_halos_from)
-    try:
-        with Factories():
-            result = operation(shared(full, cut(full.shape[-2], world), ranks))
-        local, cuts = finished(result)
-    except RowsError as error:
-        return str(error)
-    if cuts.total != expected.shape[-2]:
-        return f"{cuts.total} rows instead of {expected.shape[-2]}"
-    start, stop = cuts.spans[rank]
-    return (local - expected[..., start:stop, :]).abs().max().item()
+    if ranks.channels_last and ranks.rank % 2:
+        full = full.contiguous(memory_format=torch.channels_last if full.ndim == 4 else torch.channels_last_3d)
+    with Factories():
+        return finished(operation(shared(full, cut(full.shape[-2], ranks.ranks), ranks)))
 
 
 def refuse_all(rank: int, world: int) -> dict[str, str]:

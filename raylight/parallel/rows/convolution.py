@@ -19,6 +19,7 @@ from torch import Tensor
 from .exchange import Halo, own, recut
 from .layout import Cuts, Span
 from .row_tensor import RowTensor, mixes, plain, position, rule, wrap
+from .strips import Strips, strips_of
 
 Local = Callable[[Tensor, int], Tensor]  # a rank's operation on rows, with the padding of rows to use
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
@@ -65,7 +66,7 @@ def slide(name: str, tensor: RowTensor, window: Window, local: Local) -> Tensor:
     if _is_by_edges(window, rows.cuts) and _bytes_a_rank(tensor) >= ranks.hides_halos_from:
         result = _by_edges(own(tensor), window, needs, local)
     else:
-        result = local(Halo(tensor, needs).assembled(need[0] - want[0], want[1] - need[1], _order(tensor)), 0)
+        result = local(Halo(tensor, needs, _order(tensor)).assembled(need[0] - want[0], want[1] - need[1]), 0)
     return wrap(result, recut(rows, output), ranks)
 
 
@@ -98,8 +99,14 @@ def _bytes_a_rank(tensor: RowTensor) -> float:
 
 
 def _order(tensor: RowTensor) -> torch.memory_format | None:
-    """Return the order of memory in which a tensor is convolved: channels last, or None for whichever it has."""
-    if not tensor.ranks.channels_last or tensor.device.type != "cuda" or tensor.dtype.itemsize != 2:
+    """Return the order of memory in which a tensor is convolved: channels last, or None for whichever it has.
+
+    Not by the tensor's strides: ranks may have other ones, and have to exchange rows in the same order.
+    """
+    ranks = tensor.ranks
+    if not ranks.channels_last:
+        return None
+    if not ranks.orders_any and (tensor.device.type != "cuda" or tensor.dtype.itemsize != 2):
         return None
     return _CHANNELS_LAST.get(tensor.ndim)
 
@@ -110,22 +117,46 @@ def _by_edges(tensor: RowTensor, window: Window, needs: Sequence[Span], local: L
     The first and last `padding` rows of the result lack the neighbours' rows; those are computed from the halo and
     `reach` rows of this rank, both edges as one batch.
     """
-    dim, pad, reach = position(tensor.rows, tensor), window.padding, window.reach
-    halo = Halo(tensor, needs)
-    x, order = plain(tensor), _order(tensor)
-    x = x if order is None else x.contiguous(memory_format=order)
-    result = local(x, pad)
-    above, below = halo.wait()
-    edges = []
-    if above:
-        edges.append((0, torch.cat([*above, x.narrow(dim, 0, reach)], dim)))
-    if below:
-        edges.append((x.shape[dim] - pad, torch.cat([x.narrow(dim, x.shape[dim] - reach, reach), *below], dim)))
-    if edges:
-        again = local(torch.cat([edge for _, edge in edges]) if len(edges) > 1 else edges[0][1], 0)
-        for (first, _), part in zip(edges, again.split(x.shape[0]), strict=True):
-            result.narrow(dim, first, pad).copy_(part)
+    dim, order, ranks = position(tensor.rows, tensor), _order(tensor), tensor.ranks
+    halo = Halo(tensor, needs, order)
+    x = plain(tensor) if order is None else plain(tensor).contiguous(memory_format=order)
+    result = local(x, window.padding)
+    edges = _edges(window, x.shape[dim], ranks.rank > 0, ranks.rank < ranks.ranks - 1)
+    if edges is None:
+        return result
+    count = len(edges.own.firsts)
+    shape = list(x.shape)
+    shape[0], shape[dim] = count * shape[0], window.reach + window.padding
+    batch = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order or torch.contiguous_format)
+    strips_of(batch, dim, edges.kept, count).copy_(strips_of(x, dim, edges.own))
+    ((_, received),) = halo.wait()  # as many rows from above and from below
+    strips_of(batch, dim, edges.halos, count).copy_(received)
+    again = local(batch, 0)
+    strips_of(result, dim, edges.lacking).copy_(again.view(count, -1, *again.shape[1:]))
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Edges:
+    """Which rows the edges of a rank are made of, the upper one first: `own` rows of its tensor are `kept` beside
+    `halos` in the batch of edges, whose result is what the whole's is `lacking`.
+    """
+
+    own: Strips
+    kept: Strips
+    halos: Strips
+    lacking: Strips
+
+
+@lru_cache(maxsize=1024)
+def _edges(window: Window, rows: int, has_above: bool, has_below: bool) -> _Edges | None:
+    """Return the edges of a rank of so many rows, or None if it has no neighbour."""
+    reach, pad = window.reach, window.padding
+    places = [(0, pad, 0, 0)] * has_above + [(rows - reach, 0, reach, rows - pad)] * has_below
+    if not places:
+        return None
+    own, kept, halos, lacking = zip(*places, strict=True)
+    return _Edges(Strips(own, reach), Strips(kept, reach), Strips(halos, pad), Strips(lacking, pad))
 
 
 def _tuple(value: Any, length: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..collectives import Splits, all_gather, start_exchange
 from .layout import Cuts, Rows, Span
 from .row_tensor import RowTensor, mixes, plain, position, wrap
+from .strips import Strips, as_strips, packed, strips_of
 
 
 def _overlap(first: Span, second: Span) -> Span | None:
@@ -27,90 +28,106 @@ def _missing(need: Span, held: Span) -> list[Span]:
     return [part for part in parts if part[0] < part[1]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Transfers:
+    """What a rank sends and receives: how many rows to and from each rank, and which ones, in the order of the ranks.
+
+    Those sent are counted from the first row of the rank's tensor, those received from the first one that it needs.
+    """
+
+    sends: tuple[int, ...]
+    receives: tuple[int, ...]
+    sent: tuple[Strips, ...]
+    received: tuple[Strips, ...]
+
+
 @lru_cache(maxsize=1024)
-def _transfers(
-    needs: tuple[Span, ...], held: tuple[Span, ...], own: tuple[Span, ...], rank: int
-) -> tuple[bool, tuple[tuple[Span, ...], ...], tuple[tuple[Span, ...], ...]]:
-    """Return whether any rank receives rows, and which ones `rank` sends to each rank and receives from it."""
+def _transfers(needs: tuple[Span, ...], held: tuple[Span, ...], own: tuple[Span, ...], rank: int) -> _Transfers | None:
+    """Return what `rank` sends and receives, or None if no rank needs rows."""
     missing = [_missing(need, has) for need, has in zip(needs, held, strict=True)]
+    if not any(missing):
+        return None
 
-    def parts(of: Sequence[Span], span: Span) -> tuple[Span, ...]:
-        return tuple(part for part in (_overlap(one, span) for one in of) if part)
+    def parts(of: Sequence[Span], span: Span) -> list[Span]:
+        return [part for part in (_overlap(one, span) for one in of) if part]
 
-    sent = tuple(parts(missing[other], own[rank]) if other != rank else () for other in range(len(own)))
-    received = tuple(parts(missing[rank], own[other]) if other != rank else () for other in range(len(own)))
-    return any(missing), sent, received
+    sent = [parts(missing[other], own[rank]) if other != rank else [] for other in range(len(own))]
+    received = [parts(missing[rank], own[other]) if other != rank else [] for other in range(len(own))]
+    sends, receives = (tuple(sum(stop - start for start, stop in one) for one in of) for of in (sent, received))
+    leaving, coming = ([part for one in of for part in one] for of in (sent, received))
+    return _Transfers(sends, receives, as_strips(leaving, held[rank][0]), as_strips(coming, needs[rank][0]))
 
 
 class Halo:
-    """Rows on their way from other ranks. Collective: every rank makes it with the same `needs`.
+    """Rows on their way from other ranks. Collective: every rank makes it with the same `needs` and `order`.
 
-    `needs[r]` are the rows that rank r needs, of which it receives what its tensor does not hold.
+    `needs[r]` are the rows that rank r needs, of which it receives what its tensor does not hold. They travel in the
+    `order` of memory, contiguous if it is None, whichever one the ranks' tensors have.
     """
 
-    def __init__(self, tensor: RowTensor, needs: Sequence[Span]) -> None:
+    def __init__(self, tensor: RowTensor, needs: Sequence[Span], order: torch.memory_format | None = None) -> None:
         rows, ranks = tensor.rows, tensor.ranks
         if rows.outer > 1:
             raise mixes("exchange", tensor, "its rows are flattened together with other dimensions")
-        self._dim = position(rows, tensor)
+        self._dim, self._order = position(rows, tensor), order
         self._local = plain(tensor)
         spans = rows.spans
         self._need, self._held = needs[ranks.rank], spans[ranks.rank]
         self._work = None
-        self._parts: list[tuple[Span, int]] = []
-        is_needed, sent, received = _transfers(tuple(needs), spans, rows.cuts.spans, ranks.rank)
-        if not is_needed:
+        transfers = _transfers(tuple(needs), spans, rows.cuts.spans, ranks.rank)
+        if transfers is None:
             return
         row = self._local.numel() // max(1, self._local.shape[self._dim])  # elements
-
-        def counts(of: tuple[tuple[Span, ...], ...]) -> tuple[int, ...]:
-            return tuple(sum(stop - start for start, stop in parts) * row for parts in of)
-
-        pieces = [
-            self._local.narrow(self._dim, start - self._held[0], stop - start).reshape(-1)
-            for start, stop in (part for parts in sent for part in parts)
-        ]
-        buffer = torch.cat(pieces) if pieces else self._local.new_empty(0)
-        self._received, self._work = start_exchange(buffer, Splits(counts(sent), counts(received)), ranks.group)
-        self._parts = [(part, (part[1] - part[0]) * row) for parts in received for part in parts]
+        splits = Splits(tuple(n * row for n in transfers.sends), tuple(n * row for n in transfers.receives))
+        buffer = self._local.new_empty(sum(splits.sends))
+        for strips, place in zip(transfers.sent, self._packed(buffer, transfers.sent), strict=True):
+            place.copy_(strips_of(self._local, self._dim, strips))
+        self._received, self._work = start_exchange(buffer, splits, ranks.group)
+        self._strips = transfers.received
         ranks.exchanges += 1
         ranks.received_bytes += self._received.numel() * self._received.element_size()
 
-    def wait(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the received pieces above and below this rank's rows, each in the order of the image."""
-        if self._work is None:
-            return [], []
-        self._work.wait()
-        above, below, offset = [], [], 0
-        for (start, stop), count in self._parts:  # by rank, so in the image's order
-            shape = list(self._local.shape)
-            shape[self._dim] = stop - start
-            piece = self._received[offset : offset + count].view(shape)
-            offset += count
-            (above if start < self._held[0] else below).append(piece)
-        return above, below
+    def _packed(self, memory: Tensor, parts: Sequence[Strips]) -> list[Tensor]:
+        """Return where each of the strips is in `memory`: (strips, B, ..., rows, ...)."""
+        views, at, shape = [], 0, list(self._local.shape)
+        for strips in parts:
+            shape[self._dim] = strips.rows
+            views.append(packed(memory, at, (len(strips.firsts), *shape), self._order))
+            at += views[-1].numel()
+        return views
 
-    def assembled(self, zeros_above: int = 0, zeros_below: int = 0, order: torch.memory_format | None = None) -> Tensor:
-        """Return the rows of this rank's need between rows of zeros, (..., zeros + need + zeros, ...), in this order of
-        memory if one is given: a view if that is what it holds, else a new tensor.
+    def wait(self) -> list[tuple[Strips, Tensor]]:
+        """Return the received rows, counted from the first that this rank needs, as (strips, B, ..., rows, ...)."""
+        if self._work is None:
+            return []
+        self._work.wait()
+        return list(zip(self._strips, self._packed(self._received, self._strips), strict=True))
+
+    def assembled(self, zeros_above: int = 0, zeros_below: int = 0) -> Tensor:
+        """Return the rows of this rank's need between rows of zeros, (..., zeros + need + zeros, ...), in the order of
+        memory if one was given: a view if that is what it holds, else a new tensor.
         """
-        above, below = self.wait()
+        halo, dim = self.wait(), self._dim
         start, stop = _overlap(self._need, self._held) or (self._held[0], self._held[0])
-        middle = self._local.narrow(self._dim, start - self._held[0], stop - start)
-        if not (above or below or zeros_above or zeros_below):
-            return middle if order is None else middle.contiguous(memory_format=order)
-        shape = list(middle.shape)
-        shape[self._dim] = zeros_above + self._need[1] - self._need[0] + zeros_below
+        middle = self._local.narrow(dim, start - self._held[0], stop - start)
+        if not (halo or zeros_above or zeros_below):
+            return middle if self._order is None else middle.contiguous(memory_format=self._order)
+        shape, rows = list(middle.shape), self._need[1] - self._need[0]
+        shape[dim] = zeros_above + rows + zeros_below
         full = torch.empty(
-            shape, dtype=middle.dtype, device=middle.device, memory_format=order or torch.contiguous_format
+            shape, dtype=middle.dtype, device=middle.device, memory_format=self._order or torch.contiguous_format
         )
-        at = 0
-        for part in (zeros_above, *above, middle, *below, zeros_below):
-            rows = part if isinstance(part, int) else part.shape[self._dim]
-            if rows:
-                place = full.narrow(self._dim, at, rows)
-                place.zero_() if isinstance(part, int) else place.copy_(part)
-                at += rows
+        needed = full
+        if zeros_above:
+            full.narrow(dim, 0, zeros_above).zero_()
+        if zeros_below:
+            full.narrow(dim, zeros_above + rows, zeros_below).zero_()
+        if zeros_above or zeros_below:
+            needed = full.narrow(dim, zeros_above, rows)
+        if stop > start:
+            needed.narrow(dim, start - self._need[0], stop - start).copy_(middle)
+        for strips, received in halo:
+            strips_of(needed, dim, strips).copy_(received)
         return full
 
 

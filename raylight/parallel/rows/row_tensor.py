@@ -37,13 +37,14 @@ class RowGroup:
     included, of `convolved_of` on all ranks. With `channels_last`, images that are convolved in 16 bits on a GPU are
     kept in the order in which cuDNN computes, (B, H, W, C), instead of converted around each convolution. From
     `hides_halos_from` bytes of input a rank, a convolution computes while its halo is on the way, and its edges again;
-    else it waits.
+    else it waits. Tests set `orders_any`, so that `channels_last` is in any dtype and on any device.
     """
 
     group: dist.ProcessGroup
     ranks: int
     rank: int
     channels_last: bool = False
+    orders_any: bool = False
     hides_halos_from: float = 0
     received_bytes: int = 0
     exchanges: int = 0
