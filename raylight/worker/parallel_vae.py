@@ -29,7 +29,7 @@ LEAST_LATENT_ROWS = 2
 
 # On such a link, launches that hide a halo take longer than the halo, and than to copy a small picture beside it.
 FAST_BYTES_PER_S = 20e9
-LARGE_BYTES = 64 << 20
+LARGE_BYTES = 16 << 20
 
 log = logging.getLogger(__name__)
 
