@@ -144,6 +144,8 @@ def _speeds(size: ModelSize, model: RayModel, arrangement: Arrangement, cards: _
         lines.append(f"    {what}: {words}: {_expected(size, rows, shape, arrangement, hardware, sent_bytes)}")
     if hardware is None:
         lines.append("Seconds are told when the workers run on GPUs, and their links and speeds were tried.")
+    elif model.workers.attention != kernels.AUTO:
+        lines.append(f"Seconds are those of attention auto; {model.workers.attention} was not tried.")
     return lines
 
 

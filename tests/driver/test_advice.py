@@ -18,6 +18,7 @@ from raylight.driver.advice import advise
 from raylight.driver.model_size import measure
 from raylight.host.recipe import SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.degrees import Arrangement
+from raylight.parallel.estimate import Hardware
 from raylight.parallel.mesh import MeshShape
 
 TWO = SessionConfig(MeshShape(ulysses=2), "cpu")
@@ -61,6 +62,18 @@ def test_a_cluster_that_decides_has_what_its_workers_have(wan: Path, monkeypatch
     memory = dict.fromkeys(places, SimpleNamespace(total_bytes=32 * 10**9))
     monkeypatch.setattr(advice, "ask_all", lambda *_: memory)
     assert "2 workers: degrees by the run; 2 x RTX 5090 32.00 GB" in advise(model, 832, 480, 33)
+
+
+@pytest.mark.parametrize(("attention", "is_told"), [("auto", False), ("TORCH_FLASH", True)])
+def test_seconds_are_those_of_one_attention(
+    wan: Path, monkeypatch: pytest.MonkeyPatch, attention: str, is_told: bool
+) -> None:
+    four_gpus(monkeypatch, 32)
+    hardware = Hardware((10**14,) * 4, (10**14,) * 4, 10**11, 1e-5, (10**12,) * 4)
+    monkeypatch.setattr(advice, "_hardware", lambda _: hardware)
+    text = advise(model_of(wan, FOUR, attention=attention), 832, 480, 33)
+    assert re.search(r"about \S+ s a forward", text)
+    assert (f"Seconds are those of attention auto; {attention} was not tried." in text) == is_told
 
 
 def test_workers_on_cpus_share_the_memory_of_their_machine(wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
