@@ -72,10 +72,9 @@ class ResidentConds:
         tensors = _tensors(cond)
         if not any(is_elsewhere(tensor, self._device) for tensor in tensors):
             return cond
-        known = self._known.pop(cond, None)
+        known = self._known.get(cond)
         if known is None or not _is_as_before(known, tensors):
-            known = self._copied(cond, tensors)
-        self._known[cond] = known
+            known = self._known[cond] = self._copied(cond, tensors)
         return known.moved
 
     def _copied(self, cond: Any, tensors: list[Tensor]) -> _Resident:
