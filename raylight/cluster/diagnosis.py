@@ -11,6 +11,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryErro
 
 from .actor import Place
 from .errors import DIED, FAILED, OUT_OF_MEMORY, OutOfMemory, StoreFull, WorkerError, is_out_of_memory
+from .worker_output import kind_of_crash
 
 # In errors that a rank meets because another rank has gone. They are no root cause.
 _LOST_PEER_MARKS = (
@@ -68,10 +69,13 @@ def to_error(failure: Failure, states: WorkerStates, remedies: Remedies = no_rem
     if place is not None and place.gpu is not None:
         # PyTorch's number counts what the worker sees, which is one GPU.
         cause = re.sub(r"\bGPU 0\b", f"GPU {place.gpu}", cause)
+    lines = states.last_lines.get(rank, ())
+    if failure.kind == DIED and (crash := kind_of_crash(lines)):
+        cause = f"its process crashed ({crash})"
     verb = {DIED: "died", OUT_OF_MEMORY: "ran out of memory"}.get(failure.kind, "failed")
     phase = f" while {states.phases[rank]}" if states.phases.get(rank) else ""
     text = f"{place or f'rank {rank}'} {verb}{phase}: {cause}."
-    if lines := states.last_lines.get(rank):
+    if lines:
         text += "\n  ".join(("\nLast output:", *lines))
     raised = None if failure.error is None else cause_of(failure.error)
     return worker_error(text, failure.kind, remedies, raised.spare_bytes if isinstance(raised, OutOfMemory) else 0)

@@ -24,10 +24,11 @@ from .diagnosis import Failure, Remedies, WorkerStates, no_remedies, to_error, w
 from .errors import OUT_OF_MEMORY, RAY_LOST, WorkerError, raise_cancelled
 from .object_store import ObjectCache, put
 from .ray_runtime import RUNTIME, kill_workers
-from .status import IDLE, STARTING, last_output, output_sizes
+from .status import IDLE, STARTING
 from .timeline import StartTimes, Timeline
 from .timeouts import with_timeout
 from .watchdog import Watchdog
+from .worker_output import crash_in, last_lines_of, output_sizes, printed_since
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -341,10 +342,11 @@ class Session:
 
     def _states(self, idle: str = IDLE) -> WorkerStates:
         """Return what is known of the ranks now. `idle` is the phase of those that have not reported a new one yet."""
-        lines = {
-            rank: self._watchdog.last_lines(rank)
-            or last_output(RUNTIME.log_folder, place.pid, self._printed.get(rank, {}))
-            for rank, place in self.places.items()
-        }
+        lines = {rank: self._last_lines(rank, place) for rank, place in self.places.items()}
         phases = dict.fromkeys(range(self.config.world_size), STARTING) | self.phases
         return WorkerStates(self.places, {r: idle if phase == IDLE else phase for r, phase in phases.items()}, lines)
+
+    def _last_lines(self, rank: int, place: Place) -> tuple[str, ...]:
+        """Return what a rank said last: of a crash, else what it has logged, else what it has printed."""
+        printed = printed_since(RUNTIME.log_folder, place.pid, self._printed.get(rank, {}))
+        return crash_in(printed) or self._watchdog.last_lines(rank) or last_lines_of(printed)

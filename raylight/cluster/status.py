@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import logging
-import os
 import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -147,24 +145,3 @@ def repeat(line: LogLine, rank: int) -> None:
     logger = logging.getLogger(line.name)
     if logger.isEnabledFor(line.level):
         logger.log(line.level, "rank %d: %s", rank, line.text)
-
-
-_LAST_BYTES, _LAST_LINES = 4096, 12
-_RAY_MARKS = (":job_id:", ":actor_name:", ":task_name:")  # for Ray's own reader of these files
-
-
-def output_sizes(folder: str | None, pid: int) -> dict[str, int]:
-    """Return how many bytes a worker of this machine has printed, by file in Ray's log `folder`."""
-    # The folder's path may contain characters that are patterns for `glob`.
-    paths = glob.glob(os.path.join(glob.escape(folder), f"worker-*-{pid}.err")) if folder else ()
-    return {path: os.path.getsize(path) for path in paths}
-
-
-def last_output(folder: str | None, pid: int, before: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the last lines that a worker of this machine has printed since `before`, such as the stack of a crash."""
-    lines: list[str] = []
-    for path, size in output_sizes(folder, pid).items():
-        with open(path, "rb") as file:
-            file.seek(max(before.get(path, 0), size - _LAST_BYTES))
-            lines += file.read().decode(errors="replace").splitlines()
-    return tuple(line for line in lines if line.strip() and not line.startswith(_RAY_MARKS))[-_LAST_LINES:]

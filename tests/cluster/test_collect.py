@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,13 @@ def test_last_output_is_of_the_run_that_failed() -> None:
     with pytest.raises(WorkerError) as error:
         once.run(EchoService.say_and_die, "a new one")
     assert "a new one" in str(error.value) and "an old story" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_crash_says_where() -> None:
+    with pytest.raises(WorkerError) as error:
+        session().run(EchoService.crash_alone, signal.SIGBUS)
+    text = str(error.value)
+    assert "its process crashed (Bus error)" in text and "without a trace" not in text
+    assert "*** SIGBUS received" in text and "in crash_alone" in text
+    assert text.count("SIGBUS") == 1 and "Extension modules" not in text and "in main_loop" not in text

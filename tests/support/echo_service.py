@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import signal
 import time
 from typing import Any
 
@@ -77,6 +78,12 @@ class EchoService(Service):
         self.say(run, text)
         time.sleep(1)
         self.die_alone(run)
+
+    def crash_alone(self, run: Run, signal_number: int) -> None:
+        """Let a signal that native code gets for its faults end the process of rank 1."""
+        if self.context.rank == 1:
+            signal.raise_signal(signal_number)
+        dist.barrier()
 
     def fail_alone(self, run: Run) -> None:
         if self.context.rank == 1:
