@@ -42,13 +42,14 @@ LARGEST_DIFFERENCE = 0.05  # from the prediction
 
 @dataclass(frozen=True)
 class Way:
-    """Degrees of the mesh, and whether weights are sharded over all ranks."""
+    """Degrees of the mesh, and whether weights are sharded over all ranks: by `held` if they hold unequally much."""
 
     name: str
     ulysses: int = 1
     ring: int = 1
     batch: int = 1
     shards: bool = False
+    held: tuple[int, ...] = ()
 
 
 def ways(world: int) -> list[Way]:
@@ -59,6 +60,7 @@ def ways(world: int) -> list[Way]:
         Way("Ulysses", ulysses=world),
         Way("ring", ring=world),
         Way("FSDP", batch=world, shards=True),
+        Way("FSDP by memory", batch=world, shards=True, held=(3, *[1] * (world - 1))),
         Way("FSDP + Ulysses", ulysses=world, shards=True),
         Way("CFG axis x Ulysses" if world > 2 else "CFG axis", ulysses=world // 2, batch=2),
     ]
@@ -161,6 +163,7 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tu
     from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
     from raylight.plans import plan_for
     from raylight.sharding.fsdp import shard
+    from raylight.sharding.rows import RowSplit
     from raylight.worker.cuda_graphs import GraphedForward, pool_of
     from raylight.worker.sequence_parallel import apply_sequence_parallel
 
@@ -175,7 +178,8 @@ def prepared(way: Way, setting: Setting, device: torch.device, world: int) -> tu
     split.install(options, kernel(setting.attention, device))
     weights = RandomWeights(diffusion_model, device)
     if way.shards:
-        shard(diffusion_model, weights, world_axis(mesh), device)
+        one_axis = world_axis(mesh)
+        shard(diffusion_model, weights, one_axis, device, split=RowSplit.over(one_axis, way.held))
     else:
         fill(diffusion_model, weights, device)
     given = inputs(setting.size, device)

@@ -23,7 +23,7 @@ import psutil
 import ray
 import torch
 
-from raylight.parallel import bandwidth, heartbeat, shares, speed_trial
+from raylight.parallel import bandwidth, heartbeat, memory_shares, shares, speed_trial
 from raylight.parallel.degrees import Arrangement, DegreesByRun
 from raylight.parallel.mesh import Meshes
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a rank runs: the address and the name of its machine, and Ray's id for it. `gpu` is the index of its GPU
-    on that machine, None if unknown or without one.
+    on that machine, None if unknown or without one; `memory_bytes` is all memory of that GPU, 0 without one.
     """
 
     rank: int
@@ -51,6 +51,12 @@ class Place:
     gpu: int | None = None
     machine: str = ""
     node: str = ""
+    memory_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """The rank and its device, for messages that are not about its process."""
+        return f"rank {self.rank} ({self.device})"
 
     @property
     def where(self) -> str:
@@ -171,15 +177,16 @@ class RankActor:
     @ray.method(concurrency_group="control")
     def place(self) -> Place:
         """Return where this rank runs. Raises RuntimeError: when it needs a GPU and sees none."""
-        device = self._device.type
+        device, memory_bytes = self._device.type, 0
         if device == "cuda":
             if not torch.cuda.is_available():
                 raise RuntimeError(f"the worker of rank {self._rank} sees no GPU")
             device = torch.cuda.get_device_name(0)
+            memory_bytes = torch.cuda.get_device_properties(0).total_memory
             WORKER.mark("CUDA")
         node = ray.get_runtime_context().get_node_id()
         host = ray.util.get_node_ip_address()
-        return Place(self._rank, host, os.getpid(), device, self._gpu, platform.node(), node)
+        return Place(self._rank, host, os.getpid(), device, self._gpu, platform.node(), node, memory_bytes)
 
     @ray.method(concurrency_group="control")
     def open_store(self, host: str, timeout_s: float) -> Rendezvous:
@@ -248,6 +255,7 @@ class RankActor:
         # Models use it also where forwards choose other meshes.
         self._context.mesh = self._meshes.of(arrangement.mesh, keep=True)
         shares.use(arrangement.speeds)
+        memory_shares.use(arrangement.memory)
         self._context.by_run = DegreesByRun(arrangement, self._meshes) if arrangement.by_run else None
 
     def run(self, run_id: str, verb: str, *args: Any) -> Any:

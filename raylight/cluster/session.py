@@ -16,7 +16,7 @@ from raylight.parallel.bandwidth import Links
 from raylight.parallel.degrees import Arrangement
 from raylight.parallel.heartbeat import agree
 
-from . import bandwidth_check, placement, speed_check
+from . import bandwidth_check, memory_check, placement, speed_check
 from .actor import Place
 from .collect import Outcome, WaitOptions, common_error, results_or_raise, wait_for_all
 from .config import ServiceSpec, SessionConfig
@@ -106,7 +106,8 @@ class Session:
         self._try_speed(options)
         arrangement = self._arranged = self.arrangement
         opened = self._on_each(lambda actor: actor.open.remote(arrangement, self.service, self.links), options)
-        for line in speed_check.describe(self.places, arrangement):
+        unlike = memory_check.describe(self.places, arrangement.memory)
+        for line in (*speed_check.describe(self.places, arrangement), *unlike):
             logger.info("%s", line)
         self._timeline.ranks = list(opened.values())
 
@@ -189,7 +190,8 @@ class Session:
     def arrangement_by(self, config: SessionConfig) -> Arrangement:
         """Return how the ranks would be arranged by a configuration that they can have."""
         fast_ranks = bandwidth_check.fast_ranks_of(self.places) if config.by_run else 0
-        return Arrangement(config.mesh, config.by_run, fast_ranks, speed_check.speeds_of(self.places))
+        speeds, memory = speed_check.speeds_of(self.places), memory_check.memory_of(self.places)
+        return Arrangement(config.mesh, config.by_run, fast_ranks, speeds, memory)
 
     @property
     def links(self) -> Links | None:

@@ -74,9 +74,7 @@ def describe(places: Mapping[int, Place], arrangement: Arrangement) -> list[str]
     if speeds == ALIKE:
         return []
     fastest = max(speeds.overall)
-    each = ", ".join(
-        f"{_name(places[rank])} {100 * speed / fastest:.0f} %" for rank, speed in enumerate(speeds.overall)
-    )
+    each = ", ".join(f"{places[rank].name} {100 * speed / fastest:.0f} %" for rank, speed in enumerate(speeds.overall))
     first, shared, equal = speeds.overall.index(fastest), gain(arrangement), gain(arrangement, by_speed=False)
     lines = [
         f"the workers' speeds are unlike ({'given' if given(len(places)) else 'measured'}): {each}. Each gets tokens, "
@@ -94,7 +92,3 @@ def describe(places: Mapping[int, Place], arrangement: Arrangement) -> list[str]
 
 def _setting() -> str:
     return os.environ.get(VARIABLE, "").strip()
-
-
-def _name(place: Place) -> str:
-    return f"rank {place.rank} ({place.device})"

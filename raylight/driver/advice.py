@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from raylight.attention import kernels
-from raylight.cluster import active_session, speed_check
+from raylight.cluster import active_session, memory_check, speed_check
 from raylight.cluster.config import SessionConfig
 from raylight.cluster.session import Session
 from raylight.host.log_messages import gb
@@ -19,7 +19,9 @@ from raylight.host.worker_service import WorkerService
 from raylight.parallel.degrees import Arrangement, Choice, Limits, choose, speed_up
 from raylight.parallel.estimate import SENT_BYTES, SENT_BYTES_IN_8_BITS, Hardware, forward_s
 from raylight.parallel.external_strategies import OURS_INT8, is_ours
+from raylight.parallel.memory_shares import held_by_each
 from raylight.parallel.mesh import MeshShape
+from raylight.parallel.shares import Weights
 
 from . import step_times, weightless
 from .model_forward import forward_on_workers
@@ -61,7 +63,7 @@ def advise(model: RayModel, width: int, height: int, frames: int) -> str:
     lines = [
         _model(model.recipe, size, f"{width}x{height}" + (f", {frames} frames" if len(size.latent) == 5 else "")),
         f"{config.world_size}{' or more' if config.grows else ''} workers: {how(config)}; {_names(cards)}",
-        *([] if cards.running is None else speed_check.describe(cards.running.places, arrangement)),
+        *_unlike(cards, arrangement),
         "",
         "What fits, beside about 1.5 GB for CUDA and NCCL:" if cards.on_gpu else "What fits:",
         *_fits(model.recipe, size, arrangement.mesh, cards),
@@ -111,21 +113,41 @@ def _names(cards: _Cards) -> str:
     return f"{len(each)} x {each[0]}" if len(set(each)) == 1 else ", ".join(each)
 
 
+def _unlike(cards: _Cards, arrangement: Arrangement) -> list[str]:
+    if cards.running is None:
+        return []
+    places = cards.running.places
+    return [*speed_check.describe(places, arrangement), *memory_check.describe(places, arrangement.memory)]
+
+
+def _memory(cards: _Cards, workers: int) -> Weights:
+    """Return the memory by which weights would be held, () where it is alike or not known."""
+    if cards.running is not None:
+        return memory_check.memory_of(cards.running.places)
+    return memory_check.unlike(cards.total_bytes) if cards.on_gpu and len(cards.total_bytes) == workers else ()
+
+
 def _fits(recipe: ModelRecipe, size: ModelSize, mesh: MeshShape, cards: _Cards) -> list[str]:
     """Return a line for each way to keep the weights, the fastest first, and which to choose: the first that fits."""
     workers = mesh.world_size
     compute = size.compute_bytes // (1 if size.work is None else mesh.ring * mesh.ulysses)
     gathered = min(recipe.size, _GATHERED * recipe.size // size.blocks)
-    ways = {"FSDP off": recipe.size, "FSDP": recipe.size // workers + gathered, "FSDP and FSDP_CPU_OFFLOAD": gathered}
+    held_by_rank = held_by_each(recipe.size, workers, _memory(cards, workers))
+    ways = {
+        "FSDP off": [recipe.size] * workers,
+        "FSDP": [held + gathered for held in held_by_rank],
+        "FSDP and FSDP_CPU_OFFLOAD": [gathered] * workers,
+    }
     lines, chosen = [], ""
     for way, weights in ways.items() if workers > 1 else list(ways.items())[:1]:
-        lacking = [rank for rank, total in enumerate(cards.total_bytes) if weights + compute > total - _AROUND]
+        lacking = [rank for rank, total in enumerate(cards.total_bytes) if weights[rank] + compute > total - _AROUND]
         verdict = "fits" if not lacking else f"does not fit on rank {', '.join(map(str, lacking))}"
         if not cards.total_bytes:
             verdict = "the workers' memory is not known yet"
         elif not lacking and not chosen:
             chosen = way
-        lines.append(f"    {way}: {gb(weights)} of weights and about {gb(compute)} to compute on each: {verdict}")
+        of_weights = gb(weights[0]) if len(set(weights)) == 1 else ", ".join(map(gb, weights))
+        lines.append(f"    {way}: {of_weights} of weights and about {gb(compute)} to compute on each: {verdict}")
     if cards.total_bytes:
         lines.append(f"Choose {chosen}." if chosen else "None fits: choose a smaller size, or a file with fp8 or GGUF.")
     return lines

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from raylight.cluster import active_session, speed_check
+from raylight.cluster import active_session, memory_check, speed_check
 from raylight.cluster.actor import Place
 from raylight.cluster.config import SessionConfig
 from raylight.cluster.session import Session
@@ -56,6 +56,7 @@ def how(config: SessionConfig) -> str:
 def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
     lines = [f"{running.config.world_size} workers: {how(running.config)}"]
     lines += speed_check.describe(running.places, running.arrangement)
+    lines += memory_check.describe(running.places, running.arrangement.memory)
     for rank, place in running.places.items():
         of_rank = memory[rank]
         where = "GPU" if place.gpu is not None else "machine"

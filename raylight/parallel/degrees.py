@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .mesh import Meshes, MeshShape
 from .partition import divide
-from .shares import ALIKE, Speeds
+from .shares import ALIKE, Speeds, Weights
 
 _EXCHANGE = 0.04  # of a forward, for each doubling of the ranks that split its tokens, and once more
 _RING = 0.18  # of a forward, for each doubling of a ring: with a short sequence it hides little of its exchange
@@ -44,13 +44,14 @@ class Arrangement:
     """How ranks are arranged: on `mesh`, or with `by_run` for each forward as `DegreesByRun` chooses. Then `mesh` has
     the whole sequence, and a ring of more than 1 is kept. Ranks next to each other in groups of `fast_ranks` have links
     that are several times faster than those to others; 0 if none are, and 1 if all are slow. All work is shared by
-    `speeds`.
+    `speeds`, and sharded weights are held by `memory` as in `memory_shares`.
     """
 
     mesh: MeshShape
     by_run: bool = False
     fast_ranks: int = 0
     speeds: Speeds = ALIKE
+    memory: Weights = ()
 
 
 @dataclass(frozen=True, slots=True)

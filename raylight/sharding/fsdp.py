@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from .assign import set_parameter, set_tensor
 from .file_weight import FileWeight
 from .gathering import Gathering
+from .rows import RowSplit
 from .shard_reader import ShardReader
 
 _GATHERING = "_raylight_gathering"  # attribute of a sharded model
@@ -102,14 +103,16 @@ def shard(
     device: torch.device,
     offload: bool = False,
     methods: Iterable[str] = (),
+    split: RowSplit | None = None,
 ) -> ShardReport:
     """Shard the weights of `model` over a one-dimensional mesh, in place. Collective.
 
     The model's parameters give shapes and dtypes and may be on `meta`; `weights` give their values by name, of the same
-    shapes and any dtype. A parameter (weight rows, ...) is sharded along dim 0 as by `rows_of`, and each rank reads its
-    rows only. Parameters with one dimension or fewer rows than ranks are replicated, and so are buffers. A block's
-    parameters may be of several dtypes. With `offload` the shards stay in host memory, pinned if `device` is a GPU.
-    `methods` of the model that are called outside of its forward gather what `forward` gathers.
+    shapes and any dtype. A parameter (weight rows, ...) is sharded along dim 0 by `split`, evenly by default, and each
+    rank reads its rows only. Parameters with one dimension or fewer rows than ranks are replicated, and so are buffers.
+    A block's parameters may be of several dtypes. With `offload` the shards stay in host memory, pinned if `device` is
+    a GPU, and must be even. `methods` of the model that are called outside of its forward gather what `forward`
+    gathers.
 
     Raises ValueError: when a weight is missing or has another shape; the message names it.
     """
@@ -127,7 +130,7 @@ def shard(
     members: dict[str, list[str]] = {unit: [] for unit in (*blocks, "")}
     for name in (name for name, _ in model.named_parameters() if name not in replicated):
         members[next((unit for unit in blocks if name.startswith(f"{unit}.")), "")].append(name)
-    reader = ShardReader(model, weights, mesh, device, offload)
+    reader = ShardReader(model, weights, mesh, split or RowSplit.over(mesh), device, offload)
     of_units = {unit: reader.read(names) for unit, names in members.items()}
     rest = of_units.pop("")
     gathered = [(blocks[unit], of_unit) for unit, of_unit in of_units.items()]

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import AllgatherOptions
+from torch.distributed.distributed_c10d import AllgatherOptions, BroadcastOptions
 
 from raylight.parallel.collectives import all_gather_single
 from raylight.parallel.heartbeat import beat
 
 from .gather_buffers import Buffer
-from .unit_weights import UnitWeights
+from .unit_weights import Part, UnitWeights
 
 
 class Gatherer:
@@ -33,6 +33,12 @@ class Gatherer:
         self._one_by_one = device.type == "cuda" and "nccl" not in str(dist.get_backend_config(group))
         self._options = AllgatherOptions()
         self._options.asyncOp = self._stream is None
+        self._from_rank = [self._broadcast_options(rank) for rank in range(self._degree)]
+
+    def _broadcast_options(self, rank: int) -> BroadcastOptions:
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor, options.asyncOp = rank, 0, self._options.asyncOp
+        return options
 
     def start(self, weights: UnitWeights, buffer: Buffer) -> None:
         """Start to gather the weights of a unit into a buffer that is not used any more. Collective."""
@@ -87,6 +93,8 @@ class Gatherer:
             buffer.work = None
 
     def _gather(self, weights: UnitWeights, buffer: Buffer) -> Any:
+        if not weights.is_even:
+            return self._broadcast(weights.parts(buffer))
         shards, full = weights.transfers(buffer, self._staging)
         if self._degree == 1:
             return None
@@ -97,3 +105,33 @@ class Gatherer:
         for whole, shard in zip(full, shards, strict=True):
             all_gather_single(whole, shard, group=self._group)
         return None
+
+    def _broadcast(self, parts: Sequence[Part]) -> Any:
+        """Start to send each part from the rank that holds it to its place on all others. An all-gather, as NCCL has
+        it, wants parts of one size.
+        """
+        beat()
+        if self._stream is None:
+            return _All([self._started(part) for part in parts])
+        if self._one_by_one:
+            for part in parts:
+                self._started(part).wait()
+            return None
+        self._group._start_coalescing(self.device)  # one launch for all of them
+        for part in parts:
+            self._started(part)
+        return self._group._end_coalescing(self.device)
+
+    def _started(self, part: Part) -> Any:
+        return self._group.broadcast([part.bytes], self._from_rank[part.rank])
+
+
+class _All:
+    """Several works as one."""
+
+    def __init__(self, works: Sequence[dist.Work]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()

@@ -16,7 +16,7 @@ from .alignment import aligned
 from .assign import set_parameter
 from .file_weight import FileWeight
 from .pinned import PinnedBuffer
-from .rows import rows_of
+from .rows import RowSplit
 from .unit_weights import ALIGNMENT, ShardedWeight, UnitWeights, cut
 
 
@@ -24,17 +24,26 @@ class ShardReader:
     """Reads units of one model in turn. `nbytes` counts this rank's rows of what was read."""
 
     def __init__(
-        self, model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh, device: torch.device, offload: bool
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        mesh: DeviceMesh,
+        split: RowSplit,
+        device: torch.device,
+        offload: bool,
     ) -> None:
-        """`weights` give the values of the model's parameters by name. With `offload`, rows stay in system memory."""
-        self._model, self._weights, self._mesh = model, weights, mesh
+        """`weights` give the values of the model's parameters by name. With `offload`, rows stay in system memory, and
+        `split` must be even.
+        """
+        assert split.is_even or not offload, "offloaded rows are split evenly"
+        self._model, self._weights, self._mesh, self._split = model, weights, mesh, split
         self._device, self._offload = device, offload
         self.nbytes = 0
 
     def read(self, names: Sequence[str]) -> UnitWeights:
         """Let these parameters be DTensors of this rank's rows, and return them as one unit."""
         like = {name: self._model.get_parameter(name) for name in names}
-        shapes = {name: (-(-one.shape[0] // self._mesh.size()), *one.shape[1:]) for name, one in like.items()}
+        shapes = {name: (self._room_rows(one.shape[0]), *one.shape[1:]) for name, one in like.items()}
         flat, rooms = None, {}
         if self._offload and names:
             sizes = [torch.Size(shape).numel() * like[name].element_size() for name, shape in shapes.items()]
@@ -48,7 +57,12 @@ class ShardReader:
             members.append(ShardedWeight(self._model.get_submodule(owner), leaf, parameter.shape, padded))
         if flat is not None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # copies to the host end before others begin from it
-        return UnitWeights(members, self._mesh.size(), flat)
+        return UnitWeights(members, self._split, flat)
+
+    def _room_rows(self, count: int) -> int:
+        """Return for how many rows of `count` this rank has room: as many as the first, if they are split evenly."""
+        sizes = self._split.sizes(count)
+        return sizes[0] if self._split.is_even else sizes[self._split.rank]
 
     def _room(self, nbytes: int) -> Tensor:
         """Return system memory (nbytes,), pinned if the device is a GPU. Its values are undefined."""
@@ -60,7 +74,7 @@ class ShardReader:
         """Return this rank's rows of a weight, padded to `shape`, in `room` (bytes,) if there is one. What pads them is
         undefined, and never read.
         """
-        rows = rows_of(parameter.shape[0], self._mesh.size(), self._mesh.get_local_rank())
+        rows = self._split.own(parameter.shape[0])
         weight = FileWeight.of(self._weights[name], parameter.dtype).rows(rows.start, rows.stop)
         # A copy in any case: a view of the file would change, or fault, with the file. By way of the device, which
         # converts it.

@@ -6,19 +6,18 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .file_weight import FileWeight
-from .rows import rows_of
+from .rows import RowSplit
 
 
-def own_rows(model: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh) -> dict[str, FileWeight]:
+def own_rows(model: nn.Module, weights: Mapping[str, Tensor], split: RowSplit) -> dict[str, FileWeight]:
     """Return this rank's rows of each sharded parameter by its name, in its dtype, as the file `weights` has them."""
     found = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            rows = rows_of(parameter.shape[0], mesh.size(), mesh.get_local_rank())
+            rows = split.own(parameter.shape[0])
             found[name] = FileWeight.of(weights[name], parameter.dtype).rows(rows.start, rows.stop)
     return found
 

@@ -19,6 +19,7 @@ from raylight.host.jobs import NeedsBytes
 from raylight.host.log_messages import gb, warn_on_first_rank
 from raylight.host.pickling import deserialize
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe
+from raylight.parallel import memory_shares
 from raylight.parallel.process_group import any_rank, smallest
 from raylight.sharding import staged_read
 
@@ -127,7 +128,8 @@ class ModelCache:
         needed = comfy.model_management.minimum_inference_memory()
         found = self._models.get(recipe.without_loras)
         if found is None:
-            needed += {REPLICATED: recipe.size, SHARDED: recipe.size // self._world_size, OFFLOADED: 0}[recipe.sharding]
+            part = memory_shares.own_part(recipe.size, self._world_size)
+            needed += {REPLICATED: recipe.size, SHARDED: part, OFFLOADED: 0}[recipe.sharding]
         else:
             needed += found.patcher.model_size() - found.patcher.loaded_size()
             needed += max((found.patcher.model.memory_required(list(shape)) for shape in latent_shapes), default=0)

@@ -29,7 +29,7 @@ from raylight.host.model_files import FoundFile, ModelFile
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe
 from raylight.host.vae_jobs import VaeJob, VaeResult
 from raylight.host.worker_service import WorkerService
-from raylight.parallel import bandwidth, shares
+from raylight.parallel import bandwidth, memory_shares, shares
 from raylight.parallel.batch import runs_of
 from raylight.parallel.graphs import ON
 from raylight.parallel.mesh import AXES, sequence_axis
@@ -248,7 +248,10 @@ class ModelService(WorkerService):
             model.parallel.arrange(self._context.mesh, self._context.by_run)
         if model is None:
             run.enter(f"loading {recipe.name}")
-            shard_bytes = recipe.size // self._context.world_size
+            ranks = self._context.world_size
+            shard_bytes = recipe.size // ranks
+            if recipe.sharding == SHARDED:
+                shard_bytes = memory_shares.own_part(recipe.size, ranks)
             if recipe.sharding == OFFLOADED or (recipe.sharding == SHARDED and self._context.device.type == "cpu"):
                 self._models.make_room_on_host(shard_bytes)
             if recipe.sharding == SHARDED:

@@ -15,11 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from raylight.cluster.errors import RunCancelled
 from raylight.host.checkpoint import MappedModel
 from raylight.host.jobs import METHODS
+from raylight.host.log_messages import gb
 from raylight.host.recipe import SHARDED
+from raylight.parallel import memory_shares
 from raylight.parallel.heartbeat import cancellation_point
-from raylight.parallel.process_group import any_rank
+from raylight.parallel.process_group import any_rank, of_all_ranks
 from raylight.sharding.assign import set_parameter
 from raylight.sharding.fsdp import ShardReport, gathering_of, move, shard
+from raylight.sharding.rows import RowSplit
 from raylight.sharding.shards import Shards, own_rows
 from raylight.sharding.subclass_weights import flatten_tensor, flatten_weights
 
@@ -151,24 +154,29 @@ def build_sharded(mapped: MappedModel, mesh: DeviceMesh, offload: bool) -> tuple
     """
     model = mapped.model
     weights = _take_weights(mapped)
-    report = shard(model.diffusion_model, weights, mesh, mapped.load_device, offload, METHODS)
+    nbytes = sum(parameter.nbytes for parameter in model.diffusion_model.parameters())
+    # System memory is not shared by memory: on one machine all ranks have the same.
+    split = RowSplit.over(mesh, () if offload else memory_shares.shares_of(nbytes, memory_shares.in_use()))
+    report = shard(model.diffusion_model, weights, mesh, mapped.load_device, offload, METHODS, split)
+    held = [report.bytes] if split.is_even else of_all_ranks(report.bytes)
     if mesh.get_local_rank() == 0:
         logger.info(
-            "%.2f of %.2f GB of weights on each of %d ranks, gathered in %d units",
-            report.bytes / 1e9,
-            report.model_bytes / 1e9,
-            mesh.size(),
+            "%s of %s of weights on %s, gathered in %d units",
+            ", ".join(map(gb, held)),
+            gb(report.model_bytes),
+            f"each of {mesh.size()} ranks" if split.is_even else "the ranks, by their memory",
             report.units,
         )
-    # The same size on every rank, though shards may be uneven: ranks decide alike by it.
-    shard_bytes = 0 if offload else -(-(report.model_bytes - report.replicated_bytes) // mesh.size())
-    size = report.replicated_bytes + shard_bytes
+    # The same size on every rank whose shards are about as large: ranks decide alike by it.
+    in_shards = report.model_bytes - report.replicated_bytes
+    shard_bytes = -(-in_shards // mesh.size()) if split.is_even else report.sharded_bytes
+    size = report.replicated_bytes + (0 if offload else shard_bytes)
     patcher = ShardedPatcher(model, mapped.load_device, comfy.model_management.unet_offload_device(), size=size)
     name, gathering = type(model.diffusion_model).__name__, gathering_of(model.diffusion_model)
     kept = KeptUnits(name, gathering, mesh.get_group(), spare_memory(mapped.load_device))
-    patches = ShardPatches(model.diffusion_model, mesh, mapped.load_device, _patch_dtype(mapped), kept.forget)
+    patches = ShardPatches(model.diffusion_model, mesh, split, mapped.load_device, _patch_dtype(mapped), kept.forget)
     # Shards that stay in system memory need the file no more.
-    shards = Shards(model.diffusion_model, {} if offload else own_rows(model.diffusion_model, weights, mesh))
+    shards = Shards(model.diffusion_model, {} if offload else own_rows(model.diffusion_model, weights, split))
     patcher.weights = ShardedWeights(shards, patches, kept, mesh.get_group(), offload)
     patcher.load(mapped.load_device)  # the shards are there already: ComfyUI need not make room for them
     return patcher, report

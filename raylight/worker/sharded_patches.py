@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from raylight.host.gguf import PatchedOnUse
 from raylight.host.patcher_state import DIFFUSION_MODEL
 from raylight.parallel.heartbeat import cancellation_point
-from raylight.sharding.rows import gather_rows, rows_of
+from raylight.sharding.rows import RowSplit, gather_rows
 from raylight.sharding.subclass_weights import (
     Components,
     component_attributes,
@@ -88,13 +88,14 @@ class ShardPatches:
         self,
         model: nn.Module,
         mesh: DeviceMesh,
+        split: RowSplit,
         device: torch.device,
         dtype: torch.dtype,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`dtype` is that in which patches are computed, on `device`. `on_change` is called when weights may change."""
         self._model = model
-        self._mesh = mesh
+        self._mesh, self._split = mesh, split
         self._device = device
         self._dtype = dtype
         self._on_change = on_change
@@ -185,12 +186,14 @@ class ShardPatches:
         """Return the index of this rank's rows: all of a parameter that is not sharded."""
         if not isinstance(parameter, DTensor):
             return ...
-        return rows_of(parameter.shape[0], self._mesh.size(), self._mesh.get_local_rank())
+        return self._split.own(parameter.shape[0])
 
     def _full(self, local: Tensor, parameter: Tensor) -> Tensor:
         """Return the full tensor, on the device, of which `local` is this rank's shard, if `parameter` is sharded."""
         local = local.to(self._device)
-        return gather_rows(local, parameter.shape[0], self._mesh) if isinstance(parameter, DTensor) else local
+        if not isinstance(parameter, DTensor):
+            return local
+        return gather_rows(local, parameter.shape[0], self._split, self._mesh)
 
     def _module_of(self, name: str) -> tuple[nn.Module, str]:
         owner, _, leaf = name.rpartition(".")

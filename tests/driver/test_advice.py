@@ -106,6 +106,18 @@ def test_chooses_the_first_way_that_fits(
     assert all("4.00 GB to compute" in line for line in lines[:3]), "tokens are split over four"
 
 
+def test_fsdp_fits_where_unlike_gpus_hold_by_their_memory(wan: Path) -> None:
+    two = SessionConfig(MeshShape(ulysses=2), "cuda")
+    cards = advice._Cards(two, ("RTX 5090", "RTX 4080"), (32 * 10**9, 16 * 10**9), True)
+    recipe = model_of(wan, two).recipe
+    large = SimpleNamespace(name="large.safetensors", size=30 * 10**9, path=recipe.path)
+    size = advice.ModelSize("Large", (1, 16, 9, 60, 104), 40, 4 * 10**9, measured(wan).work)
+    _, fsdp, *_, choice = advice._fits(large, size, two.mesh, cards)
+    # 30 GB are held so that 9 GB are left on each, and three of 40 blocks are there in full.
+    assert fsdp == "    FSDP: 25.25 GB, 9.25 GB of weights and about 2.00 GB to compute on each: fits"
+    assert choice == "Choose FSDP."
+
+
 def measured(path: Path, width: int = 832, height: int = 480, frames: int = 33) -> advice.ModelSize:
     recipe = ModelRecipe.of(str(path), "default")
     return measure(advice.weightless.build(recipe, advice.forward_on_workers), width, height, frames)

@@ -1,4 +1,4 @@
-"""Workers whose speeds are given as unlike: what ComfyUI gives, and what is said of it."""
+"""Workers whose speeds or memory are given as unlike: what ComfyUI gives, and what is said of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from comfy_cases import CASES, checkpoint, sample_on_workers, sample_stock
 
-from raylight.cluster import active_session, speed_check
+from raylight.cluster import active_session, memory_check, speed_check
 from raylight.cluster.config import SessionConfig
 from raylight.driver.status import overview
+from raylight.driver.workers import ask_all
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
+from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
 
 CASE = CASES["Wan T2V"]
@@ -37,3 +39,20 @@ def test_unlike_workers_equal_comfyui(tmp_path: Path, monkeypatch: pytest.Monkey
     active_session.session(RING, None)
     assert "by its speed" not in overview()
     assert sample_on_workers(model_of(path, ULYSSES), CASE).equal(equal), "equal shares are what they were"
+
+
+def test_weights_held_by_memory_equal_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint(tmp_path, CASE)
+    expected = sample_stock(path, CASE)
+    equal = sample_on_workers(model_of(path, ULYSSES), CASE)
+    gigabytes = path.stat().st_size / 1e9
+    monkeypatch.setenv(memory_check.VARIABLE, f"{0.9 * gigabytes:.9f},{0.3 * gigabytes:.9f}")
+    actual = sample_on_workers(model_of(path, RING, SHARDED), CASE)
+    assert ((actual - expected).abs().max() / expected.std()).item() <= 1e-4
+    assert "With FSDP each holds so much of the weights" in overview()
+    memory = ask_all(active_session.running(), WorkerService.memory)
+    first, second = (memory[rank].models[-1].device_bytes for rank in range(2))
+    assert 3 < first / second < 4.2, "0.8 and 0.2 of what is sharded"
+    monkeypatch.delenv(memory_check.VARIABLE)
+    assert sample_on_workers(model_of(path, ULYSSES), CASE).equal(equal)
+    assert "With FSDP" not in overview()

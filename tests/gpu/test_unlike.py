@@ -1,17 +1,23 @@
-"""Unlike shares over NCCL: what ComfyUI gives, as graphs too; and the trial of GPUs of one kind."""
+"""Unlike shares of work and weights over NCCL: what ComfyUI gives, as graphs too; and the trial of GPUs of one kind."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.model_management
+import comfy.sd
+import comfy.utils
 import pytest
+from comfy.model_patcher import ModelPatcher
 from gpu_cases import GPUS, HEADS, latent, on_workers
 from torch import Tensor
 
-from raylight.cluster import active_session, speed_check
+from raylight.cluster import active_session, memory_check, speed_check
 from raylight.driver.status import overview
+from raylight.driver.workers import ask_all
 from raylight.host.recipe import REPLICATED, SHARDED
-from raylight.parallel.graphs import ON
+from raylight.host.worker_service import WorkerService
+from raylight.parallel.graphs import OFF, ON
 from raylight.parallel.mesh import MeshShape
 from raylight.parallel.shares import ALIKE
 
@@ -47,3 +53,28 @@ def test_unlike_shares_equal_comfyui(
     on_workers(path, sharding, mesh=RING)
     assert "by its speed" not in overview()
     on_workers(path, sharding, mesh=ULYSSES)
+
+
+def test_weights_held_by_memory_equal_comfyui(
+    path: Path, lora: Path, stock: ModelPatcher, expected: Tensor, compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gigabytes = path.stat().st_size / 1e9
+    monkeypatch.setenv(
+        memory_check.VARIABLE, ",".join(f"{part * gigabytes:.9f}" for part in (1.0, *[0.2] * (GPUS - 1)))
+    )
+    patched = comfy.sd.load_lora_for_models(stock, None, comfy.utils.load_torch_file(str(lora)), 0.8, 0)[0]
+    with_lora = latent(patched)
+    for graphs in (OFF, ON):
+        model = on_workers(path, SHARDED, mesh=RING, graphs=graphs)
+        assert "With FSDP each holds so much of the weights" in overview()
+        for turn in ("at first", "again", "at last"):
+            compare(latent(model), expected, f"{graphs}, {turn}")
+        compare(latent(on_workers(path, SHARDED, (lora, 0.8), mesh=RING, graphs=graphs)), with_lora, f"{graphs}, LoRA")
+        comfy.model_management.unload_all_models()
+        compare(latent(model), expected, f"{graphs}, after it has left the GPU")
+    memory = ask_all(active_session.running(), WorkerService.memory)
+    first, *others = (memory[rank].models[-1].device_bytes for rank in range(GPUS))
+    assert all(first > 3 * one for one in others)
+    monkeypatch.delenv(memory_check.VARIABLE)
+    on_workers(path, REPLICATED, mesh=ULYSSES)
+    assert "With FSDP" not in overview()

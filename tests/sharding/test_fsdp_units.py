@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from raylight.sharding.fsdp import units
-from raylight.sharding.rows import rows_of
+from raylight.sharding.rows import RowSplit
 
 
 def test_a_unit_for_every_block_and_none_for_what_is_small() -> None:
@@ -28,7 +28,12 @@ def test_blocks_in_lists_of_lists() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_rows_are_those_of_chunk(count: int, world: int) -> None:
     matrix = torch.arange(count)
-    parts = [matrix[rows_of(count, world, rank)] for rank in range(world)]
+    parts = [matrix[RowSplit(world, rank).own(count)] for rank in range(world)]
     for part, expected in zip(parts, torch.chunk(matrix, world), strict=False):
         assert torch.equal(part, expected)
     assert sum(len(part) for part in parts) == count
+
+
+def test_rows_by_shares() -> None:
+    assert RowSplit(3, 0, (5, 1, 8)).sizes(7) == (3, 0, 4)
+    assert [RowSplit(3, rank, (5, 1, 8)).own(28) for rank in range(3)] == [slice(0, 10), slice(10, 12), slice(12, 28)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gathering_cases import ORDERS, gathers_after_others, orders_of_blocks
+from gathering_cases import ORDERS, UNEVEN, gathers_after_others, orders_of_blocks
 from kept_gathering_cases import (
     NUMBERS,
     after_a_change,
@@ -14,12 +14,13 @@ from kept_gathering_cases import (
 )
 
 from raylight.dev.local_ranks import run_ranks, values
+from raylight.parallel.shares import Weights
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("offload", "shares"), [(False, ()), (False, UNEVEN), (True, ())])
 @pytest.mark.parametrize("world", [1, 3])
-def test_any_order_of_blocks(world: int, offload: bool) -> None:
-    for found in values(run_ranks(world, orders_of_blocks, offload)):
+def test_any_order_of_blocks(world: int, offload: bool, shares: Weights) -> None:
+    for found in values(run_ranks(world, orders_of_blocks, offload, "cpu", shares)):
         assert set(found) == set(ORDERS)
         for name, (equal, at_rest, gathers) in found.items():
             assert equal, name

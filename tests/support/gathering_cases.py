@@ -12,11 +12,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from raylight.parallel import heartbeat
+from raylight.parallel.shares import Weights
 from raylight.sharding.fsdp import keep_steady, reset, shard
 from raylight.sharding.gatherer import Gatherer
+from raylight.sharding.rows import RowSplit
 
 CPU = torch.device("cpu")
 BLOCKS = 5
+UNEVEN = (5, 1, 8, 2)  # of 7 rows the second of three ranks has none
 
 
 @dataclass(frozen=True)
@@ -55,32 +58,35 @@ class Net(nn.Module):
         return x
 
 
-def nets(world: int, offload: bool, device: torch.device) -> tuple[Net, Net, Tensor]:
+def nets(world: int, offload: bool, device: torch.device, shares: Weights = ()) -> tuple[Net, Net, Tensor]:
     """Return a whole net, the same with its weights sharded, and an input (2, 6), on a device."""
     torch.manual_seed(0)
     whole = Net().requires_grad_(False)
     net = Net().requires_grad_(False).to("meta")
-    shard(net, dict(whole.named_parameters()), init_device_mesh(device.type, (world,)), device, offload)
+    mesh = init_device_mesh(device.type, (world,))
+    split = RowSplit.over(mesh, shares[:world])
+    shard(net, dict(whole.named_parameters()), mesh, device, offload, split=split)
     return whole.to(device), net, torch.randn(2, 6).to(device)
 
 
 def on_gpus(rank: int, world: int) -> tuple[dict[str, tuple[bool, bool, int]], dict[str, list[bool]]]:
     """Return what `orders_of_blocks` and `as_a_graph` find on GPUs, of shards there and in system memory."""
     faulthandler.dump_traceback_later(60)  # a rank that hangs says where
+    ways = {"sharded": (False, ()), "by memory": (False, UNEVEN), "offloaded": (True, ())}
     orders = {
-        f"{name}, {'offloaded' if offload else 'sharded'}": found
-        for offload in (False, True)
-        for name, found in orders_of_blocks(rank, world, offload, "cuda").items()
+        f"{name}, {way}": found
+        for way, (offload, shares) in ways.items()
+        for name, found in orders_of_blocks(rank, world, offload, "cuda", shares).items()
     }
-    graphs = {"sharded": as_a_graph(rank, world, False), "offloaded": as_a_graph(rank, world, True)}
+    graphs = {way: as_a_graph(rank, world, offload, shares) for way, (offload, shares) in ways.items()}
     faulthandler.cancel_dump_traceback_later()
     return orders, graphs
 
 
-def as_a_graph(rank: int, world: int, offload: bool) -> list[bool]:
+def as_a_graph(rank: int, world: int, offload: bool, shares: Weights) -> list[bool]:
     """Return whether forwards on a GPU gave the net's result: eager, as a CUDA graph, and eager again."""
     device = torch.device("cuda", rank)
-    whole, net, x = nets(world, offload, device)
+    whole, net, x = nets(world, offload, device, shares)
     order, equal = ORDERS["in turns"].blocks, []
     with torch.no_grad():
         expected = whole(x, order)
@@ -116,13 +122,13 @@ def gathers_after_others(rank: int, world: int) -> list[list[object]]:
 
 
 def orders_of_blocks(
-    rank: int, world: int, offload: bool, device_type: str = "cpu"
+    rank: int, world: int, offload: bool, device_type: str = "cpu", shares: Weights = ()
 ) -> dict[str, tuple[bool, bool, int]]:
     """Return for each order whether two forwards gave the net's result, weights were shards afterwards, and the number
     of gathers of the second.
     """
     device = torch.device(device_type, rank) if device_type == "cuda" else CPU
-    whole, net, x = nets(world, offload, device)
+    whole, net, x = nets(world, offload, device, shares)
     found = {}
     for name, order in ORDERS.items():
         equal = at_rest = True

@@ -23,6 +23,7 @@ from torch import Tensor
 from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw
 from raylight.host.checkpoint import MappedModel
+from raylight.parallel import memory_shares
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.sharding import fsdp
 from raylight.sharding.fsdp import units
@@ -51,8 +52,10 @@ Case = tuple[str, bool, bool, bool]
 """The family, and whether its tokens are split as well, its weights are offloaded, and it has two LoRAs."""
 
 
-def compare_sharded(rank: int, world: int, cases: tuple[Case, ...]) -> dict[Case, Sharded]:
-    """The first call of each case's family."""
+def compare_sharded(
+    rank: int, world: int, cases: tuple[Case, ...], memory: tuple[float, ...] = ()
+) -> dict[Case, Sharded]:
+    """The first call of each case's family. Ranks have so much `memory`, as parts of the weights."""
     meshes = {
         sequence: build_mesh(MeshShape(ulysses=world) if sequence else MeshShape(batch=world), CPU)
         for sequence in (False, True)
@@ -62,13 +65,13 @@ def compare_sharded(rank: int, world: int, cases: tuple[Case, ...]) -> dict[Case
         name, sequence, offload, patched = case
         try:
             with torch.no_grad():
-                results[case] = _compare(name, meshes[sequence], sequence, offload, patched)
+                results[case] = _compare(name, meshes[sequence], sequence, offload, patched, memory)
         except Exception:  # reported by the test of this family
             results[case] = Sharded(failure=traceback.format_exc())
     return results
 
 
-def _compare(name: str, mesh: Any, sequence: bool, offload: bool, patched: bool) -> Sharded:
+def _compare(name: str, mesh: Any, sequence: bool, offload: bool, patched: bool, memory: tuple[float, ...]) -> Sharded:
     family = families()[name]
     model = family.build()
     make = next(iter(family.calls.values()))
@@ -80,6 +83,8 @@ def _compare(name: str, mesh: Any, sequence: bool, offload: bool, patched: bool)
     if patched:
         expected = _patched_by_comfyui(model, loras, make)
         effect = ((expected - unpatched).std() / expected.std()).item()
+    nbytes = sum(parameter.nbytes for parameter in model.diffusion_model.parameters())
+    memory_shares.use(tuple(int(part * nbytes) for part in memory))
     blocks = len(units(model.diffusion_model))
     options = Split(model.diffusion_model, mesh).options({}) if sequence else {}
     patcher, report = build_sharded(mapped, world_axis(mesh), offload)
