@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raylight.host.checkpoint import MappedModel, load_mapped
+from raylight.parallel import memory_shares
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.worker import lora
 from raylight.worker.sharded_patcher import ShardedPatcher, build_sharded
@@ -73,9 +74,14 @@ class Patched:
 PatchedCase = tuple[Path, str, tuple[str, ...]]  # a Wan checkpoint, a dtype or "default", kinds of LoRAs
 
 
-def compare_patched(rank: int, world: int, cases: tuple[PatchedCase, ...]) -> list[Patched]:
-    """Checkpoints split over `world` ranks, with LoRAs; the file is gone before these change."""
+def compare_patched(
+    rank: int, world: int, cases: tuple[PatchedCase, ...], memory: tuple[int, ...] = ()
+) -> list[Patched]:
+    """Checkpoints split over `world` ranks, with LoRAs; the file is gone before these change. Ranks have so many bytes
+    of `memory`, or all the same.
+    """
     mesh = world_axis(build_mesh(MeshShape(batch=world), CPU))
+    memory_shares.use(memory)
     with torch.no_grad():
         return [_compare_patched(rank, mesh, *case) for case in cases]
 
