@@ -36,7 +36,7 @@ def begin(config: SessionConfig, service: ServiceSpec, remedies: Remedies = no_r
     if _lock.acquire(blocking=False):
         try:
             if _start is not None and _start.error is not None:
-                _start = None
+                _take_over()
             has_workers = running() is not None or (_start is not None and _start.has_workers)
             if replace or not has_workers:
                 _ensure(config, service, remedies)
@@ -76,10 +76,10 @@ def session(
         _ensure(config, service, remedies)
         if _start is not None:
             try:
-                _session = _start.wait(wants_cancel, on_progress)
+                _start.wait(wants_cancel, on_progress)
             finally:
                 if _start.ended:
-                    _start = None
+                    _take_over()
         assert _session is not None, "it has started"
         decided = config.as_in(_session.config)
         if _session.config != decided:
@@ -91,7 +91,7 @@ def session(
 def running() -> Session | None:
     """Return the running session, if any. Does not wait for one that is starting."""
     start = _start
-    found = _session if start is None else start.session
+    found = _session if start is None else start.session or start.kept
     return found if found is not None and found.alive else None
 
 
@@ -102,7 +102,7 @@ def close(keep_ray: bool = False) -> None:
         if _start is not None:
             _start.cancel()
             _start.settle()
-            _session, _start = _start.session or _session, None
+            _session, _start = _start.session or _start.kept or _session, None
         if _session is not None:
             _session.close()
             keep_ray = keep_ray and RUNTIME.serves(_session.config)
@@ -114,8 +114,8 @@ def close(keep_ray: bool = False) -> None:
 def _ensure(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> None:
     """Have a session that can take a configuration, or a start of one. The caller holds the lock."""
     global _session, _start
-    if _start is not None and _start.session is not None:
-        _session, _start = _start.session, None
+    if _start is not None and (_start.session is not None or (_start.error is not None and _start.config != config)):
+        _take_over()
     if _start is not None:
         fits = _start.has_workers and (
             _start.config == config
@@ -124,8 +124,6 @@ def _ensure(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> 
         if not fits:
             _replace(config, service, remedies)
     elif _session is None or not _session.alive or not _session.config.can_become(config.as_in(_session.config)):
-        if _session is not None and _session.alive:
-            logger.info("the workers restart: their configuration has changed")
         _replace(config, service, remedies)
 
 
@@ -137,6 +135,13 @@ def _replace(config: SessionConfig, service: ServiceSpec, remedies: Remedies) ->
         _start.cancel()
     _start = Start(config, service, remedies, _start, _session, _restart)
     _session = None
+
+
+def _take_over() -> None:
+    """Have what a start that has ended has left: its session, or the one before it, if that goes on."""
+    global _session, _start
+    assert _start is not None, "there is a start"
+    _session, _start = _start.session or _start.kept, None
 
 
 def _end_at_exit() -> None:

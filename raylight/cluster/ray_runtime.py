@@ -7,7 +7,8 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import psutil
 import ray
@@ -304,11 +305,25 @@ def _cpus(config: SessionConfig) -> int:
     return max(config.world_size, os.cpu_count() or 1)
 
 
+def check_cluster(config: SessionConfig) -> None:
+    """Check that the cluster of a configuration answers, if it has one. Raises ConnectionError: when it does not."""
+    if not config.is_local:
+        with _naming_cluster(config):
+            check_reachable(config.address)
+
+
 def _join_cluster(config: SessionConfig) -> None:
     logger.info("joining the Ray cluster at %s", config.address)
-    try:
-        check_reachable(config.address)
+    check_cluster(config)
+    with _naming_cluster(config):
         ray.init(address=config.address, namespace=config.namespace, log_to_driver=False, logging_level=logging.WARNING)
+
+
+@contextmanager
+def _naming_cluster(config: SessionConfig) -> Iterator[None]:
+    """Raise what is met within as ConnectionError, with the cluster's address and what to do."""
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"no Ray cluster answers at ray_cluster_address = {config.address}: {error}. "

@@ -10,7 +10,7 @@ from . import placement
 from .config import ServiceSpec, SessionConfig
 from .diagnosis import Remedies
 from .errors import RunCancelled
-from .ray_runtime import RUNTIME
+from .ray_runtime import RUNTIME, check_cluster
 from .session import Session
 from .timeouts import BackgroundCall
 
@@ -25,7 +25,7 @@ _LOOK_S = 1.0
 class Start:
     """A session that starts in the background, when what was there before it has ended.
 
-    `session` is set when it is ready, `error` when it has failed.
+    `session` is set when it is ready, `error` when it has failed; then `kept` is the old session, if that goes on.
     """
 
     has_workers = True
@@ -43,6 +43,7 @@ class Start:
         self.config = config
         self.session: Session | None = None
         self.error: BaseException | None = None
+        self.kept: Session | None = None
         self._service, self._remedies, self._on_failure = service, remedies, on_failure
         self._cancelled = threading.Event()
         self._progress = "Starting workers"
@@ -85,15 +86,28 @@ class Start:
         try:
             if before is not None:
                 before.settle()
-                old = before.session or old
+                old = before.session or before.kept or old
             if old is not None:
-                old.close()
+                self._end(old)
             if not RUNTIME.serves(self.config):  # also one that a start has left which failed or was cancelled
                 RUNTIME.disconnect()
             self.session = self._open()
         except BaseException as error:
             self.error = error
             raise
+
+    def _end(self, old: Session) -> None:
+        """End the session until now, if there is any use in it. Raises ConnectionError: when the new one's cluster does
+        not answer.
+        """
+        if old.alive:
+            try:
+                check_cluster(self.config)
+            except ConnectionError:
+                self.kept = old
+                raise
+            logger.info("the workers restart: their configuration has changed")
+        old.close()
 
     def _open(self) -> Session | None:
         return Session(self.config, self._service, self._cancelled.is_set, self._remedies, self._note, self._on_failure)

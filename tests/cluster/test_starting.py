@@ -87,6 +87,19 @@ def test_an_error_is_raised_once_where_it_is_waited_for() -> None:
     assert active_session.session(TWO, SERVICE).run(EchoService.count, 1)[2] == 1
 
 
+def test_a_wrong_address_ends_no_workers() -> None:
+    before = active_session.session(TWO, SERVICE)
+    nowhere = replace(TWO, address="127.0.0.1:1")
+    for _ in range(2):
+        active_session.begin(nowhere, SERVICE)
+        with pytest.raises(ConnectionError, match="no Ray cluster answers at ray_cluster_address = 127.0.0.1:1"):
+            active_session.session(nowhere, SERVICE)
+        assert active_session.running() is before
+    active_session.begin(nowhere, SERVICE)
+    assert active_session.session(TWO, SERVICE) is before, "the address is right again before anyone has waited"
+    assert before.run(EchoService.count, 1)[2] == 1
+
+
 def test_ray_of_a_start_that_failed_or_was_cancelled_is_not_that_of_another_configuration() -> None:
     active_session.close()
     with pytest.raises(WorkerError):
