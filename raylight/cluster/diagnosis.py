@@ -10,7 +10,7 @@ from pathlib import Path
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from .actor import Place
-from .errors import DIED, FAILED, OUT_OF_MEMORY, OutOfMemory, StoreFull, WorkerError, is_out_of_memory
+from .errors import CRASHED, DIED, FAILED, OUT_OF_MEMORY, OutOfMemory, StoreFull, WorkerError, is_out_of_memory
 from .worker_output import kind_of_crash
 
 # In errors that a rank meets because another rank has gone. They are no root cause.
@@ -62,7 +62,7 @@ class WorkerStates:
 
 def to_error(failure: Failure, states: WorkerStates, remedies: Remedies = no_remedies) -> WorkerError:
     """Return the error that the user sees: rank and place, phase, root cause, last output, and remedies."""
-    rank, cause = failure.rank, failure.cause
+    rank, cause, kind = failure.rank, failure.cause, failure.kind
     if rank is None:
         return worker_error(f"{cause}.", failure.kind, remedies)
     place = states.places.get(rank)
@@ -70,15 +70,15 @@ def to_error(failure: Failure, states: WorkerStates, remedies: Remedies = no_rem
         # PyTorch's number counts what the worker sees, which is one GPU.
         cause = re.sub(r"\bGPU 0\b", f"GPU {place.gpu}", cause)
     lines = states.last_lines.get(rank, ())
-    if failure.kind == DIED and (crash := kind_of_crash(lines)):
-        cause = f"its process crashed ({crash})"
-    verb = {DIED: "died", OUT_OF_MEMORY: "ran out of memory"}.get(failure.kind, "failed")
+    if kind == DIED and (crash := kind_of_crash(lines)):
+        cause, kind = f"its process crashed ({crash})", CRASHED
+    verb = {CRASHED: "died", DIED: "died", OUT_OF_MEMORY: "ran out of memory"}.get(kind, "failed")
     phase = f" while {states.phases[rank]}" if states.phases.get(rank) else ""
     text = f"{place or f'rank {rank}'} {verb}{phase}: {cause}."
     if lines:
         text += "\n  ".join(("\nLast output:", *lines))
     raised = None if failure.error is None else cause_of(failure.error)
-    return worker_error(text, failure.kind, remedies, raised.spare_bytes if isinstance(raised, OutOfMemory) else 0)
+    return worker_error(text, kind, remedies, raised.spare_bytes if isinstance(raised, OutOfMemory) else 0)
 
 
 def worker_error(message: str, kind: str, remedies: Remedies, spare_bytes: int = 0) -> WorkerError:

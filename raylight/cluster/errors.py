@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 DIED, HUNG, FAILED, OUT_OF_MEMORY, RAY_LOST = "died", "hung", "failed", "out of memory", "ray lost"
-MACHINE_LOST = "machine lost"
+CRASHED, MACHINE_LOST = "crashed", "machine lost"
 
 
 class WorkerError(RuntimeError):

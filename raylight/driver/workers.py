@@ -11,7 +11,7 @@ import comfy.model_management
 
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
-from raylight.cluster.errors import DIED, HUNG, MACHINE_LOST, OUT_OF_MEMORY, RunCancelled
+from raylight.cluster.errors import CRASHED, DIED, HUNG, MACHINE_LOST, OUT_OF_MEMORY, RunCancelled
 from raylight.cluster.session import Session
 from raylight.host import settings
 from raylight.host.jobs import DegreesChosen, ExchangeTold, LoadProgress, NeedsBytes
@@ -34,6 +34,11 @@ def remedies(config: SessionConfig, sharding: str | None, kind: str) -> str:
         return (
             f"{_RESTART}. If it happens again, the system's memory may be too small: "
             f"{'; '.join(_for_memory(config, sharding))}."
+        )
+    if kind == CRASHED:
+        return (
+            f"{_RESTART}. If it happens again, choose another attention in the initializer, as kernels of libraries "
+            f"can crash. A bus error means that the model file was changed while it was in use, or /dev/shm is full."
         )
     if kind == MACHINE_LOST:
         return (

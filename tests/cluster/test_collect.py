@@ -11,7 +11,7 @@ from echo_service import EchoService
 from raylight.cluster import active_session
 from raylight.cluster.collect import Outcome, common_error
 from raylight.cluster.config import ServiceSpec, SessionConfig
-from raylight.cluster.errors import WorkerError
+from raylight.cluster.errors import CRASHED, WorkerError
 from raylight.cluster.session import Session
 from raylight.parallel.heartbeat import agree
 from raylight.parallel.mesh import MeshShape
@@ -97,6 +97,7 @@ def test_a_crash_says_where() -> None:
     with pytest.raises(WorkerError) as error:
         session().run(EchoService.crash_alone, signal.SIGBUS)
     text = str(error.value)
+    assert error.value.kind == CRASHED
     assert "its process crashed (Bus error)" in text and "without a trace" not in text
     assert "*** SIGBUS received" in text and "in crash_alone" in text
     assert text.count("SIGBUS") == 1 and "Extension modules" not in text and "in main_loop" not in text

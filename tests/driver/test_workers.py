@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raylight.cluster.config import SessionConfig
-from raylight.cluster.errors import DIED, FAILED, HUNG, OUT_OF_MEMORY
+from raylight.cluster.errors import CRASHED, DIED, FAILED, HUNG, OUT_OF_MEMORY
 from raylight.driver import memory
 from raylight.driver.workers import ask_with_room, remedies
 from raylight.host.jobs import NeedsBytes
@@ -25,6 +25,7 @@ from raylight.parallel.mesh import MeshShape
         (OUT_OF_MEMORY, SHARDED, MeshShape(ulysses=2), "switch FSDP_CPU_OFFLOAD on", "switch FSDP on"),
         (OUT_OF_MEMORY, OFFLOADED, MeshShape(batch=2), "raise ulysses_degree", "switch FSDP"),
         (DIED, REPLICATED, MeshShape(ulysses=2), "the system's memory", "NCCL"),
+        (CRASHED, SHARDED, MeshShape(ulysses=2), "another attention", "memory may be"),
         (HUNG, REPLICATED, MeshShape(ulysses=2), "NCCL_P2P_DISABLE=1", "FSDP"),
         (FAILED, None, MeshShape(ulysses=2), "restart", "FSDP"),
     ],
