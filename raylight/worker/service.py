@@ -249,16 +249,14 @@ class ModelService(WorkerService):
         if model is None:
             run.enter(f"loading {recipe.name}")
             ranks = self._context.world_size
-            shard_bytes = recipe.size // ranks
-            if recipe.sharding == SHARDED:
-                shard_bytes = memory_shares.own_part(recipe.size, ranks)
             if recipe.sharding == OFFLOADED or (recipe.sharding == SHARDED and self._context.device.type == "cpu"):
-                self._models.make_room_on_host(shard_bytes)
+                self._models.make_room_on_host(recipe.size // ranks)  # the same on all ranks, which decide alike
+            to_read = memory_shares.own_part(recipe.size, ranks) if recipe.sharding == SHARDED else recipe.size // ranks
             if recipe.sharding == SHARDED:
                 self._models.make_room_on_device(recipe)
             try:
                 # Ranks agree on a cancel at every shard that they read; replicated weights are only mapped here.
-                with load_progress.reported(lambda: shard_bytes, may_stop=False):
+                with load_progress.reported(lambda: to_read, may_stop=False):
                     context = self._context
                     model = load_parallel(recipe.without_loras, context.mesh, context.device, context.by_run)
             except BaseException:
