@@ -20,6 +20,7 @@ from raylight.host.recipe import ModelRecipe
 from raylight.sharding.assign import set_parameter
 from raylight.sharding.lazy_concat import LazyConcat
 
+from . import layers_here
 from .baseline import Baseline
 
 # Takes the patcher that is sampled, the name of a method, and its arguments.
@@ -79,6 +80,7 @@ def _build(recipe: ModelRecipe, call: Call) -> BaseModel:
     for method in ("forward", *METHODS):
         if hasattr(diffusion_model, method):
             setattr(diffusion_model, method, Method(base, method, call))
+    layers_here.watch(diffusion_model)
     base.device = comfy.model_management.unet_offload_device()
     object.__setattr__(base, _BASELINE, Baseline(base))
     return base
