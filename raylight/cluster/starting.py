@@ -86,6 +86,9 @@ class Start:
         try:
             if before is not None:
                 before.settle()
+                if before.kept is not None and self._can_take(before.kept):
+                    self.session = before.kept
+                    return
                 old = before.session or before.kept or old
             if old is not None:
                 self._end(old)
@@ -95,6 +98,10 @@ class Start:
         except BaseException as error:
             self.error = error
             raise
+
+    def _can_take(self, session: Session) -> bool:
+        """Return whether a session will do for this configuration."""
+        return session.alive and session.config.can_become(self.config.as_in(session.config))
 
     def _end(self, old: Session) -> None:
         """End the session until now, if there is any use in it. Raises ConnectionError: when the new one's cluster does

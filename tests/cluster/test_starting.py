@@ -16,9 +16,10 @@ import ray
 from echo_service import EchoService
 from waiting import wait_until
 
-from raylight.cluster import active_session
+from raylight.cluster import active_session, starting
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import RunCancelled, WorkerError
+from raylight.cluster.ray_runtime import check_cluster
 from raylight.parallel.mesh import MeshShape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +88,12 @@ def test_an_error_is_raised_once_where_it_is_waited_for() -> None:
     assert active_session.session(TWO, SERVICE).run(EchoService.count, 1)[2] == 1
 
 
-def test_a_wrong_address_ends_no_workers() -> None:
+def test_a_wrong_address_ends_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_slowly(config: SessionConfig) -> None:
+        time.sleep(0.0 if config.is_local else 0.5)
+        check_cluster(config)
+
+    monkeypatch.setattr(starting, "check_cluster", check_slowly)
     before = active_session.session(TWO, SERVICE)
     nowhere = replace(TWO, address="127.0.0.1:1")
     for _ in range(2):
@@ -95,8 +101,10 @@ def test_a_wrong_address_ends_no_workers() -> None:
         with pytest.raises(ConnectionError, match="no Ray cluster answers at ray_cluster_address = 127.0.0.1:1"):
             active_session.session(nowhere, SERVICE)
         assert active_session.running() is before
-    active_session.begin(nowhere, SERVICE)
-    assert active_session.session(TWO, SERVICE) is before, "the address is right again before anyone has waited"
+    for passed_s in (0.0, 1.0):  # before the wrong one is found out, and after
+        active_session.begin(nowhere, SERVICE)
+        time.sleep(passed_s)
+        assert active_session.session(TWO, SERVICE) is before, "the address is right again before anyone has waited"
     assert before.run(EchoService.count, 1)[2] == 1
 
 
