@@ -104,8 +104,8 @@ class Start:
         return session.alive and session.config.can_become(self.config.as_in(session.config))
 
     def _end(self, old: Session) -> None:
-        """End the session until now, if there is any use in it. Raises ConnectionError: when the new one's cluster does
-        not answer.
+        """End the session until now. Raises ConnectionError: when the new one's cluster does not answer; then the old
+        one goes on.
         """
         if old.alive:
             try:
