@@ -49,10 +49,10 @@ def test_ports_that_are_taken(server: FaultServer, reference: torch.Tensor) -> N
             listener.bind(("127.0.0.1", port))
             listener.listen()
         assert_same(server.latent(on_workers(JOB, 2, ray_cluster_namespace="ports")), reference)
-        since = server.log_size()
+        before = server.workers()
         prompt = server.submit(on_workers(JOB, 2, ray_cluster_address="127.0.0.1:29500"))
-        server.wait_until(lambda: server.logged("joining the Ray cluster", since))
         server.fails(prompt, "no Ray cluster answers at ray_cluster_address = 127.0.0.1:29500: another program")
+        assert server.workers() == before, "they are ended for a cluster that does not answer"
     assert_same(server.latent(on_workers(JOB, 2)), reference)
 
 
