@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from raylight.parallel.shares import Weights
 
 from .actor import Place
+from .for_each_worker import EQUAL, numbers, setting
 
 VARIABLE = "RAYLIGHT_MEMORY"
-EQUAL = "equal"
 _HOW = f"set {VARIABLE} to the GB of each worker, such as 24,16, to {EQUAL}, or unset it"
 _ALIKE_WITHIN = 1.05  # times the smaller memory: GPUs of one size differ by what their drivers keep
 
@@ -50,17 +49,12 @@ def describe(places: Mapping[int, Place], memory: Weights) -> list[str]:
 
 def _given(workers: int) -> Weights:
     """Return the bytes that the user gives to so many workers, () if none."""
-    text = os.environ.get(VARIABLE, "").strip()
+    text = setting(VARIABLE)
     if not text or workers == 1:
         return ()
     if text == EQUAL:
         return (1,) * workers
-    try:
-        memory = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{VARIABLE} = {text} are no numbers: {_HOW}") from None
-    if len(memory) != workers:
-        raise ValueError(f"{VARIABLE} = {text} has {len(memory)} numbers for {workers} workers: {_HOW}")
+    memory = numbers(VARIABLE, workers, float, "numbers", _HOW)
     if not all(math.isfinite(one) and one * 1e9 >= 1 for one in memory):
         raise ValueError(f"{VARIABLE} = {text} has a number that is not above 0: {_HOW}")
     return tuple(int(one * 1e9) for one in memory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from raylight.parallel.degrees import Arrangement, gain
@@ -11,9 +10,10 @@ from raylight.parallel.speed_trial import ALIKE_WITHIN, ONE_KIND_WITHIN, Trial
 
 from .actor import Place
 from .bandwidth_check import Key, key_of
+from .for_each_worker import EQUAL, numbers, setting
 
 VARIABLE = "RAYLIGHT_SPEEDS"
-EQUAL, MEASURE = "equal", "measure"
+MEASURE = "measure"
 _HOW = f"set {VARIABLE} to one whole number for each worker, such as 2,1, to {EQUAL}, or unset it"
 TIMEOUT_S = 60.0  # the first product of a process loads libraries
 
@@ -35,17 +35,12 @@ def given(world_size: int) -> Speeds | None:
 
     Raises ValueError: when they are no speeds, or not as many.
     """
-    text = _setting()
+    text = setting(VARIABLE)
     if text in ("", MEASURE) or world_size == 1:
         return None
     if text == EQUAL:
         return ALIKE
-    try:
-        speeds = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{VARIABLE} = {text} are no speeds: {_HOW}") from None
-    if len(speeds) != world_size:
-        raise ValueError(f"{VARIABLE} = {text} has {len(speeds)} speeds for {world_size} workers: {_HOW}")
+    speeds = numbers(VARIABLE, world_size, int, "speeds", _HOW)
     if min(speeds) < 1:
         raise ValueError(f"{VARIABLE} = {text} has a speed below 1: {_HOW}")
     return ALIKE if len(set(speeds)) == 1 else Speeds(speeds, speeds)
@@ -55,7 +50,7 @@ def is_wanted(places: Mapping[int, Place]) -> bool:
     """Return whether a trial is to be made. Workers on a CPU share it, and only differ by chance."""
     if len(places) == 1 or known(places) is not None or given(len(places)) is not None:
         return False
-    return _setting() == MEASURE or all(place.gpu is not None for place in places.values())
+    return setting(VARIABLE) == MEASURE or all(place.gpu is not None for place in places.values())
 
 
 def speeds_of(places: Mapping[int, Place]) -> Speeds:
@@ -88,7 +83,3 @@ def describe(places: Mapping[int, Place], arrangement: Arrangement) -> list[str]
             f"exchange takes more. Choose GPU = 1 and its GPU by GPU_SELECT, if the model fits there"
         )
     return lines
-
-
-def _setting() -> str:
-    return os.environ.get(VARIABLE, "").strip()
