@@ -6,6 +6,8 @@ equally much.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch.distributed as dist
 
 from .shares import Weights
@@ -38,12 +40,9 @@ def shares_of(nbytes: int, memory: Weights) -> Weights:
     """
     if not memory or min(memory) >= _ROOM * nbytes:
         return ()
-    level = 0
-    largest = sorted(memory, reverse=True)
-    for count in range(1, len(largest) + 1):  # ranks that hold any
-        level = (sum(largest[:count]) - nbytes) // count
-        if count == len(largest) or level >= largest[count]:
-            break
+    # What is left on each of the `count` largest if they hold all: it is most for those that do hold any.
+    in_all = enumerate(accumulate(sorted(memory, reverse=True)), start=1)
+    level = max((total - nbytes) // count for count, total in in_all)
     shares = tuple(max(1, one - level) for one in memory)
     return shares if len(set(shares)) > 1 else ()
 
