@@ -91,7 +91,7 @@ def session(
 def running() -> Session | None:
     """Return the running session, if any. Does not wait for one that is starting."""
     start = _start
-    found = _session if start is None else start.session or start.kept
+    found = _session if start is None else start.left
     return found if found is not None and found.alive else None
 
 
@@ -102,7 +102,7 @@ def close(keep_ray: bool = False) -> None:
         if _start is not None:
             _start.cancel()
             _start.settle()
-            _session, _start = _start.session or _start.kept or _session, None
+            _take_over()
         if _session is not None:
             _session.close()
             keep_ray = keep_ray and RUNTIME.serves(_session.config)
@@ -118,12 +118,11 @@ def _ensure(config: SessionConfig, service: ServiceSpec, remedies: Remedies) -> 
         _take_over()
     if _start is not None:
         fits = _start.has_workers and (
-            _start.config == config
-            or (_start.error is None and not config.is_open and _start.config.can_become(config))
+            _start.config == config or (not config.is_open and _start.config.can_become(config))
         )
         if not fits:
             _replace(config, service, remedies)
-    elif _session is None or not _session.alive or not _session.config.can_become(config.as_in(_session.config)):
+    elif _session is None or not _session.can_take(config):
         _replace(config, service, remedies)
 
 
@@ -141,7 +140,7 @@ def _take_over() -> None:
     """Have what a start that has ended has left: its session, or the one before it, if that goes on."""
     global _session, _start
     assert _start is not None, "there is a start"
-    _session, _start = _start.session or _start.kept, None
+    _session, _start = _start.left, None
 
 
 def _end_at_exit() -> None:

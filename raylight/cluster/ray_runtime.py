@@ -7,8 +7,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import psutil
 import ray
@@ -18,8 +17,8 @@ from ray._private import ray_constants
 from . import fork_server, orphan_guard, ray_environment
 from .config import SessionConfig
 from .fork_server import ForkServer
+from .joining import join_cluster
 from .patient_start import patient_start
-from .reachability import check_reachable
 from .timeouts import BackgroundCall, with_timeout
 
 logger = logging.getLogger(__name__)
@@ -177,7 +176,7 @@ class RayRuntime:
             self._inherited = environment
             start = BackgroundCall(lambda: self._start_local(config, environment, forked_imports), stays=True)
         else:
-            start = BackgroundCall(lambda: _join_cluster(config), stays=True)
+            start = BackgroundCall(lambda: join_cluster(config), stays=True)
         self._start_call, self._is_starting = start, True
         return self._start_call
 
@@ -303,33 +302,6 @@ RUNTIME = RayRuntime()
 def _cpus(config: SessionConfig) -> int:
     """Return the number of CPUs that a local Ray is started with for a session."""
     return max(config.world_size, os.cpu_count() or 1)
-
-
-def check_cluster(config: SessionConfig) -> None:
-    """Check that the cluster of a configuration answers, if it has one. Raises ConnectionError: when it does not."""
-    if not config.is_local:
-        with _naming_cluster(config):
-            check_reachable(config.address)
-
-
-def _join_cluster(config: SessionConfig) -> None:
-    logger.info("joining the Ray cluster at %s", config.address)
-    check_cluster(config)
-    with _naming_cluster(config):
-        ray.init(address=config.address, namespace=config.namespace, log_to_driver=False, logging_level=logging.WARNING)
-
-
-@contextmanager
-def _naming_cluster(config: SessionConfig) -> Iterator[None]:
-    """Raise what is met within as ConnectionError, with the cluster's address and what to do."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConnectionError(
-            f"no Ray cluster answers at ray_cluster_address = {config.address}: {error}. "
-            "Start one there with `python -m raylight.cluster.node --head` (docs/cluster.md), or use local. If the "
-            "cluster asks for a token, it must be in ~/.ray/auth_token here, or in RAY_AUTH_TOKEN of ComfyUI."
-        ) from error
 
 
 def _bind_to_loopback(is_local: bool) -> None:

@@ -16,7 +16,7 @@ from raylight.parallel.bandwidth import Links
 from raylight.parallel.degrees import Arrangement
 from raylight.parallel.heartbeat import agree
 
-from . import bandwidth_check, memory_check, placement, speed_check
+from . import bandwidth_check, memory_check, placement, speed_check, unlike_workers
 from .actor import Place
 from .collect import Outcome, WaitOptions, common_error, results_or_raise, wait_for_all
 from .config import ServiceSpec, SessionConfig
@@ -106,8 +106,7 @@ class Session:
         self._try_speed(options)
         arrangement = self._arranged = self.arrangement
         opened = self._on_each(lambda actor: actor.open.remote(arrangement, self.service, self.links), options)
-        unlike = memory_check.describe(self.places, arrangement.memory)
-        for line in (*speed_check.describe(self.places, arrangement), *unlike):
+        for line in unlike_workers.describe(self.places, arrangement):
             logger.info("%s", line)
         self._timeline.ranks = list(opened.values())
 
@@ -302,6 +301,10 @@ class Session:
     def alive(self) -> bool:
         """Whether the workers can be called."""
         return not self._closed and ray.is_initialized() and self._watchdog.failure is None
+
+    def can_take(self, config: SessionConfig) -> bool:
+        """Return whether the workers can be called, and can have another configuration, or have this one."""
+        return self.alive and self.config.can_become(config.as_in(self.config))
 
     def close(self) -> None:
         """End the workers and wait until they are gone. May be called twice; does not hang on a broken Ray."""

@@ -10,7 +10,8 @@ from . import placement
 from .config import ServiceSpec, SessionConfig
 from .diagnosis import Remedies
 from .errors import RunCancelled
-from .ray_runtime import RUNTIME, check_cluster
+from .joining import check_cluster
+from .ray_runtime import RUNTIME
 from .session import Session
 from .timeouts import BackgroundCall
 
@@ -50,6 +51,11 @@ class Start:
         self._call: BackgroundCall[None] = BackgroundCall(lambda: self._run(before, old))
 
     @property
+    def left(self) -> Session | None:
+        """The session that there is by it, or still is, if any."""
+        return self.session or self.kept
+
+    @property
     def ended(self) -> bool:
         """Whether there is a session or an error."""
         return self.session is not None or self.error is not None
@@ -86,10 +92,10 @@ class Start:
         try:
             if before is not None:
                 before.settle()
-                if before.kept is not None and self._can_take(before.kept):
+                if before.kept is not None and before.kept.can_take(self.config):
                     self.session = before.kept
                     return
-                old = before.session or before.kept or old
+                old = before.left or old
             if old is not None:
                 self._end(old)
             if not RUNTIME.serves(self.config):  # also one that a start has left which failed or was cancelled
@@ -98,10 +104,6 @@ class Start:
         except BaseException as error:
             self.error = error
             raise
-
-    def _can_take(self, session: Session) -> bool:
-        """Return whether a session will do for this configuration."""
-        return session.alive and session.config.can_become(self.config.as_in(session.config))
 
     def _end(self, old: Session) -> None:
         """End the session until now. Raises ConnectionError: when the new one's cluster does not answer; then the old

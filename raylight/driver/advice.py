@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from raylight.attention import kernels
-from raylight.cluster import active_session, memory_check, speed_check
+from raylight.cluster import active_session, memory_check, speed_check, unlike_workers
 from raylight.cluster.config import SessionConfig
 from raylight.cluster.session import Session
 from raylight.host.log_messages import gb
@@ -63,7 +63,7 @@ def advise(model: RayModel, width: int, height: int, frames: int) -> str:
     lines = [
         _model(model.recipe, size, f"{width}x{height}" + (f", {frames} frames" if len(size.latent) == 5 else "")),
         f"{config.world_size}{' or more' if config.grows else ''} workers: {how(config)}; {_names(cards)}",
-        *_unlike(cards, arrangement),
+        *([] if cards.running is None else unlike_workers.describe(cards.running.places, arrangement)),
         "",
         "What fits, beside about 1.5 GB for CUDA and NCCL:" if cards.on_gpu else "What fits:",
         *_fits(model.recipe, size, arrangement.mesh, cards),
@@ -111,13 +111,6 @@ def _names(cards: _Cards) -> str:
         return "start them once to see what memory they have"
     each = [f"{name} {gb(total)}" for name, total in zip(cards.names, cards.total_bytes, strict=True)]
     return f"{len(each)} x {each[0]}" if len(set(each)) == 1 else ", ".join(each)
-
-
-def _unlike(cards: _Cards, arrangement: Arrangement) -> list[str]:
-    if cards.running is None:
-        return []
-    places = cards.running.places
-    return [*speed_check.describe(places, arrangement), *memory_check.describe(places, arrangement.memory)]
 
 
 def _memory(cards: _Cards, workers: int) -> Weights:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from raylight.cluster import active_session, memory_check, speed_check
+from raylight.cluster import active_session, unlike_workers
 from raylight.cluster.actor import Place
 from raylight.cluster.config import SessionConfig
 from raylight.cluster.session import Session
@@ -55,8 +55,7 @@ def how(config: SessionConfig) -> str:
 
 def _workers(running: Session, memory: dict[int, RankMemory]) -> list[str]:
     lines = [f"{running.config.world_size} workers: {how(running.config)}"]
-    lines += speed_check.describe(running.places, running.arrangement)
-    lines += memory_check.describe(running.places, running.arrangement.memory)
+    lines += unlike_workers.describe(running.places, running.arrangement)
     for rank, place in running.places.items():
         of_rank = memory[rank]
         where = "GPU" if place.gpu is not None else "machine"

@@ -19,7 +19,7 @@ from waiting import wait_until
 from raylight.cluster import active_session, starting
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import RunCancelled, WorkerError
-from raylight.cluster.ray_runtime import check_cluster
+from raylight.cluster.joining import check_cluster
 from raylight.parallel.mesh import MeshShape
 
 ROOT = Path(__file__).resolve().parents[2]
