@@ -29,8 +29,11 @@ class Gatherer:
         self._last = self._staging  # the last buffer that was gathered into
         # PyTorch 2.14 gave it another name.
         self._coalesced = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
-        # Gloo takes tensors of a GPU one by one only: ranks that share one use it.
-        self._one_by_one = device.type == "cuda" and "nccl" not in str(dist.get_backend_config(group))
+        # Gloo takes one tensor at a time, of a GPU too: ranks that share one use it. It has a coalesced all-gather for
+        # the CPU, but its two threads note the name of what they have done in one string, without a lock: harmless for
+        # names of up to 15 characters, which need no memory, and for longer ones, as that of this collective, a write
+        # to freed memory, which ends the process later (PyTorch 2.14).
+        self._one_by_one = "nccl" not in str(dist.get_backend_config(group))
         self._options = AllgatherOptions()
         self._options.asyncOp = self._stream is None
         self._from_rank = [self._broadcast_options(rank) for rank in range(self._degree)]
@@ -102,9 +105,11 @@ class Gatherer:
         # Each (rows on a rank,) of bytes -> (ranks * rows on a rank,)
         if not self._one_by_one:
             return self._coalesced(full, shards, self._options)
-        for whole, shard in zip(full, shards, strict=True):
-            all_gather_single(whole, shard, group=self._group)
-        return None
+        works = [
+            all_gather_single(whole, shard, group=self._group, async_op=self._stream is None)
+            for whole, shard in zip(full, shards, strict=True)
+        ]
+        return _All([work for work in works if work is not None])
 
     def _broadcast(self, parts: Sequence[Part]) -> Any:
         """Start to send each part from the rank that holds it to its place on all others. An all-gather, as NCCL has

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gathering_cases import ORDERS, UNEVEN, gathers_after_others, orders_of_blocks
+from gathering_cases import ORDERS, UNEVEN, gathers_after_others, names_of_collectives, orders_of_blocks
 from kept_gathering_cases import (
     NUMBERS,
     after_a_change,
@@ -33,6 +33,13 @@ def test_a_forward_gathers_the_same_whatever_ran_before_where_ranks_may_replay_i
     for first, *later in values(run_ranks(2, gathers_after_others)):
         assert first
         assert all(gathered == first for gathered in later)
+
+
+def test_gloo_is_asked_for_no_collective_that_may_corrupt_memory() -> None:
+    """Of collectives with long names, as all coalesced ones have, its threads write to freed memory: see `Gatherer`."""
+    for names in values(run_ranks(2, names_of_collectives)):
+        assert any("gather" in name for name in names) and any("broadcast" in name for name in names)
+        assert not [name for name in names if "coalesced" in name]
 
 
 @pytest.mark.parametrize("offload", [False, True])

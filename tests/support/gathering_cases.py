@@ -5,11 +5,13 @@ from __future__ import annotations
 import faulthandler
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raylight.parallel import heartbeat
 from raylight.parallel.shares import Weights
@@ -101,6 +103,29 @@ def as_a_graph(rank: int, world: int, offload: bool, shares: Weights) -> list[bo
             equal.append(torch.equal(output, expected))
         equal.append(torch.equal(net(x, order), expected))
     return equal
+
+
+def names_of_collectives(rank: int, world: int) -> set[str]:
+    """Return which collectives forwards call on the CPU, with whole shards, uneven ones, and offloaded ones."""
+    with NamesOfCollectives() as called:
+        for offload, shares in ((False, ()), (False, UNEVEN), (True, ())):
+            _, net, x = nets(world, offload, CPU, shares)
+            with torch.no_grad():
+                net(x, ORDERS["as listed"].blocks)
+    return called.names
+
+
+class NamesOfCollectives(TorchDispatchMode):
+    """Collects the `names` of the collectives that c10d is asked for within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def gathers_after_others(rank: int, world: int) -> list[list[object]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import comfy.lora
 import comfy.model_patcher
 import comfy.sd
 from comfy.model_base import BaseModel
+from kept_gathering_cases import gathered
 from loras import KINDS, lora_for
 from matrix_cases import Split
 from torch import Tensor
@@ -36,8 +36,8 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Sharded:
-    """What one rank measured. `blocks` are the model's; `gathers` the all-gathers of one forward, where only weights
-    are gathered; `effect` how much the LoRAs change the result, as a share of its standard deviation.
+    """What one rank measured. `blocks` are the model's; `gathers` the units that one forward gathers, as listed where
+    only weights are split; `effect` how much the LoRAs change the result, as a share of its standard deviation.
     """
 
     error: float = 1.0
@@ -93,12 +93,10 @@ def _compare(name: str, mesh: Any, sequence: bool, offload: bool, patched: bool,
         fitted = lora.fit_lora(f"LoRA {index}", tensors, mapped.lora_keys, lora.WeightShapes(shapes))
         patcher.add_patches(fitted.patches, strength)
     patcher.load(CPU)
-    with torch.profiler.profile() if not sequence else nullcontext() as profile:
+    with gathered() as found:
         actual = model.apply_model(**copied(make(Draw(3))), transformer_options=options)
-    counted = profile.key_averages() if profile is not None else ()
-    gathers = sum(event.count for event in counted if event.key == "c10d::allgather_into_tensor_coalesced_")
     error = ((actual - expected).abs().max() / expected.std()).item()
-    return Sharded(error, report, blocks, gathers, effect)
+    return Sharded(error, report, blocks, len(found), effect)
 
 
 def two_loras(shapes: dict[str, tuple[int, ...]]) -> tuple[tuple[dict[str, Tensor], float], ...]:
