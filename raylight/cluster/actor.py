@@ -11,12 +11,11 @@ import gc
 import logging
 import os
 import platform
-import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -31,47 +30,13 @@ from raylight.parallel.process_group import Rendezvous, any_rank, host_store, jo
 from . import network, ray_environment, status
 from .config import ServiceSpec
 from .errors import NCCL_BYTES, OutOfMemory, RunCancelled, is_out_of_memory, may_be_out_of_memory
+from .place import Place
 from .quick_imports import quick_imports
+from .run import Cancelled, RankContext, Run
 from .status import IDLE, Report, Status
 from .timeline import WORKER
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank runs: the address and the name of its machine, and Ray's id for it. `gpu` is the index of its GPU
-    on that machine, None if unknown or without one; `memory_bytes` is all memory of that GPU, 0 without one.
-    """
-
-    rank: int
-    host: str
-    pid: int
-    device: str
-    gpu: int | None = None
-    machine: str = ""
-    node: str = ""
-    memory_bytes: int = 0
-
-    @property
-    def name(self) -> str:
-        """The rank and its device, for messages that are not about its process."""
-        return f"rank {self.rank} ({self.device})"
-
-    @property
-    def where(self) -> str:
-        """The machine, for messages: its name and address, or the address alone within one machine."""
-        is_here = self.host.startswith("127.") or not self.machine
-        return self.host if is_here else f"{self.machine}, {self.host}"
-
-    def __str__(self) -> str:
-        device = self.device if self.gpu is None else f"{self.device}, GPU {self.gpu}"
-        return f"rank {self.rank} ({device}, pid {self.pid} on {self.where})"
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """The result of a run that was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,51 +50,6 @@ class Progress:
     beats: int
 
 
-@dataclass(slots=True)
-class RankContext:
-    """The rank, device and mesh that a service is opened for, and the links between ranks if they were measured.
-
-    `by_run` chooses other meshes for its forwards, None if all use this one. Both are others after a `reshape`.
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-    mesh: Any
-    links: bandwidth.Links | None = None
-    by_run: DegreesByRun | None = None
-
-
-@dataclass(slots=True)
-class Run:
-    """One call of a verb, which can emit events and be cancelled."""
-
-    rank: int
-    _status: Status
-    _events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    _cancel: threading.Event = field(default_factory=threading.Event)
-
-    def enter(self, phase: str) -> None:
-        """Set this rank's phase, for reports and errors. It must read well after "while"."""
-        self._status.enter(phase)
-
-    def emit(self, event: Any) -> None:
-        """Send an event to the driver. Only those of rank 0 are sent."""
-        if self.rank == 0:
-            self._events.put(event)
-
-    @property
-    def cancel_requested(self) -> bool:
-        """Whether this rank was asked to cancel. Others may not have been yet."""
-        return self._cancel.is_set()
-
-    def check_cancelled(self) -> None:
-        """Raise RunCancelled on all ranks if one was asked to cancel. Collective."""
-        if any_rank(self._cancel.is_set()):
-            raise RunCancelled
-
-
-_END = object()
 _COLLECT_S = 10.0
 
 
@@ -278,7 +198,7 @@ class RankActor:
             run.enter(IDLE)
             return Cancelled()
         finally:
-            run._events.put(_END)
+            run.end()
             if self._rank != 0:
                 self._forget(run_id)
 
@@ -322,9 +242,7 @@ class RankActor:
     @ray.method(concurrency_group="control", num_returns="streaming")
     def events(self, run_id: str) -> Iterator[Any]:
         """Return the events of a run, as they come, until it ends. For rank 0, where every run has one listener."""
-        events = self._run(run_id)._events
-        while (event := events.get()) is not _END:
-            yield event
+        yield from self._run(run_id).events()
         self._forget(run_id)
 
     @ray.method(concurrency_group="watch")
@@ -343,7 +261,7 @@ class RankActor:
         with self._lock:
             run = self._runs.get(run_id)
         if run is not None:
-            run._cancel.set()
+            run.cancel()
 
     def _forget(self, run_id: str) -> None:
         with self._lock:

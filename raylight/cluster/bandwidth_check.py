@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from raylight.parallel.bandwidth import UNEVEN, Links, fast_ranks
 
 from . import machines
-from .actor import Place
+from .place import Place
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from . import diagnosis
-from .actor import Cancelled
 from .diagnosis import Failure, Remedies, WorkerStates, cause_of
 from .errors import HUNG, RunCancelled, is_out_of_memory
+from .run import Cancelled
 from .status import STEP, VAE
 from .watchdog import Watchdog
 

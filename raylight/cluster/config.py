@@ -15,7 +15,7 @@ ANY = "any"  # GPUs if the cluster has some, else CPUs
 class Service(Protocol):
     """The object in a worker that a session calls.
 
-    Its other methods are the verbs. Their first argument is an `actor.Run`, and `Session.run` calls them.
+    Its other methods are the verbs. Their first argument is a `Run`, and `Session.run` calls them.
     """
 
     def inventory(self) -> str:

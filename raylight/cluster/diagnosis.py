@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from .actor import Place
 from .errors import CRASHED, DIED, FAILED, OUT_OF_MEMORY, OutOfMemory, StoreFull, WorkerError, is_out_of_memory
+from .place import Place
 from .worker_output import kind_of_crash
 
 # In errors that a rank meets because another rank has gone. They are no root cause.

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from raylight.parallel.shares import Weights
 
-from .actor import Place
 from .for_each_worker import EQUAL, numbers, setting
+from .place import Place
 
 VARIABLE = "RAYLIGHT_MEMORY"
 _HOW = f"set {VARIABLE} to the GB of each worker, such as 24,16, to {EQUAL}, or unset it"

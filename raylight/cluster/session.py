@@ -17,12 +17,12 @@ from raylight.parallel.degrees import Arrangement
 from raylight.parallel.heartbeat import agree
 
 from . import bandwidth_check, memory_check, placement, speed_check, unlike_workers
-from .actor import Place
 from .collect import Outcome, WaitOptions, common_error, results_or_raise, wait_for_all
 from .config import ServiceSpec, SessionConfig
 from .diagnosis import Failure, Remedies, WorkerStates, no_remedies, to_error, worker_error
 from .errors import OUT_OF_MEMORY, RAY_LOST, WorkerError, raise_cancelled
 from .object_store import ObjectCache, put
+from .place import Place
 from .ray_runtime import RUNTIME, kill_workers
 from .status import IDLE, STARTING
 from .timeline import StartTimes, Timeline

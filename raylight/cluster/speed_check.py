@@ -8,9 +8,9 @@ from raylight.parallel.degrees import Arrangement, gain
 from raylight.parallel.shares import ALIKE, Speeds
 from raylight.parallel.speed_trial import ALIKE_WITHIN, ONE_KIND_WITHIN, Trial
 
-from .actor import Place
 from .bandwidth_check import Key, key_of
 from .for_each_worker import EQUAL, numbers, setting
+from .place import Place
 
 VARIABLE = "RAYLIGHT_SPEEDS"
 MEASURE = "measure"

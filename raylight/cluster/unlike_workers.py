@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from raylight.parallel.degrees import Arrangement
 
 from . import memory_check, speed_check
-from .actor import Place
+from .place import Place
 
 
 def describe(places: Mapping[int, Place], arrangement: Arrangement) -> list[str]:

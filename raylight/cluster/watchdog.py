@@ -19,11 +19,11 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from . import machines
-from .actor import Place
 from .config import SessionConfig
 from .diagnosis import Failure, dead_process, oom_kills
 from .errors import HUNG, MACHINE_LOST, RAY_LOST
 from .machine_watch import LOST_S, MachineWatch
+from .place import Place
 from .ray_runtime import RUNTIME
 from .status import IDLE, LogLine, Report, repeat
 from .timeouts import with_timeout

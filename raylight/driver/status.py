@@ -8,8 +8,8 @@ from importlib.metadata import version
 import torch
 
 from raylight.cluster import active_session, unlike_workers
-from raylight.cluster.actor import Place
 from raylight.cluster.config import SessionConfig
+from raylight.cluster.place import Place
 from raylight.cluster.session import Session
 from raylight.host.jobs import RankMemory
 from raylight.host.log_messages import gb

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from raylight.cluster.actor import Run
 from raylight.cluster.config import Service
+from raylight.cluster.run import Run
 from raylight.cluster.serialization import SerializedObject
 
 from .jobs import ForwardJob, GivenBack, NeedsBytes, RankMemory, RunJob, RunResult

@@ -11,7 +11,7 @@ from raylight.host import comfy_patches
 from raylight.host import settings as host_settings
 
 if TYPE_CHECKING:
-    from raylight.cluster.actor import RankContext
+    from raylight.cluster.run import RankContext
 
     from .service import ModelService
 

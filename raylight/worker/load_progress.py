@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from raylight.cluster.actor import Run
+from raylight.cluster.run import Run
 from raylight.host.jobs import LoadProgress
 from raylight.host.log_messages import gb
 from raylight.host.recipe import ModelRecipe

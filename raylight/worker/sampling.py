@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from raylight.cluster.actor import Run
+from raylight.cluster.run import Run
 from raylight.host import patcher_state
 from raylight.host.jobs import KEY, RunJob, RunResult, StepDone, random_state, set_random_state
 from raylight.host.log_messages import warn_on_first_rank

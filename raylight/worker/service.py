@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch.distributed.device_mesh import DeviceMesh
 
-from raylight.cluster.actor import RankContext, Run
+from raylight.cluster.run import RankContext, Run
 from raylight.cluster.serialization import SerializedObject
 from raylight.host import model_files, torch_settings
 from raylight.host.gpu_identity import gpu_identity

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylight.cluster.actor import RankContext, Run
+from raylight.cluster.run import RankContext, Run
 from raylight.cluster.serialization import SerializedObject, pack, unpack
 from raylight.host.jobs import NeedsBytes, random_state, set_random_state
 from raylight.host.loading import file_errors

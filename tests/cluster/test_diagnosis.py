@@ -6,9 +6,10 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-from raylight.cluster.actor import Place, RankActor
+from raylight.cluster.actor import RankActor
 from raylight.cluster.diagnosis import Failure, WorkerStates, root_cause, to_error
 from raylight.cluster.errors import DIED, FAILED, OUT_OF_MEMORY, OutOfMemory, is_out_of_memory
+from raylight.cluster.place import Place
 
 OF_A_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
 

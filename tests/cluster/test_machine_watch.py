@@ -9,10 +9,10 @@ import pytest
 from waiting import wait_until
 
 from raylight.cluster import machine_watch, machines
-from raylight.cluster.actor import Place
 from raylight.cluster.config import SessionConfig
 from raylight.cluster.machine_watch import LOST_S, MachineWatch
 from raylight.cluster.machines import Machine
+from raylight.cluster.place import Place
 from raylight.cluster.watchdog import Watchdog
 from raylight.parallel.mesh import MeshShape
 

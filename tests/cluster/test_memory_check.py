@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raylight.cluster import memory_check
-from raylight.cluster.actor import Place
+from raylight.cluster.place import Place
 
 GB = 10**9
 

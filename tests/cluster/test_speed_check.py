@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raylight.cluster import speed_check
-from raylight.cluster.actor import Place
+from raylight.cluster.place import Place
 from raylight.parallel.degrees import Arrangement
 from raylight.parallel.mesh import MeshShape
 from raylight.parallel.shares import ALIKE, Speeds

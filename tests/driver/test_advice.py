@@ -10,8 +10,8 @@ import own_pack
 import pytest
 from comfy_cases import CASES, checkpoint, sample_on_workers
 
-from raylight.cluster.actor import Place
 from raylight.cluster.config import ANY, SessionConfig
+from raylight.cluster.place import Place
 from raylight.dev.zoo import families
 from raylight.driver import advice
 from raylight.driver.advice import advise

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raylight.cluster.actor import RankContext, Run
 from raylight.cluster.config import Service
+from raylight.cluster.run import RankContext, Run
 from raylight.cluster.status import IDLE, STEP
 from raylight.parallel.process_group import any_rank
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from fake_graphs import FakeBackend
 from kept_units_cases import LARGE, SimulatedMemory
 
-from raylight.cluster.actor import RankContext, Run
+from raylight.cluster.run import RankContext, Run
 from raylight.host.jobs import RankMemory
 from raylight.host.settings import HostSettings
 from raylight.parallel import graph_inputs

@@ -15,7 +15,7 @@ from comfy.model_base import BaseModel
 from kept_gathering_cases import gathered
 from kept_units_cases import LARGE, SimulatedMemory
 
-from raylight.cluster.actor import RankContext, Run
+from raylight.cluster.run import RankContext, Run
 from raylight.host.jobs import RankMemory
 from raylight.host.settings import HostSettings
 from raylight.worker import sharded_patcher
