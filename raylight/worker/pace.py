@@ -15,11 +15,14 @@ class Pace:
         self._on_gpu = device.type == "cuda"
         self._before: torch.cuda.Event | None = None
 
-    def launched(self) -> None:
-        """Note that a step is launched, and wait until the GPU has done the one before it."""
+    def launched(self) -> torch.cuda.Event | None:
+        """Note that a step is launched, and wait until the GPU has done the one before it. Return what the GPU reaches
+        when it has done this one; None on the CPU, which has.
+        """
         if not self._on_gpu:
-            return
+            return None
         before, self._before = self._before, torch.cuda.Event(blocking=True)
         self._before.record()
         if before is not None:
             before.synchronize()
+        return self._before

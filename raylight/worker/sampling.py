@@ -23,6 +23,7 @@ from . import lora
 from .node_code import restored_after
 from .pace import Pace
 from .resident_conds import ResidentConds
+from .step_reports import StepReports
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class SamplingRun:
         self._steps = 0
         self._on_step: Callable[[], None] = lambda: None
         self._pace = Pace(device)
+        self._reports = StepReports(run)
         state, self._changes, self._guider, self._call, self._positional, self._wrappers = deserialize(
             job.content, patcher
         )
@@ -82,7 +84,7 @@ class SamplingRun:
         executor = WrapperExecutor.new_class_executor(self._guider.outer_sample, self._guider, self._wrappers)
         clean = restored_after(patcher) if self._job.model.inside.full_tokens_for else nullcontext()
         try:
-            with clean, changed(patcher, self._changes):
+            with clean, changed(patcher, self._changes), self._reports:
                 samples = executor.execute(*positional, **call)
         finally:
             # Otherwise the patcher and this run would keep each other alive, with all that the run has.
@@ -100,17 +102,17 @@ class SamplingRun:
         return StepDone(step, total, _on_cpu(x0), _on_cpu(x))
 
     def _after_step(self, step: int, x0: Any, x: Any, total: int) -> None:
-        self._pace.launched()
-        self._on_step()
-        job = self._job
+        job, reports = self._job, self._run.rank == 0
         if job.every_step or (job.wants_last and step + 1 == total):
             event, self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x)), None
         else:
-            event = StepDone(step, total, _for_preview(x0) if job.wants_preview else None, None)
+            event = StepDone(step, total, _for_preview(x0) if job.wants_preview and reports else None, None)
             # How many steps there are may not be known before: keep each as the possible last one, copied at the end.
             self._last = (step, total, x0, x)
-        if self._run.rank == 0:
-            self._run.emit((self._index, event))
+        done = self._pace.launched()
+        self._on_step()
+        if reports:
+            self._reports.emit((self._index, event), done)
         self._enter_step(step + 2)
         self._run.check_cancelled()
 
@@ -121,6 +123,9 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _for_preview(x0: Tensor) -> Tensor:
-    """Return the first frame of the first image of (B, C, [T,] H, W): (1, C, [1,] H, W) float32 on the CPU."""
-    first = x0[:1, :, :1] if x0.ndim == 5 else x0[:1]
-    return first.detach().to("cpu", torch.float32, copy=True)
+    """Return the first frame of the first image of (B, C, [T,] H, W): (1, C, [1,] H, W) float32 on the CPU. From a GPU
+    it is there when the GPU has done what was launched until now.
+    """
+    first = (x0[:1, :, :1] if x0.ndim == 5 else x0[:1]).detach().float()
+    copied = torch.empty(first.shape, pin_memory=first.is_cuda)  # into other memory a copy would be waited for
+    return copied.copy_(first, non_blocking=True)

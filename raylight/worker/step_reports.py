@@ -1,0 +1,43 @@
+"""What a worker reports of the steps of a run, sent when its GPU has done them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from raylight.cluster.run import Run
+
+
+class StepReports:
+    """Emits events of a run when the GPU has done the step that they are about, without holding up the host, which
+    launches the next step meanwhile.
+
+    A context: its end waits for the last event, but not if it ends by an error or a cancel, which leaves events out.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._thread: ThreadPoolExecutor | None = None
+
+    def emit(self, event: Any, done: torch.cuda.Event | None) -> None:
+        """Emit an event after those before it, when the GPU has reached `done`; at once if that is None."""
+        if done is None:
+            self._run.emit(event)
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "raylight-steps")
+        self._thread.submit(self._emit_after, done, event)
+
+    def _emit_after(self, done: torch.cuda.Event, event: Any) -> None:
+        done.synchronize()  # without Python's lock; if CUDA is broken, the run meets that error by itself
+        self._run.emit(event)
+
+    def __enter__(self) -> StepReports:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=error is None, cancel_futures=error is not None)
