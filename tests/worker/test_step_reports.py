@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
 
 import pytest
 
@@ -19,8 +18,11 @@ class Mark:
     """What a GPU reaches when it has done a step."""
 
     def __init__(self) -> None:
-        self.reached = threading.Event()
-        self.synchronize: Any = lambda: self.reached.wait(WAIT_S)
+        self.reached, self.waited_for = threading.Event(), threading.Event()
+
+    def synchronize(self) -> None:
+        self.waited_for.set()
+        assert self.reached.wait(WAIT_S)
 
 
 @pytest.fixture
@@ -60,10 +62,11 @@ def test_a_cancel_waits_for_no_step(run: Run) -> None:
     with pytest.raises(KeyboardInterrupt), StepReports(run) as reports:
         for step, mark in enumerate(marks):
             reports.emit(step, mark)
+        assert marks[0].waited_for.wait(WAIT_S)
         raise KeyboardInterrupt
     assert time.monotonic() - began < WAIT_S / 2
     for mark in marks:
         mark.reached.set()
-    assert sent(run, 1) == [0]  # which was waited for already
+    assert sent(run, 1) == [0]
     time.sleep(0.05)
     assert run._events.empty(), "an event was sent that the cancel has left out"
