@@ -29,10 +29,10 @@ class Gatherer:
         self._last = self._staging  # the last buffer that was gathered into
         # PyTorch 2.14 gave it another name.
         self._coalesced = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
-        # Gloo takes one tensor at a time, of a GPU too: ranks that share one use it. It has a coalesced all-gather for
-        # the CPU, but its two threads note the name of what they have done in one string, without a lock: harmless for
-        # names of up to 15 characters, which need no memory, and for longer ones, as that of this collective, a write
-        # to freed memory, which ends the process later (PyTorch 2.14).
+        # With gloo, which ranks that share a GPU use too. It has a coalesced all-gather for the CPU alone, and its two
+        # threads note what they have done in one string, without a lock: harmless for names of up to 15 characters,
+        # which need no memory, but for that of this collective a write to freed memory, which ends the process later
+        # (PyTorch 2.14).
         self._one_by_one = "nccl" not in str(dist.get_backend_config(group))
         self._options = AllgatherOptions()
         self._options.asyncOp = self._stream is None

@@ -23,7 +23,7 @@ from . import lora
 from .node_code import restored_after
 from .pace import Pace
 from .resident_conds import ResidentConds
-from .step_reports import StepReports
+from .step_reports import StepReports, for_preview
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class SamplingRun:
         if job.every_step or (job.wants_last and step + 1 == total):
             event, self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x)), None
         else:
-            event = StepDone(step, total, _for_preview(x0) if job.wants_preview and reports else None, None)
+            event = StepDone(step, total, for_preview(x0) if job.wants_preview and reports else None, None)
             # How many steps there are may not be known before: keep each as the possible last one, copied at the end.
             self._last = (step, total, x0, x)
         done = self._pace.launched()
@@ -120,12 +120,3 @@ class SamplingRun:
 def _on_cpu(value: Any) -> Any:
     """Return a copy on the CPU, also of packed latents of several kinds."""
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value.cpu()
-
-
-def _for_preview(x0: Tensor) -> Tensor:
-    """Return the first frame of the first image of (B, C, [T,] H, W): (1, C, [1,] H, W) float32 on the CPU. From a GPU
-    it is there when the GPU has done what was launched until now.
-    """
-    first = (x0[:1, :, :1] if x0.ndim == 5 else x0[:1]).detach().float()
-    copied = torch.empty(first.shape, pin_memory=first.is_cuda)  # into other memory a copy would be waited for
-    return copied.copy_(first, non_blocking=True)

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raylight.cluster.run import Run
 
@@ -41,3 +42,12 @@ class StepReports:
     def __exit__(self, error: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=error is None, cancel_futures=error is not None)
+
+
+def for_preview(x0: Tensor) -> Tensor:
+    """Return the first frame of the first image of (B, C, [T,] H, W): (1, C, [1,] H, W) float32 on the CPU. From a GPU
+    it is there when the GPU has done what was launched until now.
+    """
+    first = (x0[:1, :, :1] if x0.ndim == 5 else x0[:1]).detach().float()
+    copied = torch.empty(first.shape, pin_memory=first.is_cuda)  # into other memory a copy would be waited for
+    return copied.copy_(first, non_blocking=True)

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from raylight.worker.sampling import _for_preview
+from raylight.worker.step_reports import for_preview
 
 CYCLES = 100_000_000  # of the GPU, which takes 50 ms or more for them
 SHORT_S = 0.02
@@ -18,12 +18,12 @@ def test_a_preview_is_there_when_its_step_is_done_and_the_host_does_not_wait() -
         for dtype in (torch.float32, torch.bfloat16):
             x0 = torch.randn(shape, device=device).to(dtype)
             expected = (x0[:1, :, :1] if x0.ndim == 5 else x0[:1]).float().cpu() * 2
-            _for_preview(x0)  # takes pinned memory, which later ones take again
+            for_preview(x0)  # takes pinned memory, which later ones take again
             torch.cuda.synchronize()
             began = time.perf_counter()
             torch.cuda._sleep(CYCLES)
             x0 *= 2
-            preview = _for_preview(x0)
+            preview = for_preview(x0)
             done = torch.cuda.Event()
             done.record()
             x0.zero_()  # the copy is of before

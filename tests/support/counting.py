@@ -4,12 +4,16 @@ gather.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from raylight.sharding.gatherer import Gatherer
+from raylight.sharding.unit_weights import UnitWeights
 
 
 class CountingKernel:
@@ -46,14 +50,17 @@ class CountingStrategy:
 
 class CountingGathers(TorchDispatchMode):
     """Counts in `gathered` the bytes that this rank has after the all-gathers within it, and in `sent` those that it
-    gave to them, as c10d is given both.
+    gave to them, as c10d is given both. `names` are those of all collectives that c10d is asked for.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.gathered = self.sent = 0
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.names.add(func.name())
         if func.namespace == "c10d" and "gather" in func.name():
             # Each takes its outputs first and then its inputs.
             self.gathered, self.sent = self.gathered + _nbytes(args[0]), self.sent + _nbytes(args[1])
@@ -71,3 +78,20 @@ class CountingGathers(TorchDispatchMode):
 
 def _nbytes(tensors: Any) -> int:
     return tensors.nbytes if isinstance(tensors, torch.Tensor) else sum(map(_nbytes, tensors))
+
+
+@contextmanager
+def gathered() -> Iterator[list[UnitWeights]]:
+    """Within it, collect the units that any gatherer gathers."""
+    found: list[UnitWeights] = []
+    start = Gatherer.start
+
+    def counted(self: Gatherer, weights: UnitWeights, buffer: Any) -> None:
+        found.append(weights)
+        start(self, weights, buffer)
+
+    Gatherer.start = counted
+    try:
+        yield found
+    finally:
+        Gatherer.start = start

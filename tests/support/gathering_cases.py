@@ -5,18 +5,16 @@ from __future__ import annotations
 import faulthandler
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from counting import CountingGathers, gathered
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from raylight.parallel import heartbeat
 from raylight.parallel.shares import Weights
 from raylight.sharding.fsdp import keep_steady, reset, shard
-from raylight.sharding.gatherer import Gatherer
 from raylight.sharding.rows import RowSplit
 
 CPU = torch.device("cpu")
@@ -107,7 +105,7 @@ def as_a_graph(rank: int, world: int, offload: bool, shares: Weights) -> list[bo
 
 def names_of_collectives(rank: int, world: int) -> set[str]:
     """Return which collectives forwards call on the CPU, with whole shards, uneven ones, and offloaded ones."""
-    with NamesOfCollectives() as called:
+    with CountingGathers() as called:
         for offload, shares in ((False, ()), (False, UNEVEN), (True, ())):
             _, net, x = nets(world, offload, CPU, shares)
             with torch.no_grad():
@@ -115,24 +113,8 @@ def names_of_collectives(rank: int, world: int) -> set[str]:
     return called.names
 
 
-class NamesOfCollectives(TorchDispatchMode):
-    """Collects the `names` of the collectives that c10d is asked for within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def gathers_after_others(rank: int, world: int) -> list[list[object]]:
     """Return the units that a forward gathers, in order, first and after forwards of other blocks."""
-    gathered: list[object] = []
-    start = Gatherer.start
-    Gatherer.start = lambda self, weights, buffer: (gathered.append(id(weights)), start(self, weights, buffer))[1]
     _, net, x = nets(world, False, CPU)
     net(x, (3, 1))  # before graphs are wanted
     keep_steady(net, True)
@@ -140,9 +122,9 @@ def gathers_after_others(rank: int, world: int) -> list[list[object]]:
     with torch.no_grad():
         for others in ((0, 1, 2, 3, 4), (0, 1, 4), (4, 3, 2), (0,)):
             net(x, others)
-            gathered.clear()
-            net(x, (0, 1, 2, 3, 4))
-            found.append([*gathered])
+            with gathered() as units:
+                net(x, (0, 1, 2, 3, 4))
+            found.append([id(unit) for unit in units])
     return found
 
 

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
+from counting import gathered
 from gathering_cases import BLOCKS, CPU, ORDERS, Net, nets
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raylight.sharding.fsdp import gathering_of, reset
-from raylight.sharding.gatherer import Gatherer
-from raylight.sharding.unit_weights import UnitWeights
 
 NUMBERS = (3, 1, 0, 2, 6, 4, 6, 0, 5)
-
-
-@contextmanager
-def gathered() -> Iterator[list[UnitWeights]]:
-    """Within it, collect the units that any gatherer gathers."""
-    found: list[UnitWeights] = []
-    start = Gatherer.start
-
-    def counted(self: Gatherer, weights: UnitWeights, buffer: Any) -> None:
-        found.append(weights)
-        start(self, weights, buffer)
-
-    Gatherer.start = counted
-    try:
-        yield found
-    finally:
-        Gatherer.start = start
 
 
 def kept_in_orders(

@@ -11,8 +11,8 @@ import torch
 from kept_units_cases import LARGE, SimulatedMemory  # first: it tells ComfyUI whether there is a GPU
 
 # isort: split
+from counting import gathered
 from fake_graphs import CPU, FakeBackend, cpu_as_device, forbid_captures
-from kept_gathering_cases import gathered
 from torch import Tensor
 
 from raylight.dev.zoo import families

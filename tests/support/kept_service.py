@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.model_base import BaseModel
-from kept_gathering_cases import gathered
+from counting import gathered
 from kept_units_cases import LARGE, SimulatedMemory
 
 from raylight.cluster.run import RankContext, Run

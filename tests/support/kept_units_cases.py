@@ -14,8 +14,8 @@ from comfy.cli_args import args
 args.cpu = not torch.cuda.is_available()  # before ComfyUI picks a device
 
 import comfy.lora
+from counting import gathered
 from gathering_cases import BLOCKS, CPU, nets
-from kept_gathering_cases import gathered
 from sharded_cases import _patched_by_comfyui, two_loras
 from torch import Tensor
 

@@ -15,7 +15,7 @@ import comfy.lora
 import comfy.model_patcher
 import comfy.sd
 from comfy.model_base import BaseModel
-from kept_gathering_cases import gathered
+from counting import gathered
 from loras import KINDS, lora_for
 from matrix_cases import Split
 from torch import Tensor
