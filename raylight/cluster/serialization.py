@@ -112,7 +112,9 @@ class _Unpacker(pickle.Unpickler):
             if not reference.on_cpu:
                 value = value.to(self._device, copy=True)
             elif self._copies:
-                value = value.clone()
+                # PyTorch counts writes to those that are made outside of inference mode, in every mode.
+                with torch.inference_mode(reference.is_parameter and torch.is_inference_mode_enabled()):
+                    value = value.clone()
             if reference.is_parameter:
                 value = torch.nn.Parameter(value, requires_grad=False)
             self._made[reference.index] = value

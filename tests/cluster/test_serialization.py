@@ -1,4 +1,4 @@
-"""Functions that are sent with their code still work together."""
+"""Functions that are sent with their code still work together; writes to tensors that are sent can be seen."""
 
 from __future__ import annotations
 
@@ -40,3 +40,13 @@ def test_a_function_that_calls_itself() -> None:
         return number and fall(number - 1)
 
     assert there(fall)(3) == 0
+
+
+def test_writes_are_counted_in_every_mode() -> None:
+    with torch.inference_mode():
+        received = there(torch.ones(3))
+        before = received._version
+        received[1] = 2.0
+        assert received._version > before
+        weight = there(torch.nn.Parameter(torch.ones(3), requires_grad=False))
+    assert weight.is_inference(), "a weight is of the mode in which it is used"

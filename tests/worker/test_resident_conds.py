@@ -45,11 +45,15 @@ def test_is_copied_once_and_the_original_stays() -> None:
     assert text.cond.device.type == "cpu"
 
 
-@pytest.mark.parametrize("inference", [False, True])
-def test_what_changes_is_copied_anew(inference: bool) -> None:
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_what_changes_is_copied_anew(made: bool, used: bool) -> None:
+    """In and out of inference mode."""
     wrapper = ResidentConds(ELSEWHERE)
-    with torch.inference_mode(inference):
-        cond = CONDRegular(torch.ones(1, 4))
+    with torch.inference_mode(made):
+        content = torch.ones(1, 4)
+    with torch.inference_mode(used or made):  # what is made in that mode cannot be written to outside of it
+        cond = CONDRegular(content)
         before = seen(wrapper, cond)[0]
         cond.cond[0, 1] = 2.0
         written = seen(wrapper, cond)[0]
