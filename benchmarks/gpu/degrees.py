@@ -6,7 +6,8 @@
 Runs with CFG, without it, with two images, and with prompts of different lengths, which ComfyUI cannot put into one
 batch. For each number of workers the ways share one session, whose workers take other degrees without a restart; a step
 is the difference between a run of several steps and a run of one, after runs in which weights begin to stay gathered
-and graphs are captured. `relative L2` is to stock's latent. With --advice, what Raylight Advice expects of these
+and graphs are captured. `between` is the median time between the ends of two steps of one run, as workers report them.
+`relative L2` is to stock's latent. With --advice, what Raylight Advice expects of these
 workers and the file is printed beside what was measured. With --compile the model is compiled, by stock and by the
 workers, as ComfyUI's TorchCompileModel does.
 """
@@ -174,7 +175,7 @@ def main() -> None:
 
     from raylight.cluster import active_session
     from raylight.cluster.config import SessionConfig
-    from raylight.driver import api
+    from raylight.driver import api, step_times
     from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
     from raylight.parallel.mesh import MeshShape
 
@@ -195,7 +196,7 @@ def main() -> None:
         comfy.model_management.unload_all_models()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        print(f"{'':<34} {'way':<34} {'s a step':>9} {'speed-up':>8} {'relative L2':>11}  chosen")
+        print(f"{'':<34} {'way':<34} {'s a step':>9} {'speed-up':>8} {'between':>8} {'relative L2':>11}  chosen")
         for key, (seconds, _) in expected.items():
             print(f"{KINDS[key].title:<34} {'stock, 1 GPU':<34} {seconds:>9.4f} {1:>8.2f}")
         for ranks in options.ranks:
@@ -211,14 +212,16 @@ def main() -> None:
                     seconds, latent = measure(model, name, KINDS[key], options)
                     of_stock, other = expected[key]
                     error = ((latent - other).norm() / other.norm()).item()
+                    between = step_times.last_runs(str(path))[0].seconds
                     print(
                         f"{KINDS[key].title:<34} {f'{ranks}: {way}':<34} {seconds:>9.4f} {of_stock / seconds:>8.2f} "
-                        f"{error:>11.1e}  {chosen.text}",
+                        f"{between:>8.4f} {error:>11.1e}  {chosen.text}",
                         flush=True,
                     )
                     figures[f"{ranks} {way}, {key}"] = {
                         "seconds": seconds,
                         "of_stock": of_stock / seconds,
+                        "between_steps": between,
                         "relative_l2": error,
                         "chosen": chosen.text,
                     }
