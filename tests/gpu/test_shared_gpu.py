@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy.model_management import minimum_inference_memory
 from gpu_cases import SHAPE, latent, on_workers
-from shared_gpu_cases import Encoder, held, kept, left_free, vae, wide_wan
+from shared_gpu_cases import Encoder, free_workers, held, kept, left_free, vae, wide_wan
 
 from raylight.driver import memory
 from raylight.host.recipe import REPLICATED, SHARDED
@@ -29,6 +29,7 @@ def test_each_takes_from_the_others_what_is_missing(sharding: str, folder: Path,
     latents = torch.randn(1, 4, 96, 96, generator=torch.Generator().manual_seed(1))
     text, image = encoder.encode(), decoder.decode(latents)
     comfy.model_management.unload_all_models()
+    free_workers()
 
     model = on_workers(path, sharding)
     compare(latent(model), expected, "alone")
