@@ -12,7 +12,7 @@ import torch
 
 from raylight.parallel.bandwidth import Links
 from raylight.parallel.degrees import DegreesByRun
-from raylight.parallel.process_group import any_rank
+from raylight.parallel.process_group import any_rank_and_smallest
 
 from .errors import RunCancelled
 from .status import Status
@@ -71,10 +71,15 @@ class Run:
         """Whether this rank was asked to cancel. Others may not have been yet."""
         return self._cancel.is_set()
 
-    def check_cancelled(self) -> None:
-        """Raise RunCancelled on all ranks if one was asked to cancel. Collective."""
-        if any_rank(self._cancel.is_set()):
+    def check_cancelled(self, value: int = 0) -> int:
+        """Return the smallest `value` of all ranks. Collective.
+
+        Raises RunCancelled: on all ranks, if one was asked to cancel.
+        """
+        is_cancelled, agreed = any_rank_and_smallest(self._cancel.is_set(), value)
+        if is_cancelled:
             raise RunCancelled
+        return agreed
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 _beats = 0
-_check: Callable[[], None] | None = None
+_check: Callable[[], object] | None = None
 
 
 def beat() -> None:
@@ -36,7 +36,7 @@ def cancellation_point() -> None:
 
 
 @contextmanager
-def cancellation_checked_by(check: Callable[[], None]):
+def cancellation_checked_by(check: Callable[[], object]):
     """Make every `cancellation_point` call `check` within this context."""
     global _check
     before, _check = _check, check

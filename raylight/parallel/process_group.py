@@ -91,6 +91,17 @@ def smallest(value: int, group: dist.ProcessGroup | None = None) -> int:
     return _agreed(value, dist.ReduceOp.MIN, group)
 
 
+def any_rank_and_smallest(flag: bool, value: int) -> tuple[bool, int]:
+    """Return what `any_rank` and `smallest` return, by one collective."""
+    beat()
+    group = agreeing_group()
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return flag, value
+    votes = torch.tensor([flag, -value], dtype=torch.int64)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+    return bool(votes[0]), -int(votes[1])
+
+
 def alike(value: int) -> bool:
     """Return whether all ranks have the same `value`, of at most 62 bits. Collective, on the CPU."""
     beat()

@@ -66,11 +66,13 @@ def in_own_mode(method: Method) -> Method:
 class RankPatcher(comfy.model_patcher.ModelPatcher):
     """A patcher that makes the same decisions on every rank.
 
-    `weights` is what a subclass knows of the model's weights; all clones share it.
+    `weights` is what a subclass knows of the model's weights; all clones share it. `agreed_free` is what
+    `get_free_memory` is to return next, where ranks have agreed already.
     """
 
     sharding = REPLICATED
     weights: Any = None
+    agreed_free: int | None = None
 
     def clone(self, *args: Any, **kwargs: Any) -> RankPatcher:
         other: Any = super().clone(*args, **kwargs)
@@ -98,10 +100,15 @@ class RankPatcher(comfy.model_patcher.ModelPatcher):
     load = in_own_mode(comfy.model_patcher.ModelPatcher.load)
     detach = in_own_mode(comfy.model_patcher.ModelPatcher.detach)
 
+    def own_free_memory(self, device: torch.device) -> int:
+        """Return the free bytes on this rank. What gathered weights take is free: a larger forward drops them first."""
+        return int(super().get_free_memory(device)) + self.kept_bytes
+
     def get_free_memory(self, device: torch.device) -> int:
-        """Return the free bytes on the fullest rank. Collective.
+        """Return the free bytes on the fullest rank: `agreed_free` if it is known, once, and else by a collective.
 
         ComfyUI batches conditionings by what is free; ranks that batched differently would meet in collectives of
-        different shapes. What gathered weights take is free: a larger forward drops them first.
+        different shapes.
         """
-        return smallest(int(super().get_free_memory(device)) + self.kept_bytes)
+        agreed, self.agreed_free = self.agreed_free, None
+        return smallest(self.own_free_memory(device)) if agreed is None else agreed

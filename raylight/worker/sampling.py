@@ -89,6 +89,7 @@ class SamplingRun:
         finally:
             # Otherwise the patcher and this run would keep each other alive, with all that the run has.
             patcher.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
+            patcher.agreed_free = None
         on_step()
         return RunResult(samples.cpu(), random_state(self._device), self._last_step())
 
@@ -114,7 +115,9 @@ class SamplingRun:
         if reports:
             self._reports.emit((self._index, event), done)
         self._enter_step(step + 2)
-        self._run.check_cancelled()
+        patcher = self._guider.model_patcher
+        # ComfyUI asks for it in the next step. The GPU may be waiting for that, and ranks for each other.
+        patcher.agreed_free = self._run.check_cancelled(patcher.own_free_memory(self._device))
 
 
 def _on_cpu(value: Any) -> Any:

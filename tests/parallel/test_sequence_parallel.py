@@ -67,7 +67,7 @@ def test_uneven_collectives(world: int) -> None:
 
 
 def test_votes() -> None:
-    assert values(run_ranks(3, votes)) == [(True, False, 98)] * 3
+    assert values(run_ranks(3, votes)) == [(True, False, 98, (True, 98), (False, -1))] * 3
 
 
 @pytest.mark.parametrize("how", ["raises", "dies"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from counting import CountingKernel, CountingStrategy
@@ -15,7 +16,7 @@ from raylight.parallel import bandwidth
 from raylight.parallel.collectives import Splits, all_gather, exchange, start_exchange
 from raylight.parallel.mesh import MeshShape, build_mesh, sequence_axis
 from raylight.parallel.partition import partition
-from raylight.parallel.process_group import any_rank, smallest
+from raylight.parallel.process_group import any_rank, any_rank_and_smallest, smallest
 from raylight.parallel.ring import HybridAttention
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceParallel
 from raylight.parallel.shares import ALIKE, Speeds, use
@@ -172,9 +173,11 @@ def chunks_by_links(rank: int, world: int) -> list[int]:
     return found
 
 
-def votes(rank: int, world: int) -> tuple[bool, bool, int]:
-    """Return whether one rank's flag, and no flag, reach all ranks, and the smallest number."""
-    return any_rank(rank == world - 1), any_rank(False), smallest(100 - rank)
+def votes(rank: int, world: int) -> tuple[Any, ...]:
+    """Return whether one rank's flag, and no flag, reach all ranks, and the smallest number; and both at once."""
+    apart = any_rank(rank == world - 1), any_rank(False), smallest(100 - rank)
+    together = any_rank_and_smallest(rank == world - 1, 100 - rank), any_rank_and_smallest(False, rank - 1)
+    return *apart, *together
 
 
 def speed_on_the_cpu(rank: int, world: int) -> Trial:

@@ -100,6 +100,20 @@ def test_all_of_a_job_is_done_in_the_mode_of_its_model(sharding: str, monkeypatc
     assert seen == [(sharding == REPLICATED, False)] * len(calls) * len(OTHERS)
 
 
+def test_free_memory_that_ranks_have_agreed_on_is_taken_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def smallest(value: int) -> int:
+        asked.append(value)
+        return value - 1
+
+    monkeypatch.setattr("raylight.worker.patcher.smallest", smallest)
+    patcher, _ = build_replicated(load_mapped(str(path), {}), CPU)
+    patcher.agreed_free = 7
+    assert patcher.get_free_memory(CPU) == 7 and not asked
+    assert patcher.get_free_memory(CPU) == asked[0] - 1
+
+
 @contextmanager
 def ends() -> Iterator[None]:
     with pytest.raises(StopIteration):
