@@ -5,8 +5,9 @@
 finds the GPUs and runs 1, 2, 4 and 8 ranks, as far as there are as many GPUs. `L2` is the error against one rank with
 the same random weights; `link` the share of the step in which the GPU runs NCCL's kernels, by the profiler, hidden or
 not; `bare` that in which it runs nothing else. `predicted` is from the file that prediction.py wrote, for the link
-named by --link. `graph` is the step replayed as a CUDA graph: seconds, speed-up over the eager step of one GPU, how the
-result differs from the eager step's (`=` for not at all), and what graphs hold. --graphs off leaves it out.
+named by --link. `graph` is the step replayed as a CUDA graph: seconds, speed-up over the eager step of one GPU, for how
+long it holds up the host, how the result differs from the eager step's (`=` for not at all), and what graphs hold.
+--graphs off leaves it out.
 
 With --device cpu, or --share-gpu (all ranks on one GPU, rings staged through the CPU), ranks use gloo: this is to try
 the program, since times mean nothing then.
@@ -244,7 +245,8 @@ def graph_column(row: dict[str, Any], alone_s: float) -> str:
         return ""
     seconds = row["graph_seconds"]
     how = "=" if row["graph_equal"] else f"{row['graph_l2']:.1e}"
-    return f"{seconds:.4f} {alone_s / seconds:.2f}x {how} {row['graph_bytes'] / 1e9:.1f} GB"
+    host = f"host {row['graph_launch_s'][-1] * 1e3:.1f} ms"
+    return f"{seconds:.4f} {alone_s / seconds:.2f}x {host} {how} {row['graph_bytes'] / 1e9:.1f} GB"
 
 
 def report(size: str, worlds: list[int], options: argparse.Namespace, predicted: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +258,7 @@ def report(size: str, worlds: list[int], options: argparse.Namespace, predicted:
     print(
         f"\n{SIZES[size].title}{'' if options.layers is None else f', {options.layers} layers of each kind'}\n"
         f"{'GPUs':>4} {'way':<20} {'s a step':>9} {'speed-up':>9} {'efficiency':>10} {'peak GB':>8} {'link':>6} "
-        f"{'bare':>6} {'L2':>8} {'predicted':>9} {'graph':>24}"
+        f"{'bare':>6} {'L2':>8} {'predicted':>9} {'graph':>37}"
     )
     for world in worlds:
         for way in [*ways(world), *([Way("one GPU, CFG")] if world == 1 and max(worlds) > 1 else [])]:
