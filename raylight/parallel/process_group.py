@@ -83,35 +83,24 @@ def among(group: dist.ProcessGroup) -> Iterator[None]:
 
 def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Return whether `flag` is true on any rank, the same on all ranks. Collective, on the CPU."""
-    return bool(_agreed(int(flag), dist.ReduceOp.MAX, group))
+    return _smallest([-int(flag)], group)[0] < 0
 
 
 def smallest(value: int, group: dist.ProcessGroup | None = None) -> int:
     """Return the smallest `value` of all ranks. Collective, on the CPU."""
-    return _agreed(value, dist.ReduceOp.MIN, group)
+    return _smallest([value], group)[0]
 
 
 def any_rank_and_smallest(flag: bool, value: int) -> tuple[bool, int]:
     """Return what `any_rank` and `smallest` return, by one collective."""
-    beat()
-    group = agreeing_group()
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return flag, value
-    votes = torch.tensor([flag, -value], dtype=torch.int64)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
-    return bool(votes[0]), -int(votes[1])
+    agreed, least = _smallest([-int(flag), value])
+    return agreed < 0, least
 
 
 def alike(value: int) -> bool:
     """Return whether all ranks have the same `value`, of at most 62 bits. Collective, on the CPU."""
-    beat()
-    group = agreeing_group()
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return True
-    votes = torch.tensor([value, -value], dtype=torch.int64)
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=group)
-    smallest_value, largest_value = int(votes[0]), -int(votes[1])
-    return smallest_value == largest_value
+    least, negative_of_largest = _smallest([value, -value])
+    return least == -negative_of_largest
 
 
 def agreeing_group() -> dist.ProcessGroup | None:
@@ -119,14 +108,14 @@ def agreeing_group() -> dist.ProcessGroup | None:
     return _among[-1] if _among else None
 
 
-def _agreed(value: int, by: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> int:
+def _smallest(values: list[int], group: dist.ProcessGroup | None = None) -> list[int]:
     beat()
     group = group or agreeing_group()
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return value
-    votes = torch.tensor([value], dtype=torch.int64)
-    dist.all_reduce(votes, op=by, group=group)
-    return int(votes.item())
+        return values
+    votes = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=group)
+    return votes.tolist()
 
 
 def of_all_ranks(value: int) -> list[int]:
