@@ -69,6 +69,20 @@ def communication(forward: Any, device: torch.device) -> tuple[float, float]:
     return covered(spans[True]) / total, (covered(everything) - computing) / total
 
 
+def kernels_of(call: Callable[[], Any], device: torch.device, most: int = 16) -> list[str]:
+    """Return the kernels of a call that took longest, with their milliseconds and number, after the sum of all."""
+    if device.type != "cuda":
+        call()
+        return []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        call()
+        synchronize(device)
+    found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in found)
+    lines = [f"all kernels {total / 1e3:.1f} ms"]
+    return lines + [f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6d} x {e.key[:110]}" for e in found[:most]]
+
+
 def covered(spans: list[tuple[float, float]]) -> float:
     """Return the length of the union of spans."""
     length, reached = 0.0, float("-inf")

@@ -7,7 +7,8 @@ the same random weights; `link` the share of the step in which the GPU runs NCCL
 not; `bare` that in which it runs nothing else. `predicted` is from the file that prediction.py wrote, for the link
 named by --link. `graph` is the step replayed as a CUDA graph: seconds, speed-up over the eager step of one GPU, for how
 long it holds up the host, how the result differs from the eager step's (`=` for not at all), and what graphs hold.
---graphs off leaves it out.
+--graphs off leaves it out. With --profile, the kernels that took longest on rank 0 follow, of the graph where there is
+one.
 
 With --device cpu, or --share-gpu (all ranks on one GPU, rings staged through the CPU), ranks use gloo: this is to try
 the program, since times mean nothing then.
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from full_size import SIZES, RandomWeights, fill, inputs, skeleton, versions
-from measure import between, communication, mark, relative, synchronize
+from measure import between, communication, kernels_of, mark, relative, synchronize
 from torch import Tensor
 
 from raylight.dev.local_ranks import run_ranks, values
@@ -82,6 +83,7 @@ class Setting:
     device_type: str
     graphs: bool = False
     attention: str = "auto"
+    profile: bool = False
 
 
 def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]:
@@ -103,7 +105,9 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
         taken = timed(forward, setting.repeats, device)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         link, bare = communication(forward, device)
-        graph = as_graph(forward, graphed, model, result, setting, device) if graphed is not None else {}
+        graph: dict[str, Any] = {"kernels": kernels_of(forward, device) if setting.profile else []}
+        if graphed is not None:
+            graph |= as_graph(forward, graphed, model, result, setting, device)
     return graph | {
         "seconds": taken,
         "peak_bytes": peak,
@@ -148,6 +152,8 @@ def as_graph(
         "graph_equal": torch.equal(result, expected),
         "graph_bytes": cuda_graphs.held_bytes(device),
     }
+    if setting.profile:
+        found["kernels"] = kernels_of(forward, device)
     graphed.remove()
     return found
 
@@ -231,6 +237,7 @@ def run(world: int, way: Way, setting: Setting, timeout_s: float) -> dict[str, A
             "graph_bytes": max(rank["graph_bytes"] for rank in ranks),
         }
     return graph | {
+        "kernels": ranks[0]["kernels"],
         "seconds": max(statistics.median(rank["seconds"]) for rank in ranks),
         "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
         "link": statistics.mean(rank["link"] for rank in ranks),
@@ -274,6 +281,7 @@ def report(size: str, worlds: list[int], options: argparse.Namespace, predicted:
                 options.device,
                 options.graphs == "on",
                 options.attention,
+                options.profile,
             )
             try:
                 row = run(world, way, setting, options.timeout)
@@ -294,6 +302,8 @@ def report(size: str, worlds: list[int], options: argparse.Namespace, predicted:
                 f"{world:>4} {way.name:<20} {row['seconds']:>9.4f} {speed_up:>8.2f}x {speed_up / world:>10.1%} "
                 f"{row['peak_bytes'] / 1e9:>8.2f} {row['link']:>6.1%} {row['bare']:>6.1%} {error:>8.1e} {forecast:>9} "
                 f"{graph_column(row, alone[cfg])}",
+                *row["kernels"],
+                sep="\n    ",
                 flush=True,
             )
             figures[f"{world} {way.name}"] = row | {"speed_up": speed_up, "relative_l2": error}
@@ -328,6 +338,7 @@ def main() -> None:
     parser.add_argument("--share-gpu", action="store_true")
     parser.add_argument("--attention", default="auto", help="TORCH_FLASH is what stock ComfyUI takes")
     parser.add_argument("--graphs", default="on", choices=("on", "off"))
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     gpus = torch.cuda.device_count() if options.device == "cuda" else 0

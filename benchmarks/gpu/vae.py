@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import relative, synchronize
+from measure import kernels_of, relative, synchronize
 from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), os.environ["COMFYUI_PATH"]]
@@ -89,22 +89,6 @@ def timed(decode: Callable[[], Tensor], device: torch.device, repeats: int) -> t
     return result, min(taken), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def profiled(decode: Callable[[], Tensor], device: torch.device) -> list[str]:
-    """Return the kernels of a call that took longest, with their milliseconds and number."""
-    if device.type != "cuda":
-        decode()
-        return []
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as prof:
-        decode()
-        synchronize(device)
-    found = sorted(prof.key_averages(), key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in found)
-    lines = [f"all kernels {total / 1e3:.1f} ms"]
-    return lines + [f"{e.self_device_time_total / 1e3:9.1f} ms {e.count:6d} x {e.key[:110]}" for e in found[:16]]
-
-
 @dataclass(frozen=True)
 class Setting:
     """What every rank runs. `exact` compares with a result in float32 too."""
@@ -160,7 +144,7 @@ def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any
                 exact = in_float32(name, setting, device, z)
             expected, report["stock_s"], report["stock_bytes"] = timed(alone, device, repeats)
             if profile:
-                report["stock_kernels"] = profiled(alone, device)
+                report["stock_kernels"] = kernels_of(alone, device)
             expected = expected.cpu()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -177,7 +161,7 @@ def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any
         report["exchanges"] = counts.exchanges // (repeats + 1)
         report["share"] = counts.convolved_rows / counts.convolved_of
         if profile:
-            kernels = profiled(together, device)
+            kernels = kernels_of(together, device)
             report["kernels"] = kernels if rank == 0 else kernels[:1]
         report["hides_s"] = []
         for least in setting.hides_from:
@@ -190,7 +174,7 @@ def measure(rank: int, world: int, name: str, setting: Setting) -> dict[str, Any
             report["last_squares"] = compared(parallel.rows, last, expected, rank)
             del last
             if profile:
-                report["last_kernels"] = profiled(together, device)
+                report["last_kernels"] = kernels_of(together, device)
         report["squares"] = compared(parallel.rows, result, expected, rank)
         if setting.exact:
             report["exact_squares"] = compared(parallel.rows, result, exact, rank)
