@@ -22,7 +22,7 @@ import psutil
 import ray
 import torch
 
-from raylight.parallel import bandwidth, heartbeat, launch_queue, memory_shares, shares, speed_trial
+from raylight.parallel import bandwidth, heartbeat, memory_shares, shares, speed_trial
 from raylight.parallel.degrees import Arrangement, DegreesByRun
 from raylight.parallel.mesh import Meshes
 from raylight.parallel.process_group import Rendezvous, any_rank, host_store, join_world
@@ -76,7 +76,6 @@ class RankActor:
         self._gpu: int | None = None
         if device_type == "cuda":
             self._gpu = ray_environment.machine_gpu_index(os.environ, torch.version.hip is not None)
-            launch_queue.enlarge()
             torch.cuda.is_available()  # CUDA reads once which GPUs there are
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))

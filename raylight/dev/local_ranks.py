@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raylight.parallel import launch_queue
 from raylight.parallel.process_group import Rendezvous, host_store, join_world
 
 _server: tuple[str, tuple[str, ...]] | None = None
@@ -117,7 +116,6 @@ def _rank(
     device = torch.device(device_type, rank if device_type == "cuda" else 0)
     try:
         if device.type == "cuda":
-            launch_queue.enlarge()  # as workers do
             torch.cuda.set_device(device)
         join_world(rendezvous, rank, device)
         answer = RankResult(value=function(rank, rendezvous.world_size, *args))
