@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import comfy.model_management
@@ -15,13 +14,13 @@ from raylight.cluster.serialization import SerializedObject, unpack
 from raylight.cluster.session import Session
 from raylight.cluster.tensor_delta import Sender
 from raylight.host import patcher_state
-from raylight.host.foreign_code import node_name_of
 from raylight.host.jobs import ForwardJob, random_state, set_random_state
-from raylight.host.patcher_state import OPTIONS, OVERRIDE, Change, bind_arguments, run_with_wrappers
-from raylight.host.pickling import NotSerializableError, serialize
+from raylight.host.patcher_state import OPTIONS, bind_arguments, run_with_wrappers
+from raylight.host.pickling import serialize
 from raylight.host.worker_service import WorkerService
 
 from . import memory, model_changes
+from .forward_extras import Extras, SentExtras, naming_the_node, sent_extras
 from .model_job import model_job
 from .outer_sample import begins_run, move_to_workers
 from .remote_model import RemotePatcher
@@ -30,11 +29,6 @@ from .workers import ask, ask_with_room, open_session
 
 FORWARD = "forward"
 _KEPT_BYTES = 128 * 2**20
-# Options that run in this process, around the call.
-_OUTSIDE = ("wrappers", "callbacks")
-# Options that are called inside the model.
-_CODE = ("patches", "patches_replace", OVERRIDE)
-_PLAIN = (bool, int, float, str, bytes, Tensor, torch.dtype, torch.device, torch.Size, uuid.UUID)
 
 
 class ForwardChannel:
@@ -44,20 +38,7 @@ class ForwardChannel:
         self.session = session
         self.sender = Sender(uuid.uuid4().hex, _KEPT_BYTES)
         self.is_new = True
-        self._extras_key = ""
-        self._extras: list[Any] = []
-
-    def key_of(self, extras: Any) -> str:
-        """Return a key for what nodes have put into the model: the same as before while it holds the same objects."""
-        objects = list(_leaves(extras))
-        before = self._extras
-        if (
-            not self._extras_key
-            or len(objects) != len(before)
-            or any(now is not then and now != then for now, then in zip(objects, before, strict=True))
-        ):
-            self._extras_key, self._extras = f"extras-{uuid.uuid4().hex}", objects
-        return self._extras_key
+        self.extras: SentExtras | None = None
 
 
 _channel: ForwardChannel | None = None
@@ -118,18 +99,17 @@ def _job(
     args, kwargs = bind_arguments(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
     options = kwargs.pop(OPTIONS, None) or {}
     changes = model_changes.of_forward(patcher)
-    inner, code = patcher_state.of_forward(patcher), _code(options)
-    key = channel.key_of(
-        (code, inner, str(patcher.patches_uuid), [(one.owner, one.name, one.value) for one in changes])
-    )
-    extras = channel.session.shared.of(key, lambda: _serialized(patcher, inner, code, changes))
-    data = {name: value for name, value in options.items() if name not in _OUTSIDE and _is_plain(value)}
-    call = serialize((args, kwargs, data), patcher, foreign_code=True, also=_slots_of(channel.sender))
+    extras = Extras.of(patcher_state.of_forward(patcher), options, changes)
+    begins = begins_run()
+    channel.extras = sent = sent_extras(channel.extras, extras, patcher, begins)
+    handle = channel.session.shared.of(sent.key, lambda: sent.serialized(extras, patcher))
+    content = args, kwargs, extras.data, *sent.others(extras, patcher)
+    with naming_the_node(extras, patcher):
+        call = serialize(content, patcher, foreign_code=True, also=_slots_of(channel.sender))
     model = model_job(channel.session, patcher, changes)
     move_to_workers(model.inside.full_tokens_for)
-    has_code = bool(code or changes or inner["object_patches"])
-    random = random_state(patcher.load_device) if has_code else None
-    return ForwardJob(model, method, call, channel.sender.message(), extras, shape, begins_run(), random), has_code
+    random = random_state(patcher.load_device) if extras.has_code else None
+    return ForwardJob(model, method, call, channel.sender.message(), handle, shape, begins, random), extras.has_code
 
 
 def _ask(channel: ForwardChannel, job: ForwardJob) -> SerializedObject:
@@ -143,51 +123,6 @@ def _ask(channel: ForwardChannel, job: ForwardJob) -> SerializedObject:
         answer = ask(channel.session, WorkerService.forward, job, False, about=recipe)
     assert isinstance(answer, SerializedObject)
     return answer
-
-
-def _code(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the code in a forward's options, and with it all that is not plain data, which it may use."""
-    code = {name: options[name] for name in _CODE if options.get(name)}
-    if code:
-        code |= {name: value for name, value in options.items() if name not in _OUTSIDE and not _is_plain(value)}
-    return code
-
-
-def _serialized(
-    patcher: RemotePatcher, inner: patcher_state.PatcherState, code: dict[str, Any], changes: list[Change]
-) -> SerializedObject:
-    try:
-        return serialize((inner, code, changes), patcher, foreign_code=True)
-    except NotSerializableError as error:
-        for value in _leaves((code, inner, [change.value for change in changes])):
-            try:
-                serialize(value, patcher, foreign_code=True)
-            except NotSerializableError as reason:
-                raise ValueError(
-                    f"{node_name_of(value)} changes the inside of the model in a way that cannot be sent to the "
-                    f"workers ({reason}): remove it, or take the model from one of ComfyUI's loaders"
-                ) from error
-        raise ValueError(f"what nodes have put into the model cannot be sent to the workers: {error}") from error
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from _leaves(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (list, tuple, set)):
-        return value is None or isinstance(value, _PLAIN)
-    return all(_is_plain(item) for item in value)
 
 
 def _slots_of(sender: Sender) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -79,12 +80,22 @@ class RunJob:
     wants_last: bool
 
 
+class AsSent(Enum):
+    """Stands for a value in `ForwardJob.call` that is as in `extras`."""
+
+    AS_SENT = "as sent"
+
+
+AS_SENT = AsSent.AS_SENT
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardJob:
     """One call of a method of the diffusion model. `call` has its arguments, whose tensors are in `tensors`, the first
-    of `latent_shape`; `extras` is what nodes have set on the model and in its options, as a SerializedObject. The first
-    call of a run has `begins_run`. Where code of nodes runs inside the model, which may draw noise from the global
-    generators, `random` is their state in ComfyUI's process; the answer has the one after the call.
+    of `latent_shape`, and what nodes have set on the model and in its options: `extras`, a SerializedObject, has what
+    is sent once in a run. The first call of a run has `begins_run`. Where code of nodes runs inside the model, which
+    may draw noise from the global generators, `random` is their state in ComfyUI's process; the answer has the one
+    after the call.
     """
 
     model: ModelJob

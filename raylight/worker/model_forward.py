@@ -12,7 +12,7 @@ from torch import Tensor
 from raylight.cluster.serialization import SerializedObject, pack
 from raylight.cluster.tensor_delta import Receiver, Slot
 from raylight.host import patcher_state
-from raylight.host.jobs import ForwardJob, set_random_state
+from raylight.host.jobs import AS_SENT, ForwardJob, set_random_state
 from raylight.host.patcher_state import changed
 from raylight.host.pickling import deserialize
 
@@ -30,7 +30,7 @@ class ModelForward:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._tensors = Receiver(device)
-        self._extras: tuple[str, Any, Any] | None = None
+        self._extras: tuple[str, Any, Any] | None = None  # the key, the model, and what is sent once in a run
         self._snapshot: ModelSnapshot | None = None
 
     def clear(self) -> None:
@@ -46,7 +46,7 @@ class ModelForward:
 
         Raises ValueError: when code of nodes keeps state on the model, which ComfyUI's process would not have.
         """
-        state, code, changes = self._extras_of(patcher, job)
+        state, code, kept_values, kept_changes = self._extras_of(patcher, job)
         patcher_state.apply_state(patcher, state, job.model.recipe.sharding)
         tensors = self._tensors.receive(job.tensors)
 
@@ -54,8 +54,11 @@ class ModelForward:
             assert isinstance(slot, Slot)
             return tensors[slot.number]
 
-        args, kwargs, data = deserialize(job.call, patcher, resolve)
-        patcher.model_options = {"transformer_options": data | _copied(code)}
+        args, kwargs, data, values, changes = deserialize(job.call, patcher, resolve)
+        values = {name: kept_values[name] if value is AS_SENT else value for name, value in values.items()}
+        as_sent = {(one.owner, one.name): one for one in kept_changes}
+        changes = [as_sent[one.owner, one.name] if one.value is AS_SENT else one for one in changes]
+        patcher.model_options = {"transformer_options": data | _copied(code | values)}
         parallel.install(patcher.model_options, job.model, tell, job.begins_run)
         parallel.use_graphs(job.model, obstacle(patcher, changes, job.model))
         node = job.model.inside.full_tokens_for
@@ -82,7 +85,7 @@ class ModelForward:
             )
         return output
 
-    def _extras_of(self, patcher: ModelPatcher, job: ForwardJob) -> tuple[Any, Any, Any]:
+    def _extras_of(self, patcher: ModelPatcher, job: ForwardJob) -> tuple[Any, Any, Any, Any]:
         # Deserialized once: some patches keep what they have computed.
         if self._extras is None or self._extras[0] != job.extras.key or self._extras[1] is not patcher.model:
             self.clear()
