@@ -10,8 +10,10 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
+import comfy.samplers
 import comfy.utils
 from comfy.cli_args import LatentPreviewMethod, args
 from torch import Tensor
@@ -154,7 +156,8 @@ def _pending(
 ) -> PendingRun:
     session = open_session(patcher.workers)
     # ComfyUI's own callback shows a preview and the last step; others may look at all of every step.
-    every_step = callback is not None and getattr(callback, "__module__", None) != "latent_preview"
+    previewer = _previewer(callback, call.get("latent_shapes"))
+    every_step = callback is not None and previewer is None
     job = RunJob(
         model_job(session, patcher, changes, full_tokens_for),
         content,
@@ -167,7 +170,29 @@ def _pending(
     )
     shows_bar = comfy.utils.PROGRESS_BAR_ENABLED and not call.get("disable_pbar")
     renewed = functools.partial(_pending, patcher, changes, full_tokens_for, content, call, random, callback)
-    return PendingRun(session, job, callback, shows_bar, renewed)
+    return PendingRun(session, job, previewer or callback, shows_bar, renewed)
+
+
+def _previewer(callback: Any, latent_shapes: Sequence[tuple[int, ...]] | None) -> Callable[..., Any] | None:
+    """Return ComfyUI's own callback, None if this is another one. Latents of several kinds are unpacked for it as by
+    the function that ComfyUI puts around it, which would also unpack what is not sent.
+    """
+    if getattr(callback, "__module__", None) == "latent_preview":
+        return callback
+    if getattr(callback, "__module__", None) != comfy.samplers.__name__ or not isinstance(callback, FunctionType):
+        return None
+    inner: Any = inspect.getclosurevars(callback).nonlocals.get("packed_callback")
+    if getattr(inner, "__module__", None) != "latent_preview" or latent_shapes is None:
+        return None
+    from comfy.nested_tensor import NestedTensor  # which versions of ComfyUI without that function lack
+
+    def unpacked(step: int, x0: Tensor | None, x: Tensor | None, total: int) -> Any:
+        kinds = [
+            None if one is None else NestedTensor(comfy.utils.unpack_latents(one, latent_shapes)) for one in (x0, x)
+        ]
+        return inner(step, *kinds, total)
+
+    return unpacked
 
 
 def _stay(

@@ -1,0 +1,66 @@
+"""Which callbacks look at all of every step."""
+
+from __future__ import annotations
+
+from types import CellType, FunctionType
+from typing import Any
+
+import comfy.samplers
+import comfy.utils
+import pytest
+import torch
+from comfy.nested_tensor import NestedTensor
+
+from raylight.driver.outer_sample import _previewer
+
+KINDS = [torch.arange(24.0).reshape(1, 2, 3, 4), torch.arange(5.0).reshape(1, 1, 5)]
+PACKED, SHAPES = comfy.utils.pack_latents(KINDS)
+
+
+class Shown:
+    """Stands for the callback of ComfyUI's latent_preview."""
+
+    __module__ = "latent_preview"
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, ...]] = []
+
+    def __call__(self, *step: Any) -> None:
+        self.steps.append(step)
+
+
+def around(callback: Any) -> FunctionType:
+    """Return what ComfyUI's guider puts around a callback for latents of several kinds."""
+    codes = comfy.samplers.CFGGuider.sample.__code__.co_consts
+    code = next((one for one in codes if getattr(one, "co_name", "") == "callback"), None)
+    if code is None:
+        pytest.skip("this ComfyUI has no such function")
+    held = {"packed_callback": callback, "latent_shapes": SHAPES}
+    return FunctionType(code, vars(comfy.samplers), closure=tuple(CellType(held[name]) for name in code.co_freevars))
+
+
+def test_comfyui_s_own_shows_a_preview_and_the_last_step() -> None:
+    shown = Shown()
+    assert _previewer(shown, None) is shown
+    assert _previewer(None, None) is None
+    assert _previewer(lambda *step: None, SHAPES) is None
+
+
+def test_latents_of_several_kinds_are_unpacked_for_it() -> None:
+    shown = Shown()
+    call = _previewer(around(shown), SHAPES)
+    assert call is not None
+    call(0, None, None, 2)
+    call(1, PACKED, PACKED, 2)
+    assert shown.steps[0] == (0, None, None, 2)
+    step, x0, x, total = shown.steps[1]
+    assert (step, total) == (1, 2)
+    for nested in (x0, x):
+        assert isinstance(nested, NestedTensor)
+        assert all(torch.equal(*pair) for pair in zip(nested.unbind(), KINDS, strict=True))
+    around(shown)(1, PACKED, PACKED, 2)  # as ComfyUI itself does
+    assert all(torch.equal(*pair) for pair in zip(shown.steps[2][1].unbind(), x0.unbind(), strict=True))
+
+
+def test_other_callbacks_of_several_kinds_see_all_of_every_step() -> None:
+    assert _previewer(around(lambda *step: None), SHAPES) is None
