@@ -161,7 +161,7 @@ def by_value(modules: Iterable[ModuleType]) -> Iterator[None]:
 
 def as_bytes(value: Tensor) -> np.ndarray:
     """Return the elements of a tensor of any shape and dtype as (bytes,) uint8 on the CPU."""
-    flat = value.detach().cpu().reshape(-1)
+    flat = value.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
     if flat.stride(0) != 1:  # also for one expanded element, which PyTorch considers contiguous
         flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy()

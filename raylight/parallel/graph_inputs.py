@@ -73,7 +73,8 @@ def _outline_tensor(value: Tensor, tensors: list[Tensor]) -> Hashable:
     if value.device.type == "cpu" and not _cpu_counts_as_device:
         if value.numel() > _LARGEST_ON_HOST:
             raise NotStaticError(f"an input of {value.numel()} elements is in system memory")
-        content = value.detach().contiguous().flatten().view(torch.uint8) if value.numel() else value.new_empty(0)
+        plain = value.detach().resolve_conj().resolve_neg()
+        content = plain.contiguous().flatten().view(torch.uint8) if value.numel() else value.new_empty(0)
         return "host", value.dtype, value.shape, bytes(content.tolist())
     tensors.append(value)
     return Tensor, value.shape, value.stride(), value.dtype, value.device, value.is_inference()

@@ -55,10 +55,10 @@ def _state(tensor: Tensor) -> Hashable:
     """Return the content of a tensor: models make tables of positions anew that are the same. For a large one, what
     changes when it is replaced or written to.
     """
-    if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+    if tensor.is_meta or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
         return id(tensor)
     if tensor.numel() <= _LARGE:
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        content = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         return tensor.dtype, *tensor.shape, hashlib.sha256(content.numpy().tobytes()).digest()
     if not tensor.is_inference():
         return id(tensor), tensor._version

@@ -50,3 +50,9 @@ def test_writes_are_counted_in_every_mode() -> None:
         assert received._version > before
         weight = there(torch.nn.Parameter(torch.ones(3), requires_grad=False))
     assert weight.is_inference(), "a weight is of the mode in which it is used"
+
+
+def test_views_that_are_conjugated_or_negated() -> None:
+    value = torch.randn(3, dtype=torch.complex64)
+    for view in (value.conj(), value.conj().imag):
+        assert torch.equal(there(view), view)
