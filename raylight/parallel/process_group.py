@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -83,7 +83,12 @@ def among(group: dist.ProcessGroup) -> Iterator[None]:
 
 def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Return whether `flag` is true on any rank, the same on all ranks. Collective, on the CPU."""
-    return _smallest([-int(flag)], group)[0] < 0
+    return any_rank_of_each([flag], group)[0]
+
+
+def any_rank_of_each(flags: Sequence[bool], group: dist.ProcessGroup | None = None) -> list[bool]:
+    """Return of each flag whether it is true on any rank, by one collective, on the CPU."""
+    return [agreed < 0 for agreed in _smallest([-int(flag) for flag in flags], group)]
 
 
 def smallest(value: int, group: dist.ProcessGroup | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from raylight.cluster.errors import RunCancelled
 from raylight.host.patcher_state import OPTIONS, bind_arguments, run_with_wrappers
+from raylight.parallel import heartbeat
 from raylight.parallel.batch import BatchAxis, Rows
-from raylight.parallel.process_group import any_rank
+from raylight.parallel.process_group import any_rank_of_each
 from raylight.parallel.sequence_parallel import SequenceGroup
 
 from .layouts import Layouts, RowsAre
@@ -45,6 +47,7 @@ class BatchParallel:
         self._batch: BatchAxis | None = None
         self._total = 0
         self._independent = self._in_step = self._idles = False
+        self._asked_to_cancel: Callable[[], bool] = lambda: False
         self.may_split = True
         self._latest: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._own = model.forward
@@ -79,27 +82,39 @@ class BatchParallel:
             self.may_split = before
 
     @contextmanager
-    def independent_groups(self, in_step: bool) -> Iterator[None]:
+    def independent_groups(self, in_step: bool, asked_to_cancel: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Let each group of the batch axis do its own runs within this context.
 
         Sharded weights are all-gathered by every rank, so with `in_step` the groups run the same number of forwards: a
-        group that finishes early repeats its last one until all are done.
+        group that finishes early repeats its last one until all are done. Nor may a group stop by itself then: all do
+        before a forward for which one rank was `asked_to_cancel`, by RunCancelled.
         """
-        self._independent, self._in_step = True, in_step
+        self._independent, self._in_step, self._asked_to_cancel = True, in_step, asked_to_cancel
         try:
-            yield
-            self._idles = True
-            while in_step and any_rank(False, dist.group.WORLD):
-                assert self._latest is not None, "every group has a run"
-                with torch.no_grad():
-                    self._model(*self._latest[0], **self._latest[1])
+            if not in_step:
+                yield
+                return
+            with heartbeat.cancellation_checked_by(lambda: None):
+                yield
+                self._idles = True
+                while self._any_group_has_a_forward(False):
+                    assert self._latest is not None, "every group has a run"
+                    with torch.no_grad():
+                        self._model(*self._latest[0], **self._latest[1])
         finally:
             self._independent = self._in_step = self._idles = False
             self._latest = None
 
+    def _any_group_has_a_forward(self, this_one: bool) -> bool:
+        """Return whether a group has one more. Collective. Raises RunCancelled: on all ranks."""
+        found, is_cancelled = any_rank_of_each([this_one, self._asked_to_cancel()], dist.group.WORLD)
+        if is_cancelled:
+            raise RunCancelled
+        return found
+
     def _decide(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._in_step and not self._idles:
-            any_rank(True, dist.group.WORLD)
+            self._any_group_has_a_forward(True)
             self._latest = args, kwargs
         self._total = batch_of((*args, *kwargs.values()))
         if not self.may_split:  # a layout would be logged as what is done

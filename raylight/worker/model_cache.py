@@ -319,8 +319,8 @@ class ModelCache:
     def _fits_on_host(self, needed: int) -> bool:
         if needed == 0:  # however full the machine is
             return True
-        memory = psutil.virtual_memory()
-        return smallest(memory.available) >= needed * self._world_size + int(_HOST_RESERVE * memory.total)
+        memory = psutil.virtual_memory()  # of this rank's machine
+        return smallest(memory.available - int(_HOST_RESERVE * memory.total) - needed * self._world_size) >= 0
 
     def _drop_gone(self) -> None:
         """Drop models whose weights were in ComfyUI's memory and no longer are, which frees it. Collective."""

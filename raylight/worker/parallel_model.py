@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -203,7 +203,7 @@ class ParallelModel:
         weights = (job.recipe.loras, patches) if job.recipe.gguf_pack else ()
         mode = graph_mode(job)
         keep_steady(self._model, mode != OFF, self._graphs.drop)
-        if self._batch is not None and self._batch.in_step and not obstacle:
+        if self.in_step and not obstacle:
             obstacle = "all workers gather its weights, and agree before each forward of their runs"
         context = job.attention, job.strategy, weights, shares.in_use()
         self._graphs.use(mode, context, obstacle, announce_to(self._model))
@@ -238,14 +238,21 @@ class ParallelModel:
             return self._layouts.mesh_for(runs, bool(job.inside.full_tokens_for), tell)
         return self._mesh
 
+    @property
+    def in_step(self) -> bool:
+        """Whether groups do their own runs and stop together only."""
+        return self._batch is not None and self._batch.in_step
+
     @contextmanager
-    def independent_groups(self, mesh: DeviceMesh, in_step: bool) -> Iterator[None]:
-        """Let each group of the batch axis of `mesh_for` do its own runs; `in_step` as for `BatchParallel`."""
+    def independent_groups(
+        self, mesh: DeviceMesh, in_step: bool, asked_to_cancel: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """Let each group of the batch axis of `mesh_for` do its own runs; the rest is as for `BatchParallel`."""
         with among(sequence_axis(mesh).get_group()), ExitStack() as stack:
             if isinstance(self._split, UnplannedModel):
                 stack.enter_context(self._split.independent_groups())
             if self._batch is not None:
-                stack.enter_context(self._batch.independent_groups(in_step))
+                stack.enter_context(self._batch.independent_groups(in_step, asked_to_cancel))
             yield
 
     def install(

@@ -29,10 +29,20 @@ logger = logging.getLogger(__name__)
 
 
 class SamplingRun:
-    """Job number `index` of several, deserialized for `patcher` on this rank."""
+    """Job number `index` of several, deserialized for `patcher` on this rank. At the end of each step ranks `agree` on
+    the smallest value, and whether the run is cancelled.
+    """
 
-    def __init__(self, run: Run, patcher: ModelPatcher, index: int, job: RunJob, device: torch.device) -> None:
-        self._run = run
+    def __init__(
+        self,
+        run: Run,
+        patcher: ModelPatcher,
+        index: int,
+        job: RunJob,
+        device: torch.device,
+        agree: Callable[[int], int],
+    ) -> None:
+        self._run, self._agree = run, agree
         self._index = index
         self._job = job
         self._device = device
@@ -117,7 +127,7 @@ class SamplingRun:
         self._enter_step(step + 2)
         patcher = self._guider.model_patcher
         # ComfyUI asks for it in the next step. The GPU may be waiting for that, and ranks for each other.
-        patcher.agreed_free = self._run.check_cancelled(patcher.own_free_memory(self._device))
+        patcher.agreed_free = self._agree(patcher.own_free_memory(self._device))
 
 
 def _on_cpu(value: Any) -> Any:

@@ -14,6 +14,7 @@ from raylight.cluster.serialization import SerializedObject
 from raylight.host import model_files, torch_settings
 from raylight.host.gpu_identity import gpu_identity
 from raylight.host.jobs import (
+    METHODS,
     DegreesChosen,
     ExchangeTold,
     ForwardJob,
@@ -33,6 +34,7 @@ from raylight.parallel import bandwidth, memory_shares, shares
 from raylight.parallel.batch import runs_of
 from raylight.parallel.graphs import ON
 from raylight.parallel.mesh import AXES, sequence_axis
+from raylight.parallel.process_group import smallest
 from raylight.parallel.ulysses import FAST_BYTES_PER_S
 from raylight.sharding.fsdp import reset
 
@@ -87,7 +89,7 @@ class ModelService(WorkerService):
                 return refusal
             patcher = self._prepare(run, model, first.model, shapes)
             mesh = model.parallel.mesh_for(len(jobs), first.model, functools.partial(_tell, run))
-            together = len(jobs) == 1 or mesh["batch"].size() == 1
+            together = len(jobs) == 1 or not _may_divide(model, mesh)
             self._begin_keeping(model, first.model, may_keep=together, may_wait=not first.every_step)
             results = self._sample_all(run, model, patcher, jobs, mesh)
             run.enter("sending the result")
@@ -96,7 +98,8 @@ class ModelService(WorkerService):
         if self._beside_comfyui:  # whose nodes may need it now, and not all of them ask
             self._models.free_unused()
             cuda_graphs.release_if_full(self._context.device)
-        self._models.leave_room(self._beside_comfyui)
+        if together or recipe.sharding != REPLICATED:  # else groups end at other times
+            self._models.leave_room(self._beside_comfyui)
         return results if sequence_axis(mesh).get_local_rank() == 0 else {}
 
     def _sample_all(
@@ -106,15 +109,17 @@ class ModelService(WorkerService):
         if len(jobs) == 1:
             return {0: self._sample(run, model, patcher, 0, jobs[0])}
         batch = mesh["batch"]
-        if batch.size() == 1:
+        if not _may_divide(model, mesh):
             return {index: self._sample(run, model, patcher.clone(), index, job) for index, job in enumerate(jobs)}
         mine = runs_of(batch.get_local_rank(), batch.size(), len(jobs))
-        with model.parallel.independent_groups(mesh, in_step=model.recipe.sharding != REPLICATED):
+        in_step = model.recipe.sharding != REPLICATED
+        with model.parallel.independent_groups(mesh, in_step, lambda: run.cancel_requested):
             # A group without a run does the first one too, as it would only wait otherwise.
             return {index: self._sample(run, model, patcher.clone(), index, jobs[index]) for index in mine or [0]}
 
     def _sample(self, run: Run, model: CachedModel, patcher: RankPatcher, index: int, job: RunJob) -> RunResult:
-        sampling = SamplingRun(run, patcher, index, job, self._context.device)
+        agree = smallest if model.parallel.in_step else run.check_cancelled
+        sampling = SamplingRun(run, patcher, index, job, self._context.device, agree)
         if isinstance(patcher, ShardedPatcher) and is_compiled(sampling.model_options):
             patcher.weights.kept.stop()
         model.parallel.install(sampling.model_options, job.model, functools.partial(_tell, run))
@@ -265,6 +270,14 @@ class ModelService(WorkerService):
             self._models.add(model)
             logger.info("%s is loaded", recipe.name)
         return model
+
+
+def _may_divide(model: CachedModel, mesh: DeviceMesh) -> bool:
+    """Return whether groups of the batch axis of `mesh` may do runs of their own. With sharded weights they agree
+    before each forward, and METHODS gather weights between forwards.
+    """
+    has_methods = any(hasattr(model.patcher.model.diffusion_model, name) for name in METHODS)
+    return mesh["batch"].size() > 1 and not (has_methods and model.recipe.sharding != REPLICATED)
 
 
 def _tell(run: Run, text: str) -> None:

@@ -11,14 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_cases import CASES, checkpoint
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
-from dropin_cases import SETUPS, prompt, sample
+from dropin_cases import SETUPS, equal_lengths, prompt, sample
 
+from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api, batched_runs
 from raylight.driver.batched_runs import join_batch, run_batched
@@ -245,3 +247,31 @@ def test_a_second_sampling_of_a_run_is_done_by_itself(requests: list[int]) -> No
 
     assert run_batched([twice, twice]) == [[False, True]] * 2
     assert join_batch(pending()) is None, "outside of a batch"
+
+
+@pytest.mark.parametrize("steps", [(40, 2), (40, 40)])
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
+def test_a_cancel_ends_the_runs_of_all_groups(
+    sharding: str, steps: tuple[int, int], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dropin(path, MeshShape(batch=2), sharding)
+    each = [partial(sample, equal_lengths(model), seed=seed, steps=count) for seed, count in enumerate(steps)]
+    short = [partial(sample, equal_lengths(model), seed=seed, steps=1) for seed in range(2)]
+    run_batched(short)
+    before = active_session.running()
+    report = PendingRun.report
+
+    def report_and_cancel(self: PendingRun, step: Any) -> None:
+        report(self, step)
+        if step.step == 4:
+            comfy.model_management.interrupt_current_processing()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PendingRun, "report", report_and_cancel)
+        try:
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                run_batched(each)
+        finally:
+            comfy.model_management.interrupt_current_processing(False)
+    assert len(run_batched(short)) == 2
+    assert active_session.running() is before

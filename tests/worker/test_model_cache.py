@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any, cast
 
 import comfy.model_management
 import psutil
 import pytest
 import torch
+import unlike_machines
 
+from raylight.dev.local_ranks import run_ranks, values
 from raylight.host.jobs import NeedsBytes
 from raylight.host.recipe import FileStamp, ModelRecipe
-from raylight.worker import cuda_graphs, model_cache
+from raylight.worker import cuda_graphs, model_cache, service
 from raylight.worker.model_cache import CachedModel, ModelCache
 from raylight.worker.service import ModelService
 
@@ -269,3 +272,21 @@ def test_what_comfyui_has_left_on_its_gpu_after_a_run(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * GB, 100 * GB))
     models.leave_room(beside)
     assert kept(models) == left
+
+
+def test_ranks_of_unlike_machines_drop_the_same_models() -> None:
+    assert values(run_ranks(2, unlike_machines.left)) == [["a", "b"], ["a", "b"]]
+
+
+def test_groups_do_runs_of_their_own_unless_weights_are_gathered_between_forwards() -> None:
+    def may(groups: int, sharding: str, **methods: Any) -> bool:
+        patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=SimpleNamespace(**methods)))
+        recipe = ModelRecipe("a", "default", FileStamp(1), sharding)
+        model: Any = CachedModel(recipe, cast("Any", patcher), cast("Any", None), {}, {}, 0)
+        mesh: Any = {"batch": SimpleNamespace(size=lambda: groups)}
+        return service._may_divide(model, mesh)
+
+    assert may(2, "sharded")
+    assert may(2, "replicated", preprocess_text_embeds=len)
+    assert not may(2, "sharded", preprocess_text_embeds=len)
+    assert not may(1, "replicated")
