@@ -88,10 +88,14 @@ class ModelService(WorkerService):
             if may_refuse and (refusal := self._models.refusal(recipe, shapes)):
                 return refusal
             patcher = self._prepare(run, model, first.model, shapes)
-            mesh = model.parallel.mesh_for(len(jobs), first.model, functools.partial(_tell, run))
-            together = len(jobs) == 1 or not _may_divide(model, mesh)
+            at_once = len(jobs) if _may_divide_runs(model) else 1
+            mesh = model.parallel.mesh_for(at_once, first.model, functools.partial(_tell, run))
+            together = at_once == 1 or mesh["batch"].size() == 1
             self._begin_keeping(model, first.model, may_keep=together, may_wait=not first.every_step)
-            results = self._sample_all(run, model, patcher, jobs, mesh)
+            if together:
+                results = self._sample_together(run, model, patcher, jobs)
+            else:
+                results = self._sample_in_groups(run, model, patcher, jobs, mesh)
             run.enter("sending the result")
             if first.free_memory_after:
                 self._models.unload_from_device()
@@ -102,17 +106,20 @@ class ModelService(WorkerService):
             self._models.leave_room(self._beside_comfyui)
         return results if sequence_axis(mesh).get_local_rank() == 0 else {}
 
-    def _sample_all(
+    def _sample_together(
+        self, run: Run, model: CachedModel, patcher: RankPatcher, jobs: tuple[RunJob, ...]
+    ) -> dict[int, RunResult]:
+        """Return the results of all runs by index, which all ranks do one after another."""
+        if len(jobs) == 1:
+            return {0: self._sample(run, model, patcher, 0, jobs[0])}
+        return {index: self._sample(run, model, patcher.clone(), index, job) for index, job in enumerate(jobs)}
+
+    def _sample_in_groups(
         self, run: Run, model: CachedModel, patcher: RankPatcher, jobs: tuple[RunJob, ...], mesh: DeviceMesh
     ) -> dict[int, RunResult]:
         """Return the results of this rank's runs by index. The groups of the batch axis of `mesh` divide them."""
-        if len(jobs) == 1:
-            return {0: self._sample(run, model, patcher, 0, jobs[0])}
-        batch = mesh["batch"]
-        if not _may_divide(model, mesh):
-            return {index: self._sample(run, model, patcher.clone(), index, job) for index, job in enumerate(jobs)}
+        batch, in_step = mesh["batch"], model.recipe.sharding != REPLICATED
         mine = runs_of(batch.get_local_rank(), batch.size(), len(jobs))
-        in_step = model.recipe.sharding != REPLICATED
         with model.parallel.independent_groups(mesh, in_step, lambda: run.cancel_requested):
             # A group without a run does the first one too, as it would only wait otherwise.
             return {index: self._sample(run, model, patcher.clone(), index, jobs[index]) for index in mine or [0]}
@@ -272,12 +279,12 @@ class ModelService(WorkerService):
         return model
 
 
-def _may_divide(model: CachedModel, mesh: DeviceMesh) -> bool:
-    """Return whether groups of the batch axis of `mesh` may do runs of their own. With sharded weights they agree
-    before each forward, and METHODS gather weights between forwards.
+def _may_divide_runs(model: CachedModel) -> bool:
+    """Return whether groups of workers may do runs of their own. With sharded weights they agree before each forward,
+    and METHODS gather weights between forwards.
     """
     has_methods = any(hasattr(model.patcher.model.diffusion_model, name) for name in METHODS)
-    return mesh["batch"].size() > 1 and not (has_methods and model.recipe.sharding != REPLICATED)
+    return model.recipe.sharding == REPLICATED or not has_methods
 
 
 def _tell(run: Run, text: str) -> None:

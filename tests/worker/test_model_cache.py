@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import comfy.model_management
 import psutil
@@ -279,14 +279,12 @@ def test_ranks_of_unlike_machines_drop_the_same_models() -> None:
 
 
 def test_groups_do_runs_of_their_own_unless_weights_are_gathered_between_forwards() -> None:
-    def may(groups: int, sharding: str, **methods: Any) -> bool:
-        patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=SimpleNamespace(**methods)))
+    def may(sharding: str, **methods: Any) -> bool:
+        patcher: Any = SimpleNamespace(model=SimpleNamespace(diffusion_model=SimpleNamespace(**methods)))
+        parallel: Any = None
         recipe = ModelRecipe("a", "default", FileStamp(1), sharding)
-        model: Any = CachedModel(recipe, cast("Any", patcher), cast("Any", None), {}, {}, 0)
-        mesh: Any = {"batch": SimpleNamespace(size=lambda: groups)}
-        return service._may_divide(model, mesh)
+        return service._may_divide_runs(CachedModel(recipe, patcher, parallel, {}, {}, 0))
 
-    assert may(2, "sharded")
-    assert may(2, "replicated", preprocess_text_embeds=len)
-    assert not may(2, "sharded", preprocess_text_embeds=len)
-    assert not may(1, "replicated")
+    assert may("sharded")
+    assert may("replicated", preprocess_text_embeds=len)
+    assert not may("sharded", preprocess_text_embeds=len)
