@@ -4,8 +4,9 @@
 
 `error` is the relative L2 to reference attention in float32, over some queries of some heads; `step` is one forward of
 the model, and `L2` its difference from the step on one rank with the first of the names. A backend without a
-log-sum-exp has no ring. What is not installed, or does not work on this GPU, is listed with the reason. With --device
-cpu, this is to try the program.
+log-sum-exp has no ring. What is not installed, or does not work on this GPU, is listed with the reason. With
+--share-gpu all ranks are on one GPU and exchange over gloo, rings staged through the CPU: errors are the same then, and
+times of several ranks mean nothing. With --device cpu, this is to try the program.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from full_size import SIZES, RandomWeights, fill, inputs, skeleton, versions
 from measure import median, relative
+from staged_ring import StagedThroughCpuHybrid
 from torch import Tensor
 
 from raylight.dev.local_ranks import run_ranks, values
@@ -47,6 +49,7 @@ class Setting:
     tokens: int
     repeats: int
     device_type: str
+    shared_gpu: bool
 
 
 def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]:
@@ -58,14 +61,20 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
     from raylight.plans import plan_for
     from raylight.worker.sequence_parallel import apply_sequence_parallel
 
-    device = torch.device(setting.device_type, rank) if setting.device_type == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
+    if setting.device_type == "cuda":
+        device = torch.device("cuda", 0 if setting.shared_gpu else rank)
+        torch.cuda.set_device(device)
     found: dict[str, Any] = {}
     with torch.inference_mode():
-        if world > 1:
+        if world > 1 and not setting.shared_gpu:
             bandwidth.use(bandwidth.measure(device))  # as workers do
         mesh = build_mesh(MeshShape(1, way.ring, way.ulysses), device)
         model = skeleton(setting.size, setting.layers)
-        split = apply_sequence_parallel(model.diffusion_model, plan_for(model.diffusion_model), mesh)
+        hybrid = StagedThroughCpuHybrid if setting.shared_gpu else HybridAttention
+        strategy = hybrid(mesh.get_group("ulysses"), mesh.get_group("ring"))
+        staged = strategy if setting.shared_gpu else None
+        split = apply_sequence_parallel(model.diffusion_model, plan_for(model.diffusion_model), mesh, staged)
         fill(model.diffusion_model, RandomWeights(model.diffusion_model, device), device)
         given = inputs(setting.size, device)
         for name in setting.names:
@@ -75,7 +84,6 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
             except (ValueError, ImportError) as reason:
                 found[name] = {"missing": str(reason)}
                 continue
-            strategy = HybridAttention(mesh.get_group("ulysses"), mesh.get_group("ring"))
             row: dict[str, Any] = {"takes": chosen.name, "error": attention_error(strategy, chosen, setting, device)}
             options: dict[str, Any] = {}
             split.install(options, chosen)
@@ -84,7 +92,8 @@ def measure(rank: int, world: int, way: Way, setting: Setting) -> dict[str, Any]
                 return model.apply_model(**given, transformer_options=dict(options["transformer_options"]))
 
             row["seconds"] = median(step, device, setting.repeats)
-            row["result"] = step().float().cpu().numpy() if rank == 0 else None
+            result = step()
+            row["result"] = result.float().cpu().numpy() if rank == 0 else None
             found[name] = row
     return found
 
@@ -115,9 +124,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=14040)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--share-gpu", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    setting = Setting(tuple(given.names), given.size, given.layers, given.tokens, given.repeats, given.device)
+    shared, over_nccl = given.share_gpu, given.device == "cuda" and not given.share_gpu
+    setting = Setting(tuple(given.names), given.size, given.layers, given.tokens, given.repeats, given.device, shared)
     figures: dict[str, Any] = {"versions": versions(), "layers": given.layers, "tokens": given.tokens}
     print(figures["versions"])
     print(f"{SIZES[given.size].title}, {given.layers} layers; attention of {HEADS} heads, {given.tokens} tokens")
@@ -126,7 +137,8 @@ def main() -> None:
     ways = [(1, Way("one GPU"))]
     ways += [(n, way) for n in given.ranks for way in (Way("Ulysses", ulysses=n), Way("ring", ring=n))]
     for world, way in ways:
-        ranks = values(run_ranks(world, measure, way, setting, timeout_s=400, device_type=given.device))
+        kind = "cuda" if over_nccl else "cpu"  # of the process group
+        ranks = values(run_ranks(world, measure, way, setting, timeout_s=400, device_type=kind))
         for name in given.names:
             rows = [rank[name] for rank in ranks]
             if reason := next((row["missing"] for row in rows if "missing" in row), None):
