@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from types import MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from raylight.cluster.serialization import SerializedObject
-from raylight.host.foreign_code import node_name_of
+from raylight.host.foreign_code import is_foreign_file, is_foreign_function, node_name_of
 from raylight.host.jobs import AS_SENT
 from raylight.host.patcher_state import OVERRIDE, Change, PatcherState
 from raylight.host.pickling import NotSerializableError, serialize
+
+from .shared_state import names_used
 
 # Options that are called inside the model, and those that run in this process, around the call.
 _CODE, _OUTSIDE = ("patches", "patches_replace", OVERRIDE), ("wrappers", "callbacks")
@@ -52,9 +54,8 @@ class Extras:
         code = {name: options[name] for name in _CODE if options.get(name)}
         rest = {name: value for name, value in options.items() if name not in _OUTSIDE and name not in _CODE}
         data = {name: value for name, value in rest.items() if _is_plain(value)}
-        has_code = bool(code or changes or state["object_patches"])
-        values = {name: value for name, value in rest.items() if name not in data} if has_code else {}
-        return cls(state, code, values, data, changes)
+        found = cls(state, code, {name: value for name, value in rest.items() if name not in data}, data, changes)
+        return found if found.has_code else replace(found, values={})
 
     @property
     def has_code(self) -> bool:
@@ -72,28 +73,21 @@ class SentExtras:
     """The extras of a run as they were sent, under `key`."""
 
     def __init__(self, extras: Extras, patcher: ModelPatcher) -> None:
-        """Look at them. Raises ValueError, naming the node: for what cannot be sent."""
         self.key = f"extras-{uuid.uuid4().hex}"
-        with naming_the_node(extras, patcher):
-            self._code = _Content(_code_of(extras, patcher), patcher)
-            self._values = {place: _Content(value, patcher) for place, value in extras.values_by_place.items()}
+        self._code = _Content(_code_of(extras, patcher), patcher)
+        self._values = {place: _Content(value, patcher) for place, value in extras.values_by_place.items()}
 
     def has_code_of(self, extras: Extras, patcher: ModelPatcher) -> bool:
-        """Return whether the code is as it was sent, and all that it reaches. Raises as `__init__`."""
-        with naming_the_node(extras, patcher):
-            return self._code.is_still(_code_of(extras, patcher), patcher)
+        """Return whether the code is as it was sent, and all that it reaches."""
+        return self._code.is_still(_code_of(extras, patcher), patcher)
 
     def others(self, extras: Extras, patcher: ModelPatcher) -> tuple[dict[str, Any], list[Change]]:
-        """Return options and changes of a later forward, with AS_SENT in the place of values that are as they were.
-
-        Raises as `__init__`.
-        """
-        with naming_the_node(extras, patcher):
-            same = {
-                place
-                for place, value in extras.values_by_place.items()
-                if place in self._values and self._values[place].is_still(value, patcher)
-            }
+        """Return options and changes of a later forward, with AS_SENT in the place of values that are as they were."""
+        same = {
+            place
+            for place, value in extras.values_by_place.items()
+            if place in self._values and self._values[place].is_still(value, patcher)
+        }
         values = {name: AS_SENT if name in same else value for name, value in extras.values.items()}
         is_code = [not _is_plain(one.value) for one in extras.changes]
         changes = [
@@ -103,7 +97,7 @@ class SentExtras:
         return values, changes
 
     def serialized(self, extras: Extras, patcher: ModelPatcher) -> SerializedObject:
-        """Serialize what is sent once. Raises as `__init__`."""
+        """Serialize what is sent once. Raises ValueError, naming the node: for what cannot be sent."""
         content = extras.state, extras.code, extras.values, extras.changes
         with naming_the_node(extras, patcher):
             return serialize(content, patcher, foreign_code=True)
@@ -111,7 +105,7 @@ class SentExtras:
 
 def sent_extras(before: SentExtras | None, extras: Extras, patcher: ModelPatcher, begins_run: bool) -> SentExtras:
     """Return what the workers are to have of a forward's extras: those sent before, unless it begins a run or their
-    code is another. Raises as `SentExtras`.
+    code is another.
     """
     if before is not None and not begins_run and before.has_code_of(extras, patcher):
         return before
@@ -125,7 +119,7 @@ def _code_of(extras: Extras, patcher: ModelPatcher) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Stands for a tensor in a pickle."""
+    """Stands for a tensor or a function in a pickle."""
 
     number: int
 
@@ -162,17 +156,48 @@ def _is_same(now: Any, then: Any) -> bool:
 
 
 def _pickled(value: Any, patcher: ModelPatcher) -> tuple[bytes, list[Tensor]]:
-    """Return the pickle of a value without the tensors in it, and these."""
+    """Return the pickle of a value without the tensors in it, and these.
+
+    Of a pack's function it has what the function reaches: to pickle one looks through all imported modules.
+    """
     tensors: dict[int, Tensor] = {}
-    numbers: dict[int, _Place] = {}
+    functions: dict[int, FunctionType] = {}
+    places: dict[int, _Place] = {}
+    rest, data = [value], []
 
     def refer(item: Any) -> _Place | None:
-        if type(item) not in (Tensor, nn.Parameter) or item.layout != torch.strided:
+        if type(item) in (Tensor, nn.Parameter) and item.layout == torch.strided:
+            tensors[id(item)] = item
+        elif not isinstance(item, FunctionType) or not is_foreign_function(item):
             return None
-        tensors[id(item)] = item
-        return numbers.setdefault(id(item), _Place(len(numbers)))
+        elif id(item) not in functions:
+            functions[id(item)] = item
+            rest.append(_reached(item))
+        return places.setdefault(id(item), _Place(len(places)))
 
-    return serialize(value, patcher, foreign_code=True, also=refer).data, list(tensors.values())
+    while rest:
+        with suppress(NotSerializableError):  # which is told when it is sent
+            data.append(serialize(rest.pop(), patcher, foreign_code=True, also=refer).data)
+    return b"".join(data), list(tensors.values())
+
+
+def _reached(function: FunctionType) -> Any:
+    """Return what a function uses. Its code is told by its number: code that is made anew is not the same."""
+    cells = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not set yet
+            cells.append(cell.cell_contents)
+    names = sorted(name for name in names_used(function.__code__) if name in function.__globals__)
+    space = [(name, _without_code(function.__globals__[name])) for name in names]
+    return id(function.__code__), cells, function.__defaults__, function.__kwdefaults__, vars(function), space
+
+
+def _without_code(value: Any) -> Any:
+    """Return the plain variables of a pack's module, nothing of another module, and anything else as it is."""
+    if not isinstance(value, ModuleType):
+        return value
+    is_of_a_pack = is_foreign_file(getattr(value, "__file__", None) or "")
+    return {name: one for name, one in vars(value).items() if _is_plain(one)} if is_of_a_pack else None
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

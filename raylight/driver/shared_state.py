@@ -150,6 +150,11 @@ def _code_around(
     return [*around, patcher.callbacks, patcher.wrappers, wrappers, *call.values()]
 
 
+def names_used(code: CodeType) -> frozenset[str]:
+    """Return the names of globals and attributes that code uses, the functions in it included."""
+    return _uses(code)[0]
+
+
 @functools.lru_cache(maxsize=4096)
 def _uses(code: CodeType) -> tuple[frozenset[str], frozenset[str], bool]:
     """Return the names of globals that code uses, the variables from outside that it sets, and whether it may change an
