@@ -30,6 +30,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
     from shared_server import SharedServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,22 @@ def as_comfyui_runs_nodes() -> Iterator[None]:
     """Inference mode."""
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file: a small Flux with guidance."""
+    from comfy_cases import CASES, checkpoint
+
+    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
+
+
+@pytest.fixture(scope="module")
+def stock(path: Path) -> ModelPatcher:
+    """The model of that file, as ComfyUI loads it."""
+    import comfy.sd
+
+    return comfy.sd.load_diffusion_model(str(path))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raylight.cluster.serialization import as_bytes
 from raylight.host.patcher_state import OF_TORCH
 
 # What ComfyUI's layers keep of the weights that they have cast.
@@ -58,8 +59,7 @@ def _state(tensor: Tensor) -> Hashable:
     if tensor.is_meta or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
         return id(tensor)
     if tensor.numel() <= _LARGE:
-        content = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        return tensor.dtype, *tensor.shape, hashlib.sha256(content.numpy().tobytes()).digest()
+        return tensor.dtype, *tensor.shape, hashlib.sha256(as_bytes(tensor).tobytes()).digest()
     if not tensor.is_inference():
         return id(tensor), tensor._version
     return id(tensor), repr(tensor.sum(dtype=torch.float64).item())  # writes to it are not counted

@@ -16,7 +16,6 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_cases import CASES, checkpoint
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from dropin_cases import SETUPS, equal_lengths, prompt, sample
 
@@ -34,16 +33,6 @@ pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 TOLERANCE = 1e-4
 SEEDS = (3, 7, 11)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> ModelPatcher:
-    return comfy.sd.load_diffusion_model(str(path))
 
 
 def dropin(path: Path, mesh: MeshShape, sharding: str) -> ModelPatcher:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_cases import CASES, checkpoint
-from dropin_cases import equal_lengths, sample
+from dropin_cases import equal_lengths, foreign_module, sample
 
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
@@ -27,28 +23,11 @@ pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 TOLERANCE = 1e-4
 WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
-FILE = Path(__file__).parents[1] / "support" / "foreign_pack" / "each_step.py"
 
 
 @pytest.fixture(scope="module")
 def pack() -> Any:
-    """The pack's module, imported by its path as ComfyUI imports packs."""
-    spec = importlib.util.spec_from_file_location(str(FILE.with_suffix("")), FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> ModelPatcher:
-    return comfy.sd.load_diffusion_model(str(path))
+    return foreign_module("each_step")
 
 
 @pytest.fixture(scope="module")

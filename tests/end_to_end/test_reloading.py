@@ -12,7 +12,6 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_cases import CASES, checkpoint
 from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingFlux
 from dropin_cases import plain, sample
 from torch import Tensor
@@ -25,16 +24,6 @@ from raylight.parallel.mesh import MeshShape
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_comfyui_runs_nodes")]
 WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> ModelPatcher:
-    return comfy.sd.load_diffusion_model(str(path))
 
 
 def dropin(path: Path, sharding: str = REPLICATED) -> ModelPatcher:

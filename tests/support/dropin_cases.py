@@ -120,14 +120,18 @@ def controlled(model: ModelPatcher) -> Any:
     return nodes_custom_sampler.CFGGuider.execute(model, *prompts, 3.0).result[0]
 
 
-def with_a_network(model: ModelPatcher) -> Any:
-    model = model.clone()
-    # Imported by its path, as ComfyUI imports packs.
-    path = Path(__file__).parent / "foreign_pack" / "network.py"
+def foreign_module(name: str) -> Any:
+    """Return a module of the pack of somebody else, imported by its path as ComfyUI imports packs."""
+    path = Path(__file__).parent / "foreign_pack" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(str(path.with_suffix("")), path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    model.set_model_post_input_patch(module.Scaled(model.model.diffusion_model.hidden_size))
+    return module
+
+
+def with_a_network(model: ModelPatcher) -> Any:
+    model = model.clone()
+    model.set_model_post_input_patch(foreign_module("network").Scaled(model.model.diffusion_model.hidden_size))
     return _cfg(model, 3.0)
 
 

@@ -12,7 +12,6 @@ import comfy.utils
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_cases import CASES, checkpoint
 from dropin_cases import MORE_SETUPS, SETUPS, equal_lengths, sample
 from graph_service import GraphService
 from loras import lora_for
@@ -41,16 +40,6 @@ both_depths = pytest.mark.parametrize("depth", [False, True], ids=["whole run", 
 def workers_with_graphs() -> Iterator[None]:
     with served_by("graph_service:open_service"):
         yield
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> ModelPatcher:
-    return comfy.sd.load_diffusion_model(str(path))
 
 
 def dropin(

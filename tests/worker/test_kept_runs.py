@@ -12,7 +12,6 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_cases import CASES, checkpoint
 from dropin_cases import SETUPS, equal_lengths, sample
 from kept_service import KeptService
 from loras import lora_for
@@ -41,16 +40,6 @@ both_depths = pytest.mark.parametrize("depth", [False, True], ids=["whole run", 
 def workers_that_keep() -> Iterator[None]:
     with served_by("kept_service:open_service"):
         yield
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> ModelPatcher:
-    return comfy.sd.load_diffusion_model(str(path))
 
 
 def recipe_of(path: Path, sharding: str) -> ModelRecipe:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import comfy.sd
 import pytest
 from comfy.model_patcher import ModelPatcher
-from comfy_cases import CASES, checkpoint
 from dropin_cases import SETUPS, easy_cache, equal_lengths, sample
 
 from raylight.cluster.config import SessionConfig
@@ -18,16 +16,6 @@ from raylight.parallel.mesh import MeshShape
 pytestmark = pytest.mark.usefixtures("as_comfyui_runs_nodes")
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("models"), CASES["Flux with guidance"])
-
-
-@pytest.fixture(scope="module")
-def stock(path: Path) -> ModelPatcher:
-    return comfy.sd.load_diffusion_model(str(path))
 
 
 def dropin(path: Path, mesh: MeshShape, sharding: str = REPLICATED, kernel: str = "TORCH_FLASH") -> ModelPatcher:
