@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
 import logging
 import os
 import shutil
@@ -250,24 +252,30 @@ def inherited(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def without_dashboard() -> Iterator[None]:
-    """Have a Ray that is started within this context start no process for its dashboard, which has nothing to do here.
+def without_helpers() -> Iterator[None]:
+    """Have a Ray that is started within this context start none of the processes that have nothing to do here.
 
-    Ray starts it also where no dashboard is wanted, and waits for it before it goes on. That it does not start is
-    nothing to Ray; its function then returns what this one does.
+    They are the dashboard, the autoscaler, and what sends the lines of workers' logs to the driver. Each takes system
+    memory and a second of a CPU. Ray has parameters for the last two, which `ray.init` does not have. The dashboard is
+    started even where it is not wanted, and Ray waits for it before it goes on; its function then returns what this
+    one does.
     """
-    from ray._private import services
+    from ray._private import parameter, services
 
-    before = getattr(services, "start_api_server", None)
-    if before is None:
-        logger.debug("this version of Ray may start a process for its dashboard")
-        yield
-        return
-    services.start_api_server = lambda *_, **__: (None, None)
+    api_server, node_parameters = getattr(services, "start_api_server", None), parameter.RayParams
+    unwanted = {"no_monitor": True, "include_log_monitor": False}
+    known = unwanted.keys() & inspect.signature(node_parameters).parameters
+    if api_server is None or len(known) < len(unwanted):
+        logger.debug("this version of Ray may start processes that have nothing to do")
+    if api_server is not None:
+        services.start_api_server = lambda *_, **__: (None, None)
+    parameter.RayParams = functools.partial(node_parameters, **{name: unwanted[name] for name in known})
     try:
         yield
     finally:
-        services.start_api_server = before
+        parameter.RayParams = node_parameters
+        if api_server is not None:
+            services.start_api_server = api_server
 
 
 def user_variables(environ: Mapping[str, str] = os.environ) -> str:

@@ -186,7 +186,7 @@ class RayRuntime:
         self._start_fork_server(config, forked_imports, environment)
         with (
             ray_environment.inherited(environment),
-            ray_environment.without_dashboard(),
+            ray_environment.without_helpers(),
             patient_start(config.start_timeout_s),
         ):
             ray.init(

@@ -68,6 +68,14 @@ def test_a_start_in_the_background_is_the_one_that_is_waited_for() -> None:
     assert active_session.session(TWO, SERVICE) is session and len(workers()) == 2
 
 
+def test_ray_starts_nothing_that_has_nothing_to_do() -> None:
+    active_session.session(TWO, SERVICE)
+    programs = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    of_ray = [os.path.basename(word) for program in programs if "ray" in program for word in program.split()[:3]]
+    assert {"gcs_server", "raylet"} <= set(of_ray)
+    assert not {"dashboard.py", "monitor.py", "log_monitor.py"} & set(of_ray), programs
+
+
 def test_the_last_that_is_wanted_wins() -> None:
     active_session.begin(TWO, SERVICE)
     active_session.begin(ANOTHER, SERVICE)
