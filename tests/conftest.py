@@ -22,6 +22,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,13 +62,19 @@ torch.set_num_threads(1)
 
 local_ranks.fork_from_server("preloaded", [*sys.path[:2], str(ROOT)])
 
+BEGIN = time.monotonic()
 LONGEST = 12
+NO_TIME = "no time was left (--seconds)"
 
 _parity_lines: list[str] = []
+_left_out: list[str] = []
 _seconds: dict[str, float] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seconds", type=float, help="leave out the tests that have not begun after so many seconds, and say how many"
+    )
     parser.addoption("--write-docs", action="store_true", help="write the documents that are made from test results")
     parser.addoption("--screenshots", type=Path, help="the folder in which browser tests keep what they saw")
 
@@ -115,6 +122,14 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedSe
         yield running
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--seconds")
+    if limit is not None and time.monotonic() - BEGIN > limit:
+        _left_out.append(item.nodeid)
+        pytest.skip(NO_TIME)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     file = report.nodeid.partition("::")[0]
     _seconds[file] = _seconds.get(file, 0.0) + report.duration
@@ -125,6 +140,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("parity with ComfyUI in one process")
         for line in _parity_lines:
             terminalreporter.write_line(line)
+    if _left_out:
+        terminalreporter.section(NO_TIME)
+        terminalreporter.write_line(f"{len(_left_out)} tests were left out, the first of them {_left_out[0]}")
     longest = sorted(_seconds.items(), key=lambda item: -item[1])[:LONGEST]
     if longest and longest[0][1] > 10:
         terminalreporter.section("files that took longest")
