@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import comfy.model_management
-import comfy.model_patcher
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from raylight.cluster.errors import RunCancelled
@@ -101,7 +102,7 @@ class _Workers:
         return True
 
 
-class _NoWeights(comfy.model_patcher.ModelPatcher):
+class _NoWeights(ModelPatcher):
     """A patcher that has no weights, and has the size of a rank's."""
 
     def __init__(self, workers: _Workers, device: torch.device, rank: int | None) -> None:
@@ -147,13 +148,16 @@ class WorkersOnGpu(comfy.model_management.LoadedModel):
 
     def lend_room(self, need: NeedsBytes) -> int:
         """Have ComfyUI free what the rank needs on this GPU: first its models that were not used since the workers, and
-        others only for what the rank could not move away itself. Return how many bytes that were.
+        others only for what the rank could not move away itself; but none that the run uses, which does not load them
+        again. Return how many bytes that were.
         """
         target = _free_for_others(self.device) + need.missing
         comfy.model_management.soft_empty_cache()
         older = self._older()
-        newer = [one for one in comfy.model_management.current_loaded_models if one not in older]
-        for keep, movable in ((newer, 0), ([self], need.movable)):
+        listed = comfy.model_management.current_loaded_models
+        newer = [one for one in listed if one not in older]
+        of_run = [one for one in listed if any(one.model is used for used in _of_run or ())]
+        for keep, movable in (([*newer, *of_run], 0), ([self, *of_run], need.movable)):
             missing = target - _free_for_others(self.device) - movable
             if missing > 0:
                 _unload(self.device, missing, keep)
@@ -169,6 +173,24 @@ class WorkersOnGpu(comfy.model_management.LoadedModel):
 
 
 _workers: _Workers | None = None
+_of_run: list[ModelPatcher] | None = None  # ComfyUI's models that the run in its process uses, if there is a run
+
+
+@contextmanager
+def run_in_comfyui() -> Iterator[None]:
+    """For the time of a run in ComfyUI's process, keep the models that `note_models_of_run` gets."""
+    global _of_run
+    around, _of_run = _of_run, [*(_of_run or ())]
+    try:
+        yield
+    finally:
+        _of_run = around
+
+
+def note_models_of_run(models: Sequence[ModelPatcher]) -> None:
+    """Note that the run, if there is one, uses these models: until it ends they stay where they are."""
+    if _of_run is not None:
+        _of_run.extend(models)
 
 
 def register(session: Session) -> None:
@@ -193,6 +215,13 @@ def note_use(session: Session) -> None:
     if _workers is not None and _workers.session is session:
         _workers.note_use()
         _put_first(_workers.entries)
+
+
+def others_were_used_since(session: Session) -> bool:
+    """Return whether ComfyUI has used a model since the workers, which may have given back memory for it."""
+    if _workers is None or _workers.session is not session:
+        return False
+    return comfy.model_management.current_loaded_models[: len(_workers.entries)] != _workers.entries
 
 
 def make_room(session: Session, needs: Mapping[int, NeedsBytes]) -> bool:

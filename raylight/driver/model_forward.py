@@ -17,6 +17,7 @@ from raylight.host import patcher_state
 from raylight.host.jobs import ForwardJob, random_state, set_random_state
 from raylight.host.patcher_state import OPTIONS, bind_arguments, run_with_wrappers
 from raylight.host.pickling import serialize
+from raylight.host.recipe import ModelRecipe
 from raylight.host.worker_service import WorkerService
 
 from . import memory, model_changes
@@ -37,8 +38,15 @@ class ForwardChannel:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.sender = Sender(uuid.uuid4().hex, _KEPT_BYTES)
-        self.is_new = True
+        self.room: tuple[ModelRecipe, bool] | None = None  # ComfyUI made it last for a model, and to sample or not
         self.extras: SentExtras | None = None
+
+    def may_lack_room(self, job: ForwardJob) -> bool:
+        """Return whether ComfyUI may have to free memory for a job: for the first of a run, of a model, or to sample
+        it, and if it has used a model itself since.
+        """
+        has_room = self.room in ((job.model.recipe, True), (job.model.recipe, job.method == FORWARD))
+        return job.begins_run or not has_room or memory.others_were_used_since(self.session)
 
 
 _channel: ForwardChannel | None = None
@@ -95,6 +103,7 @@ def _job(
 ) -> tuple[ForwardJob, bool]:
     """Return a call as a job, and whether code of nodes runs in it."""
     shape = next((tuple(value.shape) for value in args if isinstance(value, Tensor)), None)
+    shape = shape if method == FORWARD else None  # other methods take no latent
     diffusion_model = patcher.model.diffusion_model
     args, kwargs = bind_arguments(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
     options = kwargs.pop(OPTIONS, None) or {}
@@ -113,11 +122,11 @@ def _job(
 
 
 def _ask(channel: ForwardChannel, job: ForwardJob) -> SerializedObject:
-    """Return rank 0's answer to a job. Only for the first of a channel it may be that memory has to be freed."""
+    """Return rank 0's answer to a job."""
     recipe = job.model.recipe
-    if channel.is_new:
+    if channel.may_lack_room(job):
         answer = ask_with_room(channel.session, WorkerService.forward, job, recipe)[0]
-        channel.is_new = False
+        channel.room = recipe, job.method == FORWARD
     else:
         memory.note_use(channel.session)
         answer = ask(channel.session, WorkerService.forward, job, False, about=recipe)

@@ -25,7 +25,7 @@ from raylight.host.jobs import RandomState, RunJob, random_state
 from raylight.host.patcher_state import Change
 from raylight.host.pickling import NotSerializableError, serialize
 
-from . import injected_code, model_changes, shared_state, written_weights
+from . import injected_code, memory, model_changes, shared_state, written_weights
 from .batched_runs import join_batch
 from .model_job import model_job
 from .pending_run import PendingRun, complete
@@ -213,6 +213,7 @@ def _stay(
     logger.info("the sampling loop stays in ComfyUI, and each forward goes to the workers: %s", reason)
     _run_begins = True
     try:
-        return run()
+        with memory.run_in_comfyui():
+            return run()
     finally:
         patcher.unpatch_model(unpatch_weights=False)

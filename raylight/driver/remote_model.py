@@ -16,6 +16,8 @@ from raylight.host.comfy_patches import replaced, replaced_on
 from raylight.host.jobs import KEY
 from raylight.host.recipe import ModelRecipe, WorkerConfig
 
+from . import memory
+
 _FIRST = "raylight_patcher"
 
 
@@ -135,7 +137,8 @@ def _load_without_freeing(load: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def inner(models: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        if not all(isinstance(model, RemotePatcher) for model in models):
+        if others := [model for model in models if not isinstance(model, RemotePatcher)]:
+            memory.note_models_of_run(others)
             return load(models, *args, **kwargs)
         with replaced(comfy.model_management, "free_memory", lambda _: lambda *_, **__: []):
             return load(models, *args, **kwargs)

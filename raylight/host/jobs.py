@@ -91,11 +91,11 @@ AS_SENT = AsSent.AS_SENT
 
 @dataclass(frozen=True, slots=True)
 class ForwardJob:
-    """One call of a method of the diffusion model. `call` has its arguments, whose tensors are in `tensors`, the first
-    of `latent_shape`, and what nodes have set on the model and in its options: `extras`, a SerializedObject, has what
-    is sent once in a run. The first call of a run has `begins_run`. Where code of nodes runs inside the model, which
-    may draw noise from the global generators, `random` is their state in ComfyUI's process; the answer has the one
-    after the call.
+    """One call of a method of the diffusion model. `call` has its arguments, whose tensors are in `tensors`, a latent
+    of `latent_shape` first if there is one, and what nodes have set on the model and in its options: `extras`, a
+    SerializedObject, has what is sent once in a run. The first call of a run has `begins_run`. Where code of nodes runs
+    inside the model, which may draw noise from the global generators, `random` is their state in ComfyUI's process; the
+    answer has the one after the call.
     """
 
     model: ModelJob

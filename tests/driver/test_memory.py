@@ -169,6 +169,35 @@ def test_comfyui_gives_what_it_does_not_use_before_models(gpu: Gpu) -> None:
     assert gpu.comfyui_cached == 0 and loaded(encoder) == [40]
 
 
+def test_what_a_run_uses_in_comfyui_stays_until_it_ends(gpu: Gpu) -> None:
+    encoder, control = model(40), model(20)
+    remote = RemotePatcher(nn.Module(), GPU, CPU, size=1)
+    load_models_gpu([encoder])
+
+    def sample() -> None:
+        _prepare(lambda *models: comfy.model_management.load_models_gpu(list(models)), remote, control)
+        memory.note_use(gpu)
+
+    with memory.run_in_comfyui():
+        sample()
+        gpu.leave_free(0)
+        memory.make_room(gpu, {1: NeedsBytes(60 * MIB)})
+        assert loaded(encoder, control) == [0, 20]
+    sample()
+    memory.make_room(gpu, {1: NeedsBytes(60 * MIB)})
+    assert loaded(control) == [0]
+
+
+def test_whether_comfyui_has_used_a_model_since_the_workers(gpu: Gpu) -> None:
+    encoder = model(40)
+    memory.note_use(gpu)
+    assert not memory.others_were_used_since(gpu)
+    load_models_gpu([encoder])
+    assert memory.others_were_used_since(gpu) and not memory.others_were_used_since(Gpu())
+    memory.note_use(gpu)
+    assert not memory.others_were_used_since(gpu)
+
+
 def test_unloading_all_releases_the_workers_models(gpu: Gpu) -> None:
     for _ in range(2):
         unload_all_models()

@@ -9,9 +9,11 @@ import pytest
 
 from raylight.cluster.config import SessionConfig
 from raylight.cluster.errors import CRASHED, DIED, FAILED, HUNG, OUT_OF_MEMORY
-from raylight.driver import memory
+from raylight.cluster.serialization import SerializedObject
+from raylight.driver import memory, model_forward
+from raylight.driver.model_forward import FORWARD
 from raylight.driver.workers import ask_with_room, remedies
-from raylight.host.jobs import NeedsBytes
+from raylight.host.jobs import METHODS, NeedsBytes
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, FileStamp, ModelRecipe
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.mesh import MeshShape
@@ -35,6 +37,7 @@ def test_remedies(kind: str, sharding: str | None, mesh: MeshShape, with_: str, 
     assert with_ in text and without not in text
 
 
+ANSWER = SerializedObject(b"", ())
 RECIPE = ModelRecipe("/models/a.safetensors", "default", FileStamp(1))
 
 
@@ -78,3 +81,27 @@ def test_comfyui_frees_memory_only_where_workers_lack_it(
     assert ask_with_room(session, WorkerService.sample, "a job", RECIPE) == {0: "a job by 0", 1: "a job by 1"}
     assert session.calls == [(WorkerService.sample, "a job", may_refuse) for may_refuse in asked]
     assert next(frees, None) is None
+
+
+def test_forwards_ask_for_memory_once_for_each_run_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ModelRecipe("/models/b.safetensors", "default", FileStamp(1))
+    session = FakeSession("cuda", 0)
+    channel = model_forward.ForwardChannel(session)
+    has_used = False
+    monkeypatch.setattr(memory, "others_were_used_since", lambda of: of is session and has_used)
+    monkeypatch.setattr(session, "run_all", lambda *asked, **_: session.calls.append(asked) or {0: ANSWER})
+
+    def may_be_refused(method: str, recipe: ModelRecipe = RECIPE, begins_run: bool = False) -> bool:
+        job = SimpleNamespace(model=SimpleNamespace(recipe=recipe), method=method, begins_run=begins_run)
+        model_forward._ask(channel, job)
+        return session.calls[-1][-1]
+
+    for _ in range(2):
+        assert may_be_refused(METHODS[0], begins_run=True), "a text encoder was loaded before the run"
+        assert not may_be_refused(METHODS[0])
+        assert may_be_refused(FORWARD), "which takes more than the method"
+        assert not any(map(may_be_refused, (FORWARD, METHODS[0], FORWARD)))
+    assert may_be_refused(FORWARD, begins_run=True) and not may_be_refused(FORWARD)
+    assert may_be_refused(FORWARD, other) and not may_be_refused(FORWARD, other)
+    has_used = True
+    assert may_be_refused(FORWARD, other)

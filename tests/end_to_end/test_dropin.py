@@ -15,7 +15,7 @@ from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, STAYING, OnlyHere,
 from loras import lora_for
 
 from raylight.cluster.config import SessionConfig
-from raylight.driver import api
+from raylight.driver import api, model_forward
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
@@ -64,6 +64,17 @@ def test_equals_comfyui(
         assert _error(actual, expected) <= TOLERANCE
         assert len(seen) == len(shown)
         assert max(_error(*pair) for pair in zip(seen, shown, strict=True)) <= TOLERANCE
+
+
+def test_comfyui_is_asked_for_memory_in_each_run(dropin: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    ask_with_room, ask = model_forward.ask_with_room, model_forward.ask
+    monkeypatch.setattr(model_forward, "ask_with_room", lambda *all_: asked.append(True) or ask_with_room(*all_))
+    monkeypatch.setattr(model_forward, "ask", lambda *all_, **named: asked.append(False) or ask(*all_, **named))
+    for _ in range(2):
+        asked.clear()
+        sample(equal_lengths(dropin), stays_here=True, steps=2)
+        assert asked == [True, False]
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
