@@ -25,6 +25,8 @@ from raylight.host.jobs import GivenBack, NeedsBytes
 from raylight.host.log_messages import gb
 from raylight.host.worker_service import WorkerService
 
+from . import forward_channel
+
 logger = logging.getLogger(__name__)
 
 _EVERYTHING = 1e29  # bytes: ComfyUI asks for more than any GPU has when the user wants all models unloaded
@@ -66,7 +68,8 @@ class _Workers:
             logger.info("rank %d gives %s of its GPU to ComfyUI, and keeps %s of weights there", rank, freed, held)
 
     def release(self) -> None:
-        """Have all ranks release their models."""
+        """Have all ranks release their models, and let go what is kept here for their forwards."""
+        forward_channel.drop()
         if not self._may_hold or not self._can_ask():
             return
         try:

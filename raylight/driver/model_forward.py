@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import comfy.model_management
@@ -11,45 +10,21 @@ from torch import Tensor
 
 from raylight.cluster.errors import WorkerError
 from raylight.cluster.serialization import SerializedObject, unpack
-from raylight.cluster.session import Session
 from raylight.cluster.tensor_delta import Sender
 from raylight.host import patcher_state
 from raylight.host.jobs import ForwardJob, random_state, set_random_state
 from raylight.host.patcher_state import OPTIONS, bind_arguments, run_with_wrappers
 from raylight.host.pickling import serialize
-from raylight.host.recipe import ModelRecipe
 from raylight.host.worker_service import WorkerService
 
-from . import memory, model_changes
-from .forward_extras import Extras, SentExtras, naming_the_node, sent_extras
+from . import forward_channel, memory, model_changes
+from .forward_channel import FORWARD, ForwardChannel
+from .forward_extras import Extras, naming_the_node, sent_extras
 from .model_job import model_job
 from .outer_sample import begins_run, move_to_workers
 from .remote_model import RemotePatcher
 from .short_of_memory import may_repeat
 from .workers import ask, ask_with_room, open_session
-
-FORWARD = "forward"
-_KEPT_BYTES = 128 * 2**20
-
-
-class ForwardChannel:
-    """What this process keeps between the calls that it sends to one session."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.sender = Sender(uuid.uuid4().hex, _KEPT_BYTES)
-        self.room: tuple[ModelRecipe, bool] | None = None  # ComfyUI made it last for a model, and to sample or not
-        self.extras: SentExtras | None = None
-
-    def may_lack_room(self, job: ForwardJob) -> bool:
-        """Return whether ComfyUI may have to free memory for a job: for the first of a run, of a model, or to sample
-        it, and if it has used a model itself since.
-        """
-        has_room = self.room in ((job.model.recipe, True), (job.model.recipe, job.method == FORWARD))
-        return job.begins_run or not has_room or memory.others_were_used_since(self.session)
-
-
-_channel: ForwardChannel | None = None
 
 
 def forward_on_workers(patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -76,21 +51,19 @@ def forward_on_workers(patcher: RemotePatcher, method: str, args: tuple[Any, ...
 def _send(
     patcher: RemotePatcher, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
 ) -> Any:
-    global _channel
-    if _channel is None or not _channel.session.alive:
-        _channel = ForwardChannel(open_session(patcher.workers))
+    channel = forward_channel.current() or forward_channel.begin(open_session(patcher.workers))
     try:
-        job, has_code = _job(_channel, patcher, method, args, kwargs)
+        job, has_code = _job(channel, patcher, method, args, kwargs)
         try:
-            answer = _ask(_channel, job)
+            answer = _ask(channel, job)
         except WorkerError as error:
             # What code inside the model has kept since the run began is gone with the workers.
             if has_code or not may_repeat(error, job.model):
                 raise
-            _channel = ForwardChannel(open_session(patcher.workers))
-            answer = _ask(_channel, _job(_channel, patcher, method, args, kwargs)[0])
+            channel = forward_channel.begin(open_session(patcher.workers))
+            answer = _ask(channel, _job(channel, patcher, method, args, kwargs)[0])
     except BaseException:
-        _channel = None  # what the workers have of this stream is not known any more
+        forward_channel.drop()  # what the workers have of this stream is not known any more
         raise
     output, random = unpack(answer, _no_reference, device)
     if random is not None:
@@ -122,9 +95,11 @@ def _job(
 
 
 def _ask(channel: ForwardChannel, job: ForwardJob) -> SerializedObject:
-    """Return rank 0's answer to a job."""
+    """Return rank 0's answer to a job. ComfyUI may have to free memory for it, for the first of a run and of a model,
+    and if it has used a model itself since.
+    """
     recipe = job.model.recipe
-    if channel.may_lack_room(job):
+    if not channel.has_room_for(job) or memory.others_were_used_since(channel.session):
         answer = ask_with_room(channel.session, WorkerService.forward, job, recipe)[0]
         channel.room = recipe, job.method == FORWARD
     else:

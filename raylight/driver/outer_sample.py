@@ -25,7 +25,7 @@ from raylight.host.jobs import RandomState, RunJob, random_state
 from raylight.host.patcher_state import Change
 from raylight.host.pickling import NotSerializableError, serialize
 
-from . import injected_code, memory, model_changes, shared_state, written_weights
+from . import forward_channel, injected_code, memory, model_changes, shared_state, written_weights
 from .batched_runs import join_batch
 from .model_job import model_job
 from .pending_run import PendingRun, complete
@@ -216,4 +216,5 @@ def _stay(
         with memory.run_in_comfyui():
             return run()
     finally:
+        forward_channel.end_run()
         patcher.unpatch_model(unpatch_weights=False)

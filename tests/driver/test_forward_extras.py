@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comfy.model_management import unload_all_models
 from comfy.model_patcher import ModelPatcher
 from dropin_cases import equal_lengths, foreign_module, sample
 
 from raylight.cluster.config import SessionConfig
-from raylight.driver import api
+from raylight.driver import api, forward_channel
 from raylight.driver.forward_extras import Extras, SentExtras, sent_extras
 from raylight.host.jobs import AS_SENT
 from raylight.host.patcher_state import Change
@@ -57,6 +60,22 @@ def test_what_changes_from_run_to_run(name: str, pack: Any, stock: ModelPatcher,
         assert _error(actual, expected) <= TOLERANCE
         results.append(expected)
     assert _error(results[1], results[2]) > 0.1
+
+
+def test_what_is_put_into_the_model_goes_with_the_run(pack: Any, dropin: ModelPatcher) -> None:
+    patch, model = pack.Kept(), dropin.clone()
+    model.set_model_post_input_patch(patch)
+    sample(equal_lengths(model), stays_here=True, steps=1)
+    of_run = weakref.ref(patch)
+    del model, patch
+    gc.collect()
+    assert of_run() is None
+    kept = [weakref.ref(tensor) for tensor in forward_channel.current().sender._kept.values()]
+    assert kept and all(tensor() is not None for tensor in kept)
+    unload_all_models()
+    gc.collect()
+    assert not any(tensor() is not None for tensor in kept)
+    sample(equal_lengths(dropin), stays_here=True, steps=1)
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:

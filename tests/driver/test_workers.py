@@ -11,7 +11,7 @@ from raylight.cluster.config import SessionConfig
 from raylight.cluster.errors import CRASHED, DIED, FAILED, HUNG, OUT_OF_MEMORY
 from raylight.cluster.serialization import SerializedObject
 from raylight.driver import memory, model_forward
-from raylight.driver.model_forward import FORWARD
+from raylight.driver.forward_channel import FORWARD, ForwardChannel
 from raylight.driver.workers import ask_with_room, remedies
 from raylight.host.jobs import METHODS, NeedsBytes
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, FileStamp, ModelRecipe
@@ -86,7 +86,7 @@ def test_comfyui_frees_memory_only_where_workers_lack_it(
 def test_forwards_ask_for_memory_once_for_each_run_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
     other = ModelRecipe("/models/b.safetensors", "default", FileStamp(1))
     session = FakeSession("cuda", 0)
-    channel = model_forward.ForwardChannel(session)
+    channel = ForwardChannel(session)
     has_used = False
     monkeypatch.setattr(memory, "others_were_used_since", lambda of: of is session and has_used)
     monkeypatch.setattr(session, "run_all", lambda *asked, **_: session.calls.append(asked) or {0: ANSWER})
