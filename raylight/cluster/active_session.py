@@ -69,10 +69,13 @@ def session(
     """Return the running session if it has this configuration or can take it, else wait for a new one.
 
     `on_progress` gets what the start is doing, in this thread. Raises as `Session` and `Session.reshape`, what a start
-    in the background has raised once. Raises RunCancelled: when cancelled; the start goes on.
+    in the background has raised once. Raises RunCancelled: when cancelled; the start goes on. Raises RuntimeError: when
+    called by the events of a run, whose workers it might end.
     """
     global _session, _start
     with _lock:
+        if _session is not None:
+            _session.refuse_within_step()
         _ensure(config, service, remedies)
         if _start is not None:
             try:

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,10 +18,10 @@ from raylight.parallel.degrees import Arrangement
 from raylight.parallel.heartbeat import agree
 
 from . import bandwidth_check, memory_check, placement, speed_check, unlike_workers
-from .collect import Outcome, WaitOptions, common_error, results_or_raise, wait_for_all
+from .collect import POLL_S, Outcome, WaitOptions, common_error, results_or_raise, wait_for_all
 from .config import ServiceSpec, SessionConfig
 from .diagnosis import Failure, Remedies, WorkerStates, no_remedies, to_error, worker_error
-from .errors import OUT_OF_MEMORY, RAY_LOST, WorkerError, raise_cancelled
+from .errors import OUT_OF_MEMORY, RAY_LOST, RunCancelled, WorkerError, raise_cancelled
 from .object_store import ObjectCache, put
 from .place import Place
 from .ray_runtime import RUNTIME, kill_workers
@@ -71,6 +72,7 @@ class Session:
         self._timeline = Timeline()
         self._ready, self._closed = False, False
         self._running, self._closing = threading.Lock(), threading.Lock()
+        self._runner: int | None = None  # the thread that calls a verb
         options = WaitOptions(
             self._watchdog, wants_cancel=wants_cancel, cancel=raise_cancelled, timeout_s=config.start_timeout_s
         )
@@ -164,7 +166,7 @@ class Session:
             self._watchdog, wants_cancel=wants_cancel, cancel=raise_cancelled, timeout_s=config.start_timeout_s
         )
         began, mesh = time.monotonic(), config.mesh
-        with self._running:
+        with self._alone(wants_cancel):
             if self._closed:
                 raise self._ended(remedies)
             try:
@@ -213,14 +215,15 @@ class Session:
 
         Only the name of `verb` is sent. `args` are put into the object store once. Events of rank 0 go to `on_event`
         in this thread. `remedies` replace those of the session. A failure ends the workers, unless all ranks met the
-        same error at the same place; so does a cancel that they do not react to. Raises as `results_or_raise`.
+        same error at the same place; so does a cancel that they do not react to. Raises as `results_or_raise`, and as
+        `refuse_within_step`.
         """
         remedies = remedies or self.remedies
         if not self.alive:
             raise self._ended(remedies)
         run_id = uuid.uuid4().hex
         shared = [put(argument) for argument in args]
-        with self._running:
+        with self._alone(wants_cancel):
             if self._closed:  # by the watchdog, meanwhile
                 raise self._ended(remedies)
             self._watchdog.begin(run_id)
@@ -241,6 +244,30 @@ class Session:
             logger.warning("ending the workers")
             self._end_after_failure(outcome.failure)
         return results_or_raise(outcome, states, remedies, stay)
+
+    def refuse_within_step(self) -> None:
+        """Raise RuntimeError in a thread that handles an event of a run, which waits for it."""
+        if self._runner == threading.get_ident():
+            raise RuntimeError(
+                "a node uses the workers from within a step of their run, in a callback say, and they do one run at a "
+                "time. Remove the node, or have it load models and sample before or after this run"
+            )
+
+    @contextmanager
+    def _alone(self, wants_cancel: Callable[[], bool]) -> Iterator[None]:
+        """Wait for the end of another thread's run. Raises RunCancelled: when cancelled meanwhile. Raises as
+        `refuse_within_step`.
+        """
+        self.refuse_within_step()
+        while not self._running.acquire(timeout=POLL_S):
+            if wants_cancel():
+                raise RunCancelled
+        try:
+            self._runner = threading.get_ident()
+            yield
+        finally:
+            self._runner = None
+            self._running.release()
 
     def _ended(self, remedies: Remedies) -> WorkerError:
         if (failure := self._watchdog.failure) is not None:
@@ -294,7 +321,7 @@ class Session:
 
     @property
     def busy(self) -> bool:
-        """Whether a verb is being called: another call would wait for its end, for ever if made by its events."""
+        """Whether a verb is being called: another call would wait for its end, and is refused if made by its events."""
         return self._running.locked()
 
     @property

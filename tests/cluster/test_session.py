@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -114,6 +115,32 @@ def test_an_interrupt_from_the_listener_passes_after_all_ranks_stopped(monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         session.run(EchoService.count_slowly, 1000, on_event=stop)
+    assert session.run(EchoService.count, 1)[2] == 1
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda session: session.run(EchoService.count, 1),
+        lambda _: active_session.session(config(), SERVICE),
+        lambda _: active_session.session(config(3), SERVICE),
+    ],
+    ids=["a run", "its session", "another session"],
+)
+def test_a_run_from_within_a_step_of_a_run_is_refused(within: Callable) -> None:
+    session = active_session.session(config(), SERVICE)
+    with pytest.raises(RuntimeError, match=r"uses the workers from within a step of their run.* Remove the node"):
+        session.run(EchoService.count, 2, on_event=lambda _: within(session))
+    assert active_session.session(config(), SERVICE) is session
+    assert session.run(EchoService.count, 1)[2] == 1
+
+
+def test_a_wait_for_the_run_of_another_thread_can_be_cancelled() -> None:
+    session, asks = active_session.session(config(), SERVICE), []
+    with ThreadPoolExecutor(1) as pool, session._running:
+        waiting = pool.submit(session.run, EchoService.count, 1, wants_cancel=lambda: asks.append(1) or len(asks) > 2)
+        with pytest.raises(RunCancelled):
+            waiting.result(timeout=30)
     assert session.run(EchoService.count, 1)[2] == 1
 
 
