@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from .diagnosis import is_store_full, store_full
+from .serialization import SerializedObject
 from .timeouts import with_timeout
 
 _PUT_S = _GET_S = 120.0
@@ -37,18 +38,29 @@ class ObjectHandle:
 
 
 class ObjectCache:
-    """Objects of one session, at most `limit`, each put into the store once. The least recently used are released."""
+    """Objects of one session, each put into the store once. At most `limit` of them stay, and no more than one if they
+    take over `limit_bytes`: the least recently used are released.
+    """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._objects: dict[str, ObjectHandle] = {}
+    def __init__(self, limit: int, limit_bytes: int) -> None:
+        self._limit, self._limit_bytes = limit, limit_bytes
+        self._objects: dict[str, tuple[ObjectHandle, int]] = {}
 
-    def of(self, key: str, make: Callable[[], Any]) -> ObjectHandle:
+    def of(self, key: str, make: Callable[[], SerializedObject]) -> ObjectHandle:
         """Return the handle of a key's object. Call `make` only if the object is not there. Raises StoreFull."""
         found = self._objects.pop(key, None)
         if found is None:
-            found = ObjectHandle(key, put(make()))
-            while len(self._objects) >= self._limit:
-                del self._objects[next(iter(self._objects))]
+            made = make()
+            self._make_room(made.nbytes)
+            found = ObjectHandle(key, put(made)), made.nbytes
         self._objects[key] = found
-        return found
+        return found[0]
+
+    def clear(self) -> None:
+        """Release all objects."""
+        self._objects.clear()
+
+    def _make_room(self, size: int) -> None:
+        held = sum(one for _, one in self._objects.values())
+        while self._objects and (len(self._objects) >= self._limit or held + size > self._limit_bytes):
+            held -= self._objects.pop(next(iter(self._objects)))[1]

@@ -28,6 +28,11 @@ class SerializedObject:
     data: bytes
     tensors: tuple[np.ndarray, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
+        return len(self.data) + sum(one.nbytes for one in self.tensors)
+
 
 @dataclass(frozen=True, slots=True)
 class _TensorReference:

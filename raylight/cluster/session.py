@@ -34,7 +34,9 @@ from .worker_output import crash_in, last_lines_of, output_sizes, printed_since
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
-_SHARED_OBJECTS = 8  # in the object store, the least recently used are replaced
+# What stays in the object store, which is system memory or, when that is full, a disk: patches of weights are as large
+# as their LoRAs. Two models in turns find theirs there again.
+_SHARED_OBJECTS, _SHARED_BYTES = 8, 4 * 2**30
 _END_S = 10.0
 _PROGRESS_S, _RECOVER_S = 5.0, 10.0
 
@@ -60,7 +62,7 @@ class Session:
         self.config, self.service, self.remedies = config, service, remedies
         self.asked = config  # with what it leaves to the cluster
         self.places: dict[int, Place] = {}
-        self.shared = ObjectCache(_SHARED_OBJECTS)
+        self.shared = ObjectCache(_SHARED_OBJECTS, _SHARED_BYTES)
         self.has_worked = False  # some run has ended well
         self._after_failure = on_failure
         self._actors: list[Any] = []

@@ -70,6 +70,7 @@ class _Workers:
     def release(self) -> None:
         """Have all ranks release their models, and let go what is kept here for their forwards."""
         forward_channel.drop()
+        self.session.shared.clear()
         if not self._may_hold or not self._can_ask():
             return
         try:

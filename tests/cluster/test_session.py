@@ -15,16 +15,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import ray
 from echo_service import EchoService
 
-from raylight.cluster import active_session, collect
+from raylight.cluster import active_session, collect, object_store
 from raylight.cluster import session as cluster_session
 from raylight.cluster.collect import CANCEL_GRACE_S
 from raylight.cluster.config import ServiceSpec, SessionConfig
 from raylight.cluster.errors import RunCancelled, WorkerError
+from raylight.cluster.object_store import ObjectCache
+from raylight.cluster.serialization import SerializedObject
 from raylight.parallel.mesh import MeshShape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +59,27 @@ def test_rank_zero_answers_and_streams() -> None:
 def test_an_argument_is_sent_once() -> None:
     session = active_session.session(config(), SERVICE)
     assert session.run(EchoService.same_object, b"x" * 300_000) is True
+
+
+def test_what_stays_in_the_object_store_is_bounded_by_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "put", lambda value: value)
+    cache, made = ObjectCache(3, 100), []
+
+    def use(key: str, size: int) -> None:
+        tensors = (np.zeros(size - 10, np.uint8),)
+        handle = cache.of(key, lambda: made.append(key) or SerializedObject(b"." * 10, tensors))
+        assert handle.key == key and handle._reference.nbytes == size
+
+    def is_made(key: str, size: int) -> bool:
+        made.clear()
+        use(key, size)
+        return made == [key]
+
+    assert [is_made(key, 20) for key in "abcab"] == [True, True, True, False, False]
+    assert [is_made(key, 20) for key in "dabc"] == [True, False, False, True], "the least recently used has gone"
+    assert [is_made("e", 70), is_made("c", 20), is_made("b", 20)] == [True, False, True]
+    assert is_made("f", 1000) and not is_made("f", 1000), "the one in use stays"
+    assert is_made("c", 20) and is_made("f", 1000)
 
 
 @pytest.mark.slow

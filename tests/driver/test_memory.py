@@ -17,6 +17,9 @@ from comfy.model_management import current_loaded_models, free_memory, load_mode
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from raylight.cluster import object_store
+from raylight.cluster.object_store import ObjectCache
+from raylight.cluster.serialization import SerializedObject
 from raylight.driver import memory
 from raylight.driver.memory import WorkersOnGpu
 from raylight.driver.remote_model import RemotePatcher, _prepare
@@ -36,6 +39,7 @@ class Gpu:
         self.asked: list[int] = []
         self.released = 0
         self.alive, self.busy = True, False
+        self.shared = ObjectCache(8, MIB)
 
     @property
     def free(self) -> int:
@@ -198,9 +202,12 @@ def test_whether_comfyui_has_used_a_model_since_the_workers(gpu: Gpu) -> None:
     assert not memory.others_were_used_since(gpu)
 
 
-def test_unloading_all_releases_the_workers_models(gpu: Gpu) -> None:
+def test_unloading_all_releases_the_workers_models(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "put", lambda value: value)
     for _ in range(2):
+        gpu.shared.of("patches", lambda: SerializedObject(b"", ()))
         unload_all_models()
+        assert not gpu.shared._objects
         unload_all_models()
         assert gpu.held == 0
         gpu.held = 100
