@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.sd
@@ -11,10 +12,13 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras import nodes_context_windows, nodes_custom_sampler
 from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, STAYING, OnlyHere, equal_lengths, sample
 from loras import lora_for
 
 from raylight.cluster.config import SessionConfig
+from raylight.dev.demo.prompts import random_prompt
+from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api, model_forward
 from raylight.host.recipe import REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
@@ -119,6 +123,42 @@ def test_a_model_of_comfyui_is_taken_over_with_what_is_on_it(
     guider.model_patcher, guider.model_options = after, after.model_options
     actual, _ = sample(guider, stays_here=stays_here)
     assert _error(actual, expected) <= TOLERANCE
+
+
+def _windows(model: ModelPatcher, _: dict[str, torch.Tensor]) -> ModelPatcher:
+    """Windows of 3 of the latent's 7 frames, with noise that is shuffled from window to window."""
+    execute = nodes_context_windows.WanContextWindowsManualNode.execute
+    return execute(model, 9, 4, "standard_static", 1, False, "pyramid", True).result[0]
+
+
+def _bypass(model: ModelPatcher, lora: dict[str, torch.Tensor]) -> ModelPatcher:
+    """A LoRA that is computed beside the weights."""
+    return comfy.sd.load_bypass_lora_for_models(model, None, lora, 1.0, 0)[0]
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "wan.safetensors"
+    write_checkpoint(path, "wan-t2v", heads=3)
+    return path
+
+
+@pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
+@pytest.mark.parametrize("change", [_windows, _bypass])
+def test_a_video_model_with(change: Callable[..., ModelPatcher], sharding: str, video: Path) -> None:
+    stock = comfy.sd.load_diffusion_model(str(video))
+    lora = lora_for({name: tuple(weight.shape) for name, weight in stock.model.named_parameters()}, ["lora"], 1)
+    width = stock.model.diffusion_model.text_embedding[0].weight.shape[1]
+    dropin = api.load(RayModel(WORKERS, ModelRecipe.of(str(video), "default", sharding)))
+    prompts = [random_prompt(12, width, seed) for seed in (1, 2)]
+
+    def video_of(model: ModelPatcher) -> torch.Tensor:
+        guider = nodes_custom_sampler.CFGGuider.execute(model, *prompts, 3.0).result[0]
+        return sample(guider, shape=(1, 16, 7, 8, 8), looks=False)[0]
+
+    expected = video_of(change(stock, lora))
+    assert _error(video_of(stock), expected) > 100 * TOLERANCE
+    assert _error(video_of(change(dropin, lora)), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("sharding", [REPLICATED, pytest.param(SHARDED, marks=pytest.mark.smoke)])
