@@ -38,25 +38,22 @@ def restrict_to_rows(patches: list[Patch], rows: slice, height: int) -> list[Pat
 
     A LoRA's update is a product, of which rows `rows` need the same rows of the left factor only (Hu et al., 2021,
     "LoRA"), and likewise for the two products of LoHa (Hyeon-Woo et al., 2021, "FedPara"). None if a patch needs the
-    full weight, as DoRA's norm, LoKr's Kronecker product or OFT's rotation do.
+    full weight, as DoRA's norm, LoKr's Kronecker product or OFT's rotation do, also one of a region that has none of
+    `rows`: the full weight is gathered by all ranks or none, so the answer is the same for all `rows`.
     """
     result = []
     for strength, value, strength_model, region, function in patches:
-        if function is not None:
-            return None
-        start, stop, cut_height = rows.start, rows.stop, height
+        start, stop, first, cut_height = rows.start, rows.stop, 0, height
         if region is not None and region[0] == 0:
-            start, stop = max(rows.start, region[1]), min(rows.stop, region[1] + region[2])
-            if start >= stop:
-                continue
-            cut = slice(start - region[1], stop - region[1])
-            cut_height, region = region[2], (0, start - rows.start, stop - start)
-        else:
-            cut = slice(start, stop)
-        value = _cut(value, cut, cut_height)
+            _, first, cut_height = region
+            start = max(start, first)
+            stop = max(start, min(stop, first + cut_height))
+            region = (0, start - rows.start, stop - start)
+        value = None if function is not None else _cut(value, slice(start - first, stop - first), cut_height)
         if value is None:
             return None
-        result.append((strength, value, strength_model, region, None))
+        if start < stop:
+            result.append((strength, value, strength_model, region, None))
     return result
 
 

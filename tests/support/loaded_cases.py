@@ -11,17 +11,22 @@ from comfy.cli_args import args
 
 args.cpu = True  # before ComfyUI picks a device
 
+import comfy.lora
 import comfy.sd
+from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
 from counting import CountingGathers
 from loras import lora_for
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from raylight.host.checkpoint import MappedModel, load_mapped
 from raylight.parallel import memory_shares
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+from raylight.sharding.fsdp import shard
+from raylight.sharding.rows import RowSplit
 from raylight.worker import lora
 from raylight.worker.sharded_patcher import ShardedPatcher, build_sharded
+from raylight.worker.sharded_patches import Patch, ShardPatches
 
 CPU = torch.device("cpu")
 
@@ -133,6 +138,39 @@ def _compare_patched(rank: int, mesh, path: Path, dtype: str, kinds: tuple[str, 
             for one, other in ((both, expected), (expected, base), (changed, fresh), (removed, untouched), (back, both))
         )
     )
+
+
+REGIONS = (("lokr",), ("dora",), ("lora", "dora"), ("lora", "", "lora"))
+"""What patches each third of a weight's rows, as files do that have query, key and value apart."""
+
+
+def compare_regions(rank: int, world: int) -> list[float]:
+    """The largest difference of this rank's rows from ComfyUI's, for each of `REGIONS`."""
+    mesh = world_axis(build_mesh(MeshShape(batch=world), CPU))
+    return [_compare_regions(mesh, kinds) for kinds in REGIONS]
+
+
+def _compare_regions(mesh, kinds: tuple[str, ...]) -> float:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    size, weight = 12, draw(36, 12)
+    made = {
+        "lokr": lambda: LoKrAdapter(set(), (draw(4, 4), draw(3, 3), None, None, None, None, None, None, None)),
+        "lora": lambda: LoRAAdapter(set(), (draw(size, 2), draw(2, size), None, None, None, None)),
+        "dora": lambda: LoRAAdapter(set(), (draw(size, 2), draw(2, size), None, None, 1 + draw(size, 1), None)),
+    }
+    patches: list[Patch] = [
+        (0.7, made[kind](), 1.0, (0, size * part, size), None) for part, kind in enumerate(kinds) if kind
+    ]
+    expected = comfy.lora.calculate_weight(patches, weight.clone(), "")
+    model = nn.Sequential(nn.Linear(size, 3 * size, bias=False, device="meta"))
+    shard(model, {"0.weight": weight}, mesh, CPU)
+    split = RowSplit.over(mesh)
+    ShardPatches(model, mesh, split, CPU, torch.float32).apply({"diffusion_model.0.weight": patches}, "")
+    return (model[0].weight.to_local() - expected[split.own(3 * size)]).abs().max().item()
 
 
 def _compare(path: str, mesh, offload: bool, options: dict[str, torch.dtype]) -> Loaded:

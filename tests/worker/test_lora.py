@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from loaded_cases import Patched, compare_patched
+from loaded_cases import REGIONS, Patched, compare_patched, compare_regions
 from loras import KINDS
 from quantised import FORMATS, quantise
 
@@ -54,3 +54,10 @@ def test_lora(
         assert rank.changed == 0.0
         assert rank.removed == 0.0
         assert rank.back == 0.0
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_lora_of_some_rows_is_that_of_comfyui(world: int) -> None:
+    # A rank whose rows have no such patch gathers the weight with the others, or they would wait for it.
+    for differences in values(run_ranks(world, compare_regions, timeout_s=60, collective_timeout_s=20)):
+        assert dict(zip(REGIONS, differences, strict=True)) == pytest.approx(dict.fromkeys(REGIONS, 0.0), abs=1e-5)
