@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from raylight.attention import kernels
@@ -14,6 +13,7 @@ from raylight.cluster import active_session, memory_check, speed_check, unlike_w
 from raylight.cluster.config import SessionConfig
 from raylight.cluster.session import Session
 from raylight.host.log_messages import gb
+from raylight.host.machine_memory import total_memory
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 from raylight.host.worker_service import WorkerService
 from raylight.parallel.degrees import Arrangement, Choice, Limits, choose, speed_up
@@ -92,7 +92,7 @@ def _cards(model: RayModel) -> _Cards:
     if not config.is_local:
         return _Cards(config, (), (), config.device_type != "cpu")
     if config.device_type != "cuda":
-        each = psutil.virtual_memory().total // config.world_size
+        each = total_memory() // config.world_size
         return _Cards(config, ("cpu",) * config.world_size, (each,) * config.world_size, False)
     indices = config.gpu_select or tuple(range(min(config.world_size, torch.cuda.device_count())))
     found = [torch.cuda.get_device_properties(index) for index in indices]

@@ -12,10 +12,8 @@ import shutil
 import tempfile
 import weakref
 
-import psutil
-
 from raylight.host.log_messages import gb
-from raylight.host.machine_memory import available_memory
+from raylight.host.machine_memory import available_memory, total_memory
 
 _RESERVE = 0.1  # of the machine's memory stays free
 
@@ -31,7 +29,7 @@ class MemoryFile:
             raise ValueError("workers can share weights that are in no file only on Linux")
         self.nbytes = nbytes
         self._fd = -1
-        free, reserve = available_memory(), int(_RESERVE * psutil.virtual_memory().total)
+        free, reserve = available_memory(), int(_RESERVE * total_memory())
         if nbytes + reserve <= free:
             self._open_in_memory(name)
         if self._fd < 0:

@@ -9,13 +9,14 @@ import torch
 
 from raylight.host.jobs import HeldModel, RankMemory
 from raylight.host.log_messages import gb
+from raylight.host.machine_memory import available_memory, total_memory
 
 from . import cuda_graphs
 from .model_cache import CachedModel
 
 
 def memory(device: torch.device, models: Sequence[CachedModel]) -> RankMemory:
-    """Return how full a rank is. On the CPU `free_bytes` and `total_bytes` are of the machine."""
+    """Return how full a rank is. On the CPU `free_bytes` and `total_bytes` are of the machine, or of its container."""
     held = tuple(
         HeldModel(
             model.recipe.name,
@@ -28,8 +29,7 @@ def memory(device: torch.device, models: Sequence[CachedModel]) -> RankMemory:
     )
     process = psutil.Process().memory_info().rss
     if device.type != "cuda":
-        machine = psutil.virtual_memory()
-        return RankMemory(process, machine.available, machine.total, 0, held)
+        return RankMemory(process, available_memory(), total_memory(), 0, held)
     free, total = torch.cuda.mem_get_info(device)
     graphs, graph_bytes = cuda_graphs.number(device), cuda_graphs.held_bytes(device)
     return RankMemory(process, free, total, torch.cuda.memory_allocated(device), held, graphs, graph_bytes)

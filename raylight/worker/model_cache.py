@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
-import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from raylight.cluster.object_store import ObjectHandle
 from raylight.host.jobs import NeedsBytes
 from raylight.host.log_messages import gb, warn_on_first_rank
+from raylight.host.machine_memory import available_memory, total_memory
 from raylight.host.pickling import deserialize
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, LoraRecipe, ModelRecipe
 from raylight.parallel import memory_shares
@@ -30,7 +30,7 @@ from .patcher import RankPatcher
 
 logger = logging.getLogger(__name__)
 
-_HOST_RESERVE = 0.1  # of the machine's memory is not for models that are not in use
+_HOST_RESERVE = 0.1  # of the machine's or container's memory is not for models that are not in use
 
 
 @dataclass(slots=True)
@@ -319,8 +319,9 @@ class ModelCache:
     def _fits_on_host(self, needed: int) -> bool:
         if needed == 0:  # however full the machine is
             return True
-        memory = psutil.virtual_memory()  # of this rank's machine
-        return smallest(memory.available - int(_HOST_RESERVE * memory.total) - needed * self._world_size) >= 0
+        # Of this rank's machine or container; the others may have more, or less.
+        spare = available_memory() - int(_HOST_RESERVE * total_memory())
+        return smallest(spare - needed * self._world_size) >= 0
 
     def _drop_gone(self) -> None:
         """Drop models whose weights were in ComfyUI's memory and no longer are, which frees it. Collective."""

@@ -290,16 +290,27 @@ def test_a_process_that_is_killed_leaves_nothing(in_memory: bool, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_memory_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+CGROUPS = {
+    1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    2: ("memory.max", "memory.current", "memory.stat"),
+}
+UNLIMITED = {1: f"{2**63 - 4096}\n", 2: "max\n"}
+STATS = "anon 2\ninactive_file 60000\nactive_file 40000\ntotal_inactive_file 70000\ntotal_active_file 30000\n"
+
+
+@pytest.mark.parametrize("version", CGROUPS)
+def test_a_memory_limit_of_a_container_counts(version: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine_memory, "_CGROUP", str(tmp_path))
     machine = psutil.virtual_memory().available
     assert abs(machine_memory.available_memory() - machine) < 10**9
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("2500000\n")
-    (tmp_path / "memory.stat").write_text("anon 2\ninactive_file 100000\n")
-    assert machine_memory.available_memory() == 600000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert abs(machine_memory.available_memory() - machine) < 10**9
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9, total=10**10))
+    names, limit = CGROUPS[version], tmp_path / CGROUPS[version][0]
+    limit.parent.mkdir(exist_ok=True)
+    for name, text in zip(names, ("3000000\n", "2500000\n", STATS), strict=True):
+        (tmp_path / name).write_text(text)
+    assert (machine_memory.available_memory(), machine_memory.total_memory()) == (600000, 3000000)
+    limit.write_text(UNLIMITED[version])
+    assert (machine_memory.available_memory(), machine_memory.total_memory()) == (10**9, 10**10)
 
 
 class OfAPack(torch.nn.Linear):

@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from raylight.host import machine_memory
 from raylight.host.recipe import SHARDED, FileStamp, ModelRecipe
 from raylight.worker.model_cache import CachedModel, ModelCache
 
@@ -26,5 +27,6 @@ def left(rank: int, world: int) -> list[str]:
         models.add(CachedModel(ModelRecipe(name, "default", FileStamp(1), SHARDED), patcher, parallel, {}, {}, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: MACHINES[rank])
+        patch.setattr(machine_memory, "_CGROUP", "/none")
         models.make_room_on_host(5 * GB)
     return [model.recipe.path for model in models.all()]

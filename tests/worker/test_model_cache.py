@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import unlike_machines
 
 from raylight.dev.local_ranks import run_ranks, values
+from raylight.host import machine_memory
 from raylight.host.jobs import NeedsBytes
 from raylight.host.recipe import FileStamp, ModelRecipe
 from raylight.worker import cuda_graphs, model_cache, service
@@ -78,6 +80,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(comfy.model_management, "minimum_inference_memory", lambda: GB)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: machine.gpu)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=machine.host, total=100 * GB))
+    monkeypatch.setattr(machine_memory, "_CGROUP", "/none")
     return machine
 
 
@@ -141,6 +144,20 @@ def test_a_new_model_on_a_full_host_drops_the_least_recently_used(
     monkeypatch.setattr(models, "drop", drop_and_free)
     models.make_room_on_host(10 * GB)
     assert [model.recipe.name for model in models.all()] == ["c", "a"]
+
+
+def test_the_host_is_as_full_as_its_container(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine_memory, "_CGROUP", str(tmp_path))
+    (tmp_path / "memory.max").write_text(f"{40 * GB}\n")
+    (tmp_path / "memory.current").write_text(f"{18 * GB}\n")
+    (tmp_path / "memory.stat").write_text("active_file 0\ninactive_file 0\n")
+    models, _ = three(machine, "cpu")
+    models.make_room_on_host(9 * GB)  # on each of two ranks: of the 22 that are left 4 stay free
+    assert len(models.all()) == 3
+    models.make_room_on_host(10 * GB)
+    assert models.all() == ()
 
 
 def test_a_model_that_the_file_has_needs_no_room(machine: Machine) -> None:
