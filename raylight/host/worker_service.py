@@ -64,7 +64,7 @@ class WorkerService(Service, Protocol):
 
     @abstractmethod
     def free(self, run: Run) -> None:
-        """Unload every model."""
+        """Unload every model, and forget the tensors that calls of `forward` have sent: the next begins a stream."""
 
     @abstractmethod
     def give_back(self, run: Run, wanted: dict[int, int]) -> GivenBack:

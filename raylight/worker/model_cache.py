@@ -90,8 +90,11 @@ class CachedModel:
 class ModelCache:
     """Models by recipe, the least recently used first. All ranks call the same methods in the same order."""
 
-    def __init__(self, device: torch.device, world_size: int) -> None:
-        self._device = device
+    def __init__(
+        self, device: torch.device, world_size: int, on_drop: Callable[[CachedModel], None] = lambda _: None
+    ) -> None:
+        """`on_drop` is called with a model that is about to be dropped: who keeps some of it must release that."""
+        self._device, self._on_drop = device, on_drop
         self._world_size = world_size
         self._models: dict[ModelRecipe, CachedModel] = {}
 
@@ -279,8 +282,9 @@ class ModelCache:
     def drop(self, model: CachedModel) -> None:
         """Release a model and its memory."""
         del self._models[model.recipe.without_loras]
+        self._on_drop(model)
         self._forget_as_loaded(model)  # to unload it would first make a copy on the CPU
-        del model.patcher, model._patched
+        del model.patcher, model._patched, model.parallel  # the caller still has `model`
         self.sweep()
 
     @staticmethod

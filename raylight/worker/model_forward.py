@@ -6,6 +6,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -39,6 +40,16 @@ class ModelForward:
         if self._snapshot is not None:
             self._snapshot.restore()
             self._snapshot = None
+
+    def forget(self, model: BaseModel) -> None:
+        """Release what is kept of a model, which is dropped; what is kept of another one stays."""
+        if self._extras is not None and self._extras[1] is model:
+            self.clear()
+
+    def release(self) -> None:
+        """Release all that is kept. The next call must begin another stream of tensors."""
+        self.clear()
+        self._tensors = Receiver(self._device)
 
     def call(self, patcher: ModelPatcher, job: ForwardJob, parallel: ParallelModel, tell: Tell) -> Any:
         """Call the job's method of the diffusion model, and return its output; to be called in the mode of the model.

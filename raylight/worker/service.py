@@ -61,8 +61,8 @@ class ModelService(WorkerService):
         self._context = context  # has another mesh after a reshape
         self._gpu = gpu_identity(context.device)
         self._beside_comfyui = self._gpu != "" and self._gpu == comfyui_gpu
-        self._models = ModelCache(context.device, context.world_size)
         self._forward = ModelForward(context.device)
+        self._models = ModelCache(context.device, context.world_size, self._forget_dropped)
         bandwidth.use(context.links)
         self._vaes = VaeWork(context, self._models, self._beside_comfyui)
 
@@ -171,8 +171,8 @@ class ModelService(WorkerService):
             model_files.receive(file, offset, data)
 
     def free(self, run: Run) -> None:
-        """Unload every model."""
-        self._forward.clear()
+        """Unload every model, and forget what was sent."""
+        self._forward.release()
         self._models.clear()
 
     def give_back(self, run: Run, wanted: dict[int, int]) -> GivenBack:
@@ -201,6 +201,9 @@ class ModelService(WorkerService):
     def memory(self, run: Run) -> RankMemory:
         """Return how much memory this rank uses, and its models."""
         return inventory.memory(self._context.device, self._models.all())
+
+    def _forget_dropped(self, model: CachedModel) -> None:
+        self._forward.forget(model.patcher.model)
 
     def _refusal_to_load(self, recipe: ModelRecipe) -> NeedsBytes | None:
         """Return what this rank's GPU lacks to load a model whose weights go there at once: others go there when they

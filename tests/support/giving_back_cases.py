@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +19,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from raylight.cluster.errors import RunCancelled
+from raylight.cluster.tensor_delta import Sender
 from raylight.host.checkpoint import load_mapped
+from raylight.host.pickling import serialize
 from raylight.host.recipe import REPLICATED, SHARDED, FileStamp, ModelRecipe
 from raylight.parallel.heartbeat import cancellation_checked_by
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
 from raylight.parallel.process_group import among, any_rank, smallest
 from raylight.worker import load_progress
 from raylight.worker.model_cache import CachedModel, ModelCache
+from raylight.worker.node_code import ModelSnapshot
 from raylight.worker.patcher import mode_of
 from raylight.worker.replicated_patcher import build_replicated
+from raylight.worker.service import ModelService
 from raylight.worker.sharded_patcher import build_sharded
 
 CPU, GPU = torch.device("cpu"), torch.device("cpu", 0)
@@ -95,6 +100,37 @@ def bytes_after_a_cancel(rank: int, world: int, path: Path) -> list[int]:
         patcher.read_released()
         patcher.partially_load(CPU)
     return [*found, _stored(patcher.model)]
+
+
+def gone_with_what_was_sent(rank: int, world: int, path: Path, sharding: str) -> tuple[list[bool], int]:
+    """Whether a model that is dropped for want of memory is gone, each time when the memory is looked at; and how many
+    tensors the rank still has of those that a single call of another one has sent, after all were released.
+    """
+    mesh, run = build_mesh(MeshShape(), CPU), SimpleNamespace(rank=0, enter=lambda _: None)
+    service = ModelService(SimpleNamespace(device=CPU, world_size=world, links=None, mesh=mesh, by_run=None))
+    with mode_of(sharding), load_progress.for_run(run, SimpleNamespace(name="model")):
+        model = service._load(run, ModelRecipe.of(str(path), "default", sharding))
+    patcher = model.patched(()).clone()
+    sent = serialize(({}, {}, {}, [patcher, patcher.model.diffusion_model]), patcher, False)
+    service._forward._extras_of(patcher, SimpleNamespace(extras=SimpleNamespace(key="sent", get=lambda: sent)))
+    service._forward._snapshot = ModelSnapshot(patcher)
+    left, found = weakref.ref(patcher.model.diffusion_model), []
+    other: Any = SimpleNamespace(recipe=SimpleNamespace(without_loras="other"))
+    service._models.add(other)
+    del model, patcher
+
+    def fits(_: int) -> bool:
+        found.append(left() is None)
+        return found[-1]
+
+    with patch.object(service._models, "_fits_on_host", fits):
+        service._models.make_room_on_host(1)
+    del service._models._models["other"]
+    sender = Sender("stream", 1 << 20)
+    sender.slot(torch.ones(5000))
+    service._forward._tensors.receive(sender.message())
+    service.free(run)
+    return found, len(service._forward._tensors._kept)
 
 
 def _stored(model: nn.Module) -> int:

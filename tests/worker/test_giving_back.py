@@ -14,12 +14,18 @@ import pytest
 import torch
 from comfy.model_management import current_loaded_models, load_models_gpu
 from comfy_cases import CASES, checkpoint
-from giving_back_cases import WITHOUT_GRAPHS, agreed_after_loads, bytes_after_a_cancel, sizes_after_each
+from giving_back_cases import (
+    WITHOUT_GRAPHS,
+    agreed_after_loads,
+    bytes_after_a_cancel,
+    gone_with_what_was_sent,
+    sizes_after_each,
+)
 from mode_cases import patches_for
 
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.host.checkpoint import load_mapped
-from raylight.host.recipe import REPLICATED, FileStamp, ModelRecipe
+from raylight.host.recipe import OFFLOADED, REPLICATED, FileStamp, ModelRecipe
 from raylight.worker.model_cache import CachedModel, ModelCache
 from raylight.worker.patcher import RankPatcher, mode_of
 from raylight.worker.replicated_patcher import build_replicated
@@ -154,3 +160,9 @@ def test_shards_that_a_cancel_leaves_in_part_are_given_back(path: Path) -> None:
     for before, away, cancelled, back in values(run_ranks(2, bytes_after_a_cancel, path, timeout_s=200)):
         assert before == back > 0
         assert away == cancelled == 0
+
+
+@pytest.mark.parametrize("sharding", [REPLICATED, OFFLOADED])
+def test_a_model_that_is_dropped_leaves_memory_at_once(sharding: str, path: Path) -> None:
+    # What single calls have left of it, and on it, goes too; and after "Unload Models" what was sent to them.
+    assert values(run_ranks(1, gone_with_what_was_sent, path, sharding, timeout_s=60)) == [([False, True], 0)]
