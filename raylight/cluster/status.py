@@ -32,10 +32,13 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A rank's phase, its number of heartbeats, and what it has logged since its last report."""
+    """A rank's phase, its number of heartbeats, what rises while its host or its GPU makes progress, and what it has
+    logged since its last report.
+    """
 
     phase: str
     beats: int
+    progress: int
     lines: tuple[LogLine, ...]
 
 
@@ -70,7 +73,7 @@ class Status:
         """Return what is new since the last report, as soon as there is something, at the latest after `patience_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self._lines or self._phase != self._reported_phase, patience_s)
-            report = Report(self._phase, heartbeat.beats(), tuple(self._lines))
+            report = Report(self._phase, heartbeat.beats(), heartbeat.progress(), tuple(self._lines))
             self._lines.clear()
             self._reported_phase = self._phase
         return report

@@ -178,7 +178,7 @@ class Watchdog:
         now = time.monotonic()
         before = self._reports.get(rank)
         self._reports[rank], self._reported_at[rank] = report, now
-        if before is None or (before.beats, before.phase) != (report.beats, report.phase) or report.phase == IDLE:
+        if before is None or (before.progress, before.phase) != (report.progress, report.phase) or report.phase == IDLE:
             self._progress_at[rank] = now
         self._lines.setdefault(rank, deque(maxlen=_KEPT_LINES)).extend(report.lines)
         for line in report.lines:
@@ -211,7 +211,8 @@ class Watchdog:
         if len(self._progress_at) < len(self._actors) or any(now - at <= limit_s for at in self._progress_at.values()):
             return None
         rank = min(self._reports, key=lambda rank: self._reports[rank].beats)
-        return Failure(HUNG, rank, f"no progress for {limit_s:g} s; the other ranks are waiting for it")
+        waiting = "; the other ranks are waiting for it" if len(self._actors) > 1 else ""
+        return Failure(HUNG, rank, f"no progress for {limit_s:g} s{waiting}")
 
     def _postpone(self, gap_s: float) -> None:
         for times in (self._reported_at, self._progress_at, self._stopped_since):

@@ -238,6 +238,7 @@ class ForwardGraphs:
 
     def _replay(self, graph: Graph, tensors: list[Tensor]) -> Any:
         heartbeat.repeat(graph.signs)
+        heartbeat.launched(self.device)
         self._pool.use(graph)
         for static, tensor in zip(graph.inputs, tensors, strict=True):
             graph_inputs.fill_static(static, tensor)

@@ -31,6 +31,7 @@ from raylight.plans import has_known_rows, needs_whole_batch, plan_for
 from raylight.sharding.fsdp import announce_to, keep_steady, reset
 
 from .batch_parallel import BatchParallel
+from .block_signs import BlockSigns
 from .cuda_graphs import GraphedForward, has_graphs, pool_of
 from .drafted_plans import DraftedPlans
 from .exchange import Exchange
@@ -79,6 +80,7 @@ class ParallelModel:
         self._batch: BatchParallel | None = None
         self._layouts: GivenLayouts | ChosenLayouts | None = None
         self._one_worker: OneWorker | None = None
+        self._signs: BlockSigns | None = None
         self._graphs: GraphedForward | None = None
         self._exchange = Exchange()
         self._mesh, self._by_run = mesh, by_run
@@ -110,7 +112,10 @@ class ParallelModel:
             self._graphs.remove()
         if self._one_worker is not None:
             self._one_worker.remove()
+        if self._signs is not None:
+            self._signs.remove()
         self._groups = self._split = self._batch = self._layouts = self._one_worker = self._graphs = None
+        self._signs = None
 
     def _install(self) -> None:
         # Before whatever replaces the model's forward to divide its rows: a graph is of the rows of this rank.
@@ -119,6 +124,7 @@ class ParallelModel:
             self._graphs = GraphedForward(
                 self._model, graphs, self.split_now, self._begin, self._way, exchange.begins_forward
             )
+        self._signs = BlockSigns(self._model, self._device)
         if self._mesh.size() == 1:
             if self._plan is not None:  # else ComfyUI's own attention
                 self._one_worker = OneWorker(self._model, self._plan)

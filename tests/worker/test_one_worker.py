@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,15 +13,22 @@ from comfy_cases import CASES, checkpoint, sample_on_workers, sample_stock
 
 from raylight.attention.kernels import kernel
 from raylight.cluster.config import SessionConfig
+from raylight.cluster.diagnosis import Failure
+from raylight.cluster.errors import HUNG
+from raylight.cluster.status import Report, Status
+from raylight.cluster.watchdog import Watchdog
 from raylight.dev.zoo.family import Draw
 from raylight.dev.zoo.table import families
 from raylight.driver import api
 from raylight.host.patcher_state import OVERRIDE
 from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
+from raylight.parallel import heartbeat
 from raylight.parallel.mesh import MeshShape
 from raylight.plans import plan_for
+from raylight.worker import block_signs
 from raylight.worker.forward_kinds import copied
 from raylight.worker.one_worker import OneWorker
+from raylight.worker.parallel_model import ParallelModel
 
 TOLERANCE = 1e-4
 
@@ -63,6 +72,53 @@ def test_an_override_of_a_node_stays() -> None:
     given = {"transformer_options": {OVERRIDE: print}}
     OneWorker(model, plan_for(model)).install(given, Counting())
     assert given["transformer_options"][OVERRIDE] is print
+
+
+class Mark:
+    """What a GPU reaches when it has come to some block."""
+
+    def __init__(self) -> None:
+        self.reached = False
+
+    def query(self) -> bool:
+        return self.reached
+
+
+@pytest.mark.parametrize("other", [False, True])
+@torch.inference_mode()
+def test_a_gpu_that_computes_one_step_for_long_makes_progress(other: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[Mark] = []
+
+    def mark_on(_: torch.device) -> Mark:
+        marks.append(Mark())
+        return marks[-1]
+
+    monkeypatch.setattr(heartbeat, "_mark_on", mark_on)
+    monkeypatch.setattr(block_signs, "_EACH", 2)  # this model has few
+    family = families()["Flux Dev"]
+    model = family.build()
+    one_rank: Any = SimpleNamespace(size=lambda: 1)
+    parallel = ParallelModel(model, one_rank, torch.device("cpu"))
+    before = heartbeat.beats()
+    model.apply_model(**next(iter(family.calls.values()))(Draw(3)))  # the host has launched all of it
+    assert heartbeat.beats() == before, "ranks are compared by beats, and may divide a forward unlike"
+    watchdog, status = Watchdog(SessionConfig(MeshShape(), "cpu", stall_timeout_s=0.2), print), Status()
+    watchdog._actors = (None,) * (1 + other)
+    for rank in range(1, 1 + other):
+        watchdog._receive(rank, Report("step 1 of 1", 10**9, 0, ()))
+    watchdog._receive(0, status.report(0))
+    assert len(marks) >= 2
+    for mark in marks:
+        time.sleep(0.15)
+        mark.reached = True
+        watchdog._receive(0, status.report(0))
+        assert watchdog._stalled() is None
+    time.sleep(0.3)
+    watchdog._receive(0, status.report(0))
+    waiting = "; the other ranks are waiting for it" if other else ""
+    assert watchdog._stalled() == Failure(HUNG, 0, f"no progress for 0.2 s{waiting}")
+    parallel.remove()
+    assert not any(module._forward_pre_hooks for module in model.diffusion_model.modules())
 
 
 def config(attention: str) -> WorkerConfig:
