@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -210,6 +211,23 @@ class WatchedOptions(dict):
 def outline_read(options: Mapping[str, Any], reads: frozenset[str]) -> tuple[Hashable, list[Tensor]]:
     """As `outline`, of the entries of `options` that a forward has read. Raises as `outline`."""
     return outline(read_of(options, reads))
+
+
+def outline_each(options: Mapping[str, Any]) -> dict[str, Hashable]:
+    """Return the outline of each entry of `options`, of those that have one, for `changed`."""
+    found: dict[str, Hashable] = {}
+    for name, value in options.items():
+        with suppress(NotStaticError):
+            found[name] = outline(value)[0]
+    return found
+
+
+def changed(before: Mapping[str, Hashable], options: Mapping[str, Any], reads: frozenset[str]) -> list[str]:
+    """Return which entries of `options` that a forward has read are not as in `before`, of `outline_each`: those that
+    it has changed in place.
+    """
+    after = outline_each({name: value for name, value in read_of(options, reads).items() if name in before})
+    return [name for name in after if after[name] != before[name]]
 
 
 def read_of(options: Mapping[str, Any], reads: frozenset[str]) -> dict[str, Any]:

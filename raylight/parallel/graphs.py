@@ -150,7 +150,7 @@ class ForwardGraphs:
     ) -> Any:
         """Run a forward while recording it."""
         backend, watched = self._pool.backend, WatchedOptions(options)
-        before = _random_state(backend.device)
+        before, given = _random_state(backend.device), graph_inputs.outline_each(options)
         with recorded(backend.device, keeps()) as recorder:
             result, cost = backend.measured(lambda: self._forward(args, kwargs, watched))
         after = _random_state(backend.device)
@@ -159,6 +159,8 @@ class ForwardGraphs:
         obstacle = recorder.obstacle
         if not obstacle and any(not torch.equal(one, two) for one, two in zip(before, after, strict=True)):
             obstacle = "it draws random numbers"
+        if not obstacle and (changed := graph_inputs.changed(given, options, reads)):
+            obstacle = f"it changes what it is given in its options ({', '.join(map(str, changed))})"
         if not obstacle and kind.recordings > _RECORDINGS:
             obstacle = f"what it reads of its options changes each time ({', '.join(sorted(map(str, reads)))})"
         if not obstacle and recorder.constants.bytes > _LARGEST_CONSTANTS:

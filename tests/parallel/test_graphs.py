@@ -126,6 +126,23 @@ def test_an_option_that_changes_each_time_is_given_up(caplog: pytest.LogCaptureF
     assert "changes each time (factor)" in caplog.text
 
 
+class Counting(Model):
+    """A forward that counts in its options."""
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
+        options["state"]["count"] += 1
+        return super().forward(args, kwargs, options) * options["state"]["count"]
+
+
+def test_what_a_forward_changes_in_its_options_is_not_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    model, x, options = Counting(), drawn(2), {"state": {"count": 0}, "lock": object()}
+    with caplog.at_level(logging.INFO, "raylight"):
+        for call in range(5):
+            assert torch.equal(model(x, options=options), x * 2 * (call + 1))
+    assert model.counts == (0, 0)
+    assert "it changes what it is given in its options (state)" in caplog.text
+
+
 def test_tensors_among_options_are_copied() -> None:
     model = Model()
     for _ in range(4):
