@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ from .remote_model import RemotePatcher
 from .remote_vae import RemoteVAE
 from .status import overview
 from .workers import ask_with_room, begin, begin_ray, open_session
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "advise",
@@ -77,11 +80,18 @@ def load_vae(path: str, read: Callable[[], comfy.sd.VAE], workers: WorkerConfig)
         return RemoteVAE.of(read(), workers, path)
 
 
-def parallelize_vae(vae: comfy.sd.VAE, workers: WorkerConfig | None) -> RemoteVAE:
-    """Return the same VAE on workers; None for those that run when it is used.
+def parallelize_vae(vae: comfy.sd.VAE, workers: WorkerConfig | None) -> comfy.sd.VAE:
+    """Return the same VAE on workers; None for those that run when it is used. One of a node pack's class, which may
+    decode in its own way, is returned as it is.
 
     Raises RuntimeError: it is none, because the checkpoint that it is from has none.
     """
+    if type(vae) not in (comfy.sd.VAE, RemoteVAE):
+        logger.info(
+            "the VAE decodes and encodes in ComfyUI's process, as without workers: its class %s is not that of ComfyUI",
+            type(vae).__qualname__,
+        )
+        return vae
     vae.throw_exception_if_invalid()
     return RemoteVAE.of(vae, workers)
 

@@ -25,12 +25,16 @@ from .mappings import are_written
 
 INNER = "diffusion_model"
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
+# What PyTorch's layers compute with, though it looks like what is set when they are loaded.
+_OF_LAYERS = ("_reversed_padding_repeated_twice",)
 _MISSING = object()
 
 
 @dataclass(frozen=True, slots=True)
-class _ModuleState:
-    """A module as it was. `hooks` are the keys of its forward hooks."""
+class ModuleState:
+    """A module as it was, to compare it with later, or another of the same weights. `hooks` are the keys of its forward
+    hooks.
+    """
 
     module: nn.Module
     kind: type
@@ -38,7 +42,7 @@ class _ModuleState:
     hooks: frozenset[int]
 
     @classmethod
-    def of(cls, module: nn.Module) -> _ModuleState:
+    def of(cls, module: nn.Module) -> ModuleState:
         attributes = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
         return cls(module, type(module), attributes, frozenset(key for kind in HOOKS for key in vars(module)[kind]))
 
@@ -48,7 +52,7 @@ class Baseline:
 
     def __init__(self, base: BaseModel) -> None:
         self._kind = type(base)
-        self._kept = {path: _ModuleState.of(module) for path, module in _modules(base)}
+        self._kept = {path: ModuleState.of(module) for path, module in _modules(base)}
         self._weights = {
             name: (weight, _stamp(weight), weight.shape) for name, weight in base.diffusion_model.named_parameters()
         }
@@ -121,13 +125,17 @@ class Baseline:
             # A list may be another one as long as its items are the same.
             if first.setdefault(path, module) is not module and not isinstance(module, nn.ModuleList):
                 raise ValueError(f"{path} was replaced by another ({type(module).__qualname__})")
-            yield from _differences(path, kept, module)
+            yield from differences(path, kept, module)
         for path in now:
             if not _is_within(path, patched):
                 raise ValueError(f"{path} was added to the model")
 
 
-def _differences(path: str, kept: _ModuleState, module: nn.Module) -> Iterator[Change]:
+def differences(path: str, kept: ModuleState, module: nn.Module) -> Iterator[Change]:
+    """Yield what differs on a module at `path` from what was kept of it, or of one that was built of the same weights.
+
+    Raises ValueError: it is of another class.
+    """
     is_same = module is kept.module
     if type(module) is not kept.kind and (is_same or not _is_made_alike(type(module), kept.kind)):
         if not is_same and not issubclass(type(module), kept.kind):
@@ -152,7 +160,10 @@ def _is_made_alike(kind: type, other: type) -> bool:
     """
     if other.__module__.startswith("raylight."):
         other = other.__bases__[0]
-    return kind.__qualname__ == other.__qualname__ and _file(kind) is not None and _file(kind) == _file(other)
+    if kind.__qualname__ != other.__qualname__ or _file(kind) != _file(other):
+        return False
+    # A class without code of its own is one that ComfyUI makes of another and some arguments.
+    return _file(kind) is not None or kind.__bases__ == other.__bases__
 
 
 def _file(kind: type) -> str | None:
@@ -165,13 +176,18 @@ def _differs(before: Any, name: str, value: Any, is_method: bool) -> bool:
     """Return whether an attribute of another model of the same file differs from the baseline's."""
     if is_method:  # set in the place of a method of the class
         return True
-    if name.startswith(OF_LOADING):
+    if name.startswith(OF_LOADING) and name not in _OF_LAYERS:
         return False
     if before is _MISSING:
         return isinstance(value, (*_FUNCTIONS, *SIMPLE))
     if isinstance(value, _FUNCTIONS):
         return type(before) is not type(value) or _name(before) != _name(value)
-    return isinstance(value, SIMPLE) and (type(before) is not type(value) or before != value)
+    return _is_plain(value) and (type(before) is not type(value) or before != value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether it is a number, a text, or a list of such, as the padding of a convolution is."""
+    return isinstance(value, SIMPLE) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
 
 
 def _name(function: Any) -> str:

@@ -4,19 +4,15 @@ with the name of the node.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
-from typing import Any
 
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
-from raylight.host.foreign_code import node_name_of
+from raylight.host.foreign_code import is_comfys, node_name_of
 from raylight.host.patcher_state import HOOKS, Change
 from raylight.host.pickling import ancestry
-from raylight.host.settings import comfy_root
 
 from . import weightless
 from .baseline import INNER
@@ -68,18 +64,12 @@ def _of_sources(patcher: RemotePatcher) -> Iterator[Change]:
         yield from (
             change
             for change in found
-            if isinstance(change.owner, str) and not _is_comfys(change.value) and not change.owner.startswith("python:")
+            if isinstance(change.owner, str) and not is_comfys(change.value) and not change.owner.startswith("python:")
         )
 
 
 def _patched(patcher: ModelPatcher) -> set[str]:
     return {*patcher.object_patches, *patcher.object_patches_backup}
-
-
-def _is_comfys(value: Any) -> bool:
-    function = value.__func__ if isinstance(value, MethodType) else value
-    code = getattr(function, "__code__", None)
-    return code is not None and code.co_filename.startswith(os.path.join(comfy_root(), "comfy") + os.sep)
 
 
 @contextmanager

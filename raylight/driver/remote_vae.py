@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -43,8 +44,16 @@ class RemoteVAE(comfy.sd.VAE):
     def __copy__(self) -> RemoteVAE:
         return RemoteVAE.of(self, self.workers)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteVAE:
+        """Stay on the workers, as nodes copy a VAE to change it: what they change is found when it is used."""
+        remote = memo[id(self)] = object.__new__(RemoteVAE)
+        workers = {"workers": self.workers}
+        vars(remote).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in workers}, memo) | workers)
+        return remote
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Be ComfyUI's own VAE in another process, which has no workers."""
+        logger.info("a node sends the VAE to another process, where it decodes and encodes as without workers")
         return _plain, ({name: value for name, value in vars(self).items() if name not in ("workers", "path")},)
 
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:

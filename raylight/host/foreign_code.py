@@ -12,7 +12,7 @@ from typing import Any
 
 from .patcher_state import Change
 from .prompt_server import prompt_server
-from .settings import PACK_ROOT
+from .settings import PACK_ROOT, comfy_root
 
 # The Python modules of the sampling loop, as opposed to models.
 _LOOP = (
@@ -92,6 +92,13 @@ def is_foreign_class(kind: type) -> bool:
     """Return whether a class was written in a node pack other than this one."""
     path = getattr(sys.modules.get(kind.__module__), "__file__", None)
     return isinstance(path, str) and is_foreign_file(path)
+
+
+def is_comfys(value: Any) -> bool:
+    """Return whether it is a function or method of ComfyUI's own."""
+    function = value.__func__ if isinstance(value, MethodType) else value
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(os.path.join(comfy_root(), "comfy") + os.sep)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -125,7 +125,7 @@ def bind_arguments(
 # The attributes of a bare `nn.Module`, and prefixes of those that ComfyUI and PyTorch set on modules when they load,
 # move and shard models: none of these is a node's change.
 OF_TORCH = frozenset(vars(nn.Module()))
-OF_LOADING = ("comfy_", "prev_comfy_", "weight_", "bias_", "_")
+OF_LOADING = ("comfy_", "prev_comfy_", "weight_", "bias_", "seed_key", "_")
 SIMPLE = (bool, int, float, str, bytes, type(None))
 
 # How to register PyTorch's hooks on a forward, by the dict in which a module keeps them.

@@ -6,10 +6,16 @@ import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
+import comfy.ldm.modules.diffusionmodules.model as model_code
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
+from comfy.taesd.taesd import TAESD
+from torch import Tensor
 from vae_files import write_vae
 from vae_nodes import DEMO, WORKERS, assert_same, decoded, latent, pictures, read
 
@@ -18,6 +24,7 @@ from raylight.cluster import active_session
 from raylight.dev.demo.tiny import write_checkpoint
 from raylight.driver import api, vae_import
 from raylight.driver.remote_vae import RemoteVAE
+from raylight.host import foreign_code
 from raylight.host.recipe import ModelRecipe, RayModel
 from raylight.host.worker_service import WorkerService
 
@@ -159,22 +166,121 @@ def with_output(vae: comfy.sd.VAE) -> None:
 
 
 def with_channels(vae: comfy.sd.VAE) -> None:
+    torch.manual_seed(0)
     vae.first_stage_model.taesd_decoder[-1] = torch.nn.Conv2d(64, 3, 3, padding=1)
     vae.output_channels = 4
 
 
-@pytest.mark.parametrize("change", [with_hook, with_code, with_module, with_output, with_channels])
+def with_padding_mode(vae: comfy.sd.VAE) -> None:
+    for convolution in convolutions(vae):
+        convolution.padding_mode = "circular"
+
+
+def with_padding(vae: comfy.sd.VAE) -> None:
+    """Pad another way by functions, as nodes for seamless pictures do."""
+
+    def conv_forward(self: torch.nn.Conv2d, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padded = torch.nn.functional.pad(given, self._reversed_padding_repeated_twice, mode="circular")
+        return torch.nn.functional.conv2d(padded, weight, bias, self.stride)
+
+    for convolution in convolutions(vae):
+        convolution._conv_forward = MethodType(conv_forward, convolution)
+
+
+def with_fewer_pads(vae: comfy.sd.VAE) -> None:
+    convolutions(vae)[-1].padding = (1, 0)
+
+
+def convolutions(vae: comfy.sd.VAE) -> list[torch.nn.Conv2d]:
+    return [one for one in vae.first_stage_model.taesd_decoder.modules() if isinstance(one, torch.nn.Conv2d)]
+
+
+def with_object_patch(vae: comfy.sd.VAE) -> None:
+    vae.patcher = vae.patcher.clone()
+    vae.patcher.add_object_patch("taesd_decoder.0.forward", lambda latent: latent * 0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_hook,
+        with_code,
+        with_module,
+        with_output,
+        with_channels,
+        with_padding_mode,
+        with_padding,
+        with_fewer_pads,
+        with_object_patch,
+    ],
+)
 def test_changed_code_stays_in_comfyui(
     change: Callable[[comfy.sd.VAE], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    vae, samples = read(DEMO), latent(1, 16, 4, 4)
-    plain = decoded(vae, samples)
-    change(vae)
-    expected = decoded(vae, samples)
-    assert not torch.equal(expected, plain)
+    samples = latent(1, 16, 4, 4)
+    stock, ours = read(DEMO), api.load_vae(str(DEMO), lambda: read(DEMO), WORKERS)
+    plain = decoded(stock, samples)
+    copied = copy.deepcopy(ours)
     with caplog.at_level(logging.INFO, "raylight"):
-        assert torch.equal(decoded(api.parallelize_vae(vae, WORKERS), samples), expected)
-    assert caplog.text.count("the VAE decodes in ComfyUI's process, as without workers: ") == 1
+        assert_same(decoded(ours, samples), plain)  # a change after the first use is seen
+        assert_same(decoded(copied, samples), plain)
+    assert "as without workers" not in caplog.text
+    for vae in (stock, ours):
+        change(vae)
+    expected = decoded(stock, samples)
+    assert expected.shape != plain.shape or (expected - plain).abs().max() > 1e-2
+    with caplog.at_level(logging.INFO, "raylight"):
+        for vae in (ours, api.parallelize_vae(stock, WORKERS)):
+            assert torch.equal(decoded(vae, samples), expected)
+    assert caplog.text.count("the VAE decodes in ComfyUI's process, as without workers: ") == 2
+
+
+def test_what_comfyui_sets_on_layers_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its choice of an attention, and what it notes when it loads weights as they are needed."""
+    monkeypatch.setattr(comfy.model_management, "xformers_enabled_vae", lambda: True)
+    path = write_vae(tmp_path / "vae.safetensors", "wan-narrow")
+    vae = read(path)
+    model: Any = vae.first_stage_model
+    assert model.decoder.middle[1].optimized_attention is model_code.xformers_attention
+    for layer in (model.conv1, model.conv2):
+        layer.seed_key, layer.comfy_cast_weights, layer._v_signature = "conv", True, None
+        layer.weight_function, layer.weight_lowvram_function = [], None
+    model.model_loaded_weight_memory = 1 << 20
+    assert vae_import.recipe_of(vae, "float32", str(path)).export is None
+    model.decoder.middle[1].optimized_attention = lambda query, *_: query
+    with pytest.raises(vae_import.CannotBuild, match=r"has changed its decoder\.middle\.1\.optimized_attention"):
+        vae_import.recipe_of(vae, "float32", str(path))
+
+
+class Halved(comfy.sd.VAE):
+    """A VAE of a pack, which decodes in its own way."""
+
+    def decode(self, *samples: Tensor) -> Tensor:
+        return super().decode(*samples) * 0.5
+
+
+def test_a_vae_of_a_packs_class_stays_in_comfyui(stock: comfy.sd.VAE, caplog: pytest.LogCaptureFixture) -> None:
+    vae, samples = object.__new__(Halved), latent(1, 16, 4, 4)
+    vars(vae).update(vars(stock))
+    with caplog.at_level(logging.INFO, "raylight"):
+        assert torch.equal(decoded(api.parallelize_vae(vae, WORKERS), samples), decoded(stock, samples) * 0.5)
+    assert "as without workers: its class Halved is not that of ComfyUI" in caplog.text
+
+
+def test_code_of_a_pack_in_comfyuis_classes_stays_in_comfyui(
+    stock: comfy.sd.VAE, dropin: RemoteVAE, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(foreign_code, "is_foreign_file", lambda path: path == __file__)
+    forward = TAESD.decode
+    samples = latent(1, 16, 4, 4)
+    for kind, name, code in (
+        (TAESD, "decode", lambda self, given: forward(self, given) * 0.5),
+        (comfy.sd.VAE, "decode", lambda self, given, options=None: given),
+    ):
+        with monkeypatch.context() as replacing, caplog.at_level(logging.INFO, "raylight"):
+            replacing.setattr(kind, name, code)
+            assert torch.equal(decoded(dropin, samples), decoded(stock, samples))
+        assert f"a node has changed ComfyUI's code: {kind.__name__}.{name}" in caplog.text
 
 
 def test_a_vae_without_rows_stays_in_comfyui(caplog: pytest.LogCaptureFixture) -> None:
@@ -190,7 +296,7 @@ def test_copies_and_new_workers(stock: comfy.sd.VAE, dropin: RemoteVAE) -> None:
     samples = latent(1, 16, 6, 6)
     copied = copy.copy(dropin)
     copied.patcher = copied.patcher.clone()  # as Select VAE Device
-    for vae in (copied, api.parallelize_vae(dropin, WORKERS), api.parallelize_vae(dropin, None)):
+    for vae in (copied, copy.deepcopy(dropin), api.parallelize_vae(dropin, WORKERS), api.parallelize_vae(dropin, None)):
         assert_same(decoded(vae, samples), decoded(stock, samples))
 
 
@@ -206,8 +312,12 @@ def test_while_the_workers_are_in_a_run_it_stays_in_comfyui(
     assert "as without workers: the workers are in a run" in caplog.text
 
 
-def test_another_process_gets_a_vae_of_comfyui(stock: comfy.sd.VAE, dropin: RemoteVAE) -> None:
-    kind, state = dropin.__reduce_ex__(4)
+def test_another_process_gets_a_vae_of_comfyui(
+    stock: comfy.sd.VAE, dropin: RemoteVAE, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "raylight"):
+        kind, state = dropin.__reduce_ex__(4)
+    assert "to another process, where it decodes and encodes as without workers" in caplog.text
     vae = kind(*state)
     assert type(vae) is comfy.sd.VAE
     assert torch.equal(decoded(vae, latent(1, 16, 6, 6)), decoded(stock, latent(1, 16, 6, 6)))
