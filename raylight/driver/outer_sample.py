@@ -34,6 +34,7 @@ from .workers import open_session
 
 logger = logging.getLogger(__name__)
 
+_SHOWS = ("decode_latent_to_preview", "decode_latent_to_preview_image")  # what a callback calls of a previewer
 _may_move = _run_begins = False
 
 
@@ -158,15 +159,17 @@ def _pending(
     # ComfyUI's own callback shows a preview and the last step; others may look at all of every step.
     previewer = _previewer(callback, call.get("latent_shapes"))
     every_step = callback is not None and previewer is None
+    is_whole = not every_step and _looks_at_all(callback)
     job = RunJob(
         model_job(session, patcher, changes, full_tokens_for),
         content,
         tuple(call["noise"].shape),
         random,
         patcher.workers.free_memory_after,
-        wants_preview=callback is not None and args.preview_method != LatentPreviewMethod.NoPreviews,
+        wants_preview=callback is not None and (is_whole or args.preview_method != LatentPreviewMethod.NoPreviews),
         every_step=every_step,
         wants_last=callback is not None and not every_step,
+        whole_preview=is_whole,
     )
     shows_bar = comfy.utils.PROGRESS_BAR_ENABLED and not call.get("disable_pbar")
     renewed = functools.partial(_pending, patcher, changes, full_tokens_for, content, call, random, callback)
@@ -177,12 +180,10 @@ def _previewer(callback: Any, latent_shapes: Sequence[tuple[int, ...]] | None) -
     """Return ComfyUI's own callback, None if this is another one. Latents of several kinds are unpacked for it as by
     the function that ComfyUI puts around it, which would also unpack what is not sent.
     """
-    if getattr(callback, "__module__", None) == "latent_preview":
+    if _is_of_previews(callback):
         return callback
-    if getattr(callback, "__module__", None) != comfy.samplers.__name__ or not isinstance(callback, FunctionType):
-        return None
-    inner: Any = inspect.getclosurevars(callback).nonlocals.get("packed_callback")
-    if getattr(inner, "__module__", None) != "latent_preview" or latent_shapes is None:
+    inner = _packed(callback)
+    if not _is_of_previews(inner) or latent_shapes is None:
         return None
     from comfy.nested_tensor import NestedTensor  # which versions of ComfyUI without that function lack
 
@@ -193,6 +194,30 @@ def _previewer(callback: Any, latent_shapes: Sequence[tuple[int, ...]] | None) -
         return inner(step, *kinds, total)
 
     return unpacked
+
+
+def _packed(callback: Any) -> Any:
+    """Return the callback within the function that ComfyUI puts around it for latents of several kinds; None if this is
+    not that function.
+    """
+    if getattr(callback, "__module__", None) != comfy.samplers.__name__ or not isinstance(callback, FunctionType):
+        return None
+    return inspect.getclosurevars(callback).nonlocals.get("packed_callback")
+
+
+def _looks_at_all(callback: Any) -> bool:
+    """Return whether the previewer of ComfyUI's own callback is of a node pack, which may show all images and frames:
+    some show a video as such, and replace ComfyUI's function that makes the previewer.
+    """
+    callback = _packed(callback) or callback
+    if not isinstance(callback, FunctionType):
+        return False
+    previewer = inspect.getclosurevars(callback).nonlocals.get("previewer")
+    return previewer is not None and not all(_is_of_previews(getattr(previewer, name, None)) for name in _SHOWS)
+
+
+def _is_of_previews(function: Any) -> bool:
+    return getattr(function, "__module__", None) == "latent_preview"
 
 
 def _stay(

@@ -67,7 +67,8 @@ class RunJob:
 
     `latent_shape` is that of the noise. Samplers that draw noise from the global generators start from `random`, as
     they would in ComfyUI's process. `every_step` asks for the full x0 and x after every step; else rank 0 sends what a
-    previewer needs if `wants_preview`, and the full x0 and x of the last step if `wants_last`.
+    previewer needs if `wants_preview`, and the full x0 and x of the last step if `wants_last`. ComfyUI's previewers
+    need the first frame of the first image; with `whole_preview` it is all of them.
     """
 
     model: ModelJob
@@ -78,6 +79,7 @@ class RunJob:
     wants_preview: bool
     every_step: bool
     wants_last: bool
+    whole_preview: bool = False
 
 
 class AsSent(Enum):

@@ -117,7 +117,8 @@ class SamplingRun:
         if job.every_step or (job.wants_last and step + 1 == total):
             event, self._last = StepDone(step, total, _on_cpu(x0), _on_cpu(x)), None
         else:
-            event = StepDone(step, total, for_preview(x0) if job.wants_preview and reports else None, None)
+            shown = for_preview(x0, job.whole_preview) if job.wants_preview and reports else None
+            event = StepDone(step, total, shown, None)
             # How many steps there are may not be known before: keep each as the possible last one, copied at the end.
             self._last = (step, total, x0, x)
         done = self._pace.launched()

@@ -44,10 +44,11 @@ class StepReports:
             self._thread.shutdown(wait=error is None, cancel_futures=error is not None)
 
 
-def for_preview(x0: Tensor) -> Tensor:
-    """Return the first frame of the first image of (B, C, [T,] H, W): (1, C, [1,] H, W) float32 on the CPU. From a GPU
-    it is there when the GPU has done what was launched until now.
+def for_preview(x0: Tensor, whole: bool = False) -> Tensor:
+    """Return the first frame of the first image of (B, C, [T,] H, W): (1, C, [1,] H, W) float32 on the CPU; all of x0
+    if `whole`. From a GPU it is there when the GPU has done what was launched until now.
     """
-    first = (x0[:1, :, :1] if x0.ndim == 5 else x0[:1]).detach().float()
-    copied = torch.empty(first.shape, pin_memory=first.is_cuda)  # into other memory a copy would be waited for
-    return copied.copy_(first, non_blocking=True)
+    first = x0[:1, :, :1] if x0.ndim == 5 else x0[:1]
+    shown = (x0 if whole else first).detach().float()
+    copied = torch.empty(shown.shape, pin_memory=shown.is_cuda)  # into other memory a copy would be waited for
+    return copied.copy_(shown, non_blocking=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from types import CellType, FunctionType
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
 import comfy.samplers
 import comfy.utils
+import latent_preview
 import pytest
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from comfy.latent_formats import Wan21
 
-from raylight.driver.outer_sample import _previewer
+from raylight.driver.outer_sample import _looks_at_all, _previewer
 
 NestedTensor = pytest.importorskip(
     "comfy.nested_tensor", reason="this ComfyUI has no latents of several kinds"
@@ -31,6 +34,12 @@ class Shown:
         self.steps.append(step)
 
 
+class Animated(latent_preview.LatentPreviewer):
+    """Shows a video as such, as previewers of some packs do."""
+
+    def decode_latent_to_preview_image(self, preview_format: str, x0: torch.Tensor) -> None: ...
+
+
 def around(callback: Any) -> FunctionType:
     """Return what ComfyUI's guider puts around a callback for latents of several kinds."""
     codes = comfy.samplers.CFGGuider.sample.__code__.co_consts
@@ -46,6 +55,24 @@ def test_comfyui_s_own_shows_a_preview_and_the_last_step() -> None:
     assert _previewer(shown, None) is shown
     assert _previewer(None, None) is None
     assert _previewer(lambda *step: None, SHAPES) is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_previewers_of_packs_see_all_of_a_step(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    model = SimpleNamespace(load_device=torch.device("cpu"), model=SimpleNamespace(latent_format=Wan21()))
+
+    def made() -> bool:
+        callback = latent_preview.prepare_callback(model, 2)
+        return _looks_at_all(around(callback) if packed else callback)
+
+    assert not made()
+    with monkeypatch.context() as replacing:
+        replacing.setattr(latent_preview.Latent2RGBPreviewer, "decode_latent_to_preview", lambda *_: None)
+        assert made()
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda *_: Animated())
+    assert made()
+    assert not _looks_at_all(Shown())
 
 
 def test_latents_of_several_kinds_are_unpacked_for_it() -> None:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import comfy.sd
+import latent_preview
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import nodes_context_windows, nodes_custom_sampler
-from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, STAYING, OnlyHere, equal_lengths, sample
+from dropin_cases import EVEN, MORE_SETUPS, SAMPLERS, SETUPS, SHAPE, STAYING, STEPS, OnlyHere, equal_lengths, sample
 from loras import lora_for
 
 from raylight.cluster.config import SessionConfig
@@ -79,6 +80,26 @@ def test_comfyui_is_asked_for_memory_in_each_run(dropin: ModelPatcher, monkeypat
         asked.clear()
         sample(equal_lengths(dropin), stays_here=True, steps=2)
         assert asked == [True, False]
+
+
+def test_a_previewer_of_a_pack_sees_all_images(
+    stock: ModelPatcher, dropin: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those that show a video as such, and whose function takes the place of ComfyUI's."""
+    seen: list[torch.Tensor] = []
+
+    class Previewer(latent_preview.LatentPreviewer):
+        def decode_latent_to_preview_image(self, preview_format: str, x0: torch.Tensor) -> None:
+            seen.append(x0.clone())
+
+    monkeypatch.setattr(latent_preview, "get_previewer", lambda *_: Previewer())
+    shown = []
+    for model in (stock, dropin):
+        seen = []
+        sample(SETUPS["plain"](model), shape=(2, *SHAPE[1:]), callback=latent_preview.prepare_callback(model, STEPS))
+        shown.append(seen)
+    assert len(shown[0]) == len(shown[1]) == STEPS and len(shown[0][0]) > 1
+    assert max(_error(*pair) for pair in zip(*reversed(shown), strict=True)) <= TOLERANCE
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -155,9 +155,10 @@ def sample(
     shape: tuple[int, ...] = SHAPE,
     steps: int = STEPS,
     looks: bool = True,
+    callback: Callable[..., None] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """As SamplerCustomAdvanced samples: the latent, and what each step showed if it `looks` at steps. With `stays_here`
-    the sampler holds something that no other process can have.
+    """As SamplerCustomAdvanced samples: the latent, and what each step showed if it `looks` at steps, for which another
+    `callback` may be given. With `stays_here` the sampler holds something that no other process can have.
     """
     kind = comfy.samplers.sampler_object(sampler)
     if stays_here or held is not None:
@@ -176,6 +177,6 @@ def sample(
         denoise_mask=mask,
         disable_pbar=True,
         seed=seed,
-        callback=(lambda step, x0, x, total: shown.append(x0.clone())) if looks else None,
+        callback=callback or ((lambda step, x0, x, total: shown.append(x0.clone())) if looks else None),
     )
     return samples, shown
