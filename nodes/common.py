@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from types import ModuleType
 
 import comfy.samplers
@@ -13,7 +14,7 @@ from comfy_execution.utils import get_executing_context
 
 from raylight.driver import preflight
 from raylight.host.prompt_server import prompt_server
-from raylight.host.recipe import WorkerConfig
+from raylight.host.recipe import WorkerConfig, stamp
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,14 @@ def driver() -> ModuleType:
             raise
         raise RuntimeError(preflight.advice([error.name])) from error
     return api
+
+
+def stamp_of(name: str | None, path_of: Callable[[str], str | None]) -> tuple[int, ...]:
+    """Return what changes when another file is put under the same name. It is () for what is no file, and for a linked
+    name, which is None before the node runs: an error would have ComfyUI run the node in every prompt.
+    """
+    path = None if name is None else path_of(name)
+    return () if path is None else stamp(path)
 
 
 def begin_workers(workers: WorkerConfig) -> None:

@@ -10,18 +10,9 @@ from comfy_api.latest import io
 
 from raylight.driver.options import all_workers
 from raylight.host import gguf
-from raylight.host.recipe import (
-    WEIGHT_DTYPES,
-    LoraRecipe,
-    ModelRecipe,
-    RayModel,
-    WorkerConfig,
-    is_gguf,
-    needs_pack,
-    stamp,
-)
+from raylight.host.recipe import WEIGHT_DTYPES, LoraRecipe, ModelRecipe, RayModel, WorkerConfig, is_gguf, needs_pack
 
-from .common import CATEGORY, RayActors, RayLora, driver, workers_input
+from .common import CATEGORY, RayActors, RayLora, driver, stamp_of, workers_input
 
 FOLDERS = ("diffusion_models", "checkpoints")
 GGUF_FOLDER = "unet_gguf"  # of ComfyUI-GGUF, where it is installed
@@ -68,8 +59,8 @@ class _ModelLoader(io.ComfyNode):
         return f"there is no model file {unet_name}"
 
     @classmethod
-    def fingerprint_inputs(cls, unet_name: str, **_: object) -> tuple[int, int, int, int]:
-        return stamp(model_path(unet_name))  # a file replaced under the same name is another model
+    def fingerprint_inputs(cls, unet_name: str | None = None, **_: object) -> tuple[int, ...]:
+        return stamp_of(unet_name, model_path)
 
     @classmethod
     def execute(
@@ -182,8 +173,8 @@ class RayLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: object) -> tuple[int, int, int, int]:
-        return stamp(_lora_path(lora_name))  # a file replaced under the same name is another LoRA
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> tuple[int, ...]:
+        return stamp_of(lora_name, _lora_path)
 
     @classmethod
     def execute(

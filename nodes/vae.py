@@ -10,9 +10,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from raylight.driver.options import all_workers
-from raylight.host.recipe import WorkerConfig, stamp
+from raylight.host.recipe import WorkerConfig
 
-from .common import CATEGORY, RayActors, driver, workers_input
+from .common import CATEGORY, RayActors, driver, stamp_of, workers_input
 from .derived import call, inputs_like
 
 _STOCK = "VAELoader"
@@ -56,9 +56,8 @@ class RayVAELoaderAsVAE(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, vae_name: str, **_: object) -> tuple[int, ...]:
-        path = _path(vae_name)
-        return () if path is None else stamp(path)  # a file replaced under the same name is another VAE
+    def fingerprint_inputs(cls, vae_name: str | None = None, **_: object) -> tuple[int, ...]:
+        return stamp_of(vae_name, _path)
 
     @classmethod
     def execute(

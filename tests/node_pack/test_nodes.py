@@ -231,6 +231,24 @@ def test_equal_inputs_give_equal_workers(pack: dict[str, Any]) -> None:
     assert executed(node, **(GOOD | {"GPU": 1, "ulysses_degree": 1})) != first
 
 
+@pytest.mark.parametrize(
+    ("node_id", "name"),
+    [
+        ("RayUNETLoader", "unet_name"),
+        ("RayModelLoader", "unet_name"),
+        ("RayLoraLoader", "lora_name"),
+        ("RayVAELoaderAsVAE", "vae_name"),
+    ],
+)
+def test_a_linked_file_name_does_not_run_the_node_in_every_prompt(
+    pack: dict[str, Any], node_id: str, name: str
+) -> None:
+    """ComfyUI asks before the name is known, and takes an error for a change."""
+    assert pack[node_id].fingerprint_inputs(**{name: None}) == ()
+    with pytest.raises(FileNotFoundError):
+        pack[node_id].fingerprint_inputs(**{name: "missing.safetensors"})
+
+
 def test_rejects_missing_model_file(pack: dict[str, Any]) -> None:
     workers = executed(pack["RayInitializer"], **GOOD)
     with pytest.raises(FileNotFoundError, match=r"missing\.safetensors is not in .*diffusion_models"):
