@@ -53,9 +53,20 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return patcher
 
     def clone(self, *args: Any, **kwargs: Any) -> RemotePatcher:
+        """Return a patcher of the same model. Raises ValueError: for a copy with weights of its own, to train on."""
+        if kwargs.get("force_deepcopy") or any(args[2:]):  # which only later versions of ComfyUI have
+            raise ValueError(_no_weights(self, "train on the MODEL that a loader of ComfyUI gives"))
         other: Any = super().clone(*args, **kwargs)
         other.workers, other.recipe = self.workers, self.recipe
         return other
+
+    def deepclone_multigpu(self, *_: Any, **__: Any) -> RemotePatcher:
+        """Raise RuntimeError, at which Select Model Device leaves the model as it is: the workers have the GPUs."""
+        remedy = (
+            "the workers divide a run over the GPUs, and CFG too (cfg_degree of the initializer). Remove the node that "
+            "copies the model to another GPU, such as MultiGPU CFG Split"
+        )
+        raise RuntimeError(_no_weights(self, remedy))
 
     def model_size(self) -> int:
         """Return one byte: the weights are on the workers."""
