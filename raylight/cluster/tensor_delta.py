@@ -83,14 +83,15 @@ class Sender:
 
     def _update(self, value: Tensor) -> TensorUpdate:
         value = value.detach()
-        form = (value.dtype, tuple(value.shape))
+        described = value.dtype, tuple(value.shape)
         if value.nbytes < _SMALL:
-            return TensorUpdate(None, None, None, as_bytes(value), *form)
+            return TensorUpdate(None, None, None, as_bytes(value), *described)
+        form = _form(value)
         fingerprint = (form, _probe(value))
         for key in self._keys.get(fingerprint, ()):
             if torch.equal(self._kept[key], value):
                 self._kept.move_to_end(key)
-                return TensorUpdate(None, key, None, None, *form)
+                return TensorUpdate(None, key, None, None, *described)
         base = None if value.ndim < 4 else self._latest.get(form)
         channels = () if base is None else _changed(self._kept[base], value)
         if base is None or len(channels) == value.shape[1]:
@@ -98,7 +99,7 @@ class Sender:
         else:
             self._kept.move_to_end(base)
             data = as_bytes(value[:, list(channels)])
-        return TensorUpdate(self._keep(value, form, fingerprint), base, channels, data, *form)
+        return TensorUpdate(self._keep(value, form, fingerprint), base, channels, data, *described)
 
     def _keep(self, value: Tensor, form: Any, fingerprint: Any) -> int:
         key = self._next_key
@@ -116,7 +117,7 @@ class Sender:
         value = self._kept.pop(key)
         self._held_bytes -= value.nbytes
         self._forget.append(key)
-        form = (value.dtype, tuple(value.shape))
+        form = _form(value)
         if self._latest.get(form) == key:
             del self._latest[form]
         fingerprint = (form, _probe(value))
@@ -154,6 +155,11 @@ class Receiver:
         if update.key is not None:
             self._kept[update.key] = value.clone()
         return value
+
+
+def _form(value: Tensor) -> tuple[Any, ...]:
+    """Return in what tensors agree that can be compared: PyTorch compares none of two devices."""
+    return value.dtype, tuple(value.shape), value.device
 
 
 def _probe(value: Tensor) -> bytes:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from raylight.cluster.tensor_delta import Message, Receiver, Sender
+from raylight.cluster.tensor_delta import Message, Receiver, Sender, _form
 
 CPU = torch.device("cpu")
 LIMIT = 2**20
@@ -25,6 +25,13 @@ def test_what_was_sent_before_is_not_sent_again() -> None:
         message = sender.message()
         assert sent_bytes(message) == expected_bytes
         assert torch.equal(receiver.receive(message)[0], value)
+
+
+def test_tensors_of_two_devices_are_not_compared() -> None:
+    """PyTorch would raise. A tensor without memory stands for one on a GPU."""
+    value = torch.randn(1, 36, 5, 8, 8)
+    elsewhere = torch.empty_like(value, device="meta")
+    assert _form(value) == _form(value.clone()) != _form(elsewhere)
 
 
 def test_unchanged_channels_are_not_sent() -> None:
