@@ -88,23 +88,23 @@ def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 def any_rank_of_each(flags: Sequence[bool], group: dist.ProcessGroup | None = None) -> list[bool]:
     """Return of each flag whether it is true on any rank, by one collective, on the CPU."""
-    return [agreed < 0 for agreed in _smallest([-int(flag) for flag in flags], group)]
+    return [agreed < 0 for agreed in smallest_of_each([-int(flag) for flag in flags], group)]
 
 
 def smallest(value: int, group: dist.ProcessGroup | None = None) -> int:
     """Return the smallest `value` of all ranks. Collective, on the CPU."""
-    return _smallest([value], group)[0]
+    return smallest_of_each([value], group)[0]
 
 
 def any_rank_and_smallest(flag: bool, value: int) -> tuple[bool, int]:
     """Return what `any_rank` and `smallest` return, by one collective."""
-    agreed, least = _smallest([-int(flag), value])
+    agreed, least = smallest_of_each([-int(flag), value])
     return agreed < 0, least
 
 
 def alike(value: int) -> bool:
     """Return whether all ranks have the same `value`, of at most 62 bits. Collective, on the CPU."""
-    least, negative_of_largest = _smallest([value, -value])
+    least, negative_of_largest = smallest_of_each([value, -value])
     return least == -negative_of_largest
 
 
@@ -113,7 +113,8 @@ def agreeing_group() -> dist.ProcessGroup | None:
     return _among[-1] if _among else None
 
 
-def _smallest(values: list[int], group: dist.ProcessGroup | None = None) -> list[int]:
+def smallest_of_each(values: list[int], group: dist.ProcessGroup | None = None) -> list[int]:
+    """Return of each value the smallest of all ranks, by one collective, on the CPU."""
     beat()
     group = group or agreeing_group()
     if not dist.is_initialized() or dist.get_world_size(group) == 1:

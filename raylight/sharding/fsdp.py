@@ -72,6 +72,11 @@ def keep_steady(model: nn.Module, on: bool, drop_graphs: Callable[[], None] = la
         gathering.keep_steady(on, drop_graphs)
 
 
+def gathered_in_step(model: nn.Module) -> AbstractContextManager[Callable[[], None]]:
+    """As `Gathering.in_step` of a model of `shard`."""
+    return gathering_of(model).in_step()
+
+
 def announce_to(model: nn.Module) -> Callable[..., AbstractContextManager[bool]] | None:
     """Return `Gathering.announced` of a model of `shard`; None for a model that is not sharded."""
     gathering = getattr(model, _GATHERING, None)

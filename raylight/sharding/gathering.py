@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .agreed_order import AgreedOrder
 from .gather_buffers import Buffer
 from .gatherer import Gatherer
 from .unit_weights import UnitWeights
 
 AHEAD = 2  # units that are gathered ahead
 AHEAD_OFFLOADED = 1  # who keeps weights in system memory is short of a GPU's
+_TOO_DEEP = "blocks with sharded weights are nested more deeply than there are buffers"
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 """What is called with the arguments of a forward before it begins, and tells whether it may be a CUDA graph."""
@@ -36,7 +38,9 @@ After = Callable[[bool], None]
 
 
 class Gathering:
-    """The units of one model, which are gathered in its forwards. Collective: all ranks run the same forwards."""
+    """The units of one model, which are gathered in its forwards. Collective: all ranks run the same forwards, except
+    `in_step`.
+    """
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class Gathering:
         """
         self._model, self._rest = model, rest
         self._listed = [weights for _, weights in blocks]
+        self._group = group
         self._staged_bytes = max(one.staged_bytes for one in (*self._listed, rest))
         self._gatherer = Gatherer(group, device, self._staged_bytes)
         self._ahead = AHEAD_OFFLOADED if any(one.is_offloaded for one in (*self._listed, rest)) else AHEAD
@@ -64,8 +69,10 @@ class Gathering:
         self._watchers: list[tuple[Before, After]] = []
         self._depth = 0
         self._in_forward = self._is_announced = self._has_run = False
-        self._running: list[UnitWeights] = []
+        self._running: dict[UnitWeights, Buffer] = {}
         self._turn = 0
+        self._agreed: AgreedOrder | None = None  # while ranks are in step
+        self._there: dict[UnitWeights, Buffer] = {}  # what all ranks have, as they have agreed
         # The order of the last forward, which the next one will most likely have, and this one's so far.
         self._last: list[UnitWeights] = self._listed
         self._order: list[UnitWeights] = []
@@ -178,6 +185,24 @@ class Gathering:
         """
         self._is_steady, self._drop_graphs = on, drop_graphs
 
+    @contextmanager
+    def in_step(self) -> Iterator[Callable[[], None]]:
+        """Let ranks do forwards of their own within this context, which may enter other blocks in another order. They
+        begin together: a rank without one calls what this gives instead. Nothing is kept. On all ranks.
+        """
+        self.keep(0)
+        order = self._agreed = AgreedOrder(self._listed, self._group)
+
+        def attend() -> None:
+            self._begin()
+            self._follow(order, None)
+            self._end()
+
+        try:
+            yield attend
+        finally:
+            self._agreed = None
+
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._in_forward:  # the last one was ended by what is no Exception, of which hooks are not told
             self.reset()
@@ -186,11 +211,14 @@ class Gathering:
         self._in_forward = True
         if self._depth == 0:
             self._begin()
-            self._gather_ahead(self._to_gather(self._expected))
+            if self._agreed is None:
+                self._gather_ahead(self._to_gather(self._expected))
         self._depth += 1
 
     def _leave_model(self, _: nn.Module, args: Any, output: Any) -> None:
         self._in_forward = False
+        if self._agreed is not None and self._depth == 1 and output is not None:
+            self._follow(self._agreed, None)
         self._release()
         if self._depth == 0 and not self._is_announced:
             self._end_watched(output is not None)
@@ -223,10 +251,13 @@ class Gathering:
 
     def _entering(self, weights: UnitWeights) -> Callable[..., None]:
         def enter(*_: Any) -> None:
-            buffer = self._gathered(weights, [])
+            buffer = self._gathered(weights, []) if self._agreed is None else self._agreed_on(weights, self._agreed)
             self._gatherer.wait(buffer)
             weights.show(buffer)
-            self._running.append(weights)
+            self._running[weights] = buffer
+            if self._agreed is not None:
+                self._has_run = True
+                return
             self._order.append(weights)
             if self._depth:
                 self._has_run = True
@@ -238,7 +269,7 @@ class Gathering:
         def leave(*_: Any) -> None:
             if weights in self._running:
                 weights.hide()
-                self._running.remove(weights)
+                self._running.pop(weights)
             if self._is_alone:
                 self._order = []  # of no forward
                 self._end()
@@ -252,6 +283,8 @@ class Gathering:
 
     def _begin(self) -> None:
         self._order = []
+        if self._agreed is not None:
+            self._agreed.begin()
         if self._rest_buffer.holds is not self._rest:
             if self._rest not in self._kept:
                 self._rest_buffer.allocate(self._gatherer.device)
@@ -267,7 +300,7 @@ class Gathering:
             self._last = self._order
         elif self._order and self._steady is None:
             self._steady = self._order
-        self._order, self._turn = [], 0
+        self._order, self._there, self._turn = [], {}, 0
         passing = self._buffers if self._rest in self._kept else [self._rest_buffer, *self._buffers]
         self._gatherer.end(passing, self._kept.values())
 
@@ -296,6 +329,31 @@ class Gathering:
                     return
             self._gathered(weights, following)
 
+    def _agreed_on(self, weights: UnitWeights, order: AgreedOrder) -> Buffer:
+        """Return the buffer that has, or will have, the weights of a unit, on all ranks."""
+        if self._depth == 0:
+            raise RuntimeError(
+                "a node calls a block of the model by itself, outside of its forward, which workers with FSDP cannot "
+                "follow while groups of them do several images: use dp_degree = 1, or make one image at a time"
+            )
+        if len(self._running) == len(self._buffers):
+            raise RuntimeError(_TOO_DEEP)
+        self._follow(order, weights)
+        return self._there[weights]
+
+    def _follow(self, order: AgreedOrder, wanted: UnitWeights | None) -> None:
+        """Gather what the ranks need, one after another, until it is what is `wanted` here, or no rank needs any."""
+        units: list[UnitWeights] | None = None
+        while units is None or (units and units[0] is not wanted):
+            units = order.next(wanted, len(self._buffers) - len(self._running))
+            self._there = {one: self._there[one] for one in units if one in self._there}
+            for one in units:
+                if one not in self._there:
+                    used = (*self._there.values(), *self._running.values())
+                    buffer = next(buffer for buffer in self._buffers if buffer not in used)
+                    self._start(one, buffer)
+                    self._there[one] = buffer
+
     def _gathered(self, weights: UnitWeights, needed: list[UnitWeights]) -> Buffer:
         """Return the buffer that has, or will have, the weights of a unit. Start to gather them if none does, into one
         that has none of the `needed` units, or into its own if it is kept.
@@ -311,8 +369,12 @@ class Gathering:
             buffer = self._buffers[self._turn]
             self._turn = (self._turn + 1) % len(self._buffers)
             if buffer.holds is None or (buffer.holds not in self._running and buffer.holds not in needed):
-                if buffer.holds is None:
-                    buffer.allocate(self._gatherer.device)
-                self._gatherer.start(weights, buffer)
+                self._start(weights, buffer)
                 return buffer
-        raise RuntimeError("blocks with sharded weights are nested more deeply than there are buffers")
+        raise RuntimeError(_TOO_DEEP)
+
+    def _start(self, weights: UnitWeights, buffer: Buffer) -> None:
+        """Start to gather a unit into a buffer whose unit is not used any more."""
+        if buffer.holds is None:
+            buffer.allocate(self._gatherer.device)
+        self._gatherer.start(weights, buffer)

@@ -46,10 +46,9 @@ class BatchParallel:
         self._model, self._layouts, self._split = model, layouts, split
         self._batch: BatchAxis | None = None
         self._total = 0
-        self._independent = self._in_step = self._idles = False
+        self._independent = self._in_step = False
         self._asked_to_cancel: Callable[[], bool] = lambda: False
         self.may_split = True
-        self._latest: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._own = model.forward
         self._replaced = vars(model).get("forward")  # of this one model, where its class has another
         model.forward = functools.wraps(self._own)(functools.partial(self._forward))
@@ -82,28 +81,28 @@ class BatchParallel:
             self.may_split = before
 
     @contextmanager
-    def independent_groups(self, in_step: bool, asked_to_cancel: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def independent_groups(
+        self, attend: Callable[[], None] | None, asked_to_cancel: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
         """Let each group of the batch axis do its own runs within this context.
 
-        Sharded weights are all-gathered by every rank, so with `in_step` the groups run the same number of forwards: a
-        group that finishes early repeats its last one until all are done. Nor may a group stop by itself then: all do
-        before a forward for which one rank was `asked_to_cancel`, by RunCancelled.
+        Sharded weights are all-gathered by every rank. So groups are in step if there is `attend`, which takes part in
+        what the others gather in a forward: all begin forwards together, and a group that finishes early attends those
+        of the others. Nor may a group stop by itself then: all do before a forward for which one rank was
+        `asked_to_cancel`, by RunCancelled.
         """
-        self._independent, self._in_step, self._asked_to_cancel = True, in_step, asked_to_cancel
+        self._independent, self._in_step, self._asked_to_cancel = True, attend is not None, asked_to_cancel
         try:
-            if not in_step:
+            if attend is None:
                 yield
                 return
             with heartbeat.cancellation_checked_by(lambda: None):
                 yield
-                self._idles = True
                 while self._any_group_has_a_forward(False):
-                    assert self._latest is not None, "every group has a run"
                     with torch.no_grad():
-                        self._model(*self._latest[0], **self._latest[1])
+                        attend()
         finally:
-            self._independent = self._in_step = self._idles = False
-            self._latest = None
+            self._independent = self._in_step = False
 
     def _any_group_has_a_forward(self, this_one: bool) -> bool:
         """Return whether a group has one more. Collective. Raises RunCancelled: on all ranks."""
@@ -113,9 +112,8 @@ class BatchParallel:
         return found
 
     def _decide(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._in_step and not self._idles:
+        if self._in_step:
             self._any_group_has_a_forward(True)
-            self._latest = args, kwargs
         self._total = batch_of((*args, *kwargs.values()))
         if not self.may_split:  # a layout would be logged as what is done
             self._batch = None

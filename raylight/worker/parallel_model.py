@@ -28,7 +28,7 @@ from raylight.parallel.plan import SequencePlan
 from raylight.parallel.process_group import among
 from raylight.parallel.sequence_parallel import SequenceGroup, SequenceGroups
 from raylight.plans import has_known_rows, needs_whole_batch, plan_for
-from raylight.sharding.fsdp import announce_to, keep_steady, reset
+from raylight.sharding.fsdp import announce_to, gathered_in_step, keep_steady, reset
 
 from .batch_parallel import BatchParallel
 from .block_signs import BlockSigns
@@ -253,12 +253,15 @@ class ParallelModel:
     def independent_groups(
         self, mesh: DeviceMesh, in_step: bool, asked_to_cancel: Callable[[], bool] = lambda: False
     ) -> Iterator[None]:
-        """Let each group of the batch axis of `mesh_for` do its own runs; the rest is as for `BatchParallel`."""
+        """Let each group of the batch axis of `mesh_for` do its own runs, `in_step` where weights are sharded. The rest
+        is as for `BatchParallel`.
+        """
         with among(sequence_axis(mesh).get_group()), ExitStack() as stack:
             if isinstance(self._split, UnplannedModel):
                 stack.enter_context(self._split.independent_groups())
             if self._batch is not None:
-                stack.enter_context(self._batch.independent_groups(in_step, asked_to_cancel))
+                attend = stack.enter_context(gathered_in_step(self._model)) if in_step else None
+                stack.enter_context(self._batch.independent_groups(attend, asked_to_cancel))
             yield
 
     def install(

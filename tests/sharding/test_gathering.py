@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gathering_cases import ORDERS, UNEVEN, gathers_after_others, names_of_collectives, orders_of_blocks
+from gathering_cases import ORDERS, UNEVEN, gathers_after_others, in_step, names_of_collectives, orders_of_blocks
 from kept_gathering_cases import (
     NUMBERS,
     after_a_change,
@@ -33,6 +33,19 @@ def test_a_forward_gathers_the_same_whatever_ran_before_where_ranks_may_replay_i
     for first, *later in values(run_ranks(2, gathers_after_others)):
         assert first
         assert all(gathered == first for gathered in later)
+
+
+@pytest.mark.parametrize(("offload", "shares"), [(False, ()), (False, UNEVEN), (True, ())])
+def test_ranks_in_step_may_enter_other_blocks(offload: bool, shares: Weights) -> None:
+    ranks = values(run_ranks(3, in_step, offload, shares, timeout_s=60, collective_timeout_s=20))
+    for first, *others in zip(*ranks, strict=True):
+        for found in (first, *others):
+            assert all(equal for equal, _, _ in found)
+            assert all(at_rest for _, at_rest, _ in found), "a weight is not its shard after a forward"
+            # Blocks are of one size, so that one instead of another one would not be noticed.
+            assert [blocks for *_, blocks in found] == [blocks for *_, blocks in first]
+    # Where all enter the same as in the last forward, they gather nothing in vain.
+    assert [len(ranks[0][0][place][2]) for place in (0, 1, 6, 8)] == [5, 5, 5, 5]
 
 
 def test_gloo_is_asked_for_no_collective_that_may_corrupt_memory() -> None:

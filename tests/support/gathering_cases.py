@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from raylight.parallel import heartbeat
 from raylight.parallel.shares import Weights
-from raylight.sharding.fsdp import keep_steady, reset, shard
+from raylight.sharding.fsdp import gathering_of, keep_steady, reset, shard
 from raylight.sharding.rows import RowSplit
 
 CPU = torch.device("cpu")
@@ -101,6 +102,58 @@ def as_a_graph(rank: int, world: int, offload: bool, shares: Weights) -> list[bo
             equal.append(torch.equal(output, expected))
         equal.append(torch.equal(net(x, order), expected))
     return equal
+
+
+# Blocks that each of three ranks enters in forwards of its own; a rank attends those that it has not.
+IN_STEP = (
+    ((0, 1, 2, 3, 4), (0, 1, 2, 3, 4), (0, 4), (0, 3, 1, 4, 2), (0, 3, 1, 4, 2), (0, 3, 1, 4, 2), (1,)),
+    ((0, 1, 2, 3, 4), (0, 4), (0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (0, 3, 1, 4, 2), (0, 3, 1, 4, 2)),
+    ((0, 1, 2, 3, 4), (0, 0, 1, 1, 2, 2, 4, 4), (), (2,), (0, 3, 1, 4, 2), (0, 3, 1, 4, 2)),
+)
+
+
+InStep = list[tuple[bool, bool, list[int]]]
+
+
+def in_step(rank: int, world: int, offload: bool, shares: Weights) -> tuple[InStep, InStep]:
+    """Return what `_in_step` finds, without blocks in others and with such."""
+    return _in_step(rank, world, offload, shares, False), _in_step(rank, world, offload, shares, True)
+
+
+def _in_step(rank: int, world: int, offload: bool, shares: Weights, nested: bool) -> InStep:
+    """Return for each forward that some rank does whether this rank's own gave the net's result, if it has one, whether
+    weights were shards afterwards, and the places of the blocks that were gathered, in order; and the same for a
+    forward that all ranks do together, before that and after it.
+
+    With `nested` a block of the last rank calls another one.
+    """
+    whole, net, x = nets(world, offload, CPU, shares)
+    gathering, found = gathering_of(net), []
+
+    def forward(order: tuple[int, ...] | None, attend: Callable[[], None]) -> None:
+        with torch.no_grad(), gathered() as units:
+            equal = True
+            if order is None:
+                attend()
+            else:
+                equal = torch.equal(net(x, order), whole(x, order))
+        at_rest = all(isinstance(one, DTensor) for one in net.parameters() if one.ndim > 1)
+        blocks = [gathering._listed.index(one) for one in units if one in gathering._listed]
+        found.append((equal, at_rest, blocks))
+
+    together = ORDERS["as listed"].blocks
+    forward(together, lambda: None)
+    if nested and rank == world - 1:
+        for model in (whole, net):
+            model.blocks[0][1].register_forward_hook(lambda *call, model=model: call[-1] + model.blocks[3](call[-1]))
+    with gathering.in_step() as attend:
+        for index in range(max(map(len, IN_STEP))):
+            forward(IN_STEP[rank][index] if index < len(IN_STEP[rank]) else None, attend)
+    if nested and rank == world - 1:
+        for model in (whole, net):
+            model.blocks[0][1]._forward_hooks.clear()
+    forward(together, lambda: None)
+    return found
 
 
 def names_of_collectives(rank: int, world: int) -> set[str]:
