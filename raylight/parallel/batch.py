@@ -64,6 +64,11 @@ class BatchAxis:
         self._rank = dist.get_rank(group)
         self.degree = dist.get_world_size(group)
 
+    @property
+    def name(self) -> str:
+        """The name of the group."""
+        return self._group.group_name
+
     def can_split(self, total: int) -> bool:
         """Return whether there are several ranks, and a batch of `total` has a row for each."""
         return total >= self.degree > 1

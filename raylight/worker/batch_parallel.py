@@ -46,13 +46,18 @@ class BatchParallel:
         self._model, self._layouts, self._split = model, layouts, split
         self._batch: BatchAxis | None = None
         self._total = 0
-        self._independent = self._in_step = False
+        self._independent = self._in_step = self._is_decided = False
         self._asked_to_cancel: Callable[[], bool] = lambda: False
         self.may_split = True
         self._own = model.forward
         self._replaced = vars(model).get("forward")  # of this one model, where its class has another
         model.forward = functools.wraps(self._own)(functools.partial(self._forward))
         self._handle: RemovableHandle | None = None
+
+    @property
+    def axis_now(self) -> str:
+        """The name of the group that divides the rows of the forward of this moment, "" if none does."""
+        return "" if self._batch is None else self._batch.name
 
     @property
     def in_step(self) -> bool:
@@ -70,6 +75,18 @@ class BatchParallel:
         del self._model.forward
         if self._replaced is not None:
             self._model.forward = self._replaced
+
+    @contextmanager
+    def decided(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Decide now on the forward within this context, which may be a replay that runs no hooks, or a capture. So all
+        ranks decide on each forward, whichever of them replay it.
+        """
+        self._choose(args, kwargs)
+        self._is_decided = True
+        try:
+            yield
+        finally:
+            self._is_decided = False
 
     @contextmanager
     def undivided(self) -> Iterator[None]:
@@ -112,6 +129,10 @@ class BatchParallel:
         return found
 
     def _decide(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_decided:
+            self._choose(args, kwargs)
+
+    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._in_step:
             self._any_group_has_a_forward(True)
         self._total = batch_of((*args, *kwargs.values()))
@@ -132,6 +153,8 @@ class BatchParallel:
         return run_with_wrappers(self._model, self._batch_split, args, kwargs)
 
     def _batch_split(self, *args: Any, **kwargs: Any) -> Any:
+        if batch_of((*args, *kwargs.values())) != self._total:  # a wrapper has changed it since
+            return self._own(*args, **kwargs)
         args, kwargs = bind_arguments(type(self._model).forward, self._model, args, kwargs)
         options = _options(kwargs.pop(OPTIONS, None))
         assert self._batch is not None, "the forward splits its batch"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ _LEAST_FREE = 0.2
 
 Announce = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[bool]]
 """What is entered with the arguments of a forward around it, and gives whether it may be replayed."""
+
+Decided = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
+"""What is entered with the arguments of a forward, around that."""
 
 _pools: dict[torch.device, GraphPool] = {}
 
@@ -105,15 +108,18 @@ class GraphedForward:
         reset: Callable[[], None],
         way: Callable[[], Hashable] = lambda: None,
         is_measured: Callable[[], bool] = lambda: False,
+        decided: Decided = lambda args, kwargs: nullcontext(),
     ) -> None:
         """Replace `model.forward`, and what a call of the model does.
 
         `split` returns what the split of its tokens depends on at this moment, and `reset` brings it back to the start
         of a forward. `way` returns what of it is decided before the model is called, by more than its arguments.
         `is_measured` is asked when a forward begins, and returns whether ranks exchange more in this one than in
-        others, so that it must run as it is on all of them.
+        others, so that it must run as it is on all of them. `decided` is entered around each forward that may be
+        replayed with the model's hooks, and decides what these would, `split` included.
         """
         self._model, self._split, self._way, self._is_measured = model, split, way, is_measured
+        self._decided = decided
         self._paused = False
         self._own = model.forward
         self._replaced = vars(model).get("forward")
@@ -184,7 +190,7 @@ class GraphedForward:
         own = self._model._call_impl
         if self._announce is None or self._must_run():
             return own(*args, **kwargs)
-        with self._announce(args, kwargs) as may_replay:
+        with self._decided(args, kwargs), self._announce(args, kwargs) as may_replay:
             return self._graphed(own, args, kwargs) if may_replay else own(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,9 +220,7 @@ class GraphedForward:
         options = {name: value for name, value in (kwargs.pop(OPTIONS, None) or {}).items() if name not in _OUTSIDE}
         # Ours, and a new one for each job. What it does is in the context.
         self._override = options.pop(OVERRIDE, None)
-        # With hooks the split is chosen within, by what is in the arguments.
-        split = self._split() if self._announce is None else None
-        context = self._context, self._way(), split, self._override is not None
+        context = self._context, self._way(), self._split(), self._override is not None
         try:
             return self._graphs.call(context, self._weight_tensors, self._mode == ON, args, kwargs, options)
         finally:

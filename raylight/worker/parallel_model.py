@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class ParallelModel:
         if has_graphs(self._device):
             graphs, exchange = pool_of(self._device), self._exchange
             self._graphs = GraphedForward(
-                self._model, graphs, self.split_now, self._begin, self._way, exchange.begins_forward
+                self._model, graphs, self.split_now, self._begin, self._way, exchange.begins_forward, self._decided
             )
         self._signs = BlockSigns(self._model, self._device)
         if self._mesh.size() == 1:
@@ -182,17 +182,21 @@ class ParallelModel:
         return given(self._mesh, independent_rows=not needs_whole_batch(self._config))
 
     def split_now(self) -> Hashable:
-        """Return what the split of tokens depends on, at this moment."""
+        """Return what the split of tokens and of rows depends on, at this moment."""
+        rows = "" if self._batch is None else self._batch.axis_now
         if self._split is None:
-            return None
+            return rows
         tokens, strategy = self._split.tokens, self._split.attention.strategy
         degrees = getattr(strategy, "degrees", None) or type(strategy)
         name = tokens.group.group_name if isinstance(tokens.group, dist.ProcessGroup) else None
-        return name, tokens.rank, tokens.degree, degrees
+        return name, tokens.rank, tokens.degree, degrees, rows
 
     def _way(self) -> Hashable:
         """Return what is proven of the forward that begins, in a model without a plan."""
         return self._split.way if isinstance(self._split, UnplannedModel) else None
+
+    def _decided(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        return nullcontext() if self._batch is None else self._batch.decided(args, kwargs)
 
     def _begin(self) -> None:
         """Bring the split of tokens, and of weights, back to the start of a forward."""

@@ -1,6 +1,7 @@
 """Graphs without a GPU: a backend that captures nothing, and replays by calling the function that it was to capture.
 
-The function reads the static inputs, so everything but CUDA's own part is as on a GPU.
+The function reads the static inputs, so everything but CUDA's own part is as on a GPU. What it chooses on the host is
+undone: a replay on a GPU runs no Python.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from raylight.parallel import graph_inputs
 from raylight.parallel.graph_capture import Cost
+from raylight.parallel.sequence_parallel import SequenceGroup, SequenceParallel
 
 CPU = torch.device("cpu")
 
@@ -80,4 +82,25 @@ class _Replayed:
 
     def replay(self) -> Any:
         self.backend.replays += 1
-        return self.function()
+        with _choices_undone():
+            return self.function()
+
+
+@contextmanager
+def _choices_undone() -> Iterator[None]:
+    """Afterwards tokens are split as before."""
+    before: list[tuple[SequenceParallel, SequenceGroup]] = []
+    use = SequenceParallel.use
+
+    def noted(split: SequenceParallel, group: SequenceGroup) -> None:
+        own = split.tokens
+        before.append((split, SequenceGroup(split.attention.strategy, own.group, own.rank, own.degree, own.weights)))
+        use(split, group)
+
+    SequenceParallel.use = noted
+    try:
+        yield
+    finally:
+        SequenceParallel.use = use
+        for split, group in reversed(before):
+            split.use(group)
