@@ -92,6 +92,11 @@ class KeptUnits:
             gathering.watch(self._before, self._after)
 
     @property
+    def has_lost(self) -> bool:
+        """Whether this rank, perhaps alone, no longer has what was kept."""
+        return self._has_lost
+
+    @property
     def bytes(self) -> int:
         """How many bytes the kept units take on this rank."""
         return self._gathering.kept_bytes(self._gathering.number)
@@ -121,20 +126,20 @@ class KeptUnits:
         if begins_run:
             self._seen_before, self._seen, self._expected = self._seen, set(), set()
         if not may_keep:
-            self._keep_none()
+            self.keep_none()
 
     def stop(self) -> None:
         """Keep nothing in this job."""
         self._may_keep = False
-        self._keep_none()
+        self.keep_none()
 
     def forget(self) -> None:
         """Gather what is kept again: weights have changed, on all ranks."""
         self._gathering.forget()
 
     def release(self) -> int:
-        """Drop what is kept, on this rank at least: the next run begins with an agreement. Return how many bytes that
-        frees.
+        """Drop what is kept, on this rank at least: before the next job ranks agree whether one `has_lost` it. Return
+        how many bytes that frees.
         """
         freed = self.bytes
         if self._gathering.number:
@@ -142,7 +147,7 @@ class KeptUnits:
             self._has_lost, self._is_decided = True, False
         return freed
 
-    def _keep_none(self) -> None:
+    def keep_none(self) -> None:
         """Drop what is kept, on all ranks."""
         if self._gathering.number:
             self._gathering.keep(0)
@@ -174,7 +179,7 @@ class KeptUnits:
 
     def _measure(self, forward: _Forward, memory: SpareMemory) -> None:
         """Measure a forward that begins, with nothing kept. That it was is known to all ranks, also if it fails."""
-        self._keep_none()
+        self.keep_none()
         self._is_decided = False
         if len(self._begun) == _FORWARDS:
             self._forget_forwards()
@@ -209,10 +214,10 @@ class KeptUnits:
         self._is_decided = True
         agreed = smallest(_LOST if self._has_lost else self._room(memory), self._group)
         if agreed == _LOST:
-            self._keep_none()
+            self.keep_none()
             agreed = smallest(self._room(memory), self._group)
         if agreed == _UNKNOWN:
-            self._keep_none()
+            self.keep_none()
             self._forget_forwards()
             self._is_decided = False
             return
@@ -274,7 +279,7 @@ class KeptUnits:
                 raise
             failure = error
         if any_rank(failure is not None, self._group):  # another program was faster
-            self._keep_none()
+            self.keep_none()
 
     def _say(self) -> None:
         number = self._gathering.number

@@ -19,7 +19,7 @@ from raylight.host.log_messages import gb
 from raylight.host.recipe import SHARDED
 from raylight.parallel import memory_shares
 from raylight.parallel.heartbeat import cancellation_point
-from raylight.parallel.process_group import any_rank, of_all_ranks
+from raylight.parallel.process_group import any_rank_of_each, of_all_ranks
 from raylight.sharding.assign import set_parameter
 from raylight.sharding.fsdp import ShardReport, gathering_of, move, shard
 from raylight.sharding.rows import RowSplit
@@ -129,13 +129,17 @@ class ShardedPatcher(RankPatcher):
 
     @in_own_mode
     def read_released(self) -> None:
-        """Read shards that have left the device, on whichever ranks they have; before a run, in which not all ranks
-        load as often. Collective.
+        """Read shards that have left the device, on whichever ranks they have, and keep nothing that was gathered if a
+        rank has lost it; before a run, in which not all ranks load as often, and METHODS may gather before a forward.
+        Collective.
 
         Raises RunCancelled: if a rank was asked to cancel.
         """
         weights = self.weights
-        if not any_rank(weights.shards.released, weights.group):
+        released, lost = any_rank_of_each([weights.shards.released, weights.kept.has_lost], weights.group)
+        if lost:
+            weights.kept.keep_none()
+        if not released:
             return
         weights.patches.revert()  # on the other ranks too: to patch them again is collective
         with load_progress.reported(lambda: weights.shards.bytes_to_read, may_stop=True), suppress(ReadingStopped):

@@ -23,6 +23,7 @@ from raylight.dev.zoo import families
 from raylight.dev.zoo.family import Draw
 from raylight.host.checkpoint import MappedModel
 from raylight.parallel.mesh import MeshShape, build_mesh, world_axis
+from raylight.parallel.process_group import smallest
 from raylight.sharding.fsdp import gathering_of, reset
 from raylight.sharding.gathering import Gathering
 from raylight.worker import kept_units, lora, sharded_patcher
@@ -205,6 +206,40 @@ def of_jobs(rank: int, world: int) -> dict[str, list[Ran]]:
     found["as at first"] = job.forwards(2)
     job.begin(context="another")
     found["in another context"] = job.forwards(3)
+    return found
+
+
+def lost_before_a_method(rank: int, world: int, offload: bool) -> list[tuple[bool, int]]:
+    """Return for calls of a method that gathers weights, as models have it for their text, whether each gave the whole
+    model's result, and the units that it gathered: with all units kept, and after one rank has moved the model away.
+    """
+    family = families()["Wan T2V"]
+    model, whole = family.build(), family.build()
+    make = next(iter(family.calls.values()))
+    inner = model.diffusion_model
+    inner.preprocess_text_embeds = lambda text: inner.text_embedding(text)
+    text = Draw(1)(1, 11, inner.text_embedding[0].weight.shape[1])
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    mapped = MappedModel(model, {}, CPU, {}, shapes)
+    with patch.object(sharded_patcher, "spare_memory", lambda _: SimulatedMemory(LARGE)):
+        patcher, _ = build_sharded(mapped, world_axis(build_mesh(MeshShape(batch=world), CPU)), offload)
+    patcher.offload_device = torch.device("cpu", 0)
+    found = []
+    with torch.no_grad():
+        for turn in range(3):
+            own = patcher.clone()
+            own.read_released()
+            patcher.weights.kept.begin(True, True, "", lambda: None, lambda: 0)
+            own.partially_load(CPU)
+            for _ in range(2):
+                with gathered() as units:
+                    equal = torch.equal(inner.preprocess_text_embeds(text), whole.diffusion_model.text_embedding(text))
+                found.append((equal, len(units)))
+            for _ in range(3):
+                model.apply_model(**copied(make(Draw(3))))
+            if turn == 1 and rank == 0:
+                patcher.detach()
+            assert smallest(rank + turn) == turn, "all ranks are here"
     return found
 
 

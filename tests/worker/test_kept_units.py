@@ -10,6 +10,7 @@ from kept_units_cases import (
     beside_graphs,
     failed_on_one,
     larger_ones,
+    lost_before_a_method,
     of_jobs,
     released_on_one,
     with_loras,
@@ -70,6 +71,13 @@ def test_what_one_rank_has_lost_all_gather_again() -> None:
     for found in values(run_ranks(2, released_on_one)):
         assert all(one.equal for one in found)
         assert gathers(found) == [ALL, ALL, ALL, 0, ALL, 0]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_one_rank_has_lost_is_gathered_again_before_the_first_forward(offload: bool) -> None:
+    for found in values(run_ranks(2, lost_before_a_method, offload, timeout_s=60, collective_timeout_s=15)):
+        # What is outside of blocks: each time, as long as nothing is kept.
+        assert found == [(True, 1), (True, 1), (True, 0), (True, 0), (True, 1), (True, 1)]
 
 
 def test_a_rank_without_memory_for_what_was_agreed() -> None:
