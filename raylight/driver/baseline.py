@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from raylight.host.foreign_code import replaced_in
 from raylight.host.patcher_state import HOOKS, OF_LOADING, OF_TORCH, SIMPLE, Change
 
-from .mappings import are_written
-
 INNER = "diffusion_model"
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
 # What PyTorch's layers compute with, though it looks like what is set when they are loaded.
@@ -83,17 +81,6 @@ class Baseline:
     def diffusion_model(self) -> type[nn.Module]:
         """The class that the diffusion model was built as."""
         return self._kept[INNER].kind
-
-    def is_changed(self, base: BaseModel) -> bool:
-        """Return whether nodes have changed the model of this baseline; object patches do not count."""
-        try:
-            return bool(
-                list(self._compared(base, frozenset()))
-                or self.changed_weights(base)
-                or are_written(weight for weight, *_ in self._weights.values() if not weight.is_meta)
-            )
-        except ValueError:
-            return True
 
     def changed_weights(self, base: BaseModel) -> list[str]:
         """Return the names of weights that were replaced or written to, of the model of this baseline."""

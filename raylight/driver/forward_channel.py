@@ -5,6 +5,9 @@ run ends, and tensors until models are unloaded.
 from __future__ import annotations
 
 import uuid
+import weakref
+
+from comfy.model_base import BaseModel
 
 from raylight.cluster.session import Session
 from raylight.cluster.tensor_delta import Sender
@@ -25,6 +28,8 @@ class ForwardChannel:
         self.sender = Sender(uuid.uuid4().hex, _KEPT_BYTES)
         self.room: tuple[ModelRecipe, bool] | None = None  # ComfyUI made it last for a model, and to sample or not
         self.extras: SentExtras | None = None
+        # Models whose weights were looked at in this run, which may call several.
+        self.looked_at: weakref.WeakSet[BaseModel] = weakref.WeakSet()
 
     def has_room_for(self, job: ForwardJob) -> bool:
         """Return whether ComfyUI has made room for such a job in this run: of the same model, and to sample if it is a

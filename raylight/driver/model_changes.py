@@ -74,11 +74,10 @@ def _patched(patcher: ModelPatcher) -> set[str]:
 
 @contextmanager
 def _naming_the_file(patcher: RemotePatcher) -> Iterator[None]:
-    """Add the model's file and a remedy to a ValueError, and have the model built again."""
+    """Add the model's file and a remedy to a ValueError."""
     try:
         yield
     except ValueError as error:
-        weightless.forget(patcher.model)
         raise ValueError(
             f"a node has changed the model {patcher.recipe.name} itself in a way that cannot be sent to the workers: "
             f"{error}. Remove the node and free the model and node cache, or use a node that patches the model"

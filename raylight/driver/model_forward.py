@@ -17,7 +17,7 @@ from raylight.host.patcher_state import OPTIONS, bind_arguments, run_with_wrappe
 from raylight.host.pickling import serialize
 from raylight.host.worker_service import WorkerService
 
-from . import forward_channel, memory, model_changes
+from . import forward_channel, memory, model_changes, written_weights
 from .forward_channel import FORWARD, ForwardChannel
 from .forward_extras import Extras, naming_the_node, sent_extras
 from .model_job import model_job
@@ -80,9 +80,14 @@ def _job(
     diffusion_model = patcher.model.diffusion_model
     args, kwargs = bind_arguments(getattr(type(diffusion_model), method), diffusion_model, args, kwargs)
     options = kwargs.pop(OPTIONS, None) or {}
+    begins = begins_run()
+    if begins:
+        channel.looked_at.clear()
+    if patcher.model not in channel.looked_at:
+        written_weights.look(patcher.model, patcher.recipe)
+        channel.looked_at.add(patcher.model)
     changes = model_changes.of_forward(patcher)
     extras = Extras.of(patcher_state.of_forward(patcher), options, changes)
-    begins = begins_run()
     channel.extras = sent = sent_extras(channel.extras, extras, patcher, begins)
     handle = channel.session.shared.of(sent.key, lambda: sent.serialized(extras, patcher))
     content = args, kwargs, extras.data, *sent.others(extras, patcher)

@@ -21,7 +21,7 @@ from raylight.host.checkpoint import MappedModel
 from raylight.host.log_messages import first_few
 from raylight.host.recipe import ModelRecipe, WorkerConfig, is_gguf
 
-from . import export, mappings, stock_weights, weightless
+from . import export, mappings, stock_weights
 from .memory_file import MemoryFile
 from .remote_model import RemotePatcher
 
@@ -66,10 +66,9 @@ def recipe_of(model: ModelPatcher, workers: WorkerConfig) -> ModelRecipe:
         recipe, file = _file_of(model), None
         if recipe is None:
             _check_local(name, workers)
-            _forget(model.model)  # to make room
+            _sources.pop(model.model, None)  # to make room
             recipe, file = export.export(model)
-            weakref.finalize(model.model, weightless.forget_file, recipe.path)
-        _forget(model.model)
+        _sources.pop(model.model, None)
         source = _sources[model.model] = _Source(digests, recipe, file)
     if source.recipe.export is not None:
         _check_local(name, workers)
@@ -127,12 +126,6 @@ def _candidates(model: ModelPatcher) -> Iterator[ModelRecipe]:
         yield ModelRecipe.of(path, "default", gguf_pack=export.gguf_folder(model.model))
 
 
-def _forget(base: BaseModel) -> None:
-    source = _sources.pop(base, None)
-    if source is not None and source.file is not None:
-        weightless.forget_file(source.recipe.path)
-
-
 def _check_local(name: str, workers: WorkerConfig) -> None:
     if not workers.config.is_local:
         raise ValueError(
@@ -145,11 +138,8 @@ def _keep_file(base: BaseModel, remote: RemotePatcher) -> None:
     """Keep the file of an export as long as a model on workers uses it."""
     source = _sources.get(base)
     file = _files_in_use.get(base) if source is None else source.file
-    if file is None:
-        return
-    _files_in_use[remote.model] = file
-    if all(one.file is not file for one in _sources.values()):
-        weightless.forget_file(remote.recipe.path)  # nobody else will ask for it
+    if file is not None:
+        _files_in_use[remote.model] = file
 
 
 def copy_state_from(model: ModelPatcher, remote: RemotePatcher) -> None:

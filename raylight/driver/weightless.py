@@ -6,7 +6,6 @@ those in the memory-mapped file, read only if a node computes with them, so node
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -26,48 +25,19 @@ from .baseline import Baseline
 # Takes the patcher that is sampled, the name of a method, and its arguments.
 Call = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
 
-_KEPT = 8
 _CASTS = "comfy_cast_weights"
 _BASELINE = "raylight_baseline"
-_built: OrderedDict[ModelRecipe, BaseModel] = OrderedDict()
 
 
 def build(recipe: ModelRecipe, call: Call) -> BaseModel:
     """Return the model of a recipe, whose forward is `call(patcher, method, args, kwargs)`.
 
-    The same object for the same file and options, so that the file's header is read once; a new one if nodes have
-    changed the model itself, since loaders of ComfyUI return unchanged models. Raises what `loading.map_file` raises.
+    Each call gives another one, as ComfyUI's loaders do: it has the patcher that samples it, and what nodes change on
+    it, to itself. It costs the reading of the file's header. Raises what `loading.map_file` raises.
     """
-    key = recipe.without_loras
-    if key not in _built or baseline_of(_built[key]).is_changed(_built[key]):
-        _built[key] = _build(key, call)
-        if len(_built) > _KEPT:
-            _built.popitem(last=False)
-    _built.move_to_end(key)
-    return _built[key]
-
-
-def baseline_of(base: BaseModel) -> Baseline:
-    """Return what a model of `build` was before nodes used it."""
-    return getattr(base, _BASELINE)
-
-
-def forget(base: BaseModel) -> None:
-    """Build the model of this file again at its next `build`."""
-    for recipe in [recipe for recipe, built in _built.items() if built is base]:
-        del _built[recipe]
-
-
-def forget_file(path: str) -> None:
-    """Release the models of a file that no longer exists."""
-    for recipe in [recipe for recipe in _built if recipe.path == path]:
-        del _built[recipe]
-
-
-def _build(recipe: ModelRecipe, call: Call) -> BaseModel:
     # ComfyUI runs nodes in inference mode, in which PyTorch does not count writes to a tensor.
     with torch.inference_mode(False), torch.no_grad():
-        mapped = loading.map_file(recipe)
+        mapped = loading.map_file(recipe.without_loras)
     base = mapped.model
     diffusion_model = base.diffusion_model
     for name, parameter in list(diffusion_model.named_parameters()):
@@ -84,6 +54,11 @@ def _build(recipe: ModelRecipe, call: Call) -> BaseModel:
     base.device = comfy.model_management.unet_offload_device()
     object.__setattr__(base, _BASELINE, Baseline(base))
     return base
+
+
+def baseline_of(base: BaseModel) -> Baseline:
+    """Return what a model of `build` was before nodes used it."""
+    return getattr(base, _BASELINE)
 
 
 class Method:

@@ -71,6 +71,8 @@ def serialize(
             if not references:  # made only now: most of what is sent needs none
                 references.update(_references_of(model))
             found = references.get(id(item))
+            if found is None and isinstance(item, BaseModel):
+                raise NotSerializableError(f"it holds another diffusion model ({type(item).__name__})")
         return also(item) if found is None and also is not None else found
 
     def reduce(item: Any) -> Any:

@@ -13,12 +13,16 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_extras import nodes_custom_sampler
+from dropin_cases import dual_model, sample
+from loras import lora_for
+from torch import Tensor
 
 from raylight.cluster.config import SessionConfig
 from raylight.dev.demo.tiny import write_checkpoint
-from raylight.driver import model_import, weightless
+from raylight.driver import api, model_import, weightless
 from raylight.driver.remote_model import RemotePatcher
-from raylight.host.recipe import ModelRecipe, WorkerConfig
+from raylight.host.recipe import ModelRecipe, RayModel, WorkerConfig
 from raylight.parallel.mesh import MeshShape
 
 WORKERS = WorkerConfig(SessionConfig(MeshShape(ulysses=2), "cpu"), "TORCH_FLASH")
@@ -57,3 +61,42 @@ def test_a_parallelized_model_that_is_dropped_is_no_leak(tmp_path: Path, caplog:
     with caplog.at_level(logging.INFO):
         comfy.model_management.cleanup_models_gc()
     assert "memory leak" not in caplog.text
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.std()).item()
+
+
+def with_lora(model: ModelPatcher) -> ModelPatcher:
+    shapes = {name: tuple(weight.shape) for name, weight in model.model.named_parameters()}
+    return comfy.sd.load_lora_for_models(model, None, lora_for(shapes, ["lora"], 1), 1.0, 0)[0]
+
+
+def loader(path: Path) -> ModelPatcher:
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+def ray_loader(path: Path) -> ModelPatcher:
+    return api.load(RayModel(WORKERS, ModelRecipe.of(str(path), "default")))
+
+
+@pytest.mark.skipif(not hasattr(nodes_custom_sampler, "DualModelGuider"), reason="this ComfyUI has no such node")
+@pytest.mark.usefixtures("as_comfyui_runs_nodes")
+def test_two_models_of_one_file_in_one_run(path: Path) -> None:
+    """Two loaders give two models; of two clones ComfyUI runs one, and so do the workers."""
+    steps = 2
+    first, second = loader(path), loader(path)
+    expected, _ = sample(dual_model(with_lora(first), second), steps=steps)
+    both, _ = sample(dual_model(with_lora(first), with_lora(first)), steps=steps)
+    assert error(both, expected) > 0.1, "the LoRA changes nothing"
+    for models in (
+        (ray_loader(path), ray_loader(path)),
+        tuple(api.parallelize(one, WORKERS) for one in (first, second)),
+    ):
+        actual, _ = sample(dual_model(with_lora(models[0]), models[1]), steps=steps)
+        assert error(actual, expected) <= 1e-4
+    one, stock = ray_loader(path), loader(path)
+    for order in (slice(None), slice(None, None, -1)):
+        expected, _ = sample(dual_model(*[with_lora(stock), stock][order]), steps=steps)
+        actual, _ = sample(dual_model(*[with_lora(one), one][order]), steps=steps)
+        assert error(actual, expected) <= 1e-4

@@ -69,6 +69,11 @@ def dual_cfg(model: ModelPatcher) -> Any:
     return execute(model, prompt(1), prompt(2), prompt(3), 3.0, 2.0, "regular").result[0]
 
 
+def dual_model(model: ModelPatcher, negative: ModelPatcher) -> Any:
+    """The positive prompt with one MODEL, the negative one with another."""
+    return nodes_custom_sampler.DualModelGuider.execute(model, prompt(1), 3.0, negative, prompt(2)).result[0]
+
+
 def perp_neg(model: ModelPatcher) -> Any:
     return nodes_perpneg.PerpNegGuider.execute(model, prompt(1), prompt(2), prompt(3), 3.0, 1.0).result[0]
 
