@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from raylight.host.foreign_code import replaced_in
 from raylight.host.patcher_state import HOOKS, OF_LOADING, OF_TORCH, SIMPLE, Change
 
-INNER = "diffusion_model"
+from .beside_model import INNER, BesideModel
+
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
 # What PyTorch's layers compute with, though it looks like what is set when they are loaded.
 _OF_LAYERS = ("_reversed_padding_repeated_twice",)
@@ -49,6 +50,7 @@ class Baseline:
     """A model before nodes change it, to compare later states with."""
 
     def __init__(self, base: BaseModel) -> None:
+        self.beside = BesideModel(base)
         self._kind = type(base)
         self._kept = {path: ModuleState.of(module) for path, module in _modules(base)}
         self._weights = {

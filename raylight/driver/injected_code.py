@@ -21,7 +21,7 @@ from raylight.plans import plan_of
 from raylight.plans.exceptions import EXCEPTIONS
 
 from . import weightless
-from .baseline import INNER
+from .beside_model import INNER
 from .remote_model import RemotePatcher
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from raylight.host.patcher_state import HOOKS, Change
 from raylight.host.pickling import ancestry
 
 from . import weightless
-from .baseline import INNER
+from .beside_model import INNER
 from .remote_model import RemotePatcher
 
 
@@ -24,7 +24,8 @@ def of_run(patcher: RemotePatcher) -> list[Change]:
 
     Raises ValueError, naming the module, and the node if it is known, for a change that cannot be sent.
     """
-    return [*_own(patcher), *_of_sources(patcher)]
+    beside = weightless.baseline_of(patcher.model).beside.changed(patcher)
+    return [*(Change("", name, value) for name, value in beside.items()), *_own(patcher), *_of_sources(patcher)]
 
 
 def of_forward(patcher: RemotePatcher) -> list[Change]:

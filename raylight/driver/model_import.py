@@ -21,7 +21,7 @@ from raylight.host.checkpoint import MappedModel
 from raylight.host.log_messages import first_few
 from raylight.host.recipe import ModelRecipe, WorkerConfig, is_gguf
 
-from . import export, mappings, stock_weights
+from . import export, mappings, stock_weights, weightless
 from .memory_file import MemoryFile
 from .remote_model import RemotePatcher
 
@@ -143,8 +143,8 @@ def _keep_file(base: BaseModel, remote: RemotePatcher) -> None:
 
 
 def copy_state_from(model: ModelPatcher, remote: RemotePatcher) -> None:
-    """Give `remote` the patches, options and wrappers of `model`; what refers to `model` in them refers to `remote` on
-    the workers.
+    """Give `remote` the patches, options and wrappers of `model`, and what nodes have changed beside its diffusion
+    model; what refers to `model` in them refers to `remote` on the workers.
     """
     if remote.recipe.export is not None:
         _keep_file(model.model, remote)
@@ -161,4 +161,6 @@ def copy_state_from(model: ModelPatcher, remote: RemotePatcher) -> None:
     remote.wrappers = {
         kind: wrappers.get(kind, {}) | source.wrappers.get(kind, {}) for kind in {**wrappers, **source.wrappers}
     }
+    for name, value in weightless.baseline_of(remote.model).beside.changed(model).items():
+        setattr(remote.model, name, value)
     remote.made_from = model

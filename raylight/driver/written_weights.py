@@ -16,7 +16,7 @@ from raylight.host.log_messages import gb
 from raylight.host.recipe import ModelRecipe
 
 from . import weightless
-from .baseline import INNER
+from .beside_model import INNER
 from .mappings import are_written
 
 LARGEST = 2 * 2**30

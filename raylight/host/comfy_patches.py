@@ -96,7 +96,8 @@ def replaced_on(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Within it the attribute `name` of a Python module, class or object is `value`; one that `owner` did not have
     itself is deleted afterwards. `name` may be `__class__`.
     """
-    before = type(owner) if name == "__class__" else vars(owner).get(name, _MISSING)
+    held = {**vars(owner), **(owner._modules if isinstance(owner, nn.Module) else {})}
+    before = type(owner) if name == "__class__" else held.get(name, _MISSING)
     setattr(owner, name, value)
     try:
         yield

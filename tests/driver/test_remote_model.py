@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras import nodes_custom_sampler
-from dropin_cases import dual_model, sample
+from dropin_cases import dual_model, equal_lengths, sample
 from loras import lora_for
 from torch import Tensor
 
@@ -100,3 +102,65 @@ def test_two_models_of_one_file_in_one_run(path: Path) -> None:
         expected, _ = sample(dual_model(*[with_lora(stock), stock][order]), steps=steps)
         actual, _ = sample(dual_model(*[with_lora(one), one][order]), steps=steps)
         assert error(actual, expected) <= 1e-4
+
+
+def another_format(model: Any) -> None:
+    model.latent_format = type(model.latent_format)()
+    model.latent_format.scale_factor *= 1.5
+
+
+BESIDE: dict[str, Callable[[Any], Any]] = {
+    "shift": lambda model: model.model_sampling.set_parameters(shift=7.0),
+    "method": lambda model: setattr(model.model_sampling, "calculate_input", lambda sigma, noise: noise * 0.9),
+    "format of latents": another_format,
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.usefixtures("as_comfyui_runs_nodes")
+def test_changes_in_place_beside_the_diffusion_model(name: str, path: Path) -> None:
+    """They are of one MODEL, and not of the next of that file."""
+    change, steps = BESIDE[name], 2
+    changed, plain = loader(path), loader(path)
+    change(changed.model)
+    expected, _ = sample(equal_lengths(changed), steps=steps, masked=True)
+    unchanged, _ = sample(equal_lengths(plain), steps=steps, masked=True)
+    assert error(unchanged, expected) > 0.01, "the change does nothing"
+    of_workers = ray_loader(path)
+    change(of_workers.model)
+    parallelized = api.parallelize(changed, WORKERS)
+    again = api.parallelize(of_workers, WORKERS)
+    runs = [(model, stays_here) for model in (of_workers, parallelized) for stays_here in (False, True)]
+    for model, stays_here in (*runs, (again, False)):
+        actual, _ = sample(equal_lengths(model), steps=steps, masked=True, stays_here=stays_here)
+        assert error(actual, expected) <= 1e-4
+    actual, _ = sample(equal_lengths(ray_loader(path)), steps=steps, masked=True)
+    assert error(actual, unchanged) <= 1e-4
+
+
+@pytest.mark.usefixtures("as_comfyui_runs_nodes")
+def test_a_schedule_that_a_node_sets_for_a_run_and_puts_back(path: Path) -> None:
+    steps, found = 2, []
+    for model in (loader(path), ray_loader(path)):
+        sampling, shifts = model.model.model_sampling, []
+        before = sampling.shift
+        for shift in (7.0, before):
+            sampling.set_parameters(shift=shift)
+            shifts.append(sample(equal_lengths(model), steps=steps)[0])
+        found.append(shifts)
+    assert error(found[0][0], found[0][1]) > 0.01
+    for actual, expected in zip(found[1], found[0], strict=True):
+        assert error(actual, expected) <= 1e-4
+
+
+@pytest.mark.usefixtures("as_comfyui_runs_nodes")
+def test_what_is_beside_the_diffusion_model_is_that_of_the_file(path: Path) -> None:
+    """Of any model of it, also once it has sampled, and with an object patch that ComfyUI leaves on it."""
+    model = loader(path)
+    beside = weightless.baseline_of(ray_loader(path).model).beside
+    assert beside.changed(model) == {}
+    patched = model.clone()
+    patched.add_object_patch("model_sampling", copy.deepcopy(model.model.model_sampling))
+    patched.object_patches["model_sampling"].set_parameters(shift=7.0)
+    sample(equal_lengths(patched), steps=1)
+    assert beside.changed(patched) == beside.changed(model) == {}
