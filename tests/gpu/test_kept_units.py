@@ -14,7 +14,7 @@ from gpu_cases import GPUS, LONG, WAYS, latent, on_workers
 from kept_gathering_cases import kept_on_gpus
 from kept_graph_cases import phases
 from kept_service import KeptService
-from other_service import gathers, kept, memory, served_by
+from other_service import free_workers, gathers, kept, memory, served_by
 from shared_gpu_cases import held, wide_wan
 from torch import Tensor
 
@@ -22,7 +22,6 @@ from raylight.cluster import active_session
 from raylight.dev.local_ranks import run_ranks, values
 from raylight.driver import short_of_memory
 from raylight.host.recipe import OFFLOADED, SHARDED
-from raylight.host.worker_service import WorkerService
 from raylight.parallel.graphs import OFF, ON
 
 # One rank gathers nothing but what is in system memory.
@@ -50,7 +49,7 @@ def test_without_ray(world: int) -> None:
 @pytest.mark.parametrize("sharding", GATHERED)
 def test_later_runs_gather_less(sharding: str, stays_here: bool, path: Path, expected: Tensor, compare) -> None:
     model, counts = on_workers(path, sharding), []
-    active_session.running().run_all(WorkerService.free)
+    free_workers()
     for turn in range(4):
         before = gathers()
         compare(latent(model, stays_here), expected, f"run {turn}")

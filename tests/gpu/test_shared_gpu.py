@@ -10,7 +10,8 @@ import pytest
 import torch
 from comfy.model_management import minimum_inference_memory
 from gpu_cases import SHAPE, latent, on_workers
-from shared_gpu_cases import Encoder, free_workers, held, kept, left_free, vae, wide_wan
+from other_service import free_workers
+from shared_gpu_cases import Encoder, held, kept, left_free, vae, wide_wan
 
 from raylight.driver import memory
 from raylight.host.recipe import REPLICATED, SHARDED

@@ -11,7 +11,7 @@ import pytest
 
 from raylight.cluster import active_session
 from raylight.cluster.config import ServiceSpec, SessionConfig
-from raylight.driver import api, workers
+from raylight.driver import api, forward_channel, workers
 from raylight.host.jobs import RankMemory
 from raylight.host.worker_service import WorkerService
 
@@ -53,3 +53,10 @@ def kept() -> int:
     """The bytes of weights that stay gathered on each rank. All ranks tell the same."""
     (nbytes,) = {sum(model.kept_bytes for model in rank.models) for rank in memory()}
     return nbytes
+
+
+def free_workers() -> None:
+    """Have workers that are there, if any, release all that they have, as ComfyUI's "Unload Models" does on GPUs."""
+    if (session := active_session.running()) is not None:
+        forward_channel.drop()
+        session.run_all(WorkerService.free)

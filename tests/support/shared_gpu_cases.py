@@ -97,12 +97,6 @@ def kept() -> dict[int, int]:
     return _of_models(lambda model: model.kept_bytes)
 
 
-def free_workers() -> None:
-    """Have workers that are there hold no model of earlier tests, nor graphs: what these have would be given first."""
-    if (session := active_session.running()) is not None:
-        session.run_all(WorkerService.free)
-
-
 def _of_models(count: Callable[[HeldModel], int]) -> dict[int, int]:
     answers = active_session.running().run_all(WorkerService.memory)
     return {rank: sum(map(count, answer.models)) for rank, answer in answers.items()}

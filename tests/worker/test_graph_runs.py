@@ -15,14 +15,13 @@ from comfy.model_patcher import ModelPatcher
 from dropin_cases import MORE_SETUPS, SETUPS, equal_lengths, sample
 from graph_service import GraphService
 from loras import lora_for
-from other_service import kept, memory, served_by
+from other_service import free_workers, kept, memory, served_by
 from safetensors.torch import load_file
 
 from raylight.cluster import active_session
 from raylight.cluster.config import SessionConfig
 from raylight.driver import api
 from raylight.host.recipe import OFFLOADED, REPLICATED, SHARDED, ModelRecipe, RayModel, WorkerConfig
-from raylight.host.worker_service import WorkerService
 from raylight.parallel.external_strategies import OURS, OURS_INT8
 from raylight.parallel.graph_pool import LARGEST_NUMBER
 from raylight.parallel.graphs import OFF, ON
@@ -135,7 +134,7 @@ def test_loras_in_turns(sharding: str, depth: bool, path: Path, stock: ModelPatc
 def test_gathered_weights(sharding: str, mesh: MeshShape, depth: bool, path: Path, stock: ModelPatcher) -> None:
     expected = sample(equal_lengths(stock), steps=STEPS)[0]
     model = dropin(path, mesh, sharding)
-    active_session.running().run_all(WorkerService.free)
+    free_workers()
     counts = [replays()]
     for _ in range(3):
         assert same(sample(equal_lengths(model), stays_here=depth, steps=STEPS)[0], expected)
@@ -146,7 +145,7 @@ def test_gathered_weights(sharding: str, mesh: MeshShape, depth: bool, path: Pat
     without = dropin(path, mesh, sharding, graphs=OFF)
     assert same(sample(equal_lengths(without), stays_here=depth, steps=STEPS)[0], expected)
     assert replays() == counts[-1]
-    active_session.running().run_all(WorkerService.free)
+    free_workers()
     assert kept() == 0 and [rank.graphs for rank in memory()] == [0, 0]
 
 
@@ -175,5 +174,5 @@ def test_nothing_is_left_of_a_model_that_is_unloaded(path: Path) -> None:
     sample(SETUPS["plain"](model), steps=STEPS)
     assert all(rank.graphs > 0 for rank in memory())
     comfy.model_management.unload_all_models()
-    active_session.running().run_all(WorkerService.free)
+    free_workers()
     assert [rank.graphs for rank in memory()] == [0, 0]

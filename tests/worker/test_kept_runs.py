@@ -15,7 +15,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from dropin_cases import SETUPS, equal_lengths, sample
 from kept_service import KeptService
 from loras import lora_for
-from other_service import gathers, kept, served_by
+from other_service import free_workers, gathers, kept, served_by
 from safetensors.torch import load_file
 
 from raylight.cluster import active_session
@@ -23,7 +23,6 @@ from raylight.cluster.config import SessionConfig
 from raylight.cluster.errors import OUT_OF_MEMORY, WorkerError
 from raylight.driver import api, short_of_memory
 from raylight.host.recipe import OFFLOADED, SHARDED, ModelRecipe, RayModel, WorkerConfig
-from raylight.host.worker_service import WorkerService
 from raylight.parallel.graphs import AUTO, OFF, ON
 from raylight.parallel.mesh import MeshShape
 
@@ -71,7 +70,7 @@ def test_equals_comfyui_and_gathers_once(
         assert counts[1] > 0 and counts[2:] == [0, 0]
         assert kept() > 0
         comfy.model_management.unload_all_models()
-        active_session.running().run_all(WorkerService.free)
+        free_workers()
         assert kept() == 0
 
 
@@ -102,7 +101,7 @@ def test_two_models_and_other_degrees(path: Path, stock: ModelPatcher) -> None:
 def test_nothing_is_kept_after_memory_ran_out(path: Path, stock: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(short_of_memory, "_short", set())
     expected = sample(SETUPS["plain"](stock), steps=STEPS)[0]
-    active_session.running().run_all(WorkerService.free)
+    free_workers()
     for ran_out in (False, True):
         if ran_out:
             with pytest.raises(WorkerError), short_of_memory.noted(recipe_of(path, SHARDED)):
