@@ -106,7 +106,7 @@ def gone_with_what_was_sent(rank: int, world: int, path: Path, sharding: str) ->
     """Whether a model that is dropped for want of memory is gone, each time when the memory is looked at; and how many
     tensors the rank still has of those that a single call of another one has sent, after all were released.
     """
-    mesh, run = build_mesh(MeshShape(), CPU), SimpleNamespace(rank=0, enter=lambda _: None)
+    mesh, run = build_mesh(MeshShape(), CPU), SimpleNamespace(rank=0, enter=lambda _: None, emit=lambda _: None)
     service = ModelService(SimpleNamespace(device=CPU, world_size=world, links=None, mesh=mesh, by_run=None))
     with mode_of(sharding), load_progress.for_run(run, SimpleNamespace(name="model")):
         model = service._load(run, ModelRecipe.of(str(path), "default", sharding))
