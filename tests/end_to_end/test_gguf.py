@@ -73,13 +73,11 @@ def test_sampling_with_other_loras_in_turn(
     sharding: str, good: Path, loras: tuple[Path, ...], expected, folder: Path, report_parity
 ) -> None:
     path = Path(shutil.copy(good, folder / f"{sharding}.gguf"))
-    plain = model_of(path, sharding)
-    both = model_of(
-        path, sharding, *(LoraRecipe.of(str(one), strength) for one, strength in zip(loras, STRENGTHS, strict=True))
-    )
-    first = sample_on_workers(plain, CASE)
+    applied = [LoraRecipe.of(str(one), strength) for one, strength in zip(loras, STRENGTHS, strict=True)]
+    plain, both = api.load(model_of(path, sharding)), api.load(model_of(path, sharding, *applied))
+    first = sample(plain, CASE)
     path.unlink()
-    patched = sample_on_workers(both, CASE)
+    patched = sample(both, CASE)
     errors = [
         ((one - other).abs().max() / other.std()).item() for one, other in zip((first, patched), expected, strict=True)
     ]
@@ -89,7 +87,7 @@ def test_sampling_with_other_loras_in_turn(
     )
     assert max(errors) <= 1e-4
     assert (expected[1] - expected[0]).std() > 0.05 * expected[0].std()
-    assert torch.equal(sample_on_workers(plain, CASE), first)
+    assert torch.equal(sample(plain, CASE), first)
 
 
 @pytest.mark.parametrize("sharding", [REPLICATED, SHARDED])
